@@ -1,0 +1,66 @@
+"""What the command lines of gpt, training and serving share: parsing, and one line for a mistake.
+
+A command is a dataclass: its fields are the options, its docstrings the help, and
+calling it does the work. tyro turns the fields into a command line.
+"""
+
+import contextlib
+import io
+import os
+import re
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NoReturn
+
+import tyro
+
+EXIT_MISTAKE = 2
+EXIT_INTERRUPTED = 130
+
+Command = Callable[[], None]
+
+
+def main(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> None:
+    """Parse sys.argv, then call the command; a mistake of the user's is one line and exit code 2.
+
+    Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
+    """
+    command = _parse(prog, description, commands)
+    try:
+        command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        if os.environ.get("TINYGPT_TRACEBACK"):
+            raise
+        refuse(prog, str(error))
+
+
+def refuse(prog: str, message: str) -> NoReturn:
+    """Print one line on standard error and exit with code 2."""
+    print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_MISTAKE)
+
+
+def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> Command:
+    """The chosen command with its options. tyro's boxed error message becomes one line."""
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            chosen: Any = tyro.extras.subcommand_cli_from_dict(
+                dict(commands),
+                prog=prog,
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+            return chosen
+    except SystemExit as stop:
+        if stop.code != EXIT_MISTAKE:
+            raise
+    _, _, body = complaint.getvalue().partition("\n")
+    refuse(prog, re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body))
