@@ -9,7 +9,7 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn
 
 import tyro
@@ -20,12 +20,19 @@ EXIT_INTERRUPTED = 130
 Command = Callable[[], None]
 
 
-def main(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> None:
-    """Parse sys.argv, then call the command; a mistake of the user's is one line and exit code 2.
+def main(
+    prog: str,
+    description: str,
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse `arguments` (sys.argv's when None) and call the command they choose.
+
+    A mistake of the user's is one line and exit code 2.
 
     Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
     """
-    command = _parse(prog, description, commands)
+    command = _parse(prog, description, commands, arguments)
     try:
         command()
         sys.stdout.flush()
@@ -56,6 +63,7 @@ def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Com
                 dict(commands),
                 prog=prog,
                 description=description,
+                args=arguments,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
             return chosen

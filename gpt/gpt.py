@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.attention import Cache, CausalSelfAttention, Places, rotary_table
+from gpt.attention import Cache, CausalSelfAttention, Places, RMSNorm, rotary_table
 from gpt.model import LanguageModel, State
 
 
@@ -39,9 +39,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
         self.attention = CausalSelfAttention(width, heads)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
@@ -90,7 +90,7 @@ class GPT(LanguageModel):
         self.embedding = nn.Embedding(vocabulary, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.unembedding = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.unembedding.weight = self.embedding.weight
@@ -137,6 +137,8 @@ class GPT(LanguageModel):
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD; with a state, the new tokens follow those already in it."""
         length = tokens_BT.shape[1]
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
         position_B = None if state is None else state["position"]
         places = Places(length, self.cos_SK, self.sin_SK, position_B)
         x_BTD = self.dropout(self.embedding(tokens_BT))
