@@ -1,0 +1,227 @@
+import itertools
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tokenizer import END_OF_TEXT, Tokenizer, byte_tokenizer, pieces, train_bpe
+
+CODE = Path(json.__file__).read_text("utf-8") + Path(subprocess.__file__).read_text("utf-8")
+BPE = train_bpe([CODE], 1000)
+BYTES = byte_tokenizer()
+BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+
+ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
+# Hypothesis seldom finds the white space that regular expressions stumble over.
+AWKWARD = st.lists(
+    st.sampled_from([*"\n\r\t \x0b\x0c\x1c\x85\u2028_aé1½#́👍\0", "  ", "\n\n", "ab", "12345"]),
+    max_size=40,
+).map("".join)
+
+
+@BOTH
+@settings(deadline=None, max_examples=300)
+@given(text=ANY_TEXT | AWKWARD)
+def test_any_text_comes_back(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+
+
+@BOTH
+@settings(deadline=None, max_examples=300)
+@given(ids=st.lists(st.integers(0, 256), max_size=50))
+def test_stream_gives_what_decode_gives(tokenizer, ids):
+    stream = tokenizer.stream()
+    parts = [stream.push(token) for token in ids]
+    assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
+
+
+@BOTH
+def test_stream_gives_whole_characters(tokenizer):
+    stream = tokenizer.stream()
+    text = "naïve 👩‍🚀 日本"
+    parts = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "�" not in "".join(parts)
+    assert "".join(parts) == text
+    assert stream.flush() == ""
+
+
+def test_half_a_character_is_flushed_as_a_replacement():
+    stream = BYTES.stream()
+    assert [stream.push(byte) for byte in "👍".encode()[:2]] == ["", ""]
+    assert stream.flush() == "�"
+
+
+@settings(deadline=None, max_examples=500)
+@given(before=AWKWARD | ANY_TEXT, after=AWKWARD | ANY_TEXT)
+def test_a_cut_before_a_line_that_is_not_indented_changes_no_token(before, after):
+    before, after = before + "\n", after.lstrip()
+    assert BPE.encode(before) + BPE.encode(after) == BPE.encode(before + after)
+
+
+@settings(deadline=None, max_examples=500)
+@given(text=AWKWARD | ANY_TEXT, size=st.integers(1, 20))
+def test_pieces_join_to_the_text(text, size):
+    parts = list(pieces(text, size))
+    assert "".join(parts) == text
+    assert all(len(part) <= 2 * size for part in parts)
+
+
+def test_pieces_encode_as_the_whole():
+    parts = list(pieces(CODE, 2000))
+    assert len(parts) > 20
+    # Below twice the size that `encode` itself cuts at, this is the library's own answer.
+    assert len(CODE) < 2 * 2**16
+    assert list(itertools.chain.from_iterable(map(BPE.encode, parts))) == BPE.encode(CODE)
+
+
+@BOTH
+def test_end_of_text_is_the_last_id_and_no_text_becomes_it(tokenizer):
+    assert tokenizer.end_of_text == tokenizer.vocabulary - 1
+    ids = tokenizer.encode(f"a{END_OF_TEXT}b")
+    assert tokenizer.end_of_text not in ids
+    assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
+    assert tokenizer.decode([*ids, tokenizer.end_of_text]) == f"a{END_OF_TEXT}b"
+    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+
+
+def test_training_on_end_of_text_does_not_make_it_text():
+    tokenizer = train_bpe([END_OF_TEXT * 100], 300)
+    assert tokenizer.end_of_text == tokenizer.vocabulary - 1
+    assert tokenizer.end_of_text not in tokenizer.encode(END_OF_TEXT)
+
+
+def test_a_byte_is_its_own_id():
+    assert BYTES.vocabulary == 257
+    assert BYTES.encode("aé\0") == list("aé\0".encode())
+
+
+def test_bpe_has_the_size_asked_for_and_shortens_text():
+    assert BPE.vocabulary == 1000
+    assert len(BPE.encode(CODE)) < len(CODE) / 2
+    assert train_bpe(["hm"], 1000).vocabulary == 257
+
+
+def test_numbers_are_cut_into_groups_of_at_most_three_digits():
+    tokenizer = train_bpe(["1234567890 " * 1000], 1000)
+    words = [tokenizer.token_bytes(token) for token in range(256, tokenizer.vocabulary)]
+    assert max(len(word.strip()) for word in words) == 3
+
+
+@BOTH
+@pytest.mark.parametrize("unit", ["x", " ", "\n", "#", "7", "日", "\0", "ab_"])
+def test_millions_of_characters_on_one_line(tokenizer, unit):
+    text = unit * (1_000_000 // len(unit))
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+def test_training_on_one_endless_line():
+    text = "".join(chr(97 + i * i % 7 % 5) for i in range(500_000))
+    tokenizer = train_bpe([text], 600)
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+
+
+@pytest.mark.parametrize("text", ["a\ud83d", "\udc00"])
+def test_a_lone_surrogate_is_refused(text):
+    for attempt in (
+        lambda: BPE.encode(text),
+        lambda: BPE.encode_batch(["fine", text]),
+        lambda: train_bpe([text], 300),
+    ):
+        with pytest.raises(ValueError, match=r"U\+D[8C].., half of a surrogate pair"):
+            attempt()
+
+
+@pytest.mark.parametrize("token", [-1, 1000])
+def test_an_id_outside_the_vocabulary_is_refused(token):
+    with pytest.raises(ValueError, match=f"from 0 to 999, not {token}"):
+        BPE.decode([token])
+
+
+def test_a_vocabulary_without_room_for_bytes_is_refused():
+    with pytest.raises(ValueError, match="257, not 256"):
+        train_bpe(["text"], 256)
+
+
+@BOTH
+def test_saved_and_opened_it_is_the_same(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for path in (tmp_path, tmp_path / "tokenizer.json"):
+        opened = Tokenizer.open(path)
+        assert opened.fingerprint == tokenizer.fingerprint
+        assert opened.encode(CODE + END_OF_TEXT) == tokenizer.encode(CODE + END_OF_TEXT)
+    assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
+    assert BPE.fingerprint != BYTES.fingerprint
+
+
+def test_transformers_reads_it(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    BPE.save(tmp_path / "tokenizer.json")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert theirs.encode(CODE, add_special_tokens=False) == BPE.encode(CODE)
+    assert theirs.encode(END_OF_TEXT) == [BPE.end_of_text]
+
+
+def test_a_damaged_file_is_refused(tmp_path):
+    path = tmp_path / "tokenizer.json"
+    with pytest.raises(ValueError, match=r"no such file"):
+        Tokenizer.open(tmp_path)
+    BPE.save(path)
+    whole = path.read_text()
+    for damaged, why in {
+        "": "damaged",
+        whole[: len(whole) // 2]: "damaged",
+        whole.replace("endoftext", "eos"): "no <|endoftext|> token",
+        json.dumps(json.loads(whole) | {"decoder": {"type": "Fuse"}}): "not a byte-level",
+        "[]": "damaged",
+    }.items():
+        path.write_text(damaged)
+        with pytest.raises(ValueError, match=why) as refusal:
+            Tokenizer.open(path)
+        assert str(path) in str(refusal.value)
+        assert "\n" not in str(refusal.value)
+    path.write_bytes(b'{\n"\xff')
+    with pytest.raises(ValueError, match="line 2: byte 0xff is not UTF-8"):
+        Tokenizer.open(path)
+
+
+def run(*arguments, stdin=b""):
+    command = [sys.executable, "-m", "tokenizer", *map(str, arguments)]
+    return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
+
+
+def test_command_line_round_trip(tmp_path):
+    text = "def café():\r\n\treturn '👍'\n\n".encode()
+    (tmp_path / "a.txt").write_bytes(text * 20)
+    trained = run("train", tmp_path / "a.txt", "--vocabulary", 280, "--output", tmp_path / "t.json")
+    assert (trained.returncode, trained.stdout) == (0, b"")
+    for which in (tmp_path / "t.json", "bytes"):
+        encoded = run("encode", which, stdin=text)
+        assert encoded.returncode == 0
+        assert run("decode", which, stdin=encoded.stdout).stdout == text
+    assert run("encode", "bytes", "hi").stdout == b"104 105\n"
+    assert run("decode", "bytes", "104", "105").stdout == b"hi"
+
+
+def test_command_line_mistakes_are_one_line(tmp_path):
+    (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
+    for arguments, why in (
+        (["encode", tmp_path, "x"], b"no such file"),
+        (["decode", "bytes", "1", "x2"], b"'x2' is not a token id"),
+        (["decode", "bytes", "257"], b"from 0 to 256, not 257"),
+        (["train", tmp_path / "latin.txt"], b"latin.txt, line 2: byte 0xef is not UTF-8"),
+        (["train", tmp_path / "absent.txt"], b"No such file"),
+        (["train", tmp_path / "latin.txt", "--vocab", "many"], b"invalid int value"),
+        (["encode", "bytes", "--stdin"], b"unrecognized arguments: --stdin"),
+        ([], b"COMMAND"),
+    ):
+        failed = run(*arguments)
+        assert failed.returncode == 2
+        assert why in failed.stderr
+        assert failed.stderr.count(b"\n") == 1
