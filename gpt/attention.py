@@ -35,7 +35,7 @@ class RMSNorm(nn.RMSNorm):
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x -> x of the same shape, over the last axis."""
+        """X -> x of the same shape, over the last axis."""
         # Under autocast x can be bfloat16 beside a float32 weight, which has no fused kernel.
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 

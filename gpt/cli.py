@@ -10,7 +10,8 @@ import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -18,6 +19,11 @@ EXIT_MISTAKE = 2
 EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
+
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+MaybeRun = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]]
 
 
 def main(
@@ -54,7 +60,12 @@ def refuse(prog: str, message: str) -> NoReturn:
     sys.exit(EXIT_MISTAKE)
 
 
-def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> Command:
+def _parse(
+    prog: str,
+    description: str,
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str] | None,
+) -> Command:
     """The chosen command with its options. tyro's boxed error message becomes one line."""
     complaint = io.StringIO()
     try:
@@ -64,11 +75,23 @@ def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Com
                 prog=prog,
                 description=description,
                 args=arguments,
-                config=(tyro.conf.OmitArgPrefixes,),
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
             return chosen
     except SystemExit as stop:
         if stop.code != EXIT_MISTAKE:
             raise
-    _, _, body = complaint.getvalue().partition("\n")
-    refuse(prog, re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body))
+    refuse(prog, _one_line(complaint.getvalue()))
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box under a title, as one line: the complaint and its suggestions."""
+    _, _, body = box.partition("\n")
+    text = re.sub(r"[│╭╮╰╯]", " ", body)
+    complaint, *more = re.split("─+|Perhaps you meant:|For full helptext", text)
+    complaint = re.sub(r"^\s*Error parsing __tyro\S+ ", "", complaint).strip().rstrip(".")
+    meant = re.findall(r"\n\s*(--[a-z][\w-]*)", more[1]) if "Perhaps you meant" in text else []
+    suggestion = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
+    there = re.search(r"Available subcommands: [\w, -]+", text)
+    suggestion += f". {there[0].strip()}" if there else ""
+    return f"{complaint}{suggestion}; --help lists what there is"

@@ -12,6 +12,9 @@ Qwen3 architecture (2025) can express it weight for weight. What it mends in the
 encoder-decoder Transformer: one stack of blocks, and every text is training data.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -95,6 +98,8 @@ class GPT(LanguageModel):
         if tied:
             self.unembedding.weight = self.embedding.weight
         cos_SK, sin_SK = rotary_table(context, width // heads, rotary_base)
+        self.cos_SK: Tensor
+        self.sin_SK: Tensor
         self.register_buffer("cos_SK", cos_SK, persistent=False)
         self.register_buffer("sin_SK", sin_SK, persistent=False)
         self._init_weights(tied)
@@ -104,7 +109,7 @@ class GPT(LanguageModel):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.mlp.down.weight)
         if not tied:

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt import MODELS, LanguageModel
-from gpt.checkpoint import load_tensors, open_model, save_config, save_tensors, weights
 from gpt.checkpoint import build as build_model
+from gpt.checkpoint import load_tensors, open_model, save_config, save_tensors, weights
 from gpt.model import rows
 
 VOCABULARY, CONTEXT = 50, 24
@@ -138,5 +138,5 @@ def test_overfits_one_batch(request: pytest.FixtureRequest, tokens_BT: Tensor) -
 def test_more_tokens_than_the_context_are_refused(model: LanguageModel) -> None:
     if model.limit is None:
         return
-    with pytest.raises(ValueError, match="25 tokens.*24"):
+    with pytest.raises(ValueError, match=r"25 tokens.*24"):
         model(torch.zeros(1, CONTEXT + 1, dtype=torch.long))

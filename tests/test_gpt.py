@@ -55,17 +55,19 @@ def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
     tokens_BT = torch.randint(97, (2, 32))
     with torch.inference_mode():
         # Their rotary table is float32 whatever the model is.
-        torch.testing.assert_close(
-            model(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5
-        )
+        torch.testing.assert_close(model(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_rotary_scores_depend_only_on_the_distance() -> None:
     cos_SK, sin_SK = (table.double() for table in rotary_table(64, 16, 10_000.0))
-    query, key = torch.randn(2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    query, key = torch.randn(
+        2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
 
     def score(i: int, j: int) -> float:
-        turned = [rotate(x, cos_SK[k : k + 1], sin_SK[k : k + 1]) for x, k in ((query, i), (key, j))]
+        turned = [
+            rotate(x, cos_SK[k : k + 1], sin_SK[k : k + 1]) for x, k in ((query, i), (key, j))
+        ]
         return (turned[0] * turned[1]).sum().item()
 
     assert score(5, 2) == pytest.approx(score(40, 37), rel=1e-5)

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from gpt import LanguageModel, cli
 from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
+from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, open_corpus
@@ -46,11 +46,12 @@ def train_command(name: str) -> Callable[..., cli.Command]:
     """The `train` command with the options of preset `name`, its values as their defaults."""
     chosen = preset(name)
     options: Any = model_options(chosen)
+    own = options()
 
     def train(
         settings: Run = chosen,
-        model: options = options(),
-        run: Path | None = None,
+        model: options = own,
+        run: MaybePath = None,
     ) -> cli.Command:
         """Train a model on a text: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
 
@@ -70,12 +71,13 @@ def train_command(name: str) -> Callable[..., cli.Command]:
 class Resume:
     """Continue a run from its newest checkpoint, exactly as if it had not been stopped."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: cli.MaybeRun = None
     """The run directory; the newest under runs/ when not given."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 
     def __call__(self) -> None:
+        """Train on."""
         directory = newest_started() if self.run is None else self.run
         run = dataclasses.replace(read_run(directory), device=self.device)
         device = find_device(run.device)
@@ -93,21 +95,21 @@ class Resume:
 class Eval:
     """Score a text with a run: loss, perplexity, bits per byte; every token exactly once."""
 
-    run: tyro.conf.Positional[Path | None] = None
+    run: cli.MaybeRun = None
     """The run directory; the newest under runs/ when not given."""
-    data: str | None = None
+    data: MaybeText = None
     """Text to score, as in `train --data`; what the run was trained on when not given."""
-    data_config: str | None = None
+    data_config: MaybeText = None
     """Configuration of a hub dataset that has several."""
-    data_limit: int | None = None
+    data_limit: MaybeInt = None
     """Read at most this many bytes of text."""
-    text_column: str | None = None
+    text_column: MaybeText = None
     """Column that holds the text."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
-    split: str | None = None
+    split: MaybeText = None
     """Split to score; when not given, validation of the run's own corpus, else the first there is of test, validation, train."""
-    stride: int | None = None
+    stride: MaybeInt = None
     """Tokens that each window scores; the context when not given. A smaller one is slower and gives every token more context."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -117,14 +119,18 @@ class Eval:
     """Print one JSON object, for machines."""
 
     def __call__(self) -> None:
+        """Score and print."""
         directory = find_run(self.run)
         model = open_model(directory, find_device(self.device))
         tokenizer = Tokenizer.open(directory / "tokenizer.json")
         trained = read_run(directory)
         if self.data is None:
             if self.data_config or self.text_column or self.data_limit or self.streaming:
-                raise ValueError("options about the data need --data: without it, the run's own is scored")
-            corpus, fallback = prepare(trained, tokenizer), ("validation",)
+                raise ValueError(
+                    "options about the data need --data: without it, the run's own is scored"
+                )
+            corpus = prepare(trained, tokenizer)
+            wanted = self.split or "validation"
         else:
             other = dataclasses.replace(
                 trained,
@@ -135,23 +141,21 @@ class Eval:
                 text_column=self.text_column,
                 streaming=self.streaming,
             )
-            corpus, fallback = (
-                prepare(other, tokenizer, hold_out=False),
-                ("test", "validation", "train"),
-            )
-        name = self.split or next((s for s in fallback if s in corpus.splits), fallback[0])
-        if name not in corpus.splits:
-            raise ValueError(f"no split is named {name!r}; there are {', '.join(corpus.splits)}")
-        split = corpus.splits[name]
+            corpus = prepare(other, tokenizer, hold_out=False)
+            names = ("test", "validation", "train")
+            wanted = self.split or next(name for name in names if name in corpus.splits)
+        if wanted not in corpus.splits:
+            raise ValueError(f"no split is named {wanted!r}; there are {', '.join(corpus.splits)}")
+        split = corpus.splits[wanted]
         score = evaluate_split(model, split, self.stride, self.precision)
         beside = {}
         if split.bytes <= COMPRESSED:
             beside = compressors(text_of(split.tokens, tokenizer))
         if self.json:
-            about = {"run": str(directory), "data": self.data or trained.data, "split": name}
+            about = {"run": str(directory), "data": self.data or trained.data, "split": wanted}
             print(json.dumps({**about, **score.to_json(), "compressors": beside}))
             return
-        print(f"{directory} on the {name} split of {corpus.description}")
+        print(f"{directory} on the {wanted} split of {corpus.description}")
         print(table(score, beside))
 
 
@@ -166,7 +170,9 @@ def start(run: Run, directory: Path | None) -> None:
             f"{directory} already holds a run: continue it with --resume {directory}, "
             "or choose another --run"
         )
-    print(f"preset {run.preset}: {run.model} of about {parameters:,} parameters on {describe(device)}")
+    print(
+        f"preset {run.preset}: {run.model} of about {parameters:,} parameters on {describe(device)}"
+    )
     for name, value in dataclasses.asdict(run).items():
         if name not in ("preset", "model"):
             print(f"  {name} = {value}")
@@ -194,7 +200,9 @@ def work(trainer: Trainer) -> None:
     try:
         trainer.train()
     except Stopped as stop:
-        print(f"\n{stop}; continue with: {PROG} train --resume {trainer.directory}", file=sys.stderr)
+        print(
+            f"\n{stop}; continue with: {PROG} train --resume {trainer.directory}", file=sys.stderr
+        )
         sys.exit(stop.exit_code)
     except Diverged as divergence:
         print(f"\n{PROG}: {divergence}", file=sys.stderr)

@@ -15,11 +15,12 @@ import dataclasses
 import gzip
 import lzma
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from gpt import LanguageModel
 from training.corpus import Split
@@ -95,7 +96,6 @@ def evaluate(
     bytes: int,  # noqa: A002 (the unit's own name)
     stride: int | None = None,
     precision: str = "auto",
-    on_batch: Callable[[int], None] = lambda scored: None,
 ) -> Score:
     """Score a sequence of token ids; its first token is context only.
 
@@ -106,7 +106,6 @@ def evaluate(
         bytes: Bytes of the text in UTF-8.
         stride: Tokens scored by each window after the first; the context when None.
         precision: As in `Run`.
-        on_batch: Called with the number of tokens scored so far; may raise to stop.
     """
     context = model.context
     stride = context if stride is None else stride
@@ -115,7 +114,7 @@ def evaluate(
     if len(tokens) < 2:
         raise ValueError("a text of no tokens cannot be scored")
     all_windows = windows(len(tokens), context, stride)
-    nats, count = _sum(model, tokens, all_windows, precision, on_batch)
+    nats, count = _sum(model, tokens, all_windows, precision)
     return Score(nats, count, words, bytes, context, stride)
 
 
@@ -124,12 +123,11 @@ def estimate(
     tokens: np.ndarray,
     budget: int,
     precision: str = "auto",
-    on_batch: Callable[[int], None] = lambda scored: None,
 ) -> float:
     """The loss in nats over about `budget` tokens, in windows spread evenly over the text."""
     whole = list(windows(len(tokens), model.context, model.context))
     some = whole[:: max(1, len(whole) * model.context // max(budget, model.context))]
-    nats, count = _sum(model, tokens, iter(some), precision, on_batch)
+    nats, count = _sum(model, tokens, iter(some), precision)
     return nats / count
 
 
@@ -138,14 +136,16 @@ def _sum(
     tokens: np.ndarray,
     some_windows: Iterator[tuple[int, int, int]],
     precision: str,
-    on_batch: Callable[[int], None],
 ) -> tuple[float, int]:
     """The nats of all predictions that the windows score, and how many they are."""
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
     nats, count = 0.0, 0
-    with torch.inference_mode(), autocast(device, precision):
+    bar = tqdm(
+        total=len(tokens) - 1, unit=" tokens", desc="scoring", delay=2, leave=False, disable=None
+    )
+    with bar, torch.inference_mode(), autocast(device, precision):
         for batch in _batches(some_windows, model.context):
             rows = np.stack([tokens[start : end + 1] for start, end, _ in batch]).astype(np.int64)
             rows_BT = torch.from_numpy(rows).to(device)
@@ -154,7 +154,7 @@ def _sum(
             targets_BT[:, : targets_BT.shape[1] - scored] = -100
             nats += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
             count += scored * len(batch)
-            on_batch(count)
+            bar.update(scored * len(batch))
     model.train(was_training)
     return nats, count
 
@@ -179,7 +179,6 @@ def evaluate_split(
     split: Split,
     stride: int | None = None,
     precision: str = "auto",
-    on_batch: Callable[[int], None] = lambda scored: None,
 ) -> Score:
     """Score all of a prepared split."""
     return evaluate(
@@ -189,7 +188,6 @@ def evaluate_split(
         bytes=split.bytes,
         stride=stride,
         precision=precision,
-        on_batch=on_batch,
     )
 
 

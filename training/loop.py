@@ -12,7 +12,7 @@ import os
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -72,7 +72,7 @@ class Signals:
 
     received: int | None = None
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
+    def _note(self, number: int, _: FrameType | None) -> None:
         if self.received == signal.SIGINT == number:
             raise KeyboardInterrupt
         self.received = number
@@ -168,7 +168,7 @@ class Trainer:
 
         Raises Stopped after a signal and Diverged after a loss that is not finite.
         """
-        objective: nn.Module = Objective(self.model)
+        objective: Callable[..., Tensor] = Objective(self.model)
         if self.run.compile:
             objective = torch.compile(objective)
         self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
@@ -202,7 +202,7 @@ class Trainer:
         finally:
             self.metrics.close()
 
-    def _step(self, objective: nn.Module) -> Tensor:
+    def _step(self, objective: Callable[..., Tensor]) -> Tensor:
         """One optimizer step; returns its mean loss, still on the device."""
         parts = self.run.accumulation
         total = torch.zeros((), device=self.device)

@@ -14,8 +14,9 @@ import tyro
 
 from gpt import MODELS
 from gpt.checkpoint import arguments_of, near
+from gpt.cli import MaybeInt, MaybeText
 
-Fixed = tyro.conf.Suppress
+Fixed: Any = tyro.conf.Suppress
 """Chosen by the preset, not on the command line."""
 
 
@@ -29,15 +30,15 @@ class Run:
 
     data: str = "stdlib"
     """Corpus: `stdlib` (this Python's standard library), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a hub name such as roneneldan/TinyStories."""
-    data_config: str | None = None
+    data_config: MaybeText = None
     """Configuration of a hub dataset that has several."""
-    data_split: str | None = None
+    data_split: MaybeText = None
     """Split to train on, in datasets' own notation; `train` when not given."""
-    text_column: str | None = None
+    text_column: MaybeText = None
     """Column that holds the text; found by itself when it is `text` or the only one of strings."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
-    data_limit: int | None = None
+    data_limit: MaybeInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
     """`bpe`: learn byte pairs on the training split; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
