@@ -1,0 +1,1 @@
+"""From text to a trained model: data, corpus, presets, the loop, evaluation."""
