@@ -155,7 +155,7 @@ class Tokenizer:
         parts = [list(pieces(text)) for text in texts]
         encoded: list[list[int]] = []
         try:
-            for some in _groups(itertools.chain.from_iterable(parts), 2**20):
+            for some in _groups(itertools.chain.from_iterable(parts), 2**19):
                 batch = self._library.encode_batch_fast(some, add_special_tokens=False)
                 encoded += [encoding.ids for encoding in batch]
         except TypeError:

@@ -188,7 +188,7 @@ class Windows:
         """Where the windows of an epoch start, in order of use."""
         random = np.random.default_rng([self.seed, epoch])
         spare = len(self.tokens) - 1 - self.epoch * self.window
-        offset = random.integers(min(spare, self.window - 1), endpoint=True)
+        offset = random.integers(spare, endpoint=True)
         return offset + self.window * random.permutation(self.epoch)
 
     def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -57,6 +57,8 @@ TOKENIZER_BYTES = 100_000_000
 """Text that a BPE tokenizer is trained on, at most."""
 BATCH = 2**20
 """Characters that are tokenised between two writes."""
+LAST_LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
+"""Up to the last place where a cut changes no token."""
 HELD_OUT = 20
 """One document in so many is held out for validation."""
 HUB_SECONDS = 4.0
@@ -360,8 +362,8 @@ def _builder(source: Source) -> datasets.DatasetBuilder:
             f"{name}: no such file or folder, and the hub has no data set of that name "
             "that is open to you"
         ) from None
-    except (datasets.exceptions.DataFilesNotFoundError, FileNotFoundError):
-        raise ValueError(f"{name}: this data set has no files that can be read as text") from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: no text in this data set: {_reason(error)}") from None
     except ConnectionError:
         raise ValueError(
             f"{name} is not in the cache, and HF_HUB_OFFLINE forbids to ask the hub: unset it, "
@@ -416,7 +418,7 @@ def _read_files(kind: str, files: Sequence[str], column: str | None) -> Iterator
             yield from _rows(_file_tables(kind, list(some), size=1), None, files[0])
             continue
         for file in some:
-            tables = _file_tables(kind, [file], sample_by="line", keep_linebreaks=True)
+            tables = _file_tables(kind, [file], 1000, sample_by="line", keep_linebreaks=True)
             yield from _joined_lines(tables)
 
 
@@ -432,7 +434,9 @@ def _load(kind: str, files: Sequence[str], **options: str | bool) -> datasets.It
 
 
 def _tables(dataset: datasets.IterableDataset, size: int = 100) -> Iterator[pa.Table]:
-    return dataset.with_format("arrow").iter(batch_size=size)
+    for table in dataset.with_format("arrow").iter(batch_size=size):
+        table.validate(full=True)  # A JSON or parquet file can hold strings that are not UTF-8.
+        yield table
 
 
 def _file_tables(
@@ -455,17 +459,17 @@ def _rows(tables: Iterable[pa.Table], column: str | None, name: str) -> Iterator
 
 def _joined_lines(tables: Iterable[pa.Table]) -> Iterator[Part]:
     """One document in pieces, cut before lines that are not indented: its tokens stay the same."""
-    held: list[str] = []
-    size, begins = 0, True
+    held, begins = "", True
     for table in tables:
-        for line in table["text"].to_pylist():
-            if size > 2**18 and (not line[0].isspace() or size > 2**22):
-                yield Part("".join(held), begins)
-                held, size, begins = [], 0, False
-            held.append(line)
-            size += len(line)
+        held += "".join(table["text"].to_pylist())
+        if len(held) > 2**18:
+            cut = LAST_LINE.match(held)
+            end = cut.end() if cut else len(held) if len(held) > 2**22 else 0
+            if end:
+                yield Part(held[:end], begins)
+                held, begins = held[end:], False
     if held:
-        yield Part("".join(held), begins)
+        yield Part(held, begins)
 
 
 def _text_column(schema: pa.Schema, wanted: str | None, name: str) -> str:

@@ -1,0 +1,18 @@
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
+
+SHARED = Path(os.environ.get("TINYGPT_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real corpora, which are too large to be part of the project."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the real corpora are not here: set TINYGPT_SHARED to the folder above data/")
+    return SHARED / "data"
