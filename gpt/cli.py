@@ -25,8 +25,8 @@ def main(prog: str, description: str, commands: Mapping[str, Callable[..., Comma
 
     Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
     """
-    command = _parse(prog, description, commands)
     try:
+        command = _parse(prog, description, commands)
         command()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -63,4 +63,11 @@ def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Com
         if stop.code != EXIT_MISTAKE:
             raise
     _, _, body = complaint.getvalue().partition("\n")
-    refuse(prog, re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body))
+    message = " ".join(re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body).split())
+    # Of what follows the complaint itself, keep the names of similar options.
+    complaint_itself = re.split(
+        r" (?:Argument helptext|For full helptext|Perhaps you meant)", message
+    )[0]
+    meant = re.search(r"Perhaps you meant: (--\S+)", message)
+    hint = f"; did you mean {meant[1]}?" if meant else ""
+    refuse(prog, f"{complaint_itself}{hint} (--help explains)")

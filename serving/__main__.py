@@ -1,5 +1,6 @@
 """The command line of serving: a text in the terminal, or a server."""
 
+import contextlib
 import logging
 import secrets
 import socket
@@ -23,9 +24,9 @@ from tokenizer import Tokenizer, from_utf8
 class Sample:
     """Continue a text in the terminal, as it comes."""
 
-    run: Positional[Path | None] = None
+    run: Annotated[Positional[Path | None], arg(metavar="[RUN]", help_behavior_hint="")] = None
     """Run directory; without one, the newest in runs/."""
-    prompt: str | None = None
+    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
     """Text to continue; without one, standard input, or the beginning of a document."""
     temperature: float = 0.8
     """Above 1 more surprising, below 1 less, 0 always the most likely."""
@@ -41,7 +42,7 @@ class Sample:
     """The most tokens; the model or its context may end the text before."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """End before this text; may be given several times."""
-    seed: int | None = None
+    seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
     """The same seed gives the same text; without one, it is drawn and told."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """How many texts."""
@@ -69,13 +70,13 @@ class Sample:
         ids = prompt_ids(tokenizer, prompt)
         end = {tokenizer.end_of_text}
         for choice in range(self.n):
+            text = Text(tokenizer, self.stop)
             tokens = generate(model, ids, self.max_tokens, sampling, end, choice)
             if choice:
                 print("-" * 20)
             elif self.seed is None and not sampling.greedy:
                 print(f"seed {seed}: the same text again with --seed {seed}", file=sys.stderr)
             print(prompt, end="", flush=True)
-            text = Text(tokenizer, self.stop)
             for token in tokens:
                 print(text.push(token), end="", flush=True)
                 if text.stopped:
@@ -87,7 +88,7 @@ class Sample:
 class Serve:
     """Answer OpenAI's completion requests over HTTP."""
 
-    run: Positional[tuple[Path, ...]] = ()
+    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
     """Run directories; without any, the newest in runs/."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, without a password."""
@@ -107,28 +108,28 @@ class Serve:
 
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-        listener = bind(self.host, self.port)
-        models = []
-        for run in self.run or (None,):
-            path, model, tokenizer = open_run(run, self.device)
-            created = int((path / "model.safetensors").stat().st_mtime)
-            service = Service(Engine(model, self.rows))
-            models.append(Served(path.resolve().name, service, tokenizer, created))
-        names = [served.name for served in models]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-        host = f"[{self.host}]" if ":" in self.host else self.host
-        address = f"http://{host}:{listener.getsockname()[1]}"
+        with bind(self.host, self.port) as listener:
+            models = []
+            for run in self.run or (None,):
+                path, model, tokenizer = open_run(run, self.device)
+                created = int((path / "model.safetensors").stat().st_mtime)
+                service = Service(Engine(model, self.rows))
+                models.append(Served(path.resolve().name, service, tokenizer, created))
+            names = [served.name for served in models]
+            if len(set(names)) < len(names):
+                raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
+            host = f"[{self.host}]" if ":" in self.host else self.host
+            address = f"http://{host}:{listener.getsockname()[1]}"
 
-        def ready() -> None:
-            body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
-            print(
-                f"{', '.join(names)} at {address}    try:  curl -N {address}/v1/completions "
-                f"-H 'Content-Type: application/json' -d '{body}'",
-                flush=True,
-            )
+            def ready() -> None:
+                body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
+                print(
+                    f"{', '.join(names)} at {address}    try:  curl -N {address}/v1/completions "
+                    f"-H 'Content-Type: application/json' -d '{body}'",
+                    flush=True,
+                )
 
-        Server(models, ready).run([listener])
+            Server(models, ready).run([listener])
 
 
 def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
@@ -152,25 +153,26 @@ def find_device(name: str) -> torch.device:
     try:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"no device {name!r} here: {reason}; try auto or cpu") from error
+        raise ValueError(f"there is no device {name!r} here; try auto or cpu") from error
 
 
 def bind(host: str, port: int) -> socket.socket:
     """A socket on that address, not listening yet; an OSError says why there can be none."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be between 0 and 65535, not {port}")
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
-        listener = socket.socket(family, kind, protocol)
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-    except OSError as error:
-        raise OSError(
-            f"cannot listen on {host}, port {port}: {error.strerror}; choose others with --host, --port"
-        ) from error
+    with contextlib.ExitStack() as undo:
+        try:
+            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = found[0]
+            listener = undo.enter_context(socket.socket(family, kind, protocol))
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
+        except OSError as error:
+            raise OSError(
+                f"cannot listen on {host}, port {port}: {error.strerror}; "
+                "choose others with --host, --port"
+            ) from error
+        undo.pop_all()
     return listener
 
 
