@@ -5,6 +5,7 @@ import logging
 import secrets
 import socket
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -68,6 +69,7 @@ class Sample:
             stdin = sys.stdin
             prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
         ids = prompt_ids(tokenizer, prompt)
+        settle_threads([model])
         end = {tokenizer.end_of_text}
         for choice in range(self.n):
             text = Text(tokenizer, self.stop)
@@ -118,6 +120,7 @@ class Serve:
             names = [served.name for served in models]
             if len(set(names)) < len(names):
                 raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
+            settle_threads([served.service.engine.model for served in models])
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}"
 
@@ -154,6 +157,15 @@ def find_device(name: str) -> torch.device:
         return torch.empty(0, device=name).device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise ValueError(f"there is no device {name!r} here; try auto or cpu") from error
+
+
+def settle_threads(models: Sequence[LanguageModel]) -> None:
+    """One thread for small models: their products are over before a second one has joined in.
+
+    On a machine with other work, waiting for it can take a hundred times as long as the product.
+    """
+    if all(sum(p.numel() for p in model.parameters()) < 10_000_000 for model in models):
+        torch.set_num_threads(1)
 
 
 def bind(host: str, port: int) -> socket.socket:
