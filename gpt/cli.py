@@ -38,8 +38,8 @@ def main(
 
     Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
     """
-    command = _parse(prog, description, commands, arguments)
     try:
+        command = _parse(prog, description, commands, arguments)
         command()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -85,13 +85,11 @@ def _parse(
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box under a title, as one line: the complaint and its suggestions."""
+    """What tyro says in a box under a title, as one line: the complaint and what is like it."""
     _, _, body = box.partition("\n")
-    text = re.sub(r"[│╭╮╰╯]", " ", body)
-    complaint, *more = re.split("─+|Perhaps you meant:|For full helptext", text)
-    complaint = re.sub(r"^\s*Error parsing __tyro\S+ ", "", complaint).strip().rstrip(".")
-    meant = re.findall(r"\n\s*(--[a-z][\w-]*)", more[1]) if "Perhaps you meant" in text else []
-    suggestion = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
-    there = re.search(r"Available subcommands: [\w, -]+", text)
-    suggestion += f". {there[0].strip()}" if there else ""
-    return f"{complaint}{suggestion}; --help lists what there is"
+    message = " ".join(re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body).split())
+    message = re.sub(r"^Error parsing __tyro\S+ ", "", message)
+    complaint = re.split(r" (?:Argument helptext|For full helptext|Perhaps you meant)", message)[0]
+    meant = re.search(r"Perhaps you meant: (--\S+)", message)
+    hint = f" (did you mean {meant[1]}?)" if meant else ""
+    return f"{complaint.rstrip('.')}{hint}; --help explains"

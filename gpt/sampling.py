@@ -1,0 +1,277 @@
+"""From logits to the next token, the only copy, and `generate`: the reference that engines are held to.
+
+    p      = softmax(penalised(logits) / temperature)      over the tokens that the filters leave
+    token  = the first whose cumulative p is above u       u uniform in [0, 1)
+
+u is a hash of (seed, choice, position), not the next draw of a generator. So a row's
+text depends neither on its neighbours in the batch nor on anything sampled before it.
+Steps come in the order of `transformers`: penalties, temperature, top-k, top-p, min-p.
+"""
+
+import dataclasses
+import math
+from collections.abc import Collection, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from gpt.model import LanguageModel, State, rows
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen; a ValueError says which value is out of its range.
+
+    Args:
+        temperature: Divides the logits; 0 always takes the most likely token, the first of ties.
+        top_k: Keep the k most likely tokens (and ties with the last); 0 keeps all.
+        top_p: Keep the fewest likely tokens whose probabilities reach p (Holtzman et al. 2019).
+        min_p: Keep tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
+        repetition_penalty: Divides the logits, if positive, else multiplies them, of all tokens in
+            the prompt and the text so far (Keskar et al. 2019).
+        presence_penalty: Taken from the logits of tokens in the text so far (as OpenAI defines it).
+        frequency_penalty: The same, once for each time the token is in the text so far.
+        seed: Where the random stream starts.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("temperature", 0, 100),
+            ("top_k", 0, 2**31 - 1),
+            ("top_p", 0, 1),
+            ("min_p", 0, 1),
+            ("repetition_penalty", 0.01, 100),
+            ("presence_penalty", -2, 2),
+            ("frequency_penalty", -2, 2),
+            ("seed", -(2**63), 2**63 - 1),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:  # also refuses NaN
+                raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+
+    @property
+    def greedy(self) -> bool:
+        """True where nothing is left to chance; what is colder than 1e-5 is 0 to float32."""
+        return self.temperature < 1e-5
+
+    @property
+    def penalised(self) -> bool:
+        """True where a choice depends on the tokens before it."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return penalties != (1, 0, 0)
+
+
+class Sampler:
+    """Chooses the next token of each row of a batch, each by its own parameters.
+
+    What it remembers is a State like a model's: an engine moves a row of both alike.
+    """
+
+    def __init__(self, size: int, vocabulary: int, device: torch.device | str = "cpu") -> None:
+        def column(dtype: torch.dtype) -> Tensor:
+            return torch.zeros(size, 1, dtype=dtype, device=device)
+
+        self.vocabulary = vocabulary
+        self.samplings = [Sampling()] * size
+        self.state: State = {
+            "stream": column(torch.long),
+            "position": column(torch.long),
+            "greedy": column(torch.bool),
+            "sorted": column(torch.bool),
+            "temperature": column(torch.float),
+            "top_k": column(torch.long),
+            "top_p": column(torch.float),
+            "log_min_p": column(torch.float),
+            "repetition": column(torch.float),
+            "presence": column(torch.float),
+            "frequency": column(torch.float),
+            "in_prompt": torch.zeros(size, vocabulary, dtype=torch.bool, device=device),
+            "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
+        }
+
+    def start(self, row: int, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> None:
+        """Let `row` begin a new text after `prompt`; `choice` numbers the texts of one seed."""
+        self.samplings[row] = sampling
+        seed = torch.tensor(sampling.seed)
+        for name, value in (
+            ("stream", int(mix(mix(seed) + choice))),
+            ("position", 0),
+            ("greedy", sampling.greedy),
+            ("sorted", sampling.top_k > 0 or sampling.top_p < 1),
+            ("temperature", 1.0 if sampling.greedy else sampling.temperature),
+            ("top_k", sampling.top_k or self.vocabulary),
+            ("top_p", sampling.top_p if sampling.top_p < 1 else math.inf),
+            ("log_min_p", math.log(sampling.min_p) if sampling.min_p else -math.inf),
+            ("repetition", sampling.repetition_penalty),
+            ("presence", sampling.presence_penalty),
+            ("frequency", sampling.frequency_penalty),
+        ):
+            self.state[name][row] = value
+        if sampling.penalised:
+            self.state["times"][row] = 0
+            self.state["in_prompt"][row] = False
+            self.state["in_prompt"][row, list(prompt)] = True
+
+    def move(self, source: int, target: int) -> None:
+        """Let row `target` go on where row `source` is."""
+        self.samplings[target] = self.samplings[source]
+        for tensor in self.state.values():
+            tensor[target] = tensor[source]
+
+    def __call__(self, logits_BV: Tensor, first: int = 0) -> Tensor:
+        """tokens_B: the next token of rows `first` and following, one for each row of logits."""
+        last = first + len(logits_BV)
+        samplings = self.samplings[first:last]
+        drawing = [sampling for sampling in samplings if not sampling.greedy]
+        penalised = any(sampling.penalised for sampling in samplings)
+        if not (drawing or penalised):
+            return logits_BV.argmax(dim=-1)
+        state = rows(self.state, first, last)
+        if logits_BV.dtype != torch.float64:
+            logits_BV = logits_BV.float()
+        if penalised:
+            logits_BV = _penalise(logits_BV, state)
+        tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        if drawing:
+            logits_BV = (logits_BV - logits_BV.gather(1, tokens_B1)) / state["temperature"]
+            logits_BV = _filter(logits_BV, state, drawing)
+            cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
+            height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
+            height_B1 = height_B1 * cumulative_BV[:, -1:]
+            drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
+            tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
+            state["position"] += 1
+        if penalised:
+            state["times"].scatter_add_(1, tokens_B1, torch.ones_like(tokens_B1, dtype=torch.int))
+        return tokens_B1.squeeze(1)
+
+
+def _penalise(logits_BV: Tensor, state: State) -> Tensor:
+    """logits_BV, lower where a token has been seen (higher, if the penalty is a reward)."""
+    seen_BV = state["in_prompt"] | (state["times"] > 0)
+    repetition_B1 = state["repetition"].to(logits_BV.dtype)
+    repeated_BV = torch.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
+    logits_BV = torch.where(seen_BV, repeated_BV, logits_BV)
+    presence_BV = state["presence"] * (state["times"] > 0)
+    return logits_BV - presence_BV - state["frequency"] * state["times"]
+
+
+def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling]) -> Tensor:
+    """logits_BV, minus infinity where a filter of the row drops the token.
+
+    Every filter is a lowest logit to keep: the vocabulary stays in its order, and a row's
+    sum is the same whatever its neighbours ask for. The largest logit of each row must be 0.
+    """
+    lowest_B1 = state["log_min_p"].to(logits_BV.dtype)
+    nucleus = any(sampling.top_p < 1 for sampling in samplings)
+    if nucleus or any(sampling.top_k for sampling in samplings):
+        most = len(logits_BV[0])
+        if all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
+            most = min(most, max(sampling.top_k for sampling in samplings))
+        sorted_BK = logits_BV.topk(most, dim=-1).values
+        keep_BK = torch.arange(most, device=logits_BV.device) < state["top_k"]
+        if nucleus:
+            kept_BK = sorted_BK.masked_fill(~keep_BK, -math.inf).softmax(dim=-1)
+            keep_BK &= kept_BK.cumsum(dim=-1) - kept_BK < state["top_p"]
+            keep_BK[:, 0] = True
+        last_B1 = sorted_BK.gather(1, keep_BK.sum(dim=-1, keepdim=True) - 1)
+        last_B1 = torch.where(state["sorted"], last_B1, -math.inf)
+        lowest_B1 = torch.maximum(lowest_B1, last_B1)
+    return logits_BV.masked_fill(logits_BV < lowest_B1, -math.inf)
+
+
+def mix(number: Tensor) -> Tensor:
+    """A hash of each 64-bit integer: one step of splitmix64 (Steele et al. 2014)."""
+
+    def shifted(number: Tensor, by: int) -> Tensor:
+        return (number >> by) & (2 ** (64 - by) - 1)  # >> alone would copy the sign
+
+    number = number - 0x61C8864680B583EB  # multiply and add wrap around, on every device
+    number = (number ^ shifted(number, 30)) * -0x40A7B892E31B1A47
+    number = (number ^ shifted(number, 27)) * -0x6B2FB644ECCEEE15
+    return number ^ shifted(number, 31)
+
+
+def _uniform(stream: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    """The number in [0, 1) at `position` of each stream, with as many bits as `dtype` can hold."""
+    bits = 53 if dtype == torch.float64 else 24
+    number = mix(stream - 0x61C8864680B583EB * position)
+    return ((number >> (64 - bits)) & (2**bits - 1)).to(dtype) * 2.0**-bits
+
+
+def generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Collection[int] = (),
+    choice: int = 0,
+) -> Iterator[int]:
+    """The tokens that follow `prompt`, one at a time, for one text alone.
+
+    Ends after `max_tokens`, when the model's context is full, or at a token in `stop`,
+    which is not part of the text and not given.
+
+    A prompt is tokens as the model saw them in training, where every document begins with
+    the end of the one before. A ValueError says what is wrong with it.
+    """
+    most = room(model, prompt, max_tokens, model.limit)
+    return _generate(model, prompt, most, sampling, stop, choice)
+
+
+def room(model: LanguageModel, prompt: Sequence[int], max_tokens: int, limit: int | None) -> int:
+    """How many tokens can follow `prompt` in `limit` positions: `max_tokens` or fewer, at least 1.
+
+    The last token is predicted, never looked back on: it takes no position. A ValueError
+    says why there can be none.
+    """
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    if not len(prompt):
+        raise ValueError("the prompt is empty: expected at least one token")
+    if min(prompt) < 0 or max(prompt) >= model.vocabulary:
+        wrong = next(token for token in prompt if not 0 <= token < model.vocabulary)
+        raise ValueError(
+            f"the prompt has token {wrong}, the model knows 0 to {model.vocabulary - 1}"
+        )
+    if limit is None:
+        return max_tokens
+    if len(prompt) > limit:
+        raise ValueError(
+            f"the prompt is {len(prompt)} tokens long, the model's context holds {limit}: "
+            f"shorten it by {len(prompt) - limit}"
+        )
+    return min(max_tokens, limit - len(prompt) + 1)
+
+
+@torch.inference_mode()
+def _generate(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    sampling: Sampling,
+    stop: Collection[int],
+    choice: int,
+) -> Iterator[int]:
+    device = next(model.parameters()).device
+    sampler = Sampler(1, model.vocabulary, device)
+    sampler.start(0, sampling, prompt, choice)
+    state = model.init_state(1, len(prompt) + max_tokens - 1)
+    tokens_BT = torch.tensor([list(prompt)], device=device)
+    for _ in range(max_tokens):
+        features_BTD = model.features(tokens_BT, state)
+        next_B = sampler(model.logits(features_BTD[:, -1]))
+        token = int(next_B)
+        if token in stop:
+            return
+        yield token
+        tokens_BT = next_B.unsqueeze(1)

@@ -1,0 +1,56 @@
+"""Between text and token ids, as a reader sees it: prompts in; whole characters out, up to a stop string."""
+
+from collections.abc import Sequence
+
+from tokenizer import Tokenizer
+
+
+def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens to continue `text` from: like every document in training, it begins with end-of-text."""
+    return [tokenizer.end_of_text, *tokenizer.encode(text)]
+
+
+class Text:
+    """The text of one request as its tokens come, cut before the first stop string.
+
+    All the pushes and the flush, joined, are the text. What a push gives is never taken
+    back: it holds back what may be the beginning of a character or of a stop string. The
+    first stop string is the one that is complete first; of two at once, the longer.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+        if "" in stops:
+            raise ValueError("a stop string is empty: expected at least one character")
+        self.stopped = False
+        self._stream = tokenizer.stream()
+        self._stops = stops
+        self._held = ""
+
+    def push(self, token: int) -> str:
+        """The characters that this token makes certain."""
+        return self._pass(self._stream.push(token))
+
+    def flush(self) -> str:
+        """What was held back, once no token will follow."""
+        text = self._pass(self._stream.flush()) + self._held
+        self._held = ""
+        return text
+
+    def _pass(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
+        if found:
+            self.stopped, self._held = True, ""
+            start, _ = min(found, key=lambda match: (sum(match), match[0]))
+            return text[:start]
+        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[sure:]
+        return text[:sure]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that `stop` begins with."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

@@ -1,0 +1,247 @@
+import contextlib
+import io
+import json
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+
+import httpx
+import pytest
+import torch
+
+from gpt import GPT
+from gpt.checkpoint import save_config, save_tensors, weights
+from gpt.sampling import Sampling, generate
+from serving.text import prompt_ids
+from tokenizer import byte_tokenizer
+
+TOKENIZER = byte_tokenizer()
+DEADLINE = 60
+
+
+def save(run, context):
+    arguments = {"vocabulary": 257, "context": context, "width": 16, "depth": 2, "heads": 2}
+    torch.manual_seed(0)
+    model = GPT(**arguments).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
+    with torch.no_grad():
+        model.unembedding.weight[TOKENIZER.end_of_text] = 0  # so that a greedy text does not end
+    run.mkdir(parents=True)
+    save_config(run, "gpt", arguments)
+    save_tensors(run / "model.safetensors", weights(model))
+    TOKENIZER.save(run / "tokenizer.json")
+    return model
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with runs/tiny in it."""
+    return tmp_path_factory.mktemp("here")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def model(here):
+    return save(here / "runs" / "tiny", 64)
+
+
+@pytest.fixture(autouse=True)
+def path(monkeypatch, request):
+    monkeypatch.setenv("PYTHONPATH", str(request.config.rootpath))
+
+
+def serving(here, *arguments, stdin=b""):
+    return subprocess.run(
+        [sys.executable, "-m", "serving", *arguments],
+        cwd=here,
+        input=stdin,
+        capture_output=True,
+        timeout=DEADLINE,
+    )
+
+
+def test_sample_prints_the_prompt_and_what_generate_adds_to_it(here, model):
+    done = serving(here, "sample", "--prompt", "déf", "--temperature", "0", "--max-tokens", "20")
+    tokens = list(generate(model, prompt_ids(TOKENIZER, "déf"), 20, Sampling(0.0), {256}))
+    assert done.returncode == 0
+    assert done.stdout.decode() == "déf" + TOKENIZER.decode(tokens) + "\n"
+    assert done.stderr == b""
+
+
+def test_sample_repeats_itself_with_the_seed_it_told(here):
+    first = serving(here, "sample", "runs/tiny", "-n", "2", stdin=b"a\nb")
+    assert first.stdout.startswith(b"a\nb")
+    texts = first.stdout.split(b"\n" + b"-" * 20 + b"\n")
+    assert len(set(texts)) == 2
+    seed = first.stderr.split()[-1].decode()
+    assert first.stderr.startswith(b"seed " + seed.encode())
+    again = serving(here, "sample", "--prompt", "a\nb", "--seed", seed, "-n", "2")
+    assert (again.stdout, again.stderr) == (first.stdout, b"")
+
+
+def test_sample_ends_before_the_first_stop_string(here, model):
+    tokens = generate(model, [256], 60, Sampling(0.0), {256})
+    text = TOKENIZER.decode(tokens)
+    stop = text[9:11]
+    done = serving(here, "sample", "--temperature", "0", "--stop", "absent", "--stop", stop)
+    assert done.stdout.decode() == text[: text.index(stop)] + "\n"
+
+
+WRONG = {
+    "no such run": (["sample", "runs/tinny"], "did you mean tiny?"),
+    "no run at all": (["sample"], "train one with `make train`"),
+    "a long prompt": (["sample", "runs/tiny", "--prompt", "a" * 99], "100 tokens long"),
+    "not UTF-8": (["sample", "runs/tiny"], "standard input, line 1: byte 0xff is not UTF-8"),
+    "a temperature": (["sample", "runs/tiny", "--temperature", "-1"], "temperature must be"),
+    "not a number": (["sample", "runs/tiny", "--temperature", "hot"], "could not convert"),
+    "an option": (["sample", "runs/tiny", "--temprature", "1"], "--temperature"),
+    "a command": (["smple"], "sample"),
+    "a device": (["sample", "runs/tiny", "--device", "gpu"], "no device 'gpu'"),
+    "no texts": (["sample", "runs/tiny", "-n", "0"], "-n must be at least 1"),
+    "an empty stop": (["sample", "runs/tiny", "--stop", ""], "a stop string is empty"),
+    "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),
+    "a host": (["serve", "runs/tiny", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
+    "rows": (["serve", "runs/tiny", "--port", "0", "--rows", "0"], "at least 1 row"),
+    "twice": (["serve", "runs/tiny", "runs/tiny", "--port", "0"], "two runs have one name"),
+}
+
+
+@pytest.fixture
+def mistaken(monkeypatch, capsys):
+    """Runs the module in this process; gives the one line that a mistake costs."""
+
+    def run(folder, *arguments, stdin=b""):
+        monkeypatch.chdir(folder)
+        monkeypatch.setattr(sys, "argv", ["serving", *arguments])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+        with pytest.raises(SystemExit) as exit_:
+            runpy.run_module("serving", run_name="__main__")
+        out, line = capsys.readouterr()
+        assert (exit_.value.code, out) == (2, "")
+        assert line.startswith("python -m serving: ")
+        assert line.count("\n") == 1
+        return line
+
+    return run
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line_and_exit_code_2(here, tmp_path, mistaken, case):
+    arguments, message = WRONG[case]
+    folder = tmp_path if case == "no run at all" else here
+    stdin = b"\xff" if case == "not UTF-8" else b""
+    assert message in mistaken(folder, *arguments, stdin=stdin)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("model.safetensors", lambda raw: raw[: len(raw) // 2], "model.safetensors: damaged"),
+        ("tokenizer.json", lambda raw: raw[:99], "tokenizer.json: damaged"),
+        ("config.json", lambda raw: raw.replace(b'format": 1', b'format": 9'), "format 9"),
+        ("config.json", lambda raw: raw.replace(b"257", b"300"), "shape [257, 16]"),
+    ],
+)
+def test_a_damaged_run_is_one_line_and_exit_code_2(tmp_path, mistaken, name, change, message):
+    save(tmp_path / "run", 8)
+    file = tmp_path / "run" / name
+    file.write_bytes(change(file.read_bytes()))
+    assert message in mistaken(tmp_path, "sample", "run")
+
+
+@pytest.mark.parametrize("arguments", ["sample --seed 1 -n 50", "sample --help"])
+def test_a_reader_that_leaves_costs_no_traceback(here, arguments):
+    with subprocess.Popen(
+        [sys.executable, "-m", "serving", *arguments.split()],
+        cwd=here,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b""
+        assert process.wait(DEADLINE) == 1
+
+
+class Serving:
+    """`serve` as a process of its own; the line it prints once it is ready."""
+
+    def __init__(self, here, *arguments):
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "serving", "serve", "--port", "0", *arguments],
+            cwd=here,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.line = self.process.stdout.readline()
+        self.address = next(word for word in self.line.split() if word.startswith("http://"))
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.process.kill()
+        self.process.communicate(timeout=DEADLINE)
+
+
+def test_serve_prints_a_command_that_works_as_it_stands(here):
+    with Serving(here) as server:
+        assert server.line.startswith("tiny at http://127.0.0.1:")
+        _, command = server.line.split("try:")
+        done = subprocess.run(
+            ["sh", "-c", command], capture_output=True, text=True, timeout=DEADLINE
+        )
+        assert done.stdout.endswith("data: [DONE]\n\n")
+        server.process.send_signal(signal.SIGINT)
+        _, log = server.process.communicate(timeout=DEADLINE)
+        assert server.process.returncode == 0
+        assert log.count("\n") == 1, "one line for one request, and nothing else"
+        assert '"POST /v1/completions HTTP/1.1" 200' in log
+
+
+def test_several_runs_are_chosen_by_their_names(here, tmp_path):
+    other = save(tmp_path / "other", 32)
+    with Serving(here, "runs/tiny", str(tmp_path / "other")) as server:
+        names = httpx.get(f"{server.address}/v1/models").json()["data"]
+        assert [model["id"] for model in names] == ["tiny", "other"]
+        body = {"model": "other", "prompt": "", "temperature": 0, "max_tokens": 99}
+        answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
+    tokens = generate(other, [256], 99, Sampling(0.0), {256})
+    assert answer["choices"][0]["text"] == TOKENIZER.decode(tokens)
+    assert answer["usage"]["completion_tokens"] == 32
+
+
+def test_a_port_in_use_is_one_line(here, mistaken):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = mistaken(here, "serve", "--port", str(taken.getsockname()[1]))
+    assert "Address already in use; choose others with --host, --port" in line
+
+
+def test_sigterm_brings_open_streams_to_their_end_and_exits(here, tmp_path):
+    """Two texts are being made and a third waits for a row."""
+    save(tmp_path / "long", 20_000)
+    body = {"prompt": "", "temperature": 0, "max_tokens": 20_000, "stream": True}
+    with (
+        Serving(here, str(tmp_path / "long"), "--rows", "2") as server,
+        httpx.Client(timeout=DEADLINE) as client,
+        contextlib.ExitStack() as stack,
+    ):
+        url = f"{server.address}/v1/completions"
+        streams = [
+            stack.enter_context(client.stream("POST", url, json=body)).iter_lines()
+            for _ in range(3)
+        ]
+        for lines in streams[:2]:
+            assert json.loads(next(lines).removeprefix("data: "))["choices"]
+        server.process.send_signal(signal.SIGTERM)
+        for lines in streams:
+            *_, error, done = (line for line in lines if line)
+            assert "shutting down" in json.loads(error.removeprefix("data: "))["error"]["message"]
+            assert done == "data: [DONE]"
+        _, log = server.process.communicate(timeout=DEADLINE)
+        assert server.process.returncode == 0
+        assert "Traceback" not in log
