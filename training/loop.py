@@ -193,7 +193,7 @@ class Trainer:
                     if due["log"]:
                         elapsed = time.monotonic() - begun
                         self._log(elapsed / (self.step - first))
-                    if due["validation"] and not self.signals.received:
+                    if due["validation"]:
                         self._validate()
                     if due["checkpoint"] or self.signals.received:
                         path = self.save()

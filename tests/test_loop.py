@@ -1,0 +1,304 @@
+"""A run that was stopped, however, goes on as if nothing had been."""
+
+import dataclasses
+import hashlib
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from gpt.checkpoint import load_tensors
+from tokenizer import byte_tokenizer
+from training.corpus import CorpusWriter, Part, open_corpus
+from training.loop import (
+    Diverged,
+    Stopped,
+    Trainer,
+    checkpoints,
+    newest_checkpoint,
+    read_run,
+    save_run,
+)
+from training.optimizer import Optimizers, groups, schedule
+from training.presets import PRESETS, Run
+
+TINY = Run(
+    preset="tiny",
+    arguments={"width": 16, "depth": 2, "heads": 2, "dropout": 0.1},
+    steps=12,
+    batch=4,
+    window=16,
+    accumulation=2,
+    warm_up=2,
+    validation_interval=4,
+    validation_tokens=64,
+    checkpoint_interval=3,
+    log_interval=2,
+    sample_tokens=4,
+    device="cpu",
+)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    words = "the cat sat on the mat and saw a dog that sat too".split()
+    chance = random.Random(0)
+    writer = CorpusWriter(folder := tmp_path_factory.mktemp("corpus"), byte_tokenizer())
+    for name, count in (("train", 200), ("validation", 20)):
+        texts = [" ".join(chance.choices(words, k=12)) + "\n" for _ in range(count)]
+        writer.write(name, [Part(text, True) for text in texts])
+    writer.close("cats and dogs")
+    return open_corpus(folder)
+
+
+def trainer_of(run, directory, corpus):
+    directory.mkdir(exist_ok=True)
+    return Trainer(run, directory, corpus, corpus.tokenizer, torch.device("cpu"))
+
+
+def log_of(directory):
+    """metrics.jsonl without what depends on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+
+
+def hash_of(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def tensors_of(directory):
+    newest = newest_checkpoint(directory)
+    return {
+        name: tensor
+        for file in ("model", "optimizer", "random")
+        for name, tensor in load_tensors(newest / f"{file}.safetensors").items()
+    }
+
+
+VARIANTS = {
+    "muon": TINY,
+    "adamw": dataclasses.replace(TINY, optimizer="adamw", learning_rate=1e-3, accumulation=1),
+    "tied": dataclasses.replace(TINY, arguments=TINY.arguments | {"tied": True}),
+    "bfloat16": dataclasses.replace(TINY, precision="bfloat16"),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
+def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp_path):
+    run = VARIANTS[variant]
+    straight = trainer_of(run, tmp_path / "straight", corpus)
+    straight.train()
+
+    first = trainer_of(run, tmp_path / "broken", corpus)
+    take_step = first._step
+
+    def step_then_signal(objective):
+        if first.step == stop - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return take_step(objective)
+
+    first._step = step_then_signal
+    with pytest.raises(Stopped) as stopped:
+        first.train()
+    assert stopped.value.exit_code == 128 + signal.SIGTERM
+    assert newest_checkpoint(tmp_path / "broken").name == f"step-{stop}"
+
+    torch.manual_seed(999)  # what happens in between must not matter
+    second = trainer_of(run, tmp_path / "broken", corpus)
+    second.resume(newest_checkpoint(tmp_path / "broken"))
+    second.train()
+    assert log_of(tmp_path / "broken") == log_of(tmp_path / "straight")
+    one, other = tensors_of(tmp_path / "broken"), tensors_of(tmp_path / "straight")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    best = "model.safetensors"
+    assert hash_of(tmp_path / "broken" / best) == hash_of(tmp_path / "straight" / best)
+
+
+def test_accumulation_is_the_same_step(corpus, tmp_path):
+    whole = dataclasses.replace(
+        TINY, accumulation=1, arguments=TINY.arguments | {"dropout": 0.0}, precision="float32"
+    )
+    logs = []
+    for parts in (1, 2, 4):
+        run = dataclasses.replace(whole, accumulation=parts, steps=4)
+        trainer_of(run, tmp_path / str(parts), corpus).train()
+        logs.append([line["loss"] for line in log_of(tmp_path / str(parts)) if "loss" in line])
+    assert logs[0] == pytest.approx(logs[1], rel=1e-4)
+    assert logs[0] == pytest.approx(logs[2], rel=1e-4)
+
+
+def test_it_learns_and_keeps_the_best_weights(corpus, tmp_path):
+    run = dataclasses.replace(TINY, steps=120, validation_interval=20, validation_tokens=10_000)
+    trainer = trainer_of(run, tmp_path / "run", corpus)
+    trainer.train()
+    losses = [line["validation_loss"] for line in log_of(tmp_path / "run") if "sample" in line]
+    assert losses[0] > 2.5
+    assert losses[-1] < 1.6
+    assert trainer.best == min(losses)
+
+
+def test_only_whole_checkpoints_count_and_only_two_are_kept(corpus, tmp_path):
+    trainer = trainer_of(TINY, tmp_path / "run", corpus)
+    trainer.train()
+    names = [path.name for path in checkpoints(tmp_path / "run")]
+    assert names == ["step-9", "step-12"]
+    folder = tmp_path / "run" / "checkpoints"
+    (folder / "step-15.part").mkdir()
+    (folder / "step-6.old").mkdir()
+    assert newest_checkpoint(tmp_path / "run").name == "step-12"
+    trainer.step = 13
+    trainer.save()
+    assert sorted(path.name for path in folder.iterdir()) == ["step-12", "step-13"]
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path, monkeypatch):
+    trainer = trainer_of(TINY, tmp_path / "run", corpus)
+    trainer.train()
+    before = {path.name: hash_of(path) for path in newest_checkpoint(tmp_path / "run").iterdir()}
+    trainer.step = 99
+    code = (
+        "import resource, signal, sys; from pathlib import Path; import torch;"
+        "from gpt.checkpoint import save_tensors;"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000));"
+        "save_tensors(Path(sys.argv[1]), {'a': torch.zeros(10_000)})"
+    )
+    newest = newest_checkpoint(tmp_path / "run")
+    done = subprocess.run(
+        [sys.executable, "-c", code, newest / "model.safetensors"], capture_output=True, text=True
+    )
+    assert "OSError" in done.stderr
+    assert "model.safetensors" in done.stderr.splitlines()[-1]
+
+    def full(*_):
+        raise OSError(28, "No space left on device", "optimizer.safetensors")
+
+    monkeypatch.setattr(trainer.optimizers, "state", full)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.save()
+    found = {path.name: hash_of(path) for path in newest.iterdir() if path.suffix != ".part"}
+    assert found == before
+    assert newest_checkpoint(tmp_path / "run") == newest
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(corpus, tmp_path):
+    trainer = trainer_of(TINY, tmp_path / "run", corpus)
+    take_step = trainer._step
+
+    def spoiled(objective):
+        loss = take_step(objective)
+        return loss * math.nan if trainer.step == 7 else loss
+
+    trainer._step = spoiled
+    with pytest.raises(Diverged, match=r"loss of step 8 is not finite.*step-6.*--learning-rate"):
+        trainer.train()
+    assert newest_checkpoint(tmp_path / "run").name == "step-6"
+
+
+def test_another_corpus_is_not_continued_on(corpus, tmp_path):
+    trainer = trainer_of(TINY, tmp_path / "run", corpus)
+    trainer.train()
+    other = dataclasses.replace(corpus, fingerprint="0" * 64)
+    with pytest.raises(ValueError, match="another corpus"):
+        trainer_of(TINY, tmp_path / "run", other).resume(newest_checkpoint(tmp_path / "run"))
+
+
+def test_tensorboard_gets_what_the_log_gets(corpus, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    trainer_of(dataclasses.replace(TINY, tensorboard=True), tmp_path / "run", corpus).train()
+    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    events.Reload()
+    logged = [line["loss"] for line in log_of(tmp_path / "run") if "loss" in line]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(logged)
+
+
+def test_run_json_holds_the_whole_configuration(tmp_path):
+    for run in (TINY, *PRESETS.values()):
+        save_run(run, tmp_path, {"parameters": 1})
+        assert read_run(tmp_path) == run
+
+
+def test_the_schedule_rises_stays_and_falls():
+    run = dataclasses.replace(TINY, steps=100, warm_up=10, cool_down=0.5, final_rate=0.1)
+    shares = [schedule(run, index) for index in range(100)]
+    assert shares[:3] == pytest.approx([0.1, 0.2, 0.3])
+    assert shares[9:51] == pytest.approx([1.0] * 42)
+    assert shares[75] == pytest.approx(0.1 + 0.9 * 0.5)
+    assert shares[99] == pytest.approx(0.1 + 0.9 * 0.02)
+    assert all(
+        schedule(dataclasses.replace(run, warm_up=0, cool_down=0.0), index) == 1 for index in (0, 99)
+    )
+
+
+def test_every_parameter_is_moved_by_one_optimizer(corpus, tmp_path):
+    trainer = trainer_of(TINY, tmp_path / "run", corpus)
+    kinds = groups(trainer.model)
+    assert sum(map(len, kinds.values())) == len(list(trainer.model.parameters()))
+    assert kinds["embeddings"][0] is trainer.model.embedding.weight
+    assert kinds["unembedding"][0] is trainer.model.unembedding.weight
+    assert all(parameter.ndim == 2 for parameter in kinds["matrices"])
+    moved = [
+        parameter
+        for optimizer in Optimizers(trainer.model, TINY, torch.device("cpu")).all
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    ]
+    assert len(moved) == len({id(parameter) for parameter in moved})
+    assert len(moved) == len(list(trainer.model.parameters()))
+
+
+@pytest.mark.long
+def test_killed_five_times_at_random_moments_equals_undisturbed(tmp_path, request):
+    """The command itself, with SIGKILL: the same losses to the last digit, the same weights."""
+    text = tmp_path / "text.txt"
+    chance = random.Random(1)
+    text.write_text("".join(f"{chance.choice('abc')} says {chance.random():.3f}\n" for _ in range(4000)))
+    environment = os.environ | {
+        "PYTHONPATH": str(request.config.rootpath),
+        "TINYGPT_CACHE": str(tmp_path / "cache"),
+        "HF_HOME": str(tmp_path / "hf"),
+    }
+    command = [sys.executable, "-m", "training", "train"]
+    options = (
+        "gpt-nano --tokenizer bytes --steps 200 --batch 4 --window 64 --width 32 --depth 2 --heads 2 "
+        "--validation-interval 50 --checkpoint-interval 7 --validation-tokens 1000 --device cpu "
+        f"--data {text}"
+    ).split()
+
+    def start(*arguments):
+        return subprocess.Popen(
+            [*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
+        )
+
+    straight = start(*options, "--run", "straight")
+    straight.communicate()
+    assert straight.returncode == 0
+    broken, arguments = tmp_path / "broken", [*options, "--run", "broken"]
+    kills = sorted(chance.sample(range(10, 190), 5))
+    for kill in kills:
+        process = start(*arguments)
+        while process.poll() is None:
+            # A line of the log is the clock: it comes every ten steps, mid-checkpoint or not.
+            log = broken / "metrics.jsonl"
+            if log.exists() and log.read_text().count('"rate_share"') * 10 >= kill:
+                process.kill()
+                break
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL
+        arguments = ["--resume", "broken"]
+    last = start(*arguments)
+    last.communicate()
+    assert last.returncode == 0
+    assert log_of(broken) == log_of(tmp_path / "straight")
+    assert hash_of(broken / "model.safetensors") == hash_of(tmp_path / "straight/model.safetensors")
+    file = "checkpoints/step-200/model.safetensors"
+    assert hash_of(broken / file) == hash_of(tmp_path / "straight" / file)
