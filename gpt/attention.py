@@ -28,6 +28,18 @@ def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
     return x_BHTK * cos_BTK.unsqueeze(-3) + turned_BHTK * sin_BTK.unsqueeze(-3)
 
 
+class RMSNorm(nn.RMSNorm):
+    """x / sqrt(mean(x^2)) * weight (Zhang & Sennrich 2019), in the precision of x."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """X -> x of the same shape, over the last axis."""
+        # Under autocast x can be bfloat16 beside a float32 weight, which has no fused kernel.
+        return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
 class Places:
     """Where this call's tokens stand, worked out once and used by every layer.
 
@@ -83,8 +95,8 @@ class CausalSelfAttention(nn.Module):
         self.key = nn.Linear(width, width, bias=False)
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.query_norm = nn.RMSNorm(width // heads, eps=1e-6)
-        self.key_norm = nn.RMSNorm(width // heads, eps=1e-6)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
 
     def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None = None) -> Tensor:
         """x_BTD -> x_BTD."""

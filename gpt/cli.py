@@ -9,8 +9,9 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping
-from typing import Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NoReturn
 
 import tyro
 
@@ -19,14 +20,26 @@ EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
 
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
+MaybeRun = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]]
 
-def main(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> None:
-    """Parse sys.argv, then call the command; a mistake of the user's is one line and exit code 2.
+
+def main(
+    prog: str,
+    description: str,
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse `arguments` (sys.argv's when None) and call the command they choose.
+
+    A mistake of the user's is one line and exit code 2.
 
     Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
     """
     try:
-        command = _parse(prog, description, commands)
+        command = _parse(prog, description, commands, arguments)
         command()
         sys.stdout.flush()
     except KeyboardInterrupt:
@@ -47,7 +60,12 @@ def refuse(prog: str, message: str) -> NoReturn:
     sys.exit(EXIT_MISTAKE)
 
 
-def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Command]]) -> Command:
+def _parse(
+    prog: str,
+    description: str,
+    commands: Mapping[str, Callable[..., Command]],
+    arguments: Sequence[str] | None,
+) -> Command:
     """The chosen command with its options. tyro's boxed error message becomes one line."""
     complaint = io.StringIO()
     try:
@@ -56,18 +74,24 @@ def _parse(prog: str, description: str, commands: Mapping[str, Callable[..., Com
                 dict(commands),
                 prog=prog,
                 description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
+                args=arguments,
+                config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
             return chosen
     except SystemExit as stop:
         if stop.code != EXIT_MISTAKE:
             raise
-    _, _, body = complaint.getvalue().partition("\n")
-    message = " ".join(re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body).split())
-    # Of what follows the complaint itself, keep the names of similar options.
-    complaint_itself = re.split(
-        r" (?:Argument helptext|For full helptext|Perhaps you meant)", message
-    )[0]
-    meant = re.search(r"Perhaps you meant: (--\S+)", message)
-    hint = f"; did you mean {meant[1]}?" if meant else ""
-    refuse(prog, f"{complaint_itself}{hint} (--help explains)")
+    refuse(prog, _one_line(complaint.getvalue()))
+
+
+def _one_line(box: str) -> str:
+    """What tyro says in a box under a title, as one line: the complaint and its suggestions."""
+    _, _, body = box.partition("\n")
+    text = re.sub(r"[│╭╮╰╯]", " ", body)
+    complaint, *more = re.split("─+|Perhaps you meant:|For full helptext", text)
+    complaint = re.sub(r"^\s*Error parsing __tyro\S+ ", "", complaint).strip().rstrip(".")
+    meant = re.findall(r"\n\s*(--[a-z][\w-]*)", more[1]) if "Perhaps you meant" in text else []
+    suggestion = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
+    there = re.search(r"Available subcommands: [\w, -]+", text)
+    suggestion += f". {there[0].strip()}" if there else ""
+    return f"{complaint}{suggestion}; --help lists what there is"

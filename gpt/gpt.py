@@ -12,11 +12,14 @@ Qwen3 architecture (2025) can express it weight for weight. What it mends in the
 encoder-decoder Transformer: one stack of blocks, and every text is training data.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.attention import Cache, CausalSelfAttention, Places, rotary_table
+from gpt.attention import Cache, CausalSelfAttention, Places, RMSNorm, rotary_table
 from gpt.model import LanguageModel, State
 
 
@@ -39,9 +42,9 @@ class Block(nn.Module):
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
         self.attention = CausalSelfAttention(width, heads)
-        self.mlp_norm = nn.RMSNorm(width, eps=1e-6)
+        self.mlp_norm = RMSNorm(width)
         self.mlp = SwiGLU(width, hidden)
         self.dropout = nn.Dropout(dropout)
 
@@ -90,11 +93,13 @@ class GPT(LanguageModel):
         self.embedding = nn.Embedding(vocabulary, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout) for _ in range(depth))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.unembedding = nn.Linear(width, vocabulary, bias=False)
         if tied:
             self.unembedding.weight = self.embedding.weight
         cos_SK, sin_SK = rotary_table(context, width // heads, rotary_base)
+        self.cos_SK: Tensor
+        self.sin_SK: Tensor
         self.register_buffer("cos_SK", cos_SK, persistent=False)
         self.register_buffer("sin_SK", sin_SK, persistent=False)
         self._init_weights(tied)
@@ -104,7 +109,7 @@ class GPT(LanguageModel):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
-        for block in self.blocks:
+        for block in cast(Iterable[Block], self.blocks):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.mlp.down.weight)
         if not tied:
@@ -137,6 +142,8 @@ class GPT(LanguageModel):
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD; with a state, the new tokens follow those already in it."""
         length = tokens_BT.shape[1]
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
         position_B = None if state is None else state["position"]
         places = Places(length, self.cos_SK, self.sin_SK, position_B)
         x_BTD = self.dropout(self.embedding(tokens_BT))

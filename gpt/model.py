@@ -41,7 +41,7 @@ class Model(nn.Module):
         """The scalar to minimise, a mean over the batch."""
         raise NotImplementedError
 
-    def flops_per_token(self, length: int) -> float:
+    def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (for those that need it)
         """Floating-point operations to train on one token of a row of `length` tokens.
 
         Forward and backward: two and four for each weight of a matrix (Kaplan et al. 2020).
@@ -112,7 +112,9 @@ class LanguageModel(Model):
         """Cross-entropies over a few positions at a time, so that (B·T, V) logits never exist at once."""
 
         def nll(features_ND: Tensor, targets_N: Tensor) -> Tensor:
-            logits_NV = self.logits(features_ND).float()
+            logits_NV = self.logits(features_ND)
+            if logits_NV.dtype in (torch.bfloat16, torch.float16):
+                logits_NV = logits_NV.float()
             return F.cross_entropy(logits_NV, targets_N, reduction=reduction)
 
         features_ND = self.features(tokens_BT).flatten(0, 1)

@@ -1,0 +1,45 @@
+# Every target makes its own environment the first time; nothing needs to be installed before.
+PYTHON ?= python3
+PY := .venv/bin/python
+export PROMPT
+
+.PHONY: setup train eval sample serve test check format clean
+
+setup: .venv/.installed
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable .
+	touch $@
+
+.venv/.developed: .venv/.installed
+	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+train: .venv/.installed  ## make train [DATA= PRESET= RUN= ARGS=]
+	$(PY) -m training train $(PRESET) $(if $(DATA),--data '$(DATA)') $(if $(RUN),--run '$(RUN)') $(ARGS)
+
+eval: .venv/.installed  ## make eval [RUN= DATA= ARGS=]
+	$(PY) -m training eval $(RUN) $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+sample: .venv/.installed  ## make sample [RUN= PROMPT= TEMPERATURE= ARGS=]
+	@$(PY) -m serving sample $(RUN) $(if $(PROMPT),--prompt "$$PROMPT") $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
+
+serve: .venv/.installed  ## make serve [RUN= PORT= ARGS=]
+	$(PY) -m serving serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+test: .venv/.developed  ## make test [ARGS=]
+	$(PY) -m pytest $(ARGS)
+
+check: .venv/.developed
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+
+format: .venv/.developed
+	$(PY) -m ruff format .
+	$(PY) -m ruff check --fix .
+
+clean:
+	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,1 @@
+"""From text to a trained run: data, presets, optimizer, loop, evaluation."""

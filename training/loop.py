@@ -1,0 +1,375 @@
+"""The loop: batch, loss, gradient, step; now and then a validation, a sample, a checkpoint.
+
+A checkpoint holds all that the next step depends on: weights, optimizer, random state and
+what the log has not said yet. The order of the data is a pure function of seed and step.
+So a run that was stopped, however, continues as if nothing had been.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt import LanguageModel, Model
+from gpt.checkpoint import (
+    build,
+    load_tensors,
+    load_weights,
+    read_json,
+    save_tensors,
+    weights,
+    write_atomically,
+)
+from gpt.sampling import Sampling, generate
+from tokenizer import Tokenizer
+from training.corpus import Corpus, Windows
+from training.device import autocast, keep_freed_memory, peak_flops
+from training.evaluate import estimate
+from training.optimizer import Optimizers, schedule
+from training.presets import Run
+from training.progress import Progress
+
+CHECKPOINTS_KEPT = 2
+
+
+class Stopped(Exception):
+    """A signal asked the run to end; its state is saved."""
+
+    def __init__(self, signal_number: int, checkpoint: Path) -> None:
+        super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
+        self.exit_code = 128 + signal_number
+
+
+class Diverged(Exception):
+    """The loss is not a finite number any more."""
+
+
+class Objective(nn.Module):
+    """A model whose forward pass is its loss: what is compiled or wrapped is this, what is saved is the model."""
+
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, *batch: Tensor) -> Tensor:
+        """The scalar to minimise."""
+        return self.model.loss(*batch)
+
+
+class Signals:
+    """Remembers SIGINT or SIGTERM until the loop has a moment; a second SIGINT interrupts at once."""
+
+    received: int | None = None
+
+    def _note(self, number: int, _: FrameType | None) -> None:
+        if self.received == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self.received = number
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Within this context the two signals are noted instead of fatal."""
+        both = (signal.SIGINT, signal.SIGTERM)
+        before = [signal.signal(number, self._note) for number in both]
+        try:
+            yield
+        finally:
+            for number, handler in zip(both, before, strict=True):
+                signal.signal(number, handler)
+
+
+class Metrics:
+    """metrics.jsonl, one object a line; TensorBoard too where asked for."""
+
+    def __init__(self, directory: Path, tensorboard: bool, resume_at: int) -> None:
+        self.path = directory / "metrics.jsonl"
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        # What was logged after the checkpoint will be logged again; so will the final score.
+        kept = [line for line in lines if _is_before(line, resume_at)]
+        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
+        self.writer: Any = None
+        if tensorboard:
+            self.writer = _summary_writer(directory, resume_at)
+
+    def write(self, step: int, **values: float | str) -> None:
+        """Append what is known at a step."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
+        if self.writer:
+            for name, value in values.items():
+                if isinstance(value, str):
+                    self.writer.add_text(name, value, step)
+                else:
+                    self.writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Flush TensorBoard's file."""
+        if self.writer:
+            self.writer.close()
+
+
+def _is_before(line: str, step: int) -> bool:
+    """Whether a line of the log is whole, of an earlier step or this one, and not the final score."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return False
+    return bool(values["step"] <= step and "bits_per_byte" not in values)
+
+
+def _summary_writer(directory: Path, resume_at: int) -> Any:  # noqa: ANN401 (an optional library's type)
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
+    return SummaryWriter(str(directory / "tensorboard"), purge_step=resume_at + 1)
+
+
+class Trainer:
+    """One run: a model, its corpus and a directory."""
+
+    def __init__(
+        self,
+        run: Run,
+        directory: Path,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        device: torch.device,
+        progress: Progress | None = None,
+    ) -> None:
+        keep_freed_memory()
+        self.run, self.directory, self.corpus, self.tokenizer = run, directory, corpus, tokenizer
+        self.device = device
+        self.progress = progress or Progress(run.steps, peak_flops(device))
+        torch.manual_seed(run.seed)
+        self.model: LanguageModel = new_model(run, tokenizer.vocabulary).to(device)
+        self.optimizers = Optimizers(self.model, run, device)
+        self.windows = Windows(corpus.splits["train"].tokens, run.window, run.batch, run.seed)
+        self.flops = self.model.flops_per_token(run.window)
+        self.signals = Signals()
+        self.step = 0
+        self.best = math.inf
+        self.pending: list[float] = []
+        """Losses of the steps since the last line of the log."""
+
+    def train(self) -> None:
+        """Train from where the state stands to the last step.
+
+        Raises Stopped after a signal and Diverged after a loss that is not finite.
+        """
+        objective: Callable[..., Tensor] = Objective(self.model)
+        if self.run.compile:
+            objective = torch.compile(objective)
+        self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
+        losses: list[Tensor] = []
+        self.model.train()
+        begun, first = time.monotonic(), self.step
+        try:
+            with self.signals.watched():
+                while self.step < self.run.steps:
+                    losses.append(self._step(objective))
+                    self.step += 1
+                    last = self.step == self.run.steps
+                    due = {
+                        "log": last or self.step % self.run.log_interval == 0,
+                        "validation": last or self.step % self.run.validation_interval == 0,
+                        "checkpoint": last or self.step % self.run.checkpoint_interval == 0,
+                    }
+                    if any(due.values()) or self.signals.received:
+                        self.pending += torch.stack(losses).tolist()
+                        losses.clear()
+                        self._check_finite()
+                    if due["log"]:
+                        elapsed = time.monotonic() - begun
+                        self._log(elapsed / (self.step - first))
+                    if due["validation"] and not self.signals.received:
+                        self._validate()
+                    if due["checkpoint"] or self.signals.received:
+                        path = self.save()
+                        if self.signals.received and not last:
+                            raise Stopped(self.signals.received, path)
+        finally:
+            self.metrics.close()
+
+    def _step(self, objective: Callable[..., Tensor]) -> Tensor:
+        """One optimizer step; returns its mean loss, still on the device."""
+        parts = self.run.accumulation
+        total = torch.zeros((), device=self.device)
+        tokens_BT, targets_BT = (
+            torch.from_numpy(array).to(self.device) for array in self.windows.batch(self.step)
+        )
+        for some in zip(tokens_BT.chunk(parts), targets_BT.chunk(parts), strict=True):
+            with autocast(self.device, self.run.precision):
+                loss = objective(*some) / parts
+            loss.backward()
+            total += loss.detach()
+        self.optimizers.step(self.step)
+        return total
+
+    def _check_finite(self) -> None:
+        if all(map(math.isfinite, self.pending)):
+            return
+        bad = self.step - len(self.pending) + 1
+        bad += next(i for i, loss in enumerate(self.pending) if not math.isfinite(loss))
+        saved = newest_checkpoint(self.directory)
+        raise Diverged(
+            f"the loss of step {bad} is not finite; the last good checkpoint is "
+            f"{saved or 'none yet'}: try a lower --learning-rate"
+        )
+
+    def _log(self, seconds_per_step: float) -> None:
+        tokens_per_second = self.run.batch * self.run.window / seconds_per_step
+        loss = sum(self.pending) / len(self.pending)
+        self.pending.clear()
+        self.metrics.write(
+            self.step,
+            loss=loss,
+            rate_share=schedule(self.run, self.step - 1),
+            tokens=self.step * self.run.batch * self.run.window,
+            tokens_per_second=round(tokens_per_second, 1),
+        )
+        self.progress.update(
+            self.step,
+            loss,
+            tokens_per_second,
+            tokens_per_second * self.flops,
+            (self.run.steps - self.step) * seconds_per_step,
+        )
+
+    def _validate(self) -> None:
+        """Score some of the validation split, keep the weights if they are the best yet, show a sample."""
+        split = self.corpus.splits["validation"]
+        loss = estimate(self.model, split.tokens, self.run.validation_tokens, self.run.precision)
+        if loss < self.best:
+            self.best = loss
+            save_tensors(self.directory / "model.safetensors", weights(self.model))
+        sample = self.sample(self.run.sample_tokens)
+        self.metrics.write(self.step, validation_loss=loss, sample=sample)
+        self.progress.validation = loss
+        self.progress.say(
+            f"\nstep {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
+            + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
+        )
+
+    def sample(self, length: int) -> str:
+        """A text of at most `length` tokens, the same for the same weights."""
+        if not length:
+            return ""
+        end = self.tokenizer.end_of_text
+        was_training = self.model.training
+        self.model.eval()
+        ids = list(generate(self.model, [end], length, Sampling(temperature=0.8, seed=0), {end}))
+        self.model.train(was_training)
+        return self.tokenizer.decode(ids)
+
+    def save(self) -> Path:
+        """Write a checkpoint beside its place, flush it, rename it; drop older ones."""
+        folder = self.directory / "checkpoints" / f"step-{self.step}"
+        for left_behind in folder.parent.glob("step-*.*"):
+            shutil.rmtree(left_behind)
+        if folder.exists():
+            return folder
+        beside = folder.with_name(folder.name + ".part")
+        beside.mkdir(parents=True)
+        random = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            random["cuda"] = torch.cuda.get_rng_state(self.device)
+        state = {
+            "step": self.step,
+            "best": None if math.isinf(self.best) else self.best,
+            "pending": self.pending,
+            "corpus": self.corpus.fingerprint,
+        }
+        try:
+            save_tensors(beside / "model.safetensors", weights(self.model))
+            save_tensors(beside / "optimizer.safetensors", self.optimizers.state())
+            save_tensors(beside / "random.safetensors", random)
+            write_atomically(beside / "state.json", json.dumps(state))
+            _sync(beside)
+            beside.rename(folder)
+            _sync(folder.parent)
+        except OSError:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        for old in checkpoints(self.directory)[:-CHECKPOINTS_KEPT]:
+            # Renamed first: a name without a suffix is a whole checkpoint.
+            shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
+        return folder
+
+    def resume(self, folder: Path) -> None:
+        """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
+        state = read_json(folder / "state.json")
+        if state["corpus"] != self.corpus.fingerprint:
+            raise ValueError(
+                f"{folder}: was trained on another corpus than {self.run.data} holds now "
+                f"({state['corpus'][:12]}, now {self.corpus.fingerprint[:12]}): it cannot continue exactly"
+            )
+        device = self.device
+        path = folder / "model.safetensors"
+        load_weights(self.model, load_tensors(path, device), path)
+        self.optimizers.load_state(load_tensors(folder / "optimizer.safetensors"))
+        random = load_tensors(folder / "random.safetensors")
+        torch.set_rng_state(random["cpu"])
+        if "cuda" in random and device.type == "cuda":
+            torch.cuda.set_rng_state(random["cuda"], device)
+        self.step, self.pending = state["step"], state["pending"]
+        self.best = math.inf if state["best"] is None else state["best"]
+
+
+def new_model(run: Run, vocabulary: int) -> LanguageModel:
+    """The run's model with its first weights."""
+    return build(run.model, {"vocabulary": vocabulary, "context": run.window, **run.arguments})
+
+
+def checkpoints(directory: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    found = (directory / "checkpoints").glob("step-*")
+    whole = [path for path in found if path.name.removeprefix("step-").isdigit()]
+    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """The last whole checkpoint, or None."""
+    return next(reversed(checkpoints(directory)), None)
+
+
+def save_run(run: Run, directory: Path, facts: dict[str, Any]) -> None:
+    """Write run.json: the whole configuration and what it ran on. A run exists from here on."""
+    content = {"format": 1, "run": dataclasses.asdict(run), **facts}
+    write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
+
+
+def read_run(directory: Path) -> Run:
+    """The configuration in run.json; a ValueError says what is wrong with it."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: not a training run: it has no run.json")
+    content = read_json(path)
+    try:
+        return Run(**content["run"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: written by another version of tinygpt ({error})") from error
+
+
+def _sync(directory: Path) -> None:
+    """Flush a directory's own entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  │ {line}" for line in text.splitlines())

@@ -1,0 +1,192 @@
+"""A run is one frozen dataclass; a preset is a named instance of it.
+
+The command line of `python -m training train PRESET` is made from these fields and from the
+constructor of the preset's model, whose arguments are the model's configuration.
+"""
+
+import dataclasses
+import inspect
+import math
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from gpt import MODELS
+from gpt.checkpoint import arguments_of, near
+from gpt.cli import MaybeInt, MaybeText
+
+Fixed: Any = tyro.conf.Suppress
+"""Chosen by the preset, not on the command line."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that decides what a training run does."""
+
+    preset: Annotated[str, Fixed] = ""
+    model: Annotated[str, Fixed] = "gpt"
+    arguments: Annotated[dict[str, Any], Fixed] = field(default_factory=dict)
+
+    data: str = "stdlib"
+    """Corpus: `stdlib` (this Python's standard library), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a hub name such as roneneldan/TinyStories."""
+    data_config: MaybeText = None
+    """Configuration of a hub dataset that has several."""
+    data_split: MaybeText = None
+    """Split to train on, in datasets' own notation; `train` when not given."""
+    text_column: MaybeText = None
+    """Column that holds the text; found by itself when it is `text` or the only one of strings."""
+    streaming: bool = False
+    """Read a hub dataset without storing a copy of its text."""
+    data_limit: MaybeInt = None
+    """Read at most this many bytes of text from each split."""
+    tokenizer: str = "bpe"
+    """`bpe`: learn byte pairs on the training split; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
+    vocabulary: int = 4096
+    """Number of tokens that `bpe` learns."""
+
+    steps: int = 600
+    """Optimizer steps."""
+    batch: int = 32
+    """Rows of one step."""
+    window: int = 256
+    """Tokens of one row: the context of the model."""
+    accumulation: int = 1
+    """Parts that a batch is computed in, one after the other: the same step in less memory."""
+    optimizer: Literal["muon", "adamw"] = "muon"
+    """What moves the hidden matrices; AdamW moves all the rest."""
+    learning_rate: float = 0.02
+    """Peak rate of the hidden matrices."""
+    embedding_rate: float = 0.02
+    """Peak rate of the embeddings."""
+    unembedding_rate: float = 0.004
+    """Peak rate of the unembedding."""
+    vector_rate: float = 0.01
+    """Peak rate of norms and biases."""
+    weight_decay: float = 0.0
+    """Decay of the hidden matrices, a share of the rate."""
+    beta1: float = 0.9
+    """AdamW's memory of the gradient."""
+    beta2: float = 0.95
+    """AdamW's memory of its square."""
+    warm_up: int = 20
+    """Steps over which the rates rise."""
+    cool_down: float = 0.6
+    """Last share of the steps, over which the rates fall."""
+    final_rate: float = 0.0
+    """Share of the peak rate at the end."""
+    clip: float = 1.0
+    """Longest gradient allowed; 0 switches clipping off."""
+
+    validation_interval: int = 100
+    """Steps between validations."""
+    validation_tokens: int = 32_768
+    """Tokens of the validation split that are scored at each; the end scores them all."""
+    checkpoint_interval: int = 100
+    """Steps between checkpoints."""
+    log_interval: int = 10
+    """Steps between lines of metrics.jsonl."""
+    sample_tokens: int = 40
+    """Length of the sample of text at each validation; 0 for none."""
+    tensorboard: bool = False
+    """Write TensorBoard events beside metrics.jsonl."""
+    seed: int = 0
+    """Of the first weights, the order of the data and dropout."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the matrix products; auto is bfloat16 where the device is fast at it."""
+    compile: bool = False
+    """Compile the model: slow to start, then faster. Needs a C++ compiler on CPU."""
+
+    def __post_init__(self) -> None:
+        at_least_1 = (
+            "steps batch window accumulation vocabulary validation_interval validation_tokens "
+            "checkpoint_interval log_interval"
+        )
+        for name in at_least_1.split():
+            _check(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warm_up", "sample_tokens", "seed", "weight_decay", "clip"):
+            _check(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("learning_rate", "embedding_rate", "unembedding_rate", "vector_rate"):
+            _check(self, name, 0 < getattr(self, name) < math.inf, "above 0")
+        for name in ("beta1", "beta2"):
+            _check(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in ("cool_down", "final_rate"):
+            _check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        _check(self, "data_limit", self.data_limit is None or self.data_limit > 0, "at least 1")
+        if self.batch % self.accumulation:
+            raise ValueError(
+                f"--batch {self.batch} cannot be divided into --accumulation {self.accumulation} "
+                "equal parts"
+            )
+
+
+def _check(run: Run, name: str, holds: bool, expected: str) -> None:
+    if not holds:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} must be {expected}, not {getattr(run, name)}")
+
+
+PRESETS: dict[str, Run] = {
+    run.preset: run
+    for run in (
+        Run(
+            preset="gpt-nano",
+            arguments={"width": 192, "depth": 4, "heads": 3},
+        ),
+        Run(
+            preset="gpt-micro",
+            arguments={"width": 384, "depth": 6, "heads": 6},
+            steps=2000,
+            batch=64,
+            window=512,
+            vocabulary=8192,
+        ),
+        Run(
+            preset="gpt-small",
+            arguments={"width": 768, "depth": 12, "heads": 12},
+            steps=5000,
+            batch=256,
+            window=1024,
+            accumulation=8,
+            vocabulary=32_768,
+            validation_tokens=1_048_576,
+            checkpoint_interval=500,
+            validation_interval=250,
+        ),
+    )
+}
+
+
+def preset(name: str) -> Run:
+    """The preset of that name; a ValueError names the nearest."""
+    if name not in PRESETS:
+        raise ValueError(
+            f"no preset is named {name!r}{near(name, PRESETS)}; there are {', '.join(PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def model_options(run: Run) -> type:
+    """A dataclass of the options that the run's model takes, the preset's values as defaults."""
+    model = MODELS[run.model]
+    defaults = arguments_of(run.model, {"vocabulary": 1, "context": 1, **run.arguments})
+    help_of = _argument_help(model)
+    options: list[tuple[str, Any, Any]] = [
+        (
+            name,
+            Annotated[parameter.annotation, tyro.conf.arg(help=help_of.get(name, ""))],
+            defaults[name],
+        )
+        for name, parameter in inspect.signature(model).parameters.items()
+        if name not in ("vocabulary", "context")
+    ]
+    return dataclasses.make_dataclass(f"{run.model} options", options, frozen=True)
+
+
+def _argument_help(model: type) -> dict[str, str]:
+    """The lines `name: text` under Args in a class's docstring."""
+    _, _, lines = (inspect.getdoc(model) or "").partition("Args:")
+    pairs = (line.strip().partition(": ") for line in lines.splitlines())
+    return {name: text for name, colon, text in pairs if colon}
