@@ -20,10 +20,13 @@ EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
 
-MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
-MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-MaybeRun = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]]
+# Options that may be left out: their help says what then happens, not "(default: None)".
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+MaybeRun = tyro.conf.Positional[
+    Annotated[Path | None, tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+]
 
 
 def main(
@@ -85,13 +88,11 @@ def _parse(
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box under a title, as one line: the complaint and its suggestions."""
+    """What tyro says in a box under a title, as one line: the complaint and what is like it."""
     _, _, body = box.partition("\n")
-    text = re.sub(r"[│╭╮╰╯]", " ", body)
-    complaint, *more = re.split("─+|Perhaps you meant:|For full helptext", text)
-    complaint = re.sub(r"^\s*Error parsing __tyro\S+ ", "", complaint).strip().rstrip(".")
-    meant = re.findall(r"\n\s*(--[a-z][\w-]*)", more[1]) if "Perhaps you meant" in text else []
-    suggestion = f" (did you mean {' or '.join(dict.fromkeys(meant))}?)" if meant else ""
-    there = re.search(r"Available subcommands: [\w, -]+", text)
-    suggestion += f". {there[0].strip()}" if there else ""
-    return f"{complaint}{suggestion}; --help lists what there is"
+    message = " ".join(re.sub(r"[│╭╮╰╯]|─{2,}|-{9,}", " ", body).split())
+    message = re.sub(r"^Error parsing __tyro\S+ ", "", message)
+    complaint = re.split(r" (?:Argument helptext|For full helptext|Perhaps you meant)", message)[0]
+    meant = re.search(r"Perhaps you meant: (--\S+)", message)
+    hint = f" (did you mean {meant[1]}?)" if meant else ""
+    return f"{complaint.rstrip('.')}{hint}; --help explains"

@@ -1,5 +1,22 @@
-"""Tensors in the tests are tiny: a second thread would only wait for the first."""
+import os
+from pathlib import Path
 
-import torch
+import pytest
+from hypothesis import settings
 
-torch.set_num_threads(1)
+# Tensors in the tests are tiny: a second thread would only wait for the first. Read when
+# torch is imported, here and in the processes that tests start.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("fixed", derandomize=True, deadline=None)
+settings.load_profile("fixed")
+
+SHARED = Path(os.environ.get("TINYGPT_SHARED", Path(__file__).parents[2] / "shared"))
+
+
+@pytest.fixture
+def real_data():
+    """The folder of real corpora, which are too large to be part of the project."""
+    if not (SHARED / "data").is_dir():
+        pytest.skip("the real corpora are not here: set TINYGPT_SHARED to the folder above data/")
+    return SHARED / "data"

@@ -49,7 +49,7 @@ WORDS = (
 space, and between a letter or digit and white space, without a change in its tokens. The
 bound of 64 keeps time and memory linear in text without spaces."""
 
-PIECE = 2**16
+PIECE = 2**14
 """Characters that go to the library at once: the unit of its parallel work."""
 
 _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=\s)|(?<=\S\n)(?=\S)")
@@ -78,6 +78,19 @@ def pieces(text: str, size: int = PIECE) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
+
+
+def _groups(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    """The texts in groups of about `size` characters: an encoding weighs 100 bytes a token."""
+    group, held = [], 0
+    for text in texts:
+        group.append(text)
+        held += len(text)
+        if held >= size:
+            yield group
+            group, held = [], 0
+    if group:
+        yield group
 
 
 def from_utf8(data: bytes, name: str, line: int = 1) -> str:
@@ -140,13 +153,11 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """The ids of each text, on all cores."""
         parts = [list(pieces(text)) for text in texts]
-        flat = list(itertools.chain.from_iterable(parts))
-        encoded = []
+        encoded: list[list[int]] = []
         try:
-            # The library's encodings are some hundred bytes a token: not all of them at once.
-            for i in range(0, len(flat), 64):
-                some = self._library.encode_batch_fast(flat[i : i + 64], add_special_tokens=False)
-                encoded += [encoding.ids for encoding in some]
+            for some in _groups(itertools.chain.from_iterable(parts), 2**19):
+                batch = self._library.encode_batch_fast(some, add_special_tokens=False)
+                encoded += [encoding.ids for encoding in batch]
         except TypeError:
             raise _surrogate(texts) from None
         ids = iter(encoded)

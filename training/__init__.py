@@ -1,1 +1,1 @@
-"""From text to a trained run: data, presets, optimizer, loop, evaluation."""
+"""From text to a trained model: data, corpus, presets, the loop, evaluation."""

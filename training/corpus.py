@@ -1,0 +1,200 @@
+"""Prepared tokens: a corpus as a folder of token files, read through memory maps.
+
+    corpus.json      what it is, and each split's counts
+    <split>.bin      token ids, little-endian uint16 (uint32 for a large vocabulary)
+    tokenizer.json   what made them
+
+`<|endoftext|>` stands before every document and nothing after the last: a split's first
+token is only ever looked back on, and every other one is predicted once. `training.data`
+makes such a folder from text; nothing here needs more than numpy, so it trains where
+`datasets` is not installed.
+"""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tokenizer import Tokenizer
+
+FORMAT = 1
+"""Of corpus.json; a reader refuses a higher one."""
+
+FILE = "corpus.json"
+
+Tokens = NDArray[np.unsignedinteger[Any]]
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of a corpus, and the sizes of the text that it came from."""
+
+    name: str
+    tokens: Tokens
+    """Read-only; on the disk until looked at."""
+    bytes: int
+    """Of the documents' text in UTF-8."""
+    words: int
+    """Between white space, line ends counted as words (as Mikolov counted the Penn Treebank)."""
+    documents: int
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """An opened folder of prepared tokens."""
+
+    directory: Path
+    fingerprint: str
+    """A hash of the tokens of every split."""
+    description: str
+    """One line: what it is, and how the validation split came to be."""
+    splits: dict[str, Split]
+
+    @functools.cached_property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer that made the tokens."""
+        return Tokenizer.open(self.directory)
+
+
+def open_corpus(directory: Path | str) -> Corpus:
+    """Open prepared tokens; a ValueError says what is missing or damaged."""
+    directory = Path(directory)
+    file = directory / FILE
+    again = f"delete {directory} and prepare it again"
+    try:
+        facts = json.loads(file.read_text("utf-8"))
+        if facts["format"] > FORMAT:
+            raise ValueError(f"{file}: format {facts['format']} is newer than this tinygpt reads")
+        splits = {}
+        for name, counts in facts["splits"].items():
+            path = directory / f"{name}.bin"
+            dtype, length = np.dtype(facts["dtype"]), counts.pop("tokens")
+            found = path.stat().st_size if path.is_file() else 0
+            if found != length * dtype.itemsize:
+                raise ValueError(
+                    f"{path}: {found} bytes where {length * dtype.itemsize} belong; {again}"
+                )
+            splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
+        return Corpus(directory, facts["fingerprint"], facts["description"], splits)
+    except FileNotFoundError:
+        raise ValueError(f"{directory}: no prepared tokens here: {FILE} is missing") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged ({error!r}); {again}") from None
+
+
+class Part(NamedTuple):
+    """A document's text, or where that is long a piece of it."""
+
+    text: str
+    begins: bool
+    """Whether it begins a document."""
+
+
+@dataclass
+class Counts:
+    """What has been written to a split."""
+
+    tokens: int = 0
+    bytes: int = 0
+    words: int = 0
+    documents: int = 0
+    digest: Any = field(default_factory=hashlib.sha256)
+
+
+class CorpusWriter:
+    """Writes prepared tokens into an existing empty folder; they are readable after `close`."""
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
+        self.directory = directory
+        self.tokenizer = tokenizer
+        self.dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
+        self.counts: dict[str, Counts] = {}
+
+    def write(self, split: str, parts: Sequence[Part]) -> int:
+        """Add text to a split; returns its bytes."""
+        counts = self.counts.setdefault(split, Counts())
+        before = counts.bytes
+        ids: list[int] = []
+        encoded = self.tokenizer.encode_batch([part.text for part in parts])
+        for (text, begins), more in zip(parts, encoded, strict=True):
+            if begins:
+                ids.append(self.tokenizer.end_of_text)
+            ids += more
+            counts.documents += begins
+            counts.bytes += len(text.encode())
+            counts.words += len(text.split()) + text.count("\n")
+        raw = np.array(ids, self.dtype).tobytes()
+        counts.tokens += len(ids)
+        counts.digest.update(raw)
+        path = self.directory / f"{split}.bin"
+        try:
+            with path.open("ab") as file:
+                file.write(raw)
+        except OSError as error:
+            # A full disk is noticed by write, which does not know the file's name.
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        return counts.bytes - before
+
+    def close(self, description: str) -> None:
+        """Write the tokenizer, and last of all corpus.json."""
+        whole = hashlib.sha256(str(self.dtype).encode())
+        splits = {}
+        for name, counts in sorted(self.counts.items()):
+            whole.update(name.encode() + counts.digest.digest())
+            splits[name] = {key: value for key, value in vars(counts).items() if key != "digest"}
+        facts = {
+            "format": FORMAT,
+            "description": description,
+            "fingerprint": whole.hexdigest(),
+            "dtype": self.dtype.str,
+            "splits": splits,
+        }
+        self.tokenizer.save(self.directory / "tokenizer.json")
+        (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+
+class Windows:
+    """Training order: every window of a shuffled epoch once, then another shuffle.
+
+    Each epoch lays its grid of windows at another offset, so that their borders differ.
+    A batch depends on the seed and its index only: a resumed run needs no more.
+
+    Args:
+        tokens: What to cut into windows.
+        window: Tokens that a row is trained on.
+        rows: Windows in a batch.
+        seed: Of the order.
+    """
+
+    def __init__(self, tokens: Tokens, window: int, rows: int, seed: int) -> None:
+        if len(tokens) <= window:
+            raise ValueError(
+                f"the training split has {len(tokens):,} tokens, and one window of {window:,} "
+                f"needs {window + 1:,}: give it more text, or a smaller --window"
+            )
+        self.tokens, self.window, self.rows, self.seed = tokens, window, rows, seed
+        # One window less than fits leaves room to shift the grid by a whole window.
+        self.epoch = max(1, (len(tokens) - 1) // window - 1)
+        """Windows in an epoch."""
+        self._starts = functools.lru_cache(maxsize=2)(self._shuffled)
+
+    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
+        """Where the windows of an epoch start, in order of use."""
+        random = np.random.default_rng([self.seed, epoch])
+        spare = len(self.tokens) - 1 - self.epoch * self.window
+        offset = random.integers(spare, endpoint=True)
+        return offset + self.window * random.permutation(self.epoch)
+
+    def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
+        places = range(index * self.rows, (index + 1) * self.rows)
+        starts = [self._starts(place // self.epoch)[place % self.epoch] for place in places]
+        both = np.array(starts)[:, None] + np.arange(self.window + 1)
+        windows = self.tokens[both].astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
