@@ -20,10 +20,13 @@ EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
 
-MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT")]
-MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT")]
-MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH")]
-MaybeRun = tyro.conf.Positional[Annotated[Path | None, tyro.conf.arg(metavar="RUN")]]
+# Options that may be left out: their help says what then happens, not "(default: None)".
+MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
+MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
+MaybeRun = tyro.conf.Positional[
+    Annotated[Path | None, tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
+]
 
 
 def main(
@@ -87,7 +90,7 @@ def _parse(
 def _one_line(box: str) -> str:
     """What tyro says in a box under a title, as one line: the complaint and what is like it."""
     _, _, body = box.partition("\n")
-    message = " ".join(re.sub(r"[│╭╮╰╯]|[─]{2,}", " ", body).split())
+    message = " ".join(re.sub(r"[│╭╮╰╯]|─{2,}|-{9,}", " ", body).split())
     message = re.sub(r"^Error parsing __tyro\S+ ", "", message)
     complaint = re.split(r" (?:Argument helptext|For full helptext|Perhaps you meant)", message)[0]
     meant = re.search(r"Perhaps you meant: (--\S+)", message)

@@ -15,7 +15,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
 from gpt.checkpoint import find_run, open_model
-from gpt.cli import main
+from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
 from gpt.sampling import Sampling, generate
 from serving.text import Text, prompt_ids
 from tokenizer import Tokenizer, from_utf8
@@ -25,9 +25,9 @@ from tokenizer import Tokenizer, from_utf8
 class Sample:
     """Continue a text in the terminal, as it comes."""
 
-    run: Annotated[Positional[Path | None], arg(metavar="[RUN]", help_behavior_hint="")] = None
+    run: MaybeRun = None
     """Run directory; without one, the newest in runs/."""
-    prompt: Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")] = None
+    prompt: MaybeText = None
     """Text to continue; without one, standard input, or the beginning of a document."""
     temperature: float = 0.8
     """Above 1 more surprising, below 1 less, 0 always the most likely."""
@@ -43,7 +43,7 @@ class Sample:
     """The most tokens; the model or its context may end the text before."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """End before this text; may be given several times."""
-    seed: Annotated[int | None, arg(metavar="INT", help_behavior_hint="")] = None
+    seed: MaybeInt = None
     """The same seed gives the same text; without one, it is drawn and told."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """How many texts."""
