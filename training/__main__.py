@@ -20,7 +20,7 @@ from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, open_corpus
-from training.device import describe, find_device
+from gpt.device import describe, find_device
 from training.evaluate import Score, compressors, evaluate_split
 from training.loop import (
     Diverged,

@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from gpt import LanguageModel
 from training.corpus import Split
-from training.device import autocast
+from gpt.device import autocast
 
 TOKENS_AT_ONCE = 8192
 """Tokens that one forward pass scores."""

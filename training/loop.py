@@ -34,7 +34,7 @@ from gpt.checkpoint import (
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, Windows
-from training.device import autocast, keep_freed_memory, peak_flops
+from gpt.device import autocast, keep_freed_memory, peak_flops
 from training.evaluate import estimate
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
