@@ -270,7 +270,7 @@ def test_a_tokenizer_from_a_file_or_an_object(tmp_path):
     ]
     assert tokens(tmp_path / "a.txt", str(tmp_path / "tokenizer.json")) == expected
     assert tokens(tmp_path / "a.txt", str(tmp_path)) == expected
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such tokenizer: --tokenizer can be bpe"):
         tokens(tmp_path / "a.txt", "bits")
 
 

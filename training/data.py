@@ -170,7 +170,14 @@ def _given(tokenizer: str | Tokenizer) -> Tokenizer | None:
         return tokenizer
     if tokenizer == "bpe":
         return None
-    return byte_tokenizer() if tokenizer == "bytes" else Tokenizer.open(tokenizer)
+    if tokenizer == "bytes":
+        return byte_tokenizer()
+    if not Path(tokenizer).exists():
+        raise ValueError(
+            f"{tokenizer}: no such tokenizer: --tokenizer can be bpe, bytes, or the path of a "
+            "tokenizer.json or of a run directory"
+        )
+    return Tokenizer.open(tokenizer)
 
 
 def _prepared(source: Source, tokenizer: Tokenizer | None) -> Corpus:
