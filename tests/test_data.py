@@ -196,6 +196,42 @@ def test_a_mistyped_path_is_refused_at_once(data, monkeypatch):
         texts(data)
 
 
+def test_local_data_needs_no_network(tmp_path, monkeypatch):
+    looked_up = []
+    monkeypatch.setattr("socket.getaddrinfo", lambda *where, **_: looked_up.append(where))
+    for name, content in (
+        ("a.txt", STORY),
+        ("a.jsonl", '{"text": "abc"}\n' * 9),
+        ("a.csv", "text\nabc\nabc\n"),
+    ):
+        (tmp_path / name).write_text(content)
+        texts(tmp_path / name)
+    assert looked_up == []
+
+
+def test_names_that_would_be_read_as_patterns_are_refused(tmp_path):
+    for name in ("a[1].txt", "a*.txt", "many*/a.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(STORY)
+        with pytest.raises(ValueError, match="rename it"):
+            texts(tmp_path / name)
+    with pytest.raises(ValueError, match="rename it"):
+        texts(tmp_path / "many*")
+
+
+def test_too_little_text_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("x")
+    with pytest.raises(ValueError, match="too little text, none for the train split"):
+        texts(tmp_path / "a.txt")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/train.txt").write_text("x")
+    (tmp_path / "b/validation.txt").touch()
+    with pytest.raises(ValueError, match="none for the validation split"):
+        texts(tmp_path / "b")
+    with pytest.raises(ValueError, match="--data-limit must be at least one byte, not 0"):
+        texts(tmp_path / "a.txt", limit=0)
+
+
 def test_folders_without_text_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match=r"no text in this folder \(empty\)"):
@@ -234,7 +270,7 @@ def test_a_tokenizer_from_a_file_or_an_object(tmp_path):
     ]
     assert tokens(tmp_path / "a.txt", str(tmp_path / "tokenizer.json")) == expected
     assert tokens(tmp_path / "a.txt", str(tmp_path)) == expected
-    with pytest.raises(ValueError, match="no such file"):
+    with pytest.raises(ValueError, match="no such tokenizer: --tokenizer can be bpe"):
         tokens(tmp_path / "a.txt", "bits")
 
 

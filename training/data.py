@@ -64,6 +64,8 @@ HELD_OUT = 20
 HUB_SECONDS = 4.0
 """How long the hub may take to answer at all."""
 
+# Else every reading of a local file first asks a server to count it, for seconds where none answers.
+datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -121,6 +123,8 @@ def prepare(
         ValueError: The data is absent, unreachable, unreadable or holds no text.
         OSError: The cache cannot be written, as when the disk is full.
     """
+    if source.limit is not None and source.limit < 1:
+        raise ValueError(f"--data-limit must be at least one byte, not {source.limit}")
     given = _given(tokenizer)
     if (Path(source.data).expanduser() / FILE).is_file() and source.data:
         return _prepared(source, given)
@@ -136,15 +140,19 @@ def prepare(
     if not (directory / FILE).is_file():
         located, rule = _arranged(source, found, hold_out)
         with _whole_or_absent(directory) as beside:
-            writer = CorpusWriter(beside, given or _trained(located, vocabulary))
+            writer = CorpusWriter(beside, given or _trained(source, located, vocabulary))
             _tokenise(located(), writer, found.size)
+            for split in ("train", "validation") if hold_out else ():
+                if split not in writer.counts:
+                    raise ValueError(f"{source.data}: too little text, none for the {split} split")
+            if not writer.counts:
+                raise ValueError(f"{source.data}: there is no text in it")
             capped = not given and writer.counts["train"].bytes > TOKENIZER_BYTES
             writer.close(
-                "; ".join(
-                    [found.name]
-                    + [f"validation: {rule}"] * bool(rule)
-                    + [f"tokenizer: trained on the first {TOKENIZER_BYTES:,} bytes"] * capped
-                )
+                found.name
+                + f", split {source.split}" * bool(source.split)
+                + f"; validation: {rule}" * bool(rule)
+                + f"; tokenizer: trained on the first {TOKENIZER_BYTES:,} bytes" * capped
             )
     return open_corpus(directory)
 
@@ -162,7 +170,14 @@ def _given(tokenizer: str | Tokenizer) -> Tokenizer | None:
         return tokenizer
     if tokenizer == "bpe":
         return None
-    return byte_tokenizer() if tokenizer == "bytes" else Tokenizer.open(tokenizer)
+    if tokenizer == "bytes":
+        return byte_tokenizer()
+    if not Path(tokenizer).exists():
+        raise ValueError(
+            f"{tokenizer}: no such tokenizer: --tokenizer can be bpe, bytes, or the path of a "
+            "tokenizer.json or of a run directory"
+        )
+    return Tokenizer.open(tokenizer)
 
 
 def _prepared(source: Source, tokenizer: Tokenizer | None) -> Corpus:
@@ -250,8 +265,7 @@ def _is_utf8(path: Path) -> bool:
 
 def _folder(source: Source, folder: Path) -> Found:
     """A folder's files, in splits by `datasets`' own rules of naming."""
-    if (folder / "model.safetensors").is_file():
-        raise ValueError(f"{source.data} is a run directory: expected text")
+    _refuse_patterns(str(folder))
     files = [
         path
         for path in sorted(folder.rglob("*"))
@@ -286,6 +300,12 @@ def _folder(source: Source, folder: Path) -> Found:
     return _files(source, kind, {name: chosen for name, chosen in splits.items() if chosen})
 
 
+def _refuse_patterns(path: str) -> None:
+    """Refuse what `datasets` would read as a pattern, and so perhaps read other files for."""
+    if found := re.search(r"[*?[\]]|::", path):
+        raise ValueError(f"{path}: {found[0]!r} cannot be in the path of a data file: rename it")
+
+
 def _files(source: Source, kind: str, splits: dict[str, list[str]]) -> Found:
     """Local files of one kind."""
     if kind == "text" and source.column is not None:
@@ -293,6 +313,8 @@ def _files(source: Source, kind: str, splits: dict[str, list[str]]) -> Found:
     zipped = any(Path(file).suffix == ".zst" for files in splits.values() for file in files)
     if zipped and not importlib.util.find_spec("zstandard"):
         raise ValueError(f"{source.data}: .zst needs one more package: pip install zstandard")
+    for file in itertools.chain.from_iterable(splits.values()):
+        _refuse_patterns(file)
     stats = {file: Path(file).stat() for files in splits.values() for file in files}
     compressed = any(file.endswith(COMPRESSIONS) for file in stats)
     return Found(
@@ -636,11 +658,13 @@ def _limit(parts: Parts, limit: int) -> Iterator[Part]:
 # Tokens
 
 
-def _trained(located: Callable[[], Located], vocabulary: int) -> Tokenizer:
+def _trained(source: Source, located: Callable[[], Located], vocabulary: int) -> Tokenizer:
     """A BPE tokenizer trained on the beginning of the training split."""
     parts = (part for split, part in located() if split == "train")
     texts = (text for text, _ in _limit(lambda: parts, TOKENIZER_BYTES))
-    return train_bpe(texts, vocabulary)
+    if (first := next(texts, None)) is None:
+        raise ValueError(f"{source.data}: there is no text in a train split to make a tokenizer of")
+    return train_bpe(itertools.chain([first], texts), vocabulary)
 
 
 def _tokenise(located: Located, writer: CorpusWriter, size: int | None) -> None:
