@@ -16,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from gpt import LanguageModel
 from gpt.checkpoint import find_run, open_model
 from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
+from gpt.device import find_device
 from gpt.sampling import Sampling, generate
 from serving.text import Text, prompt_ids
 from tokenizer import Tokenizer, from_utf8
@@ -146,17 +147,6 @@ def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokeni
             f"{tokenizer.vocabulary}: they are not of the same run"
         )
     return path, model, tokenizer
-
-
-def find_device(name: str) -> torch.device:
-    """The device of that name, or the best one there is for "auto"."""
-    if name == "auto":
-        name = "mps" if torch.backends.mps.is_available() else "cpu"
-        name = "cuda" if torch.cuda.is_available() else name
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"there is no device {name!r} here; try auto or cpu") from error
 
 
 def settle_threads(models: Sequence[LanguageModel]) -> None:

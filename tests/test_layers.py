@@ -18,9 +18,8 @@ HEAVY = {
     "datasets": "training/data.py",
     "tokenizers": "tokenizer/__init__.py",
     "fastapi": "serving/api.py",
-    "uvicorn": "serving/__main__.py",
+    "uvicorn": "serving/api.py",
     "safetensors": "gpt/checkpoint.py",
-    "tyro": "gpt/cli.py",
 }
 
 

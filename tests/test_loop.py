@@ -47,7 +47,7 @@ TINY = Run(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    words = "the cat sat on the mat and saw a dog that sat too".split()
+    words = ["the", "cat", "sat", "on", "the", "mat", "and", "saw", "a", "dog", "that", "sat", "too"]
     chance = random.Random(0)
     writer = CorpusWriter(folder := tmp_path_factory.mktemp("corpus"), byte_tokenizer())
     for name, count in (("train", 200), ("validation", 20)):
@@ -235,7 +235,8 @@ def test_the_schedule_rises_stays_and_falls():
     assert shares[75] == pytest.approx(0.1 + 0.9 * 0.5)
     assert shares[99] == pytest.approx(0.1 + 0.9 * 0.02)
     assert all(
-        schedule(dataclasses.replace(run, warm_up=0, cool_down=0.0), index) == 1 for index in (0, 99)
+        schedule(dataclasses.replace(run, warm_up=0, cool_down=0.0), index) == 1
+        for index in (0, 99)
     )
 
 
@@ -261,7 +262,9 @@ def test_killed_five_times_at_random_moments_equals_undisturbed(tmp_path, reques
     """The command itself, with SIGKILL: the same losses to the last digit, the same weights."""
     text = tmp_path / "text.txt"
     chance = random.Random(1)
-    text.write_text("".join(f"{chance.choice('abc')} says {chance.random():.3f}\n" for _ in range(4000)))
+    text.write_text(
+        "".join(f"{chance.choice('abc')} says {chance.random():.3f}\n" for _ in range(4000))
+    )
     environment = os.environ | {
         "PYTHONPATH": str(request.config.rootpath),
         "TINYGPT_CACHE": str(tmp_path / "cache"),

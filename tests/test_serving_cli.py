@@ -99,7 +99,7 @@ WRONG = {
     "not a number": (["sample", "runs/tiny", "--temperature", "hot"], "could not convert"),
     "an option": (["sample", "runs/tiny", "--temprature", "1"], "--temperature"),
     "a command": (["smple"], "sample"),
-    "a device": (["sample", "runs/tiny", "--device", "gpu"], "no device 'gpu'"),
+    "a device": (["sample", "runs/tiny", "--device", "gpu"], "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
     "no texts": (["sample", "runs/tiny", "-n", "0"], "-n must be at least 1"),
     "an empty stop": (["sample", "runs/tiny", "--stop", ""], "a stop string is empty"),
     "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),

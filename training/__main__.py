@@ -17,10 +17,10 @@ import torch
 from gpt import LanguageModel, cli
 from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
 from gpt.cli import MaybeInt, MaybePath, MaybeText
+from gpt.device import describe, find_device
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, open_corpus
-from gpt.device import describe, find_device
 from training.evaluate import Score, compressors, evaluate_split
 from training.loop import (
     Diverged,

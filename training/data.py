@@ -30,8 +30,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import datasets  # type: ignore[import-untyped]
-import fsspec  # type: ignore[import-untyped]
+import datasets
+import fsspec
 import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm

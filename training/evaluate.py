@@ -23,8 +23,8 @@ import torch
 from tqdm import tqdm
 
 from gpt import LanguageModel
-from training.corpus import Split
 from gpt.device import autocast
+from training.corpus import Split
 
 TOKENS_AT_ONCE = 8192
 """Tokens that one forward pass scores."""

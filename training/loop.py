@@ -31,10 +31,10 @@ from gpt.checkpoint import (
     weights,
     write_atomically,
 )
+from gpt.device import autocast, keep_freed_memory, peak_flops
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, Windows
-from gpt.device import autocast, keep_freed_memory, peak_flops
 from training.evaluate import estimate
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
