@@ -215,17 +215,28 @@ def generate(
     sampling: Sampling,
     stop: Collection[int] = (),
     choice: int = 0,
+    first: Sequence[int] = (),
 ) -> Iterator[int]:
     """The tokens that follow `prompt`, one at a time, for one text alone.
 
     Ends after `max_tokens`, when the model's context is full, or at a token in `stop`,
-    which is not part of the text and not given.
+    which is not part of the text and not given. With `first`, the text begins with one of
+    those tokens.
 
     A prompt is tokens as the model saw them in training, where every document begins with
     the end of the one before. A ValueError says what is wrong with it.
     """
     most = room(model, prompt, max_tokens, model.limit)
-    return _generate(model, prompt, most, sampling, stop, choice)
+    return _generate(model, prompt, most, sampling, stop, choice, first)
+
+
+def only(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
+    """logits_BV, minus infinity for all but these tokens; unchanged where there are none."""
+    if not tokens:
+        return logits_BV
+    kept_BV = torch.full_like(logits_BV, -math.inf)
+    kept_BV[:, tokens] = logits_BV[:, tokens]
+    return kept_BV
 
 
 def room(model: LanguageModel, prompt: Sequence[int], max_tokens: int, limit: int | None) -> int:
@@ -261,6 +272,7 @@ def _generate(
     sampling: Sampling,
     stop: Collection[int],
     choice: int,
+    first: Sequence[int],
 ) -> Iterator[int]:
     device = next(model.parameters()).device
     sampler = Sampler(1, model.vocabulary, device)
@@ -269,7 +281,8 @@ def _generate(
     tokens_BT = torch.tensor([list(prompt)], device=device)
     for _ in range(max_tokens):
         features_BTD = model.features(tokens_BT, state)
-        next_B = sampler(model.logits(features_BTD[:, -1]))
+        next_B = sampler(only(model.logits(features_BTD[:, -1]), first))
+        first = ()
         token = int(next_B)
         if token in stop:
             return

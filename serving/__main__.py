@@ -18,7 +18,7 @@ from gpt.checkpoint import find_run, open_model
 from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
 from gpt.device import find_device
 from gpt.sampling import Sampling, generate
-from serving.text import Text, prompt_ids
+from serving.text import Text, read_prompt
 from tokenizer import Tokenizer, from_utf8
 
 
@@ -69,12 +69,12 @@ class Sample:
         if prompt is None:
             stdin = sys.stdin
             prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
-        ids = prompt_ids(tokenizer, prompt)
+        ids, space, first = read_prompt(tokenizer, prompt)
         settle_threads([model])
         end = {tokenizer.end_of_text}
         for choice in range(self.n):
-            text = Text(tokenizer, self.stop)
-            tokens = generate(model, ids, self.max_tokens, sampling, end, choice)
+            text = Text(tokenizer, self.stop, space)
+            tokens = generate(model, ids, self.max_tokens, sampling, end, choice, first)
             if choice:
                 print("-" * 20)
             elif self.seed is None and not sampling.greedy:

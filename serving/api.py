@@ -28,7 +28,7 @@ from starlette.types import Send
 from gpt.sampling import Sampling
 from serving import engine
 from serving.service import Service, UnavailableError
-from serving.text import Text, prompt_ids
+from serving.text import PromptTokens, Text, read_prompt
 from tokenizer import Tokenizer
 
 MAX_CHOICES = 128
@@ -191,18 +191,18 @@ class Answer:
     """The texts for one completion request."""
 
     def __init__(
-        self, served: Served, completion: Completion, prompts: Sequence[Sequence[int]]
+        self, served: Served, completion: Completion, prompts: Sequence[PromptTokens]
     ) -> None:
         self.served = served
-        self.prompt_tokens = sum(map(len, prompts))
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.choices: dict[engine.Request, Choice] = {}
         end = {served.tokenizer.end_of_text}
-        for prompt in prompts:
+        for ids, space, first in prompts:
             # Drawn for each prompt: the same prompt twice without a seed is two different texts.
             sampling = completion.sampling(secrets.randbits(63))
             for number in range(completion.n):
-                request = engine.Request(prompt, completion.max_tokens, sampling, end, number)
-                text = Text(served.tokenizer, completion.stop)
+                request = engine.Request(ids, completion.max_tokens, sampling, end, number, first)
+                text = Text(served.tokenizer, completion.stop, space)
                 self.choices[request] = Choice(len(self.choices), text)
         served.service.check(list(self.choices))
         self.head = {
@@ -357,9 +357,9 @@ def create_app(models: Sequence[Served]) -> FastAPI:
         try:
             prompts = [
                 # In a thread: a text of megabytes would hold up the other streams.
-                await asyncio.to_thread(prompt_ids, served.tokenizer, prompt)
+                await asyncio.to_thread(read_prompt, served.tokenizer, prompt)
                 if isinstance(prompt, str)
-                else prompt
+                else PromptTokens(prompt)
                 for prompt in completion.prompt
             ]
             answer = Answer(served, completion, prompts)

@@ -15,20 +15,21 @@ from typing import Literal, NamedTuple
 import torch
 
 from gpt.model import LanguageModel, rows
-from gpt.sampling import Sampler, Sampling, room
+from gpt.sampling import Sampler, Sampling, only, room
 
 Finish = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One text to be made. `stop`, `choice`: as in `generate`."""
+    """One text to be made. `stop`, `choice`, `first`: as in `generate`."""
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     stop: Collection[int] = ()
     choice: int = 0
+    first: Sequence[int] = ()
 
 
 class Event(NamedTuple):
@@ -121,7 +122,8 @@ class Engine:
                 tensor[row] = self.empty[name][0]
             features_BTD = self.model.features(prompt_BT, rows(self.state, row, row + 1))
             self.sampler.start(row, request.sampling, request.prompt, request.choice)
-            token_B = self.sampler(self.model.logits(features_BTD[:, -1]), first=row)
+            logits_BV = only(self.model.logits(features_BTD[:, -1]), request.first)
+            token_B = self.sampler(logits_BV, first=row)
             self.last_B1[row, 0] = token_B[0]
             token = int(token_B)
         except Exception as error:  # the live rows live on

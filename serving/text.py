@@ -1,13 +1,37 @@
 """Between text and token ids, as a reader sees it: prompts in; whole characters out, up to a stop string."""
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from tokenizer import Tokenizer
 
 
-def prompt_ids(tokenizer: Tokenizer, text: str) -> list[int]:
-    """The tokens to continue `text` from: like every document in training, it begins with end-of-text."""
-    return [tokenizer.end_of_text, *tokenizer.encode(text)]
+class PromptTokens(NamedTuple):
+    """What to continue: tokens, and the space after them that the next token is to begin with."""
+
+    ids: list[int]
+    space: str = ""
+    first: Sequence[int] = ()
+    """The tokens to choose the first one from, where there is a choice to be made."""
+
+
+def read_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
+    """The tokens to continue `text` from: like every document in training, it begins with end-of-text.
+
+    A space at the end is part of the word that follows, to the tokenizer and so to the model,
+    which has hardly ever seen one alone. It is left to the first token, and not given twice.
+    """
+    spaced = _beginning_with_space(tokenizer) if text.endswith(" ") else ()
+    space = " " if len(spaced) > 1 else ""
+    ids = tokenizer.encode(text.removesuffix(space))
+    return PromptTokens([tokenizer.end_of_text, *ids], space, spaced if space else ())
+
+
+@functools.cache
+def _beginning_with_space(tokenizer: Tokenizer) -> Sequence[int]:
+    ids = range(tokenizer.vocabulary)
+    return [token for token in ids if tokenizer.token_bytes(token).startswith(b" ")]
 
 
 class Text:
@@ -18,12 +42,13 @@ class Text:
     first stop string is the one that is complete first; of two at once, the longer.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), space: str = "") -> None:
         if "" in stops:
             raise ValueError("a stop string is empty: expected at least one character")
         self.stopped = False
         self._stream = tokenizer.stream()
         self._stops = stops
+        self._space = space  # of the prompt: the first token repeats it
         self._held = ""
 
     def push(self, token: int) -> str:
@@ -39,7 +64,8 @@ class Text:
     def _pass(self, new: str) -> str:
         if self.stopped:
             return ""
-        text = self._held + new
+        text = self._held + new.removeprefix(self._space)
+        self._space = ""
         found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
         if found:
             self.stopped, self._held = True, ""

@@ -16,7 +16,7 @@ from gpt.sampling import Sampling, generate
 from serving.api import MAX_CHOICES, Served, Server
 from serving.engine import Engine
 from serving.service import Service
-from serving.text import prompt_ids
+from serving.text import read_prompt
 from tokenizer import byte_tokenizer
 
 CONTEXT = 20_000  # longer than any test waits for
@@ -83,7 +83,7 @@ def client(served):
 
 
 def reference(model, prompt, sampling, max_tokens, choice=0):
-    ids = prompt_ids(TOKENIZER, prompt)
+    ids = read_prompt(TOKENIZER, prompt).ids
     end = {TOKENIZER.end_of_text}
     return TOKENIZER.decode(generate(model, ids, max_tokens, sampling, end, choice))
 

@@ -80,7 +80,14 @@ def test_every_text_equals_the_reference_under_random_arrivals_and_cancellations
             [Sampling(0.0), Sampling(seed=i), Sampling(0.8, 5, 0.9, 0.02, 1.2, 0.5, 0.5, seed=i)]
         )
         requests.append(
-            Request(prompt, dice.randint(1, 30), sampling, {dice.randrange(VOCABULARY)}, i % 3)
+            Request(
+                prompt,
+                dice.randint(1, 30),
+                sampling,
+                {dice.randrange(VOCABULARY)},
+                i % 3,
+                dice.sample(range(VOCABULARY), 4) if i % 4 == 0 else (),
+            )
         )
         engine.add(requests[-1])
         for _ in range(dice.choice([0, 0, 1, 5])):
@@ -107,8 +114,10 @@ def test_every_text_equals_the_reference_under_random_arrivals_and_cancellations
                 request.sampling,
                 request.stop,
                 request.choice,
+                request.first,
             )
         )
+        assert not request.first or not reference or reference[0] in request.first
         text = texts.get(request, [])
         if request in cancelled:
             assert text == reference[: len(text)]

@@ -47,7 +47,21 @@ TINY = Run(
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    words = ["the", "cat", "sat", "on", "the", "mat", "and", "saw", "a", "dog", "that", "sat", "too"]
+    words = [
+        "the",
+        "cat",
+        "sat",
+        "on",
+        "the",
+        "mat",
+        "and",
+        "saw",
+        "a",
+        "dog",
+        "that",
+        "sat",
+        "too",
+    ]
     chance = random.Random(0)
     writer = CorpusWriter(folder := tmp_path_factory.mktemp("corpus"), byte_tokenizer())
     for name, count in (("train", 200), ("validation", 20)):

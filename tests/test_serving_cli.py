@@ -14,7 +14,7 @@ import torch
 from gpt import GPT
 from gpt.checkpoint import save_config, save_tensors, weights
 from gpt.sampling import Sampling, generate
-from serving.text import prompt_ids
+from serving.text import read_prompt
 from tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -65,7 +65,7 @@ def serving(here, *arguments, stdin=b""):
 
 def test_sample_prints_the_prompt_and_what_generate_adds_to_it(here, model):
     done = serving(here, "sample", "--prompt", "déf", "--temperature", "0", "--max-tokens", "20")
-    tokens = list(generate(model, prompt_ids(TOKENIZER, "déf"), 20, Sampling(0.0), {256}))
+    tokens = list(generate(model, read_prompt(TOKENIZER, "déf").ids, 20, Sampling(0.0), {256}))
     assert done.returncode == 0
     assert done.stdout.decode() == "déf" + TOKENIZER.decode(tokens) + "\n"
     assert done.stderr == b""
@@ -99,7 +99,10 @@ WRONG = {
     "not a number": (["sample", "runs/tiny", "--temperature", "hot"], "could not convert"),
     "an option": (["sample", "runs/tiny", "--temprature", "1"], "--temperature"),
     "a command": (["smple"], "sample"),
-    "a device": (["sample", "runs/tiny", "--device", "gpu"], "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
+    "a device": (
+        ["sample", "runs/tiny", "--device", "gpu"],
+        "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'",
+    ),
     "no texts": (["sample", "runs/tiny", "-n", "0"], "-n must be at least 1"),
     "an empty stop": (["sample", "runs/tiny", "--stop", ""], "a stop string is empty"),
     "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),

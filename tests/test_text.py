@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.text import Text, prompt_ids
+from serving.text import Text, read_prompt
 from tokenizer import byte_tokenizer, train_bpe
 
 BYTES = byte_tokenizer()
@@ -86,9 +86,25 @@ def test_characters_are_whole():
 
 
 def test_a_prompt_begins_where_a_document_does():
-    assert prompt_ids(BYTES, "") == [256]
-    assert prompt_ids(BYTES, "<|e") == [256, *b"<|e"]
+    assert read_prompt(BYTES, "").ids == [256]
+    assert read_prompt(BYTES, "<|e").ids == [256, *b"<|e"]
     with pytest.raises(ValueError, match="surrogate"):
-        prompt_ids(BYTES, "\ud800")
+        read_prompt(BYTES, "\ud800")
     with pytest.raises(ValueError, match="stop string is empty"):
         Text(BYTES, [""])
+
+
+def test_a_space_at_the_end_is_left_to_the_first_token():
+    """Whichever way the user's space falls, what follows begins with one and it is shown once."""
+    ids, space, first = read_prompt(BPE, "def ")
+    assert [BPE.end_of_text, *BPE.encode("def")] == ids
+    assert space == " "
+    assert set(first) == {i for i in range(BPE.vocabulary) if BPE.token_bytes(i)[:1] == b" "}
+    text = Text(BPE, (), space)
+    word = max(first, key=lambda token: len(BPE.token_bytes(token)))
+    follow = [word, BPE.encode("x")[0]]
+    shown = "".join(map(text.push, follow)) + text.flush()
+    assert "def " + shown == "def" + BPE.decode(follow)
+    # Where a space is always a token by itself there is nothing to leave.
+    assert read_prompt(BYTES, "def ") == ([256, *b"def "], "", ())
+    assert read_prompt(BPE, "def\n").space == ""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+import tyro
 
 from gpt import LanguageModel, cli
 from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
@@ -157,6 +158,25 @@ class Eval:
             return
         print(f"{directory} on the {wanted} split of {corpus.description}")
         print(table(score, beside))
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Draw the loss curves of one or several runs."""
+
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
+    """Run directories; the newest under runs/ when none is given."""
+    output: Path = Path("loss.svg")
+    """Where to: .svg, .png or .pdf."""
+
+    def __call__(self) -> None:
+        """Draw and say where."""
+        try:
+            from training.plot import plot_losses
+        except ImportError:
+            raise ValueError("plots need one more package: pip install matplotlib") from None
+        plot_losses([find_run(run) for run in self.run or (None,)], self.output)
+        print(self.output)
 
 
 def start(run: Run, directory: Path | None) -> None:
@@ -314,7 +334,7 @@ def table(score: Score, beside: dict[str, float]) -> str:
 def main() -> None:
     """Choose the command; `train` takes its options from the preset named after it."""
     arguments = sys.argv[1:]
-    commands: dict[str, Callable[..., cli.Command]] = {"eval": Eval}
+    commands: dict[str, Callable[..., cli.Command]] = {"eval": Eval, "plot": Plot}
     name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")
