@@ -3,9 +3,12 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export PROMPT
 
-.PHONY: setup train eval sample serve test check format clean
+.PHONY: help setup train eval sample serve test check format clean
 
-setup: .venv/.installed
+help:  ## list the targets
+	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+
+setup: .venv/.installed  ## .venv with pinned versions; every other target makes it when needed
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.12 ...")'
@@ -17,29 +20,29 @@ setup: .venv/.installed
 	$(PY) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	touch $@
 
-train: .venv/.installed  ## make train [DATA= PRESET= RUN= ARGS=]
+train: .venv/.installed  ## train a model: make train [DATA= PRESET= RUN= ARGS=]
 	$(PY) -m training train $(PRESET) $(if $(DATA),--data '$(DATA)') $(if $(RUN),--run '$(RUN)') $(ARGS)
 
-eval: .venv/.installed  ## make eval [RUN= DATA= ARGS=]
+eval: .venv/.installed  ## score a run: make eval [RUN= DATA= ARGS=]
 	$(PY) -m training eval $(RUN) $(if $(DATA),--data '$(DATA)') $(ARGS)
 
-sample: .venv/.installed  ## make sample [RUN= PROMPT= TEMPERATURE= ARGS=]
+sample: .venv/.installed  ## text from a run: make sample [RUN= PROMPT= TEMPERATURE= ARGS=]
 	@$(PY) -m serving sample $(RUN) $(if $(PROMPT),--prompt "$$PROMPT") $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
 
-serve: .venv/.installed  ## make serve [RUN= PORT= ARGS=]
+serve: .venv/.installed  ## a run over HTTP: make serve [RUN= PORT= ARGS=]
 	$(PY) -m serving serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-test: .venv/.developed  ## make test [ARGS=]
+test: .venv/.developed  ## all tests but the longest: make test [ARGS=]
 	$(PY) -m pytest $(ARGS)
 
-check: .venv/.developed
+check: .venv/.developed  ## formatter, linter, strict types
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
 
-format: .venv/.developed
+format: .venv/.developed  ## mend what formatter and linter can
 	$(PY) -m ruff format .
 	$(PY) -m ruff check --fix .
 
-clean:
+clean:  ## remove the environment and caches, never a run
 	rm -rf .venv build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,0 +1,145 @@
+"""Every command in the README runs, in its order, in a fresh folder; with small figures where it would take minutes."""
+
+import contextlib
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import hub
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+
+SMALL = (
+    "--steps 2 --batch 2 --window 64 --width 32 --depth 1 --heads 1 --validation-interval 2 "
+    "--validation-tokens 256 --vocabulary 300 --accumulation 1 --device cpu"
+)
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+COMMANDS = [
+    line.partition("  #")[0].strip()
+    for block in blocks("sh")
+    for line in block.splitlines()
+    if line.strip()
+]
+
+
+def quickened(command: str) -> str:
+    """The command itself, with options at its end that make it take seconds."""
+    if command == "make test":
+        return "make test ARGS='--collect-only --quiet'"
+    if match := re.fullmatch(r'(make train.*?)(?: ARGS="(.*)")?', command):
+        own = re.sub(r"--window \d+", "", match[2] or "")
+        return f'{match[1]} ARGS="{own} {SMALL}"'
+    if command.startswith("python -m training train gpt-nano"):
+        small = re.sub(r"--(width|depth|heads|vocabulary) \d+", "", SMALL)
+        return re.sub(r"--steps \d+", "", command) + " " + small
+    return command
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """The project as in a fresh clone, with the environment of this test as its .venv."""
+    for name in ("gpt", "tokenizer", "training", "serving", "tests", "Makefile", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("README.md", "constraints.txt"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    binaries = tmp_path / ".venv" / "bin"
+    binaries.mkdir(parents=True)
+    (binaries / "python").write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    (binaries / "python").chmod(0o755)
+    (binaries / "activate").write_text(f'PATH="{binaries}:$PATH"\n')
+    for name in (".installed", ".developed"):
+        (tmp_path / ".venv" / name).touch()
+    text = "Once upon a time there was a text.\n" * 400
+    (tmp_path / "my.txt").write_text(text)
+    (tmp_path / "other.txt").write_text(text[:5000])
+    stories = tmp_path / "hub" / "roneneldan" / "TinyStories"
+    stories.mkdir(parents=True)
+    (stories / "train.txt").write_text(text)
+    return tmp_path
+
+
+@pytest.mark.skipif(not shutil.which("make"), reason="there is no make here")
+def test_every_command_runs(clone):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    with hub.running(clone / "hub") as address, contextlib.ExitStack() as servers:
+        environment = os.environ | {
+            "PYTHONPATH": str(clone),
+            "HF_ENDPOINT": address,
+            "HF_HOME": str(clone / "hf"),
+            "TINYGPT_CACHE": str(clone / "cache"),
+            "PORT": port,
+            # What is no terminal would be read as a prompt.
+            "MAKEFLAGS": "--no-print-directory",
+        }
+        environment.pop("HF_HUB_OFFLINE", None)
+
+        def shell(command):
+            return subprocess.run(
+                ["bash", "-c", f"source .venv/bin/activate; {command}"],
+                cwd=clone,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=120,
+            )
+
+        seen = []
+        for command in COMMANDS:
+            if command == "make serve":
+                server = subprocess.Popen(
+                    ["make", "serve"],
+                    cwd=clone,
+                    env=environment,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                    start_new_session=True,
+                )
+                servers.callback(server.communicate)
+                servers.callback(os.killpg, server.pid, signal.SIGTERM)
+                assert any(f":{port}" in line for line in iter(server.stdout.readline, ""))
+                continue
+            done = shell(quickened(command).replace(":8000", f":{port}"))
+            assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            seen.append(command)
+            if command.startswith("curl"):
+                assert done.stdout.strip().endswith("data: [DONE]")
+                for code in blocks("python"):
+                    done = shell(f"python - <<'END'\n{code.replace(':8000', f':{port}')}\nEND")
+                    assert done.returncode == 0, done.stderr
+            if command.startswith("make sample"):
+                prompt = re.search(r'PROMPT="(.*?)"', command)[1]
+                assert done.stdout.startswith(prompt)
+        assert {"make train", "make test", "make eval"} <= set(seen)
+        assert (clone / "loss.svg").exists()
+
+
+def test_the_tree_in_the_readme_is_the_tree():
+    tree = next(block for block in blocks("") if block.startswith("gpt/"))
+    package, found = "", set()
+    for line in tree.splitlines():
+        if match := re.match(r"(\w+)/", line):
+            package = match[1]
+        elif match := re.match(r"  (\w+(?:, \w+)*)(?:   |$)", line):
+            found |= {(package, name) for name in match[1].split(", ")}
+    there = {
+        (package, file.stem)
+        for package in ("gpt", "training", "serving")
+        for file in (ROOT / package).glob("*.py")
+        if not file.stem.startswith("__")
+    }
+    assert found == there
