@@ -119,7 +119,8 @@ def near(word: str, words: Any) -> str:  # noqa: ANN401 (any iterable of names)
 
 def build(name: str, given: dict[str, Any]) -> LanguageModel:
     """A new model, its weights at their first values; a ValueError says what does not fit."""
-    return MODELS[name](**arguments_of(name, given))
+    arguments = arguments_of(name, given)
+    return MODELS[name](**arguments)
 
 
 def save_config(directory: Path, name: str, given: dict[str, Any]) -> None:

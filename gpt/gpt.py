@@ -83,6 +83,11 @@ class GPT(LanguageModel):
         rotary_base: float = 10_000.0,
     ) -> None:
         super().__init__(vocabulary, context)
+        if min(width, depth, heads) < 1 or hidden < 0:
+            raise ValueError(
+                f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
+                f"{depth}, {heads} and {hidden}"
+            )
         if width % (2 * heads):
             raise ValueError(
                 f"width must be a multiple of 2 * heads for rotary positions, not {width} with "
@@ -148,7 +153,9 @@ class GPT(LanguageModel):
         places = Places(length, self.cos_SK, self.sin_SK, position_B)
         x_BTD = self.dropout(self.embedding(tokens_BT))
         for layer, block in enumerate(self.blocks):
-            cache = state and Cache(state["keys"][:, layer], state["values"][:, layer])
+            cache = None
+            if state is not None:
+                cache = Cache(state["keys"][:, layer], state["values"][:, layer])
             x_BTD = block(x_BTD, places, cache)
         if state is not None:
             state["position"] += length

@@ -182,17 +182,15 @@ class Plot:
 def start(run: Run, directory: Path | None) -> None:
     """Prepare the corpus, open a run directory, train, report."""
     device = find_device(run.device)
-    with torch.device("meta"):
-        parameters = sum(p.numel() for p in new_model(run, run.vocabulary).parameters())
+    with torch.device("meta"):  # what does not fit together is said before the data is read
+        new_model(run, run.vocabulary)
     directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (directory / "run.json").exists():
         raise ValueError(
             f"{directory} already holds a run: continue it with --resume {directory}, "
             "or choose another --run"
         )
-    print(
-        f"preset {run.preset}: {run.model} of about {parameters:,} parameters on {describe(device)}"
-    )
+    print(f"preset {run.preset}: {run.model} on {describe(device)}")
     for name, value in dataclasses.asdict(run).items():
         if name not in ("preset", "model"):
             print(f"  {name} = {value}")
@@ -209,8 +207,9 @@ def start(run: Run, directory: Path | None) -> None:
     tokenizer.save(directory / "tokenizer.json")
     given = {"vocabulary": tokenizer.vocabulary, "context": run.window, **run.arguments}
     save_config(directory, run.model, given)
-    save_run(run, directory, facts(corpus, trainer.model, device))
-    print(f"run: {directory}", flush=True)
+    known = facts(corpus, trainer.model, device)
+    save_run(run, directory, known)
+    print(f"run: {directory}, {known['parameters']:,} parameters", flush=True)
     work(trainer)
 
 
