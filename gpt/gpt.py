@@ -119,7 +119,8 @@ class GPT(LanguageModel):
             nn.init.zeros_(block.mlp.down.weight)
         if not tied:
             nn.init.zeros_(self.unembedding.weight)
-            nn.init.normal_(self.embedding.weight)
+            # Between 0.1 and 1 by trial: small enough to be learned away, large enough to tell apart.
+            nn.init.normal_(self.embedding.weight, std=0.3)
 
     @property
     def limit(self) -> int:

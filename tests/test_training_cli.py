@@ -192,7 +192,7 @@ WRONG = {
     "no such choice": (["train", "--precision", "int4"], "invalid choice 'int4'"),
     "a batch that does not divide": (
         ["train", "--accumulation", "5"],
-        "--batch 32 cannot be divided",
+        "--batch 16 cannot be divided",
     ),
     "an unknown command": (["trian"], "Available subcommands: eval, plot, train"),
     "no command": ([], "Expected one of {eval, plot, train}"),

@@ -45,9 +45,9 @@ class Run:
     vocabulary: int = 4096
     """Number of tokens that `bpe` learns."""
 
-    steps: int = 600
+    steps: int = 640
     """Optimizer steps."""
-    batch: int = 32
+    batch: int = 16
     """Rows of one step."""
     window: int = 256
     """Tokens of one row: the context of the model."""
@@ -57,9 +57,9 @@ class Run:
     """What moves the hidden matrices; AdamW moves all the rest."""
     learning_rate: float = 0.02
     """Peak rate of the hidden matrices."""
-    embedding_rate: float = 0.02
+    embedding_rate: float = 0.1
     """Peak rate of the embeddings."""
-    unembedding_rate: float = 0.004
+    unembedding_rate: float = 0.008
     """Peak rate of the unembedding."""
     vector_rate: float = 0.01
     """Peak rate of norms and biases."""
@@ -138,6 +138,7 @@ PRESETS: dict[str, Run] = {
         Run(
             preset="gpt-micro",
             arguments={"width": 384, "depth": 6, "heads": 6},
+            unembedding_rate=0.004,
             steps=2000,
             batch=64,
             window=512,
@@ -146,6 +147,7 @@ PRESETS: dict[str, Run] = {
         Run(
             preset="gpt-small",
             arguments={"width": 768, "depth": 12, "heads": 12},
+            unembedding_rate=0.002,
             steps=5000,
             batch=256,
             window=1024,
