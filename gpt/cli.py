@@ -54,6 +54,8 @@ def main(
     except (ValueError, OSError) as error:
         if os.environ.get("TINYGPT_TRACEBACK"):
             raise
+        if isinstance(error, OSError) and error.filename and error.strerror:
+            refuse(prog, f"{error.filename}: {error.strerror}")
         refuse(prog, str(error))
 
 

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import logging
 import secrets
+import signal
 import socket
 import time
 import uuid
@@ -481,5 +482,6 @@ class Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
         """Leave with exit code 0: a server that was told to stop has done what it was told."""
-        self.force_exit = self.should_exit
+        # SIGTERM may well come twice: make hands on what the terminal or a supervisor sent to both.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True
