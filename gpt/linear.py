@@ -175,7 +175,7 @@ def softmax(logits_V: Tensor, temperature: float = 1.0) -> Tensor:
     The greater the temperature T, the more even. As it falls to 0, all goes to the largest.
     """
     # Only differences matter: with the largest at 0 no exponential overflows.
-    powers_V = ((logits_V - logits_V.amax(-1, keepdim=True)) / temperature).exp()
+    powers_V = ((logits_V - logits_V.detach().amax(-1, keepdim=True)) / temperature).exp()
     return powers_V / powers_V.sum(-1, keepdim=True)
 
 
