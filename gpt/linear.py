@@ -15,8 +15,7 @@ On tables of numbers x_BD has D inputs a row. Two of the four also speak: a lang
 whose inputs are the last tokens stands beside the model of numbers.
 """
 
-from collections.abc import Sequence
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -40,18 +39,10 @@ def descend(model: Model, rate: float, *batch: Tensor) -> Tensor:
     loss.backward()  # 3 blame: the gradient of the loss by each weight
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter -= rate * parameter.grad  # 4 move each weight a little against it
+            if parameter.grad is not None:
+                parameter.sub_(rate * parameter.grad)  # 4 move each weight a little against it
             parameter.grad = None  # 5 forget, or the next step would add to this one's
     return loss.detach()
-
-
-class Step(NamedTuple):
-    """All the numbers of one step of gradient descent on a line."""
-
-    prediction_B: Tensor
-    loss: Tensor
-    weight_gradient_D: Tensor
-    bias_gradient: Tensor
 
 
 class Linear(Model):
@@ -84,16 +75,21 @@ class Linear(Model):
         return squared_error(self(x_BD), y_B)
 
     @torch.no_grad()
-    def descend_by_hand(self, rate: float, x_BD: Tensor, y_B: Tensor) -> Step:
-        """The five steps of `descend`, with the calculus written out."""
+    def descend_by_hand(
+        self, rate: float, x_BD: Tensor, y_B: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The five steps of `descend`, with the calculus written out.
+
+        Returns prediction_B, the loss, and its gradients by weight_D and by the bias.
+        """
         prediction_B = self(x_BD)  # 1 predict
         error_B = prediction_B - y_B
         loss = (error_B**2).mean()  # 2 measure the loss
         weight_gradient_D = 2 * error_B @ x_BD / len(x_BD)  # 3 blame: d loss / dw ...
         bias_gradient = 2 * error_B.mean()  # ... and d loss / db
-        self.weight -= rate * weight_gradient_D  # 4 move a little against it
-        self.bias -= rate * bias_gradient
-        return Step(prediction_B, loss, weight_gradient_D, bias_gradient)  # 5 nothing is kept
+        self.weight.sub_(rate * weight_gradient_D)  # 4 move a little against it
+        self.bias.sub_(rate * bias_gradient)
+        return prediction_B, loss, weight_gradient_D, bias_gradient  # 5 nothing is kept
 
 
 class SigmaPi(Model):
@@ -113,7 +109,7 @@ class SigmaPi(Model):
     paper: ClassVar[str] = "Rumelhart, Hinton & McClelland, A General Framework for PDP"
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
 
-    def __init__(self, products: Sequence[Sequence[int]] = ((0, 1), (0,), ())) -> None:
+    def __init__(self, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())) -> None:
         super().__init__()
         if not products or any(place < 0 for product in products for place in product):
             raise ValueError(
@@ -340,7 +336,6 @@ class SigmaPiLM(Windowed):
     ) -> None:
         super().__init__(vocabulary, context, window, width, hidden)
         self.factors = nn.Linear(width, window * hidden, bias=False)
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
         # The variance of a product is the product of the factors' 1 + variance: kept at e.
         nn.init.normal_(self.embedding.weight)
         nn.init.normal_(self.factors.weight, std=(width * window) ** -0.5)
@@ -353,4 +348,4 @@ class SigmaPiLM(Windowed):
         products_BTF = torch.ones_like(factors_BSWF[:, :length, 0])
         for place in range(self.window):
             products_BTF = products_BTF * factors_BSWF[:, place : place + length, place]
-        return self.norm(products_BTF)
+        return F.rms_norm(products_BTF, products_BTF.shape[-1:])

@@ -16,9 +16,10 @@ costs more weights. The recurrent networks mend that.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.linear import Windowed, softmax, squared_error
@@ -30,7 +31,9 @@ def step(x: Tensor) -> Tensor:
     return (x > 0).to(x.dtype)
 
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+Activation = Literal["step", "sigmoid", "tanh", "relu", "none"]
+
+ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     "step": step,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
@@ -47,7 +50,7 @@ class Layers(nn.Module):
         activation: The name of f, one of ACTIVATIONS.
     """
 
-    def __init__(self, widths: Sequence[int], activation: str) -> None:
+    def __init__(self, widths: Sequence[int], activation: Activation) -> None:
         super().__init__()
         if min(widths) < 1:
             raise ValueError(f"every layer must be at least 1 wide, not {list(widths)}")
@@ -82,7 +85,7 @@ class MLP(Model):
     idea: ClassVar[str] = "stack it; bend it"
 
     def __init__(
-        self, inputs: int = 1, hidden: Sequence[int] = (8,), activation: str = "relu"
+        self, inputs: int = 1, hidden: tuple[int, ...] = (8,), activation: Activation = "relu"
     ) -> None:
         super().__init__()
         self.hidden = Layers([inputs, *hidden], activation)
@@ -168,8 +171,8 @@ class Experts(Model):
         self,
         inputs: int = 2,
         experts: int = 5,
-        u: Sequence[int] | None = None,
-        v: Sequence[int] | None = None,
+        u: tuple[int, ...] | None = None,
+        v: tuple[int, ...] | None = None,
     ) -> None:
         super().__init__()
         self.u = list(range(inputs)) if u is None else list(u)
@@ -227,13 +230,12 @@ class WindowLM(Windowed):
         width: int = 128,
         hidden: int = 256,
         depth: int = 2,
-        activation: str = "tanh",
+        activation: Activation = "tanh",
     ) -> None:
         super().__init__(vocabulary, context, window, width, hidden)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
         self.layers = Layers([window * width, *[hidden] * depth], activation)
-        self.norm = nn.RMSNorm(hidden, eps=1e-6)
 
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """hidden_BTF: the last hidden layer."""
@@ -243,7 +245,8 @@ class WindowLM(Windowed):
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""
-        return self.norm(self.hidden(tokens_BT, state))
+        hidden_BTF = self.hidden(tokens_BT, state)
+        return F.rms_norm(hidden_BTF, hidden_BTF.shape[-1:])
 
 
 class ExpertsLM(WindowLM):
@@ -274,7 +277,7 @@ class ExpertsLM(WindowLM):
         width: int = 128,
         hidden: int = 256,
         depth: int = 2,
-        activation: str = "tanh",
+        activation: Activation = "tanh",
         experts: int = 8,
     ) -> None:
         super().__init__(
@@ -291,4 +294,5 @@ class ExpertsLM(WindowLM):
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""
         hidden_BTF = self.hidden(tokens_BT, state)
-        return self.norm(self.gated(hidden_BTF, hidden_BTF))
+        said_BTF = self.gated(hidden_BTF, hidden_BTF)
+        return F.rms_norm(said_BTF, said_BTF.shape[-1:])

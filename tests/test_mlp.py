@@ -244,7 +244,7 @@ def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
             window_BWD[:, 2 - j] = embeddings_BTD[:, t - j]
         # unfold puts the places last, so a weight's columns go by width, then place
         hidden_BF = model.layers(window_BWD.transpose(1, 2).flatten(1))
-        expected = hidden_BF / hidden_BF.square().mean(-1, keepdim=True).add(1e-6).sqrt()
+        expected = hidden_BF / hidden_BF.square().mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(model.features(tokens_BT)[:, t], expected)
 
 
@@ -253,7 +253,8 @@ def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
     model = ExpertsLM(20, 8, window=3, width=5, hidden=4, experts=3).double()
     tokens_BT = torch.randint(20, (2, 8))
     hidden_BTF = model.hidden(tokens_BT, None)
-    expected = model.norm(model.gated(hidden_BTF, hidden_BTF))
+    said_BTF = model.gated(hidden_BTF, hidden_BTF)
+    expected = said_BTF / said_BTF.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(model.features(tokens_BT), expected)
 
 
