@@ -263,18 +263,18 @@ class Windowed(LanguageModel):
     Args:
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W.
+        span: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of the features, F.
     """
 
-    def __init__(self, vocabulary: int, context: int, window: int, width: int, hidden: int) -> None:
+    def __init__(self, vocabulary: int, context: int, span: int, width: int, hidden: int) -> None:
         super().__init__(vocabulary, context)
-        if min(window, width, hidden) < 1:
+        if min(span, width, hidden) < 1:
             raise ValueError(
-                f"window, width and hidden must be at least 1, not {window}, {width} and {hidden}"
+                f"span, width and hidden must be at least 1, not {span}, {width} and {hidden}"
             )
-        self.window = window
+        self.span = span
         self.embedding = nn.Embedding(vocabulary, width)
         self.unembedding = nn.Linear(hidden, vocabulary, bias=False)
         # All tokens alike at first. The features are not zero, so this learns, then they do.
@@ -283,7 +283,7 @@ class Windowed(LanguageModel):
     def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (nothing grows)
         """last_BW, without the newest: the tokens that the next one's window also holds."""
         device = self.embedding.weight.device
-        return {"last": torch.full((rows, self.window - 1), NOTHING, device=device)}
+        return {"last": torch.full((rows, self.span - 1), NOTHING, device=device)}
 
     def embed(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """embeddings_BSD of the W - 1 tokens before the new ones, and theirs: S = W - 1 + T.
@@ -315,7 +315,7 @@ class SigmaPiLM(Windowed):
     Args:
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W.
+        span: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Number of products, F.
     """
@@ -330,22 +330,21 @@ class SigmaPiLM(Windowed):
         vocabulary: int,
         context: int,
         *,
-        window: int = 8,
+        span: int = 4,
         width: int = 128,
         hidden: int = 256,
     ) -> None:
-        super().__init__(vocabulary, context, window, width, hidden)
-        self.factors = nn.Linear(width, window * hidden, bias=False)
-        # The variance of a product is the product of the factors' 1 + variance: kept at e.
-        nn.init.normal_(self.embedding.weight)
-        nn.init.normal_(self.factors.weight, std=(width * window) ** -0.5)
+        super().__init__(vocabulary, context, span, width, hidden)
+        self.factors = nn.Linear(width, span * hidden, bias=False)
+        # A feature's second moment is the product of its factors', (1 + 1/W)^W: less than e.
+        nn.init.normal_(self.factors.weight, std=(width * span) ** -0.5)
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""
         embeddings_BSD = self.embed(tokens_BT, state)
-        factors_BSWF = 1 + self.factors(embeddings_BSD).unflatten(-1, (self.window, -1))
+        factors_BSWF = 1 + self.factors(embeddings_BSD).unflatten(-1, (self.span, -1))
         length = tokens_BT.shape[1]
         products_BTF = torch.ones_like(factors_BSWF[:, :length, 0])
-        for place in range(self.window):
+        for place in range(self.span):
             products_BTF = products_BTF * factors_BSWF[:, place : place + length, place]
         return F.rms_norm(products_BTF, products_BTF.shape[-1:])

@@ -177,7 +177,7 @@ class Experts(Model):
         super().__init__()
         self.u = list(range(inputs)) if u is None else list(u)
         self.v = list(range(inputs)) if v is None else list(v)
-        if not all(0 <= place < inputs for place in (*self.u, *self.v)):
+        if not (self.u and self.v) or not all(0 <= place < inputs for place in (*self.u, *self.v)):
             raise ValueError(
                 f"u and v must be places of the {inputs} inputs, counted from 0, "
                 f"not {self.u} and {self.v}"
@@ -207,7 +207,7 @@ class WindowLM(Windowed):
     Args:
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W.
+        span: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of a hidden layer, F.
         depth: Number of hidden layers.
@@ -226,21 +226,21 @@ class WindowLM(Windowed):
         vocabulary: int,
         context: int,
         *,
-        window: int = 8,
+        span: int = 8,
         width: int = 128,
         hidden: int = 256,
-        depth: int = 2,
+        depth: int = 1,
         activation: Activation = "tanh",
     ) -> None:
-        super().__init__(vocabulary, context, window, width, hidden)
+        super().__init__(vocabulary, context, span, width, hidden)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
-        self.layers = Layers([window * width, *[hidden] * depth], activation)
+        self.layers = Layers([span * width, *[hidden] * depth], activation)
 
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """hidden_BTF: the last hidden layer."""
         embeddings_BSD = self.embed(tokens_BT, state)
-        windows_BTF = embeddings_BSD.unfold(1, self.window, 1).flatten(2)
+        windows_BTF = embeddings_BSD.unfold(1, self.span, 1).flatten(2)
         return self.layers(windows_BTF)
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
@@ -255,7 +255,7 @@ class ExpertsLM(WindowLM):
     Args:
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W.
+        span: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of a hidden layer and of what an expert says, F.
         depth: Number of hidden layers.
@@ -273,17 +273,17 @@ class ExpertsLM(WindowLM):
         vocabulary: int,
         context: int,
         *,
-        window: int = 8,
+        span: int = 8,
         width: int = 128,
         hidden: int = 256,
-        depth: int = 2,
+        depth: int = 1,
         activation: Activation = "tanh",
         experts: int = 8,
     ) -> None:
         super().__init__(
             vocabulary,
             context,
-            window=window,
+            span=span,
             width=width,
             hidden=hidden,
             depth=depth,

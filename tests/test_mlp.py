@@ -204,7 +204,7 @@ def five_lines(seed: int, x_B: Tensor) -> tuple[Tensor, Tensor]:
 
 def test_chapter_6_experts_keep_to_five_random_lines_where_networks_of_their_size_do_not() -> None:
     def data(x_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_BDs, y_Bs = zip(*(five_lines(seed, x_B) for seed in range(8)), strict=True)
+        x_BDs, y_Bs = zip(*(five_lines(seed, x_B) for seed in range(16)), strict=True)
         return torch.stack(x_BDs), torch.stack(y_Bs)
 
     near_NBD, near_NB = data(torch.linspace(-1, 1, 10))
@@ -215,8 +215,8 @@ def test_chapter_6_experts_keep_to_five_random_lines_where_networks_of_their_siz
         return (model(far_NBD) - far_NB).abs().mean(-1).median().item()
 
     experts = error(lambda: Experts(2, 5))
-    assert experts < 0.8 * error(lambda: MLP(2, (7,)))
-    assert experts < 0.8 * error(lambda: MLP(2, (4, 3)))
+    assert experts < 0.75 * error(lambda: MLP(2, (7,)))
+    assert experts < 0.75 * error(lambda: MLP(2, (4, 3)))
 
 
 @pytest.mark.parametrize("apart", [False, True], ids=["u = v", "u cups, v darkness"])
@@ -235,7 +235,7 @@ def test_chapter_6_white_brown_and_franken_grain_together(apart: bool) -> None:
 
 def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
     torch.manual_seed(0)
-    model = WindowLM(20, 8, window=3, width=5, hidden=4, depth=2).double()
+    model = WindowLM(20, 8, span=3, width=5, hidden=4, depth=2).double()
     tokens_BT = torch.randint(20, (2, 8))
     embeddings_BTD = model.embedding(tokens_BT)
     for t in range(8):
@@ -250,7 +250,7 @@ def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
 
 def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
     torch.manual_seed(0)
-    model = ExpertsLM(20, 8, window=3, width=5, hidden=4, experts=3).double()
+    model = ExpertsLM(20, 8, span=3, width=5, hidden=4, experts=3).double()
     tokens_BT = torch.randint(20, (2, 8))
     hidden_BTF = model.hidden(tokens_BT, None)
     said_BTF = model.gated(hidden_BTF, hidden_BTF)
@@ -261,7 +261,7 @@ def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
 @pytest.mark.parametrize("make", [WindowLM, ExpertsLM])
 def test_a_window_is_as_long_as_it_says(make: type[WindowLM]) -> None:
     torch.manual_seed(0)
-    model = make(20, 4, window=3, width=5, hidden=4).double()
+    model = make(20, 4, span=3, width=5, hidden=4).double()
     assert model.limit is None
     tokens_BT = torch.randint(20, (1, 9))
     changed_BT = tokens_BT.clone()
@@ -279,5 +279,7 @@ def test_bad_configurations_are_refused() -> None:
         Experts(2, 0)
     with pytest.raises(ValueError, match=r"places of the 2 inputs.*\[0, 2\] and \[0, 1\]"):
         Experts(2, 3, u=(0, 2))
+    with pytest.raises(ValueError, match=r"places of the 2 inputs.*\[0, 1\] and \[\]"):
+        Experts(2, 3, v=())
     with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
         WindowLM(20, 4, depth=0)
