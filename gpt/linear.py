@@ -223,6 +223,10 @@ class BigramLM(LanguageModel):
     16.8 million at V = 4096: the count of pairs (Markov 1913, Shannon 1948), learned. b is
     the logits of each token whatever came before, for rows too rare to be learned. It knows
     nothing of what two tokens have in common, and nothing before the last.
+
+    Args:
+        vocabulary: Number of token ids, V.
+        context: Tokens of a row that it is trained on at once.
     """
 
     chapter: ClassVar[int] = 4

@@ -240,6 +240,7 @@ class WindowLM(Windowed):
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """hidden_BTF: the last hidden layer."""
         embeddings_BSD = self.embed(tokens_BT, state)
+        # Every window at once: unfold puts its W tokens last, so F counts D, then W.
         windows_BTF = embeddings_BSD.unfold(1, self.span, 1).flatten(2)
         return self.layers(windows_BTF)
 

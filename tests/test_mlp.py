@@ -242,7 +242,6 @@ def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
         window_BWD = torch.zeros(2, 3, 5).double()  # oldest first; before the row is nothing
         for j in range(min(3, t + 1)):
             window_BWD[:, 2 - j] = embeddings_BTD[:, t - j]
-        # unfold puts the places last, so a weight's columns go by width, then place
         hidden_BF = model.layers(window_BWD.transpose(1, 2).flatten(1))
         expected = hidden_BF / hidden_BF.square().mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(model.features(tokens_BT)[:, t], expected)
