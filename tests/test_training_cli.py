@@ -15,7 +15,34 @@ import pytest
 from gpt.checkpoint import find_run
 from training.loop import newest_checkpoint
 
-TINY = ["--tokenizer", "bytes", "--steps", "6", "--batch", "4", "--window", "32", "--width", "16", "--depth", "1", "--heads", "1", "--warm-up", "1", "--validation-interval", "3", "--checkpoint-interval", "3", "--log-interval", "1", "--sample-tokens", "5", "--device", "cpu"]
+TINY = [
+    "--tokenizer",
+    "bytes",
+    "--steps",
+    "6",
+    "--batch",
+    "4",
+    "--window",
+    "32",
+    "--width",
+    "16",
+    "--depth",
+    "1",
+    "--heads",
+    "1",
+    "--warm-up",
+    "1",
+    "--validation-interval",
+    "3",
+    "--checkpoint-interval",
+    "3",
+    "--log-interval",
+    "1",
+    "--sample-tokens",
+    "5",
+    "--device",
+    "cpu",
+]
 
 
 @pytest.fixture(scope="module")
