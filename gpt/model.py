@@ -112,7 +112,7 @@ class LanguageModel(Model):
         """
         return self.features(prompt_BT, state)[:, -1]
 
-    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
         """A state from which `features` writes the translation of each row's source.
 
         The first token to feed is one that begins a translation; `search.translate` does it.
@@ -123,7 +123,7 @@ class LanguageModel(Model):
         """
         raise ValueError(self._no_translation)
 
-    def target_room(self, source: int) -> int | None:
+    def target_room(self, source: int) -> int | None:  # noqa: ARG002
         """How many tokens can be fed after `start` on `source` tokens; None where there is no limit."""
         return self.limit
 

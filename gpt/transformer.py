@@ -21,6 +21,9 @@ Where it differs from the paper: the norms stand before the branches, not after 
 the paper's sqrt(D) makes of its own.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -196,7 +199,8 @@ class Transformer(EncoderDecoder):
         for block in self.encoder:
             x_BSD = block(x_BSD, mask_BS[:, None, None])
         x_BSD = self.encoder_norm(x_BSD)
-        memories = [block.cross.remember(x_BSD) for block in self.decoder]
+        decoder = cast(Iterable[DecoderBlock], self.decoder)
+        memories = [block.cross.remember(x_BSD) for block in decoder]
         keys_BLHSK = torch.stack([keys_BHSK for keys_BHSK, _ in memories], dim=1)
         values_BLHSK = torch.stack([values_BHSK for _, values_BHSK in memories], dim=1)
         absent_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)
