@@ -15,9 +15,7 @@ from torch import Tensor, nn
 from gpt.model import State
 
 
-def importance(
-    queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None
-) -> Tensor:
+def importance(queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """weights_BHTS: softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
     The layers below leave this product to torch's fused kernel, which never shows it.

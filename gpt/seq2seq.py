@@ -20,9 +20,6 @@ reads in both directions, so that each state knows what comes before its word an
 leaves the chain: the states are still computed one after the other.
 """
 
-from collections.abc import Iterable
-from typing import cast
-
 import torch
 from torch import Tensor, nn
 
@@ -81,24 +78,23 @@ class Seq2Seq(EncoderDecoder):
         """hidden_BLD, each layer's state after the last token of each row."""
         if self.reverse:
             source_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
-        x_BSD = self.dropout(self.embedding(source_BS))
-        first_BD = x_BSD.new_zeros(len(x_BSD), self.width)
+        x_SBD = self.dropout(self.embedding(source_BS.t()))
         lasts_BD = []
         for cell in self.encoder:
-            x_BSD, _ = cell(x_BSD, first_BD)
-            lasts_BD.append(last(x_BSD, lengths_B))
-            x_BSD = self.dropout(x_BSD)
+            x_SBD, _ = cell(x_SBD, (torch.zeros_like(x_SBD[0]),))
+            lasts_BD.append(last(x_SBD, lengths_B))
+            x_SBD = self.dropout(x_SBD)
         return {"hidden": torch.stack(lasts_BD, dim=1)}
 
     def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
         """features_BTD of the tokens written so far."""
-        x_BTD = self.dropout(self.embedding(tokens_BT))
+        x_TBD = self.dropout(self.embedding(tokens_BT.t()))
         for layer, cell in enumerate(self.decoder):
-            x_BTD, hidden_BD = cell(x_BTD, encoded["hidden"][:, layer])
+            x_TBD, (hidden_BD,) = cell(x_TBD, (encoded["hidden"][:, layer],))
             if state is not None:
                 state["hidden"][:, layer] = hidden_BD
-            x_BTD = self.dropout(x_BTD)
-        return x_BTD
+            x_TBD = self.dropout(x_TBD)
+        return x_TBD.transpose(0, 1)
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
@@ -112,10 +108,10 @@ def reversal(lengths_B: Tensor, length: int) -> Tensor:
     return torch.where(mirrored_BS < 0, places_S, mirrored_BS)
 
 
-def last(x_BSD: Tensor, lengths_B: Tensor) -> Tensor:
+def last(x_SBD: Tensor, lengths_B: Tensor) -> Tensor:
     """x_BD at the last token of each row, zero for a row that has none."""
-    rows_B = torch.arange(len(x_BSD), device=x_BSD.device)
-    x_BD = x_BSD[rows_B, (lengths_B - 1).clamp(min=0)]
+    rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
+    x_BD = x_SBD[(lengths_B - 1).clamp(min=0), rows_B]
     return x_BD.masked_fill((lengths_B == 0).unsqueeze(1), 0.0)
 
 
@@ -163,13 +159,14 @@ class Seq2SeqAttention(EncoderDecoder):
         self.width = width
         self.embedding = nn.Embedding(vocabulary, width)
         self.dropout = nn.Dropout(dropout)
-        self.forwards = GRUCell(width, width)
-        self.backwards = GRUCell(width, width)
+        self.ahead = GRUCell(width, width)
+        self.back = GRUCell(width, width)
         # Without a bias, an empty source is a state of zeros.
         self.bridge = nn.Linear(width, width, bias=False)
         self.attention = AdditiveAttention(width, 2 * width)
         self.decoder = GRUCell(width, width)
-        self.context_gates = nn.Linear(2 * width, 3 * width, bias=False)
+        # The context's share of the input, which cannot be projected before the loop.
+        self.summary = nn.Linear(2 * width, 3 * width, bias=False)
         self.readout = nn.Linear(4 * width, width)
         self.unembedding = nn.Linear(width, vocabulary, bias=False)
 
@@ -185,17 +182,17 @@ class Seq2SeqAttention(EncoderDecoder):
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """All of `init_state`; the decoder begins from what the encoder knows at the first word."""
-        length = source_BS.shape[1]
-        x_BSD = self.dropout(self.embedding(source_BS))
-        first_BD = x_BSD.new_zeros(len(x_BSD), self.width)
-        ahead_BSD, _ = self.forwards(x_BSD, first_BD)
-        places_BS1 = reversal(lengths_B, length).unsqueeze(-1).expand_as(x_BSD)
-        behind_BSD, _ = self.backwards(x_BSD.gather(1, places_BS1), first_BD)
-        memory_BSD = torch.cat([ahead_BSD, behind_BSD.gather(1, places_BS1)], dim=-1)
-        absent_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)
+        x_SBD = self.dropout(self.embedding(source_BS.t()))
+        first_BD = torch.zeros_like(x_SBD[0])
+        places_SB1 = reversal(lengths_B, len(x_SBD)).t().unsqueeze(-1).expand_as(x_SBD)
+        ahead_SBD, _ = self.ahead(x_SBD, (first_BD,))
+        back_SBD, _ = self.back(x_SBD.gather(0, places_SB1), (first_BD,))
+        memory_SBD = torch.cat([ahead_SBD, back_SBD.gather(0, places_SB1)], dim=-1)
+        absent_BS = torch.arange(len(x_SBD), device=lengths_B.device) >= lengths_B.unsqueeze(1)
+        memory_BSD = memory_SBD.transpose(0, 1).contiguous()
         memory_BSD = memory_BSD.masked_fill(absent_BS.unsqueeze(-1), 0.0)
         return {
-            "hidden": torch.tanh(self.bridge(last(behind_BSD, lengths_B))),
+            "hidden": torch.tanh(self.bridge(last(back_SBD, lengths_B))),
             "source_length": lengths_B,
             "memory": memory_BSD,
             "keys": self.attention.key(memory_BSD),
@@ -218,16 +215,16 @@ class Seq2SeqAttention(EncoderDecoder):
         """At each token the decoder's hidden_BTD, its context_BTD and the weights_BTS that made it."""
         hidden_BD = encoded["hidden"]
         absent_BS = ~source_mask(encoded["source_length"], encoded["keys"].shape[1])
-        hiddens_BD, contexts_BD, weights_BS = [], [], []
-        for gates_BG in self.decoder.project(x_BTD).unbind(dim=1):
-            now_BS = self.attention(hidden_BD, encoded["keys"], absent_BS)
-            context_BD = (now_BS.unsqueeze(1) @ encoded["memory"]).squeeze(1)
-            hidden_BD = self.decoder.step(gates_BG + self.context_gates(context_BD), hidden_BD)
-            hiddens_BD.append(hidden_BD)
-            contexts_BD.append(context_BD)
-            weights_BS.append(now_BS)
-        found_BTD = torch.stack(contexts_BD, dim=1)
-        return torch.stack(hiddens_BD, dim=1), found_BTD, torch.stack(weights_BS, dim=1)
+        steps = []
+        for input_BF in self.decoder.input(x_BTD.transpose(0, 1)):
+            weights_BS = self.attention(hidden_BD, encoded["keys"], absent_BS)
+            context_BD = (weights_BS.unsqueeze(1) @ encoded["memory"]).squeeze(1)
+            (hidden_BD,) = self.decoder.step(input_BF + self.summary(context_BD), hidden_BD)
+            steps.append((hidden_BD, context_BD, weights_BS))
+        hidden_BTD, contexts_BTD, weights_BTS = (
+            torch.stack(each, dim=1) for each in zip(*steps, strict=True)
+        )
+        return hidden_BTD, contexts_BTD, weights_BTS
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.gpt import GPT, GPT2
 from gpt.attention import rotary_table, rotate
+from gpt.gpt import GPT, GPT2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -190,9 +190,9 @@ def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of heads.*50 with 3"):
+    with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
         GPT2(100, 16, width=50, heads=3)
-    with pytest.raises(ValueError, match="at least 1.*32, 0, 2 and 0"):
+    with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
         GPT2(100, 16, width=32, depth=0, heads=2)
     with pytest.raises(ValueError, match="17 tokens do not fit in the context of 16"):
         GPT2(100, 16)(torch.zeros(1, 17, dtype=torch.long))

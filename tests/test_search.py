@@ -62,7 +62,7 @@ def test_what_is_trained_is_what_is_written(model, pairs, chunks: list[int]) -> 
 
 
 def test_what_stands_after_a_sentence_does_not_matter(model, pairs) -> None:
-    source_BS, lengths_B, tokens_BT, targets_BT = pairs
+    source_BS, lengths_B, _, targets_BT = pairs
     padding_BS = torch.arange(9) >= lengths_B.unsqueeze(1)
     changed_BS = torch.where(padding_BS, (source_BS + 1) % VOCABULARY, source_BS)
     same(model.nll(changed_BS, *pairs[1:]), model.nll(*pairs))
@@ -158,8 +158,7 @@ def test_training_meets_short_prompts_too(name: str, monkeypatch: pytest.MonkeyP
 
     def encode(source_BS: Tensor, lengths_B: Tensor) -> State:
         seen.extend(
-            row[:length].tolist()
-            for row, length in zip(source_BS, lengths_B.tolist(), strict=True)
+            row[:length].tolist() for row, length in zip(source_BS, lengths_B.tolist(), strict=True)
         )
         return type(model).encode(model, source_BS, lengths_B)
 
@@ -239,9 +238,7 @@ def test_many_beams_find_what_trying_all_targets_finds(name: str, penalty: float
         for ending in ([[END]] if length < 3 else [[]])
     ]
     every = [target for target in every if target]
-    got = translate(
-        model, sources(4), begin=BEGIN, end=END, most=3, beams=64, penalty=penalty
-    )
+    got = translate(model, sources(4), begin=BEGIN, end=END, most=3, beams=64, penalty=penalty)
     for source, target in zip(sources(4), got, strict=True):
         best = max(every, key=lambda target: score(model, source, target, penalty))
         assert target == [token for token in best if token != END]
@@ -265,7 +262,7 @@ def test_a_target_ends_where_the_model_has_no_more_room() -> None:
         source = sources()[4]
         [target] = translate(model, [source], begin=BEGIN, end=VOCABULARY, most=40)
         assert len(target) == room
-    with pytest.raises(ValueError, match="16 tokens long.*no room"):
+    with pytest.raises(ValueError, match=r"16 tokens long.*no room"):
         translate(build("gpt"), [[2] * 16], begin=BEGIN, end=END, most=5)
 
 
@@ -274,5 +271,5 @@ def test_mistakes_are_said() -> None:
     assert translate(model, [], begin=BEGIN, end=END, most=5) == []
     with pytest.raises(ValueError, match="source sentence is empty"):
         translate(model, [[1], []], begin=BEGIN, end=END, most=5)
-    with pytest.raises(ValueError, match="beams and most must be at least 1.*0, 5"):
+    with pytest.raises(ValueError, match=r"beams and most must be at least 1.*0, 5"):
         translate(model, [[1]], begin=BEGIN, end=END, most=5, beams=0)

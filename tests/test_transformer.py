@@ -172,9 +172,9 @@ def test_cached_causal_attention_equals_the_whole() -> None:
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
-    with pytest.raises(ValueError, match="multiple of heads.*50 with 3"):
+    with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
         Transformer(30, 8, width=50, heads=3)
-    with pytest.raises(ValueError, match="at least 1.*32, 0, 2 and 0"):
+    with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
         Transformer(30, 8, width=32, depth=0, heads=2)
     with pytest.raises(ValueError, match="9 tokens do not fit in the context of 8"):
         Transformer(30, 8).start(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
