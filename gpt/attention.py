@@ -12,6 +12,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.model import State
+
+
+def importance(queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """weights_BHTS: softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
+
+    The layers below leave this product to torch's fused kernel, which never shows it.
+    """
+    scores_BHTS = queries_BHTK @ keys_BHSK.transpose(-1, -2) / keys_BHSK.shape[-1] ** 0.5
+    if mask_B1TS is not None:
+        scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, -torch.inf)
+    return scores_BHTS.softmax(dim=-1)
+
+
+def source_mask(lengths_B: Tensor, length: int) -> Tensor:
+    """mask_BS: True on each row's own tokens, False on the padding after them.
+
+    True everywhere in a row that has none: a softmax needs something to look at. What
+    such a row looks at must be all zero.
+    """
+    places_S = torch.arange(length, device=lengths_B.device)
+    lengths_B1 = lengths_B.unsqueeze(1)
+    return (places_S < lengths_B1) | (lengths_B1 == 0)
+
 
 def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tensor]:
     """cos_SK and sin_SK: the turn at each position, each angle twice, for both halves of a head."""
@@ -40,34 +64,70 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
+def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = False) -> None:
+    """A ValueError says which size of a stack of attention blocks cannot be."""
+    if min(width, depth, heads) < 1 or hidden < 0:
+        raise ValueError(
+            f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
+            f"{depth}, {heads} and {hidden}"
+        )
+    if rotary and width % (2 * heads):
+        raise ValueError(
+            f"width must be a multiple of 2 * heads for rotary positions, not {width} with "
+            f"{heads} heads"
+        )
+    if width % heads:
+        raise ValueError(f"width must be a multiple of heads, not {width} with {heads} heads")
+
+
 class Places:
     """Where this call's tokens stand, worked out once and used by every layer.
 
-    Without a cache the tokens are positions 0..T-1 of their rows. With one, row b
-    continues from `position_B[b]`, and the cache is read as far as the longest row goes.
+    Without a state the tokens are positions 0..T-1 of their rows. With one, row b continues
+    from its position, and the cache is read as far as the longest row goes.
+
+    Args:
+        tokens_BT: The new tokens.
+        state: Has `position`, and the keys and values that `Cache` reads.
+        rotary: The tables cos_SK and sin_SK, where attention is to turn by them.
     """
 
     def __init__(
-        self, length: int, cos_SK: Tensor, sin_SK: Tensor, position_B: Tensor | None = None
+        self, tokens_BT: Tensor, state: State | None, rotary: tuple[Tensor, Tensor] | None = None
     ) -> None:
+        length, device = tokens_BT.shape[1], tokens_BT.device
         self.mask_B1TS: Tensor | None = None
-        if position_B is None:
-            self.cos_BTK, self.sin_BTK = cos_SK[:length], sin_SK[:length]
-            return
-        self.rows_B1 = torch.arange(len(position_B), device=position_B.device).unsqueeze(1)
-        self.positions_BT = position_B.unsqueeze(1) + torch.arange(length, device=position_B.device)
-        self.cos_BTK, self.sin_BTK = cos_SK[self.positions_BT], sin_SK[self.positions_BT]
-        self.read = int(position_B.max()) + length
-        if len(position_B) > 1 or length > 1:
-            keys_S = torch.arange(self.read, device=position_B.device)
-            self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
+        self.positions_BT = torch.arange(length, device=device)  # of every row alike
+        if state is not None:
+            position_B1 = state["position"].unsqueeze(1)
+            self.positions_BT = position_B1 + self.positions_BT
+            self.rows_B1 = torch.arange(len(position_B1), device=device).unsqueeze(1)
+            self.read = int(position_B1.max()) + length
+            if len(position_B1) > 1 or length > 1:
+                keys_S = torch.arange(self.read, device=device)
+                self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
+        if rotary is not None:
+            self.cos_BTK, self.sin_BTK = (table_SK[self.positions_BT] for table_SK in rotary)
+
+
+def init_cache(weight: Tensor, rows: int, depth: int, heads: int, length: int) -> State:
+    """position_B, keys_BLHSK and values_BLHSK, empty, on the device and in the dtype of `weight`.
+
+    The last axis of `weight` is the width of the residual stream.
+    """
+    shape = (rows, depth, heads, length, weight.shape[-1] // heads)
+    return {
+        "position": torch.zeros(rows, dtype=torch.long, device=weight.device),
+        "keys": weight.new_zeros(shape),
+        "values": weight.new_zeros(shape),
+    }
 
 
 class Cache:
-    """One layer's keys_BHSK and values_BHSK, views into the model's state."""
+    """One layer's keys_BHSK and values_BHSK, views into a state made by `init_cache`."""
 
-    def __init__(self, keys_BHSK: Tensor, values_BHSK: Tensor) -> None:
-        self.keys_BHSK, self.values_BHSK = keys_BHSK, values_BHSK
+    def __init__(self, state: State, layer: int) -> None:
+        self.keys_BHSK, self.values_BHSK = state["keys"][:, layer], state["values"][:, layer]
 
     def extend(
         self, keys_BHTK: Tensor, values_BHTK: Tensor, places: Places
@@ -80,41 +140,77 @@ class Cache:
         return self.keys_BHSK[:, :, : places.read], self.values_BHSK[:, :, : places.read]
 
 
-class CausalSelfAttention(nn.Module):
-    """Every token looks back at itself and those before it, with several heads at once.
+class Heads(nn.Module):
+    """The four matrices of an attention, shared among several heads that look at once.
 
     Args:
         width: Width of the residual stream, D.
         heads: Number of heads, H; each has width D / H.
+        bias: Whether the four maps add one.
+        dropout: Share of the weights of the average that training drops.
     """
 
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
         super().__init__()
-        self.heads = heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
-        self.query_norm = RMSNorm(width // heads)
-        self.key_norm = RMSNorm(width // heads)
+        self.heads, self.dropout = heads, dropout
+        self.query = nn.Linear(width, width, bias=bias)
+        self.key = nn.Linear(width, width, bias=bias)
+        self.value = nn.Linear(width, width, bias=bias)
+        self.output = nn.Linear(width, width, bias=bias)
 
-    def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None = None) -> Tensor:
-        """x_BTD -> x_BTD."""
+    def split(self, x_BTD: Tensor) -> Tensor:
+        """x_BHTK: each head's part of the width."""
+        return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-        def split(x_BTD: Tensor) -> Tensor:
-            return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-        cos_BTK, sin_BTK = places.cos_BTK, places.sin_BTK
-        queries_BHTK = rotate(self.query_norm(split(self.query(x_BTD))), cos_BTK, sin_BTK)
-        keys_BHSK = rotate(self.key_norm(split(self.key(x_BTD))), cos_BTK, sin_BTK)
-        values_BHSK = split(self.value(x_BTD))
-        if cache is not None:
-            keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, places)
+    def mix(
+        self,
+        queries_BHTK: Tensor,
+        keys_BHSK: Tensor,
+        values_BHSK: Tensor,
+        mask_B1TS: Tensor | None,
+        causal: bool = False,
+    ) -> Tensor:
+        """x_BTD: what all heads found, as `importance` weighs it, through the output matrix."""
         mixed_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
             keys_BHSK,
             values_BHSK,
-            attn_mask=places.mask_B1TS,
-            is_causal=cache is None,
+            attn_mask=mask_B1TS,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
         )
         return self.output(mixed_BHTK.transpose(1, 2).flatten(2))
+
+
+class CausalSelfAttention(Heads):
+    """Every token looks back at itself and those before it."""
+
+    def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None = None) -> Tensor:
+        """x_BTD -> x_BTD."""
+        queries_BHTK, keys_BHSK = self.queries_and_keys(x_BTD, places)
+        values_BHSK = self.split(self.value(x_BTD))
+        if cache is not None:
+            keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, places)
+        return self.mix(queries_BHTK, keys_BHSK, values_BHSK, places.mask_B1TS, cache is None)
+
+    def queries_and_keys(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """queries_BHTK and keys_BHTK; here x says itself where its tokens stand."""
+        return self.split(self.query(x_BTD)), self.split(self.key(x_BTD))
+
+
+class RotarySelfAttention(CausalSelfAttention):
+    """The same without biases; its queries and keys are normalised and turned by their places."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__(width, heads, bias=False)
+        self.query_norm = RMSNorm(width // heads)
+        self.key_norm = RMSNorm(width // heads)
+
+    def queries_and_keys(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+        """queries_BHTK and keys_BHTK."""
+        queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, places)
+        cos_BTK, sin_BTK = places.cos_BTK, places.sin_BTK
+        return (
+            rotate(self.query_norm(queries_BHTK), cos_BTK, sin_BTK),
+            rotate(self.key_norm(keys_BHTK), cos_BTK, sin_BTK),
+        )

@@ -1,26 +1,41 @@
-"""The GPT: keep only the decoder, and predict the next token (Radford et al. 2018).
+"""The decoder alone: keep only the half that writes, and predict the next token (Radford et al. 2018).
 
     x      = embedding(tokens)
     x      = x + attention(norm(x))              in every block: look back and mix,
     x      = x + mlp(norm(x))                    then think about each token alone
     logits = unembedding(norm(x))
 
-One pass over a text trains the prediction of every one of its tokens. This is today's
-block: RMSNorm (Zhang & Sennrich 2019) before each branch, rotary positions and
-normalised queries and keys (see `attention`), SwiGLU (Shazeer 2020), no biases; the
-Qwen3 architecture (2025) can express it weight for weight. What it mends in the
-encoder-decoder Transformer: one stack of blocks, and every text is training data.
+One pass over a text trains the prediction of every one of its tokens. What it mends in the
+encoder-decoder Transformer: one stack of blocks, and every text is training data. A pair of
+sentences is one more text: the source, then the target, which alone is scored. What it
+leaves broken: a token costs the more the longer the text before it, and no further than
+the context does it look.
+
+`GPT2` (2019) has learned positions, LayerNorm, GELU and biases: weight for weight OpenAI's.
+`GPT` is today's block: RMSNorm (Zhang & Sennrich 2019) before each branch, rotary positions
+and normalised queries and keys (see `attention`), SwiGLU (Shazeer 2020), no biases; the
+Qwen3 architecture (2025) can express it weight for weight.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.attention import Cache, CausalSelfAttention, Places, RMSNorm, rotary_table
+from gpt.attention import (
+    Cache,
+    CausalSelfAttention,
+    Places,
+    RMSNorm,
+    RotarySelfAttention,
+    check_sizes,
+    init_cache,
+    rotary_table,
+)
 from gpt.model import LanguageModel, State
+from gpt.transformer import FeedForward
 
 
 class SwiGLU(nn.Module):
@@ -40,12 +55,17 @@ class SwiGLU(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the feed-forward block, each added to what came in."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
+    def __init__(
+        self,
+        attention_norm: nn.Module,
+        attention: CausalSelfAttention,
+        mlp_norm: nn.Module,
+        mlp: SwiGLU | FeedForward,
+        dropout: float,
+    ) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(width)
-        self.attention = CausalSelfAttention(width, heads)
-        self.mlp_norm = RMSNorm(width)
-        self.mlp = SwiGLU(width, hidden)
+        self.attention_norm, self.attention = attention_norm, attention
+        self.mlp_norm, self.mlp = mlp_norm, mlp
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None) -> Tensor:
@@ -54,7 +74,191 @@ class Block(nn.Module):
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
 
-class GPT(LanguageModel):
+class DecoderOnly(LanguageModel):
+    """What every GPT shares; a model brings its blocks, its last norm and its kind of positions.
+
+    Args:
+        vocabulary: Number of token ids, V.
+        context: The most tokens it can look back on, S.
+        width: Width of the residual stream, D.
+        depth: Number of blocks, L.
+        heads: Attention heads of each block, H.
+        block: Makes one block.
+        norm: What the unembedding's input goes through.
+        tied: Use the embedding as the unembedding too.
+        dropout: Share of the embedding that training drops.
+    """
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        block: Callable[[], Block],
+        norm: nn.Module,
+        tied: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__(vocabulary, context)
+        self.width, self.depth, self.heads = width, depth, heads
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(block() for _ in range(depth))
+        self.norm = norm
+        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        if tied:
+            self.unembedding.weight = self.embedding.weight
+
+    def places(self, tokens_BT: Tensor, state: State | None) -> Places:
+        """Where the tokens stand, as the model's attention wants to know it."""
+        return Places(tokens_BT, state)
+
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:  # noqa: ARG002 (for those that need it)
+        """x_BTD, what the first block sees."""
+        return self.embedding(tokens_BT)
+
+    @property
+    def limit(self) -> int:
+        """Positions and the training end at the context."""
+        return self.context
+
+    def target_room(self, source: int) -> int:
+        """What the source leaves of the context."""
+        return self.context - source
+
+    def flops_per_token(self, length: int) -> float:
+        """Adds the attention's scores and averages: 12 L D T (Chowdhery et al. 2022)."""
+        tied = self.unembedding.weight is self.embedding.weight
+        unembedding = 6.0 * self.embedding.weight.numel() if tied else 0.0
+        return (
+            super().flops_per_token(length) + unembedding + 12.0 * self.depth * self.width * length
+        )
+
+    def init_state(self, rows: int, length: int) -> State:
+        """position_B, keys_BLHSK and values_BLHSK, in the dtype and on the device of the weights."""
+        weight = self.embedding.weight
+        return init_cache(weight, rows, self.depth, self.heads, min(length, self.context))
+
+    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+        """A state in which each row has its source for a prefix.
+
+        What follows is written over the padding before anything looks there.
+        """
+        state = self.init_state(len(source_BS), self.context)
+        self.features(source_BS, state)
+        state["position"].copy_(lengths_B)
+        return state
+
+    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """features_BTD and targets_BT; of pairs, the target's part of one text: source, then target."""
+        if len(batch) == 2:
+            return super().predictions(*batch)
+        source_BS, lengths_B, tokens_BT, targets_BT = batch
+        source, length = source_BS.shape[1], tokens_BT.shape[1]
+        # Each row's target moves up to its source's end: the padding goes behind both.
+        lengths_B1 = lengths_B.unsqueeze(1)
+        places_N = torch.arange(source + length, device=source_BS.device)
+        after_BN = (places_N - lengths_B1).clamp(max=length - 1)
+        from_BN = torch.where(after_BN < 0, places_N, source + after_BN)
+        features_BND = self.features(torch.cat([source_BS, tokens_BT], dim=1).gather(1, from_BN))
+        targets_at_BT = lengths_B1 + places_N[:length]
+        rows_B1 = torch.arange(len(source_BS), device=source_BS.device).unsqueeze(1)
+        return features_BND[rows_B1, targets_at_BT], targets_BT
+
+    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
+        """features_BTD; with a state, the new tokens follow those already in it."""
+        length = tokens_BT.shape[1]
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
+        places = self.places(tokens_BT, state)
+        x_BTD = self.dropout(self.embed(tokens_BT, places))
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, places, None if state is None else Cache(state, layer))
+        if state is not None:
+            state["position"] += length
+        return self.norm(x_BTD)
+
+    def logits(self, features_BTD: Tensor) -> Tensor:
+        """logits_BTV."""
+        return self.unembedding(features_BTD)
+
+
+class GPT2(DecoderOnly):
+    """GPT-2, the unembedding tied to the embedding.
+
+    Args:
+        vocabulary: Number of token ids, V.
+        context: The most tokens it can look back on, S.
+        width: Width of the residual stream, D.
+        depth: Number of blocks, L.
+        heads: Attention heads of each block, H.
+        hidden: Width inside the feed-forward block, F; 0 means 4 times the width.
+        dropout: Share of the embedding, the attention weights and each branch's output that
+            training drops; OpenAI's is 0.1.
+    """
+
+    chapter = 14
+    year = 2019
+    paper = "Radford et al., Language Models are Unsupervised Multitask Learners"
+    idea = "keep only the decoder"
+
+    def __init__(
+        self,
+        vocabulary: int,
+        context: int,
+        *,
+        width: int = 192,
+        depth: int = 4,
+        heads: int = 3,
+        hidden: int = 0,
+        dropout: float = 0.0,
+    ) -> None:
+        check_sizes(width, depth, heads, hidden)
+        hidden = hidden or 4 * width
+
+        def block() -> Block:
+            return Block(
+                nn.LayerNorm(width),
+                CausalSelfAttention(width, heads, dropout=dropout),
+                nn.LayerNorm(width),
+                FeedForward(width, hidden, nn.GELU("tanh")),
+                dropout,
+            )
+
+        super().__init__(
+            vocabulary,
+            context,
+            width=width,
+            depth=depth,
+            heads=heads,
+            block=block,
+            norm=nn.LayerNorm(width),
+            tied=True,
+            dropout=dropout,
+        )
+        self.position = nn.Embedding(context, width)
+        self._init_weights()
+
+    def _init_weights(self) -> None:
+        """OpenAI's: all small, and the smaller what is added to the stream the more often it is."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for block in cast(Iterable[Block], self.blocks):
+            for matrix in (block.attention.output, block.mlp.down):
+                nn.init.normal_(matrix.weight, std=0.02 / (2 * self.depth) ** 0.5)
+
+    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+        """x_BTD: a vector for what the token is, plus one for where it stands."""
+        return self.embedding(tokens_BT) + self.position(places.positions_BT)
+
+
+class GPT(DecoderOnly):
     """Today's decoder-only transformer.
 
     Args:
@@ -69,6 +273,11 @@ class GPT(LanguageModel):
         rotary_base: Base of the rotary angles: larger sees farther.
     """
 
+    chapter = 15
+    year = 2025
+    paper = "Yang et al., Qwen3 Technical Report; its parts in 2019-2021"
+    idea = "today's block"
+
     def __init__(
         self,
         vocabulary: int,
@@ -82,26 +291,29 @@ class GPT(LanguageModel):
         dropout: float = 0.0,
         rotary_base: float = 10_000.0,
     ) -> None:
-        super().__init__(vocabulary, context)
-        if min(width, depth, heads) < 1 or hidden < 0:
-            raise ValueError(
-                f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
-                f"{depth}, {heads} and {hidden}"
-            )
-        if width % (2 * heads):
-            raise ValueError(
-                f"width must be a multiple of 2 * heads for rotary positions, not {width} with "
-                f"{heads} heads"
-            )
+        check_sizes(width, depth, heads, hidden, rotary=True)
         hidden = hidden or max(64, round(width * 8 / 3 / 64) * 64)
-        self.width, self.depth, self.heads = width, depth, heads
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(Block(width, heads, hidden, dropout) for _ in range(depth))
-        self.norm = RMSNorm(width)
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
-        if tied:
-            self.unembedding.weight = self.embedding.weight
+
+        def block() -> Block:
+            return Block(
+                RMSNorm(width),
+                RotarySelfAttention(width, heads),
+                RMSNorm(width),
+                SwiGLU(width, hidden),
+                dropout,
+            )
+
+        super().__init__(
+            vocabulary,
+            context,
+            width=width,
+            depth=depth,
+            heads=heads,
+            block=block,
+            norm=RMSNorm(width),
+            tied=tied,
+            dropout=dropout,
+        )
         cos_SK, sin_SK = rotary_table(context, width // heads, rotary_base)
         self.cos_SK: Tensor
         self.sin_SK: Tensor
@@ -122,46 +334,6 @@ class GPT(LanguageModel):
             # Between 0.1 and 1 by trial: small enough to be learned away, large enough to tell apart.
             nn.init.normal_(self.embedding.weight, std=0.3)
 
-    @property
-    def limit(self) -> int:
-        """The rotary table and the training end at the context."""
-        return self.context
-
-    def flops_per_token(self, length: int) -> float:
-        """Adds the attention's scores and averages: 12 L D T (Chowdhery et al. 2022)."""
-        tied = self.unembedding.weight is self.embedding.weight
-        unembedding = 6.0 * self.embedding.weight.numel() if tied else 0.0
-        return (
-            super().flops_per_token(length) + unembedding + 12.0 * self.depth * self.width * length
-        )
-
-    def init_state(self, rows: int, length: int) -> State:
-        """position_B, keys_BLHSK and values_BLHSK, in the dtype and on the device of the weights."""
-        weight = self.embedding.weight
-        shape = (rows, self.depth, self.heads, min(length, self.context), self.width // self.heads)
-        return {
-            "position": torch.zeros(rows, dtype=torch.long, device=weight.device),
-            "keys": weight.new_zeros(shape),
-            "values": weight.new_zeros(shape),
-        }
-
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTD; with a state, the new tokens follow those already in it."""
-        length = tokens_BT.shape[1]
-        if length > self.context:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
-        position_B = None if state is None else state["position"]
-        places = Places(length, self.cos_SK, self.sin_SK, position_B)
-        x_BTD = self.dropout(self.embedding(tokens_BT))
-        for layer, block in enumerate(self.blocks):
-            cache = None
-            if state is not None:
-                cache = Cache(state["keys"][:, layer], state["values"][:, layer])
-            x_BTD = block(x_BTD, places, cache)
-        if state is not None:
-            state["position"] += length
-        return self.norm(x_BTD)
-
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
+    def places(self, tokens_BT: Tensor, state: State | None) -> Places:
+        """With the turns of the positions."""
+        return Places(tokens_BT, state, (self.cos_SK, self.sin_SK))

@@ -5,17 +5,19 @@ letters of its axes as a suffix, so that `logits_BTV` needs no comment:
 
     B  rows: independent sequences        H  heads
     T  new tokens of each row             K  width of a head
-    S  positions attended to              F  hidden width of a feed-forward block
+    S  positions attended to, of a source F  hidden width of a feed-forward block
     D  width of the residual stream       L  layers
     V  vocabulary                         E  experts
                                           W  window
 
 Everything that can be trained is a `Model`: it knows its own loss. A model that
 gives a next-token distribution is a `LanguageModel`: it is trained, measured,
-sampled and served by one code, whatever is inside.
+sampled and served by one code, whatever is inside. An `EncoderDecoder` is a
+`LanguageModel` in two parts: one network reads, one writes.
 """
 
 from collections.abc import Iterator
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -37,6 +39,14 @@ def rows(state: State, start: int, stop: int) -> State:
 class Model(nn.Module):
     """Anything that can be trained: a constructor that is its configuration, and a loss."""
 
+    chapter: ClassVar[int]
+    """Its rung on the ladder, 1 to 15."""
+    year: ClassVar[int]
+    paper: ClassVar[str]
+    """Who described it first, and where."""
+    idea: ClassVar[str]
+    """What it adds to the rung before it, in a clause."""
+
     def loss(self, *batch: Tensor) -> Tensor:
         """The scalar to minimise, a mean over the batch."""
         raise NotImplementedError
@@ -57,6 +67,9 @@ class Model(nn.Module):
 class LanguageModel(Model):
     """A model of the next token.
 
+    Some also translate: they give a `start` from a source sentence, and take pairs of
+    sentences for a batch. The others refuse both.
+
     Args:
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
@@ -76,6 +89,11 @@ class LanguageModel(Model):
         """The most positions a row can hold, or None where a row can go on for ever."""
         return None
 
+    @property
+    def scorable(self) -> int:
+        """How many tokens at the end of a window it is trained to predict: evaluation scores no more at once."""
+        return self.context
+
     def init_state(self, rows: int, length: int) -> State:
         """An empty state for `rows` rows of up to `length` tokens each."""
         raise NotImplementedError
@@ -87,6 +105,32 @@ class LanguageModel(Model):
         """
         raise NotImplementedError
 
+    def read(self, prompt_BT: Tensor, state: State) -> Tensor:
+        """features_BD of what follows a prompt, with which rows of an empty state begin.
+
+        `features` goes on from the state with the next token.
+        """
+        return self.features(prompt_BT, state)[:, -1]
+
+    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
+        """A state from which `features` writes the translation of each row's source.
+
+        The first token to feed is one that begins a translation; `search.translate` does it.
+
+        Args:
+            source_BS: Source sentences; what stands after a sentence's end does not matter.
+            lengths_B: Tokens of each sentence.
+        """
+        raise ValueError(self._no_translation)
+
+    def target_room(self, source: int) -> int | None:  # noqa: ARG002
+        """How many tokens can be fed after `start` on `source` tokens; None where there is no limit."""
+        return self.limit
+
+    @property
+    def _no_translation(self) -> str:
+        return f"the model {type(self).__name__} does not translate: it takes text, not pairs"
+
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV: the unembedding. Any leading axes will do."""
         raise NotImplementedError
@@ -95,19 +139,31 @@ class LanguageModel(Model):
         """logits_BTV of the token that follows each token."""
         return self.logits(self.features(tokens_BT, state))
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of targets_BT given tokens_BT; a target of -100 does not count."""
+    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """What a batch is scored on: features_BTD, and the targets_BT to be predicted from them.
+
+        A batch is text (tokens_BT, targets_BT) or, for a model that translates, pairs
+        (source_BS, lengths_B, tokens_BT, targets_BT), the sources as in `start`.
+        """
+        if len(batch) != 2:
+            raise ValueError(self._no_translation)
         tokens_BT, targets_BT = batch
-        total = torch.stack(list(self._chunked_nll(tokens_BT, targets_BT, "sum"))).sum()
+        return self.features(tokens_BT), targets_BT
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """Mean cross-entropy in nats of a batch's targets (see `predictions`); a target of -100 does not count."""
+        features_BTD, targets_BT = self.predictions(*batch)
+        total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 
-    def nll(self, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """nll_BT: the cross-entropy in nats of each target, 0 where it is -100."""
-        chunks = list(self._chunked_nll(tokens_BT, targets_BT, "none"))
+    def nll(self, *batch: Tensor) -> Tensor:
+        """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100."""
+        features_BTD, targets_BT = self.predictions(*batch)
+        chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
         return torch.cat(chunks).view_as(targets_BT)
 
     def _chunked_nll(
-        self, tokens_BT: Tensor, targets_BT: Tensor, reduction: str
+        self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
     ) -> Iterator[Tensor]:
         """Cross-entropies over a few positions at a time, so that (B·T, V) logits never exist at once."""
 
@@ -117,7 +173,7 @@ class LanguageModel(Model):
                 logits_NV = logits_NV.float()
             return F.cross_entropy(logits_NV, targets_N, reduction=reduction)
 
-        features_ND = self.features(tokens_BT).flatten(0, 1)
+        features_ND = features_BTD.flatten(0, 1)
         targets_N = targets_BT.flatten()
         size = max(1, CHUNK_ELEMENTS // self.vocabulary)
         if len(targets_N) <= size:
@@ -126,3 +182,117 @@ class LanguageModel(Model):
         for some_ND, some_N in zip(features_ND.split(size), targets_N.split(size), strict=True):
             # Recomputed in the backward pass: keeping every chunk's logits would undo the chunking.
             yield checkpoint(nll, some_ND, some_N, use_reentrant=False)
+
+
+class EncoderDecoder(LanguageModel):
+    """One network reads a source, another writes what follows.
+
+    It speaks by reading the first half of a window and writing the second; what it writes
+    first is predicted from the last token read. `features` without a state, or from one of
+    `init_state`, is the decoder after an empty source.
+
+    A model gives `init_state`, `logits` and the two networks. In a state the tensors that
+    `encode` gives have room for a source of `context` tokens, and beyond it hold zeros.
+    """
+
+    def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+        """All that the decoder has of a source: part of a state, each tensor cut to the source's length.
+
+        A length of 0 gives what `init_state` gives.
+        """
+        raise NotImplementedError
+
+    def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
+        """features_BTD of the tokens written so far.
+
+        With a state, of which `encoded` is then a part, continue from it and update it in place.
+        """
+        raise NotImplementedError
+
+    @property
+    def scorable(self) -> int:
+        """The half that it writes."""
+        return max(1, self.context // 2)
+
+    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
+        """features_BTD; without a state, after an empty source."""
+        if state is not None:
+            return self.decode(tokens_BT, state, state)
+        rows = len(tokens_BT)
+        return self.decode(
+            tokens_BT, self.encode(tokens_BT.new_zeros(rows, 1), tokens_BT.new_zeros(rows))
+        )
+
+    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+        """A state from which `features` writes the translation of each row's source."""
+        empty = self.init_state(len(source_BS), self.context)
+        return empty | self.encode(source_BS, lengths_B)
+
+    def read(self, prompt_BT: Tensor, state: State) -> Tensor:
+        """features_BD of what follows a prompt: its last `context` tokens are the source."""
+        source_BS = prompt_BT[:, -self.context :]
+        for name, tensor in self.encode(source_BS, _whole(source_BS)).items():
+            state[name][tuple(slice(size) for size in tensor.shape)] = tensor
+        return self.features(prompt_BT[:, -1:], state)[:, -1]
+
+    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """features_BTD and targets_BT of pairs, or of the second halves of windows of text.
+
+        In training half of the windows lose a part of their beginning, so that short
+        prompts are met too.
+        """
+        if len(batch) == 2:
+            batch = _halves(*batch)
+            if self.training:
+                batch = (*_shorten(batch[0]), *batch[2:])
+        source_BS, lengths_B, tokens_BT, targets_BT = batch
+        return self.decode(tokens_BT, self.encode(source_BS, lengths_B)), targets_BT
+
+    def nll(self, *batch: Tensor) -> Tensor:
+        """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100.
+
+        In text, targets of the first half have a value too: predicted after reading the
+        first token alone. What is to be compared stands in the last `scorable` places.
+        """
+        if len(batch) != 2:
+            return super().nll(*batch)
+        tokens_BT, targets_BT = batch
+        late_BT = super().nll(*_halves(tokens_BT, targets_BT))
+        early = tokens_BT.shape[1] - late_BT.shape[1]
+        tokens_BT, targets_BT = tokens_BT[:, :early], targets_BT[:, :early]
+        if not (targets_BT != -100).any():
+            return torch.cat([late_BT.new_zeros(tokens_BT.shape), late_BT], dim=1)
+        first_B1 = tokens_BT[:, :1]
+        early_BT = super().nll(first_B1, _whole(first_B1), tokens_BT, targets_BT)
+        return torch.cat([early_BT, late_BT], dim=1)
+
+    def flops_per_token(self, length: int) -> float:
+        """Each token of a window goes through one of the two networks: half of the weights each."""
+        return super().flops_per_token(length) / 2
+
+
+def _whole(source_BS: Tensor) -> Tensor:
+    """lengths_B of a source without padding."""
+    return source_BS.new_full((len(source_BS),), source_BS.shape[1])
+
+
+def _halves(tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """A window of text as a pair: the last half of the targets is written.
+
+    The source ends with the token that is fed first: the target after it is the first
+    that the source does not show.
+    """
+    length = tokens_BT.shape[1]
+    read = length - max(1, length // 2)
+    source_BS = tokens_BT[:, : read + 1]
+    return source_BS, _whole(source_BS), tokens_BT[:, read:], targets_BT[:, read:]
+
+
+def _shorten(source_BS: Tensor) -> tuple[Tensor, Tensor]:
+    """source_BS and lengths_B, with a random part of the left end gone from a random half of the rows."""
+    rows, length = source_BS.shape
+    share_B, which_B = torch.rand(2, rows, device=source_BS.device)
+    gone_B = (share_B * length).long() * (which_B < 0.5)
+    places_S = torch.arange(length, device=source_BS.device)
+    places_BS = (places_S + gone_B.unsqueeze(1)).clamp(max=length - 1)
+    return source_BS.gather(1, places_BS), length - gone_B

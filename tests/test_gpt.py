@@ -1,11 +1,11 @@
-"""Today's GPT against an implementation that we did not write."""
+"""GPT-2 and today's GPT against implementations that we did not write."""
 
 import pytest
 import torch
 from torch import nn
 
-from gpt import GPT
 from gpt.attention import rotary_table, rotate
+from gpt.gpt import GPT, GPT2
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -58,6 +58,107 @@ def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
         torch.testing.assert_close(model(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_chapter_14_equals_gpt2_weight_for_weight(training: bool) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    dropout = 0.3 if training else 0.0
+    model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout).double().train(training)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    config = GPT2Config(
+        vocab_size=97,
+        n_positions=32,
+        n_embd=48,
+        n_layer=2,
+        n_head=3,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    theirs = GPT2LMHeadModel(config).double().train(training)
+    ours = model.state_dict()
+    state = {
+        "transformer.wte.weight": ours["embedding.weight"],
+        "transformer.wpe.weight": ours["position.weight"],
+        "lm_head.weight": ours["unembedding.weight"],
+    }
+
+    def transposed(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.T if tensor.ndim == 2 else tensor
+
+    names = {
+        "attention_norm": "ln_1",
+        "attention.output": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for kind in ("weight", "bias"):
+        state[f"transformer.ln_f.{kind}"] = ours[f"norm.{kind}"]
+        for layer in range(2):
+            block, their_block = f"blocks.{layer}", f"transformer.h.{layer}"
+            # Theirs are stored transposed, and query, key and value are side by side.
+            for name, their_name in names.items():
+                tensor = ours[f"{block}.{name}.{kind}"]
+                state[f"{their_block}.{their_name}.{kind}"] = transposed(tensor)
+            parts = [ours[f"{block}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
+            state[f"{their_block}.attn.c_attn.{kind}"] = transposed(torch.cat(parts))
+    theirs.load_state_dict(state)
+    tokens_BT = torch.randint(97, (2, 32))
+
+    def logits(of) -> torch.Tensor:
+        torch.manual_seed(1)  # of the dropout: the same places in the same order
+        with torch.no_grad():
+            return of(tokens_BT)
+
+    torch.testing.assert_close(logits(model), logits(theirs).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_chapter_14_begins_as_openai_s_does() -> None:
+    torch.manual_seed(0)
+    model = GPT2(500, 64, width=128, depth=8, heads=4)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == float("norm" in name and "weight" in name)).all()
+        else:
+            residual = name.endswith(("output.weight", "down.weight"))
+            assert parameter.std().item() == pytest.approx(0.005 if residual else 0.02, rel=0.05)
+    assert model.unembedding.weight is model.embedding.weight
+    tokens_BT = torch.randint(500, (2, 64))
+    assert model.loss(tokens_BT, tokens_BT.roll(1)).item() == pytest.approx(6.21, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", [GPT, GPT2])
+def test_chapter_14_no_gradient_flows_from_the_future(kind: type[GPT | GPT2]) -> None:
+    torch.manual_seed(0)
+    model = kind(20, 10, width=16, depth=2, heads=2).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    # Ten tokens, each another: the gradient of its embedding is that of its place.
+    model.features(torch.arange(10).unsqueeze(0))[0, 4].square().sum().backward()
+    gradient_T = model.embedding.weight.grad[:10].norm(dim=-1)
+    assert (gradient_T[5:] == 0).all()
+    assert (gradient_T[:5] > 1e-6).all()
+
+
+def test_chapter_14_a_pair_is_one_text_with_the_loss_on_its_target() -> None:
+    torch.manual_seed(0)
+    model = GPT2(50, 24, width=32, depth=2, heads=2).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    source_BS, target_BT = torch.randint(50, (3, 9)), torch.randint(50, (3, 7))
+    lengths_B = torch.tensor([9, 2, 5])
+    nll_BT = model.nll(source_BS, lengths_B, target_BT[:, :-1], target_BT[:, 1:])
+    for row, length in enumerate(lengths_B.tolist()):
+        text_BT = torch.cat([source_BS[row, :length], target_BT[row]]).unsqueeze(0)
+        expected = model.nll(text_BT[:, :-1], text_BT[:, 1:])[0, length:]
+        torch.testing.assert_close(nll_BT[row], expected, rtol=0, atol=1e-12)
+
+
 def test_rotary_scores_depend_only_on_the_distance() -> None:
     cos_SK, sin_SK = (table.double() for table in rotary_table(64, 16, 10_000.0))
     query, key = torch.randn(
@@ -86,3 +187,12 @@ def test_flops_follow_the_published_count() -> None:
 def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
     with pytest.raises(ValueError, match=r"multiple of 2 \* heads.*50 with 3"):
         GPT(100, 16, width=50, heads=3)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
+        GPT2(100, 16, width=50, heads=3)
+    with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
+        GPT2(100, 16, width=32, depth=0, heads=2)
+    with pytest.raises(ValueError, match="17 tokens do not fit in the context of 16"):
+        GPT2(100, 16)(torch.zeros(1, 17, dtype=torch.long))
