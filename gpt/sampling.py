@@ -279,9 +279,12 @@ def _generate(
     sampler.start(0, sampling, prompt, choice)
     state = model.init_state(1, len(prompt) + max_tokens - 1)
     tokens_BT = torch.tensor([list(prompt)], device=device)
-    for _ in range(max_tokens):
-        features_BTD = model.features(tokens_BT, state)
-        next_B = sampler(only(model.logits(features_BTD[:, -1]), first))
+    for step in range(max_tokens):
+        if step == 0:
+            features_BD = model.read(tokens_BT, state)
+        else:
+            features_BD = model.features(tokens_BT, state)[:, -1]
+        next_B = sampler(only(model.logits(features_BD), first))
         first = ()
         token = int(next_B)
         if token in stop:

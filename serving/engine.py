@@ -120,9 +120,9 @@ class Engine:
             prompt_BT = torch.tensor([list(request.prompt)], device=self.last_B1.device)
             for name, tensor in self.state.items():
                 tensor[row] = self.empty[name][0]
-            features_BTD = self.model.features(prompt_BT, rows(self.state, row, row + 1))
+            features_BD = self.model.read(prompt_BT, rows(self.state, row, row + 1))
             self.sampler.start(row, request.sampling, request.prompt, request.choice)
-            logits_BV = only(self.model.logits(features_BTD[:, -1]), request.first)
+            logits_BV = only(self.model.logits(features_BD), request.first)
             token_B = self.sampler(logits_BV, first=row)
             self.last_B1[row, 0] = token_B[0]
             token = int(token_B)

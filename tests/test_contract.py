@@ -12,6 +12,10 @@ from gpt.model import rows
 VOCABULARY, CONTEXT = 50, 24
 
 VARIANTS = {
+    "seq2seq": ("seq2seq", {"width": 32, "depth": 2}),
+    "attention": ("attention", {"width": 32}),
+    "transformer": ("transformer", {"width": 32, "depth": 2, "heads": 2}),
+    "gpt2": ("gpt2", {"width": 32, "depth": 2, "heads": 2}),
     "gpt": ("gpt", {"width": 32, "depth": 2, "heads": 2}),
     "gpt-tied": ("gpt", {"width": 32, "depth": 2, "heads": 2, "tied": True}),
 }
@@ -94,9 +98,11 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
 ) -> None:
     targets_BT = tokens_BT.roll(-1, dims=1)
     targets_BT[0, 3:9] = -100
-    logits_NV = model(tokens_BT).flatten(0, 1)
-    expected = nn.functional.cross_entropy(logits_NV, targets_BT.flatten())
-    expected_N = nn.functional.cross_entropy(logits_NV, targets_BT.flatten(), reduction="none")
+    features_BTD, scored_BT = model.predictions(tokens_BT, targets_BT)
+    assert scored_BT.shape[1] == model.scorable
+    logits_NV = model.logits(features_BTD).flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits_NV, scored_BT.flatten())
+    expected_N = nn.functional.cross_entropy(logits_NV, scored_BT.flatten(), reduction="none")
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
     for chunk_elements in (2**26, 7 * VOCABULARY):  # at once, and seven positions at a time
@@ -105,7 +111,7 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
         loss = model.loss(tokens_BT, targets_BT)
         loss.backward()
         torch.testing.assert_close(loss, expected)
-        torch.testing.assert_close(model.nll(tokens_BT, targets_BT).flatten(), expected_N)
+        torch.testing.assert_close(model.nll(tokens_BT, targets_BT)[:, -model.scorable :].flatten(), expected_N)
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name])
 
