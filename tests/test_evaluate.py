@@ -106,7 +106,7 @@ def test_training_mode_is_left_as_it_was(model: GPT) -> None:
 
 def test_a_stride_outside_the_context_is_refused(model: GPT) -> None:
     for stride in (0, CONTEXT + 1):
-        with pytest.raises(ValueError, match=f"between 1 and the context of {CONTEXT}"):
+        with pytest.raises(ValueError, match=f"between 1 and {CONTEXT}"):
             evaluate(model, np.arange(50), words=1, bytes=1, stride=stride)
 
 

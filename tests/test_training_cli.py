@@ -247,7 +247,7 @@ WRONG = {
     "resume with options": (["train", "--resume", "runs/done", "--steps", "9"], "--steps, 9"),
     "a stride of nothing": (
         ["eval", "runs/done", "--stride", "0"],
-        "between 1 and the context of 32",
+        "between 1 and 32",
     ),
     "a split that is not": (["eval", "runs/done", "--split", "dev"], "no split is named 'dev'"),
     "data options without data": (["eval", "runs/done", "--text-column", "a"], "need --data"),

@@ -111,7 +111,7 @@ class Eval:
     split: MaybeText = None
     """Split to score; when not given, validation of the run's own corpus, else the first there is of test, validation, train."""
     stride: MaybeInt = None
-    """Tokens that each window scores; the context when not given. A smaller one is slower and gives every token more context."""
+    """Tokens that each window scores; as many as the model can when not given. A smaller one is slower and gives every token more context."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"

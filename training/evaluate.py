@@ -7,7 +7,8 @@
 
 A text longer than the context is read in windows. Each window scores the `stride` tokens
 that no window before it has scored, with what else fits in front of them as context. A
-stride as long as the context is the fastest; a shorter one gives every token more to go by,
+stride as long as the context is the fastest (half of it, for a model that reads one half of
+a window to write the other); a shorter one gives every token more to go by,
 and so a lower loss: figures are comparable only with both beside them.
 """
 
@@ -104,13 +105,17 @@ def evaluate(
         tokens: (N,) ids.
         words: Words and line ends of the text.
         bytes: Bytes of the text in UTF-8.
-        stride: Tokens scored by each window after the first; the context when None.
+        stride: Tokens scored by each window after the first; when None, all that the model is
+            trained to predict of one.
         precision: As in `Run`.
     """
     context = model.context
-    stride = context if stride is None else stride
-    if not 1 <= stride <= context:
-        raise ValueError(f"--stride must be between 1 and the context of {context}, not {stride}")
+    stride = model.scorable if stride is None else stride
+    if not 1 <= stride <= model.scorable:
+        raise ValueError(
+            f"--stride must be between 1 and {model.scorable}, which is what the model is trained "
+            f"to predict of a window of {context}, not {stride}"
+        )
     if len(tokens) < 2:
         raise ValueError("a text of no tokens cannot be scored")
     all_windows = windows(len(tokens), context, stride)
@@ -125,8 +130,8 @@ def estimate(
     precision: str = "auto",
 ) -> float:
     """The loss in nats over about `budget` tokens, in windows spread evenly over the text."""
-    whole = list(windows(len(tokens), model.context, model.context))
-    some = whole[:: max(1, len(whole) * model.context // max(budget, model.context))]
+    whole = list(windows(len(tokens), model.context, model.scorable))
+    some = whole[:: max(1, len(whole) * model.scorable // max(budget, model.scorable))]
     nats, count = _sum(model, tokens, iter(some), precision)
     return nats / count
 

@@ -128,15 +128,30 @@ def _check(run: Run, name: str, holds: bool, expected: str) -> None:
         raise ValueError(f"--{option} must be {expected}, not {getattr(run, name)}")
 
 
+RUNGS = {
+    "sigma-pi": Run(),
+    "softmax": Run(),
+    "mlp": Run(),
+    "experts": Run(),
+    "rnn": Run(),
+    "lstm": Run(learning_rate=0.04),
+    "gru": Run(),
+    "seq2seq": Run(),
+    "attention": Run(),
+    "transformer": Run(),
+    # Its embedding is its unembedding too, which must not move as fast.
+    "gpt2": Run(embedding_rate=0.005),
+}
+"""The language models before today's GPT, by their names: nano size, the same data and budget."""
+
 PRESETS: dict[str, Run] = {
-    run.preset: run
-    for run in (
-        Run(
-            preset="gpt-nano",
-            arguments={"width": 192, "depth": 4, "heads": 3},
-        ),
-        Run(
-            preset="gpt-micro",
+    name: dataclasses.replace(
+        run, preset=name, model=run.model if name.startswith("gpt-") else name
+    )
+    for name, run in {
+        **RUNGS,
+        "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),
+        "gpt-micro": Run(
             arguments={"width": 384, "depth": 6, "heads": 6},
             unembedding_rate=0.004,
             steps=2000,
@@ -144,8 +159,7 @@ PRESETS: dict[str, Run] = {
             window=512,
             vocabulary=8192,
         ),
-        Run(
-            preset="gpt-small",
+        "gpt-small": Run(
             arguments={"width": 768, "depth": 12, "heads": 12},
             unembedding_rate=0.002,
             steps=5000,
@@ -157,7 +171,7 @@ PRESETS: dict[str, Run] = {
             checkpoint_interval=500,
             validation_interval=250,
         ),
-    )
+    }.items()
 }
 
 
