@@ -1,21 +1,25 @@
 """Models, from tensors to tensors: no text, no files of text, no HTTP. Start with `model`.
 
-MODELS holds every language model by name, in the order of the chapters.
+CHAPTERS holds the model of each chapter by name, in order; MODELS those that speak.
 """
 
 from gpt.gpt import GPT, GPT2
-from gpt.linear import BigramLM, SigmaPiLM
+from gpt.linear import BigramLM, Linear, Logistic, SigmaPiLM
 from gpt.mlp import ExpertsLM, WindowLM
 from gpt.model import LanguageModel, Model, State
 from gpt.recurrent import GRU, LSTM, RNN
 from gpt.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.transformer import Transformer
+from gpt.word2vec import Word2Vec
 
-MODELS: dict[str, type[LanguageModel]] = {
+CHAPTERS: dict[str, type[Model]] = {
+    "linear": Linear,
     "sigma-pi": SigmaPiLM,
+    "logistic": Logistic,
     "softmax": BigramLM,
     "mlp": WindowLM,
     "experts": ExpertsLM,
+    "word2vec": Word2Vec,
     "rnn": RNN,
     "lstm": LSTM,
     "gru": GRU,
@@ -26,4 +30,8 @@ MODELS: dict[str, type[LanguageModel]] = {
     "gpt": GPT,
 }
 
-__all__ = ["GPT", "GPT2", "MODELS", "LanguageModel", "Model", "State"]
+MODELS: dict[str, type[LanguageModel]] = {
+    name: model for name, model in CHAPTERS.items() if issubclass(model, LanguageModel)
+}
+
+__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "LanguageModel", "Model", "State"]

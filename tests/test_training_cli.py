@@ -106,11 +106,10 @@ def test_the_run_directory_is_complete(run):
         "checkpoints",
     }
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss" in line and "tokens" in line] == [
-        *range(1, 7),
-        6,
-    ]
-    assert lines[-1]["bits_per_byte"] > 0
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 7)]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert lines[-1]["final_bits_per_byte"] > 0
+    assert [line["tokens"] for line in lines if "tokens" in line] == [128 * k for k in range(1, 7)]
 
 
 def test_eval_counts_every_token_and_prints_its_setting(run, here):

@@ -238,7 +238,8 @@ def report(trainer: Trainer) -> None:
     model.eval()
     split = trainer.corpus.splits["validation"]
     score = evaluate_split(model, split, precision=trainer.run.precision)
-    trainer.metrics.write(trainer.step, **score.to_json())
+    final = {f"final_{name}": value for name, value in score.to_json().items()}
+    trainer.metrics.write(trainer.step, **final)
     print(f"the whole validation split, with the best weights:\n{table(score, {})}")
     print("a sample at temperature 0.8:\n")
     stream, end = tokenizer.stream(), tokenizer.end_of_text

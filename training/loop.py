@@ -125,7 +125,7 @@ def _is_before(line: str, step: int) -> bool:
         values = json.loads(line)
     except ValueError:
         return False
-    return bool(values["step"] <= step and "bits_per_byte" not in values)
+    return bool(values["step"] <= step and "final_loss" not in values)
 
 
 def _summary_writer(directory: Path, resume_at: int) -> Any:  # noqa: ANN401 (an optional library's type)

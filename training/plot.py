@@ -39,7 +39,7 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
         for number, run in enumerate(runs):
             metrics, color = read_metrics(run), f"C{number}"
             seen = {line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line}
-            trained = [line for line in metrics if "loss" in line and "tokens" in line]
+            trained = [line for line in metrics if "loss" in line]
             validated = [line for line in metrics if "validation_loss" in line]
             axes.plot(
                 [seen[line["step"]] for line in trained],
