@@ -69,9 +69,10 @@ def chapters() -> str:
     """The table of models: number, name, year, size at nano size, what it can, idea and paper."""
     lines = [f"{'':>2}  {'name':<12}{'year':<6}{'parameters':>11}  {'can':<19}idea, paper"]
     for name, model in CHAPTERS.items():
-        speaks = issubclass(model, LanguageModel)
-        translates = speaks and model.start is not LanguageModel.start
-        can = "speak" * speaks + ", translate" * translates or "-"
+        can = "-"
+        if issubclass(model, LanguageModel):
+            translates = model.start is not LanguageModel.start
+            can = "speak" + ", translate" * translates
         size = parameters(shapes(model))
         lines.append(
             f"{model.chapter:>2}  {name:<12}{model.year:<6}{size:>11,}  {can:<19}{model.idea}"

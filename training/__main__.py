@@ -1,10 +1,12 @@
 """`python -m training`: train a model on a text, continue a run, score it."""
 
 import dataclasses
+import inspect
 import json
 import math
 import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +58,8 @@ def train_command(name: str) -> Callable[..., cli.Command]:
     ) -> cli.Command:
         """Train a model on a text: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
 
+        PRESETS
+
         Args:
             settings: What to train on, and how.
             model: The model's own arguments.
@@ -64,7 +68,8 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         resolved = dataclasses.replace(settings, arguments=dataclasses.asdict(model))
         return lambda: start(resolved, run)
 
-    train.__doc__ = (train.__doc__ or "").replace("[PRESET]", f"[{' | '.join(PRESETS)}]", 1)
+    names = textwrap.fill(f"Presets: {', '.join(PRESETS)}.", 78)
+    train.__doc__ = inspect.cleandoc(train.__doc__ or "").replace("PRESETS", names)
     return train
 
 
