@@ -140,13 +140,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def find_run(run: Path | None) -> Path:
-    """The run directory that was named, or the newest under runs/; a ValueError if there is none."""
+def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
+    """The run directory that was named, or the one under runs/ with the newest `file`.
+
+    A ValueError if there is none.
+    """
     if run is None:
-        finished = sorted(RUNS.glob("*/model.safetensors"), key=lambda path: path.stat().st_mtime)
-        if not finished:
+        found = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
+        if not found:
             raise ValueError(f"there is no run in {RUNS.absolute()}: train one with `make train`")
-        return finished[-1].parent
+        return found[-1].parent
     if not run.is_dir():
         names = sorted(path.parent.name for path in RUNS.glob("*/config.json"))
         known = f"; there are {', '.join(names)}" if names else ""

@@ -16,6 +16,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from gpt import LanguageModel
 from gpt.checkpoint import find_run, open_model
 from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
+from gpt.describe import parameters
 from gpt.device import find_device
 from gpt.sampling import Sampling, generate
 from serving.text import Text, read_prompt
@@ -154,7 +155,7 @@ def settle_threads(models: Sequence[LanguageModel]) -> None:
 
     On a machine with other work, waiting for it can take a hundred times as long as the product.
     """
-    if all(sum(p.numel() for p in model.parameters()) < 10_000_000 for model in models):
+    if all(parameters(model) < 10_000_000 for model in models):
         torch.set_num_threads(1)
 
 

@@ -20,6 +20,7 @@ import tyro
 from gpt import LanguageModel, cli
 from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
 from gpt.cli import MaybeInt, MaybePath, MaybeText
+from gpt.describe import parameters
 from gpt.device import describe, find_device
 from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
@@ -84,7 +85,7 @@ class Resume:
 
     def __call__(self) -> None:
         """Train on."""
-        directory = newest_started() if self.run is None else self.run
+        directory = find_run(self.run, "run.json")
         run = dataclasses.replace(read_run(directory), device=self.device)
         device = find_device(run.device)
         tokenizer = Tokenizer.open(directory / "tokenizer.json")
@@ -283,7 +284,7 @@ def facts(corpus: Corpus, model: LanguageModel, device: torch.device) -> dict[st
     packages = ("tinygpt", "torch", "tokenizers", "datasets")
     return {
         "corpus": {"fingerprint": corpus.fingerprint, "description": corpus.description},
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": parameters(model),
         "device": describe(device),
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in packages},
@@ -305,14 +306,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def newest_started() -> Path:
-    """The run under runs/ that was begun or stopped last."""
-    started = sorted(RUNS.glob("*/run.json"), key=lambda path: path.stat().st_mtime)
-    if not started:
-        raise ValueError(f"there is no run in {RUNS.absolute()} to resume")
-    return started[-1].parent
 
 
 def text_of(tokens: Any, tokenizer: Tokenizer) -> bytes:  # noqa: ANN401 (a numpy array)

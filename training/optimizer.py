@@ -79,14 +79,10 @@ class Optimizers:
         for optimizer in self.all:
             yield from optimizer.param_groups
 
-    def step(self, index: int) -> Tensor | None:
-        """Clip, set the rates of step `index`, move the weights, drop the gradients.
-
-        Returns the gradient's norm before clipping where clipping is on.
-        """
-        norm = None
+    def step(self, index: int) -> None:
+        """Clip, set the rates of step `index`, move the weights, drop the gradients."""
         if self.run.clip:
-            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
         share = schedule(self.run, index)
         for group in self._groups():
             group["lr"] = group["peak"] * share
@@ -95,7 +91,6 @@ class Optimizers:
         for optimizer in self.all:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """All state as flat tensors: <optimizer>.<parameter>.<name>."""
