@@ -191,11 +191,50 @@ WORDS = {
 }
 """Where a token is a word."""
 
+TABLE = Run(
+    batch=256,  # all rows at once
+    optimizer="adamw",  # Muon does not suit a matrix of one row
+    learning_rate=0.1,
+    vector_rate=0.1,
+    warm_up=0,
+    cool_down=1.0,
+    clip=0.0,
+    precision="float32",
+    steps=1000,
+    validation_interval=500,
+    checkpoint_interval=1000,
+    log_interval=100,
+)
+
+BENT = dataclasses.replace(TABLE, steps=2000, learning_rate=0.05, vector_rate=0.05)
+"""Where there are many valleys: slower."""
+
+TABLES = {
+    name: dataclasses.replace(run, model=model, task=task, arguments=arguments)
+    for name, run, model, task, arguments in [
+        ("linear", TABLE, "linear", "basketball", {}),
+        ("rice-linear", TABLE, "linear", "rice", {}),
+        ("rice-sigma-pi", TABLE, "sigma-pi-table", "rice", {}),
+        ("grain-sigma-pi", TABLE, "sigma-pi-table", "grains", {}),
+        ("logistic", TABLE, "logistic", "white-or-brown", {}),
+        ("grain-softmax", TABLE, "softmax-table", "which-grain", {}),
+        ("curve-mlp", BENT, "mlp-table", "square", {"hidden": (32,)}),
+        ("rice-mlp", BENT, "mlp-table", "rice", {"hidden": (32,)}),
+        ("grain-mlp", BENT, "mlp-table", "grains", {"hidden": (32,)}),
+        # Experts that see the cups, gates that see the darkness: of each grain a line, near and far.
+        ("grain-experts", BENT, "experts-table", "grains", {"u": (0,), "v": (1,)}),
+        ("lines-mlp", BENT, "mlp-table", "lines", {"hidden": (7,)}),
+        ("lines-experts", BENT, "experts-table", "lines", {}),
+    ]
+}
+"""The documents' own small data: a rung and a table."""
+
 PRESETS: dict[str, Run] = {
     name: dataclasses.replace(run, preset=name, model=name if name in CHAPTERS else run.model)
     for name, run in {
         **RUNGS,
         **WORDS,
+        **TABLES,
         "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": Run(
             arguments={"width": 384, "depth": 6, "heads": 6},

@@ -5,10 +5,11 @@ import dataclasses
 from gpt.checkpoint import model_class, near
 from tokenizer import Tokenizer
 from training.presets import Run
+from training.tables import TABLES
 from training.task import Task
 from training.text import Text, Vectors
 
-TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors}
+TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, **TABLES}
 """What `--task` can be."""
 
 
