@@ -64,3 +64,21 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
         figure.savefig(
             output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None
         )
+
+
+def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Bits per byte of each rung against its parameters, and against its training time."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.8), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        units = {"parameters": "parameters", "seconds": "training time (seconds)"}
+        for axes, (key, label) in zip(panels, units.items(), strict=True):
+            for number, row in enumerate(rows):
+                axes.plot(row[key], row["bits_per_byte"], "o", color=f"C{number % 10}")
+                place = (row[key], row["bits_per_byte"])
+                axes.annotate(row["rung"], place, (5, 4), textcoords="offset points", fontsize=9)
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+            axes.margins(x=0.18)
+        panels[0].set_ylabel("bits per byte")
+        figure.savefig(output, dpi=150, metadata={"Date": None})
