@@ -5,9 +5,9 @@
     tokenizer.json   what made them
 
 `<|endoftext|>` stands before every document and nothing after the last: a split's first
-token is only ever looked back on, and every other one is predicted once. A corpus of sentence
-pairs is the same: of each pair first the source, then the target. `training.data` makes such a folder from text; nothing here needs more than numpy, so it trains where
-`datasets` is not installed.
+token is only ever looked back on, and every other one is predicted once. Of sentence pairs,
+each is two documents: the source, then the target. `training.data` makes such a folder from
+text; nothing here needs more than numpy, so it trains where `datasets` is not installed.
 """
 
 import functools
@@ -88,28 +88,20 @@ def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
                     f"{path}: {found} bytes where {length * dtype.itemsize} belong; {again}"
                 )
             splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
-        languages = facts.get("languages")
-        if pairs != bool(languages):
-            raise ValueError(
-                f"{directory} holds "
-                + (
-                    f"pairs of sentences ({'-'.join(languages)}), not text"
-                    if languages
-                    else "text, not pairs of sentences"
-                )
-                + ": choose other --data or another --task"
-            )
-        return Corpus(
-            directory,
-            facts["fingerprint"],
-            facts["description"],
-            splits,
-            (languages[0], languages[1]) if languages else None,
-        )
+        languages = tuple(facts["languages"]) if "languages" in facts else None
+        corpus = Corpus(directory, facts["fingerprint"], facts["description"], splits, languages)
     except FileNotFoundError:
         raise ValueError(f"{directory}: no prepared tokens here: {FILE} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({error!r}); {again}") from None
+    if pairs and not languages:
+        raise ValueError(f"{directory} holds text, not pairs of sentences: choose another --data")
+    if languages and not pairs:
+        raise ValueError(
+            f"{directory} holds pairs of sentences ({'-'.join(languages)}), not text: "
+            "choose another --data, or --task pairs"
+        )
+    return corpus
 
 
 class Part(NamedTuple):
@@ -192,6 +184,35 @@ class CorpusWriter:
             facts["languages"] = languages
         self.tokenizer.save(self.directory / "tokenizer.json")
         (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+
+
+class Streams:
+    """Training order for a state that is carried on: each row reads a part of the text in order.
+
+    Args:
+        tokens: What to cut into as many streams as there are rows.
+        window: Tokens that a row is trained on at once.
+        rows: Streams side by side.
+        seed: Of nothing: the order is the text's own.
+    """
+
+    def __init__(self, tokens: Tokens, window: int, rows: int, seed: int) -> None:  # noqa: ARG002
+        self.tokens, self.window = tokens, window
+        self.length = (len(tokens) - 1) // rows
+        if self.length < window:
+            raise ValueError(
+                f"the training split has {len(tokens):,} tokens, and {rows} rows of {window:,} need "
+                f"{rows * window + 1:,}: give it more text, or a smaller --window or --batch"
+            )
+        self.starts = np.arange(rows) * self.length
+        self.epoch = self.length // window
+        """Batches in an epoch."""
+
+    def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
+        starts = self.starts + index % self.epoch * self.window
+        windows = self.tokens[starts[:, None] + np.arange(self.window + 1)].astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
 
 
 class Windows:
