@@ -16,6 +16,7 @@ PACKAGES = {
 }
 HEAVY = {
     "datasets": "training/data.py",
+    "sacrebleu": "training/translation.py",
     "tokenizers": "tokenizer/__init__.py",
     "fastapi": "serving/api.py",
     "uvicorn": "serving/api.py",

@@ -38,6 +38,8 @@ class Run:
     """Split to train on, in datasets' own notation; `train` when not given."""
     text_column: MaybeText = None
     """Column that holds the text; found by itself when it is `text` or the only one of strings."""
+    languages: MaybeText = None
+    """Of sentence pairs: from which to which, like en-fr; the first two in the data when not given."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
     data_limit: MaybeInt = None

@@ -7,8 +7,9 @@ from tokenizer import Tokenizer
 from training.presets import Run
 from training.task import Task
 from training.text import Text, Vectors
+from training.translation import Pairs
 
-TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors}
+TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, "pairs": Pairs}
 """What `--task` can be."""
 
 
