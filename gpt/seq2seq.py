@@ -231,14 +231,18 @@ class Seq2SeqAttention(EncoderDecoder):
     def importances_of_pair(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
     ) -> list[Importance]:
-        """`alignment`: how much each source token matters to what follows each token; then the gates.
+        """`alignment of the next token`: how much each source token matters to it; then the gates.
 
         They are those of the encoder `ahead` and `back`, over time as it reads, and the `decoder`.
         """
         encoded = self.encode(source_BS, lengths_B)
         x_BTD = self.embedding(tokens_BT)
         _, contexts_BTD, weights_BTS = self._write(x_BTD, encoded)
-        found = [Importance("alignment", weights_BTS[:, None, None], tokens_BT, source_BS)]
+        found = [
+            Importance(
+                "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
+            )
+        ]
         backwards_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
         inputs_TBF = self.decoder.input(x_BTD.transpose(0, 1))
         inputs_TBF = inputs_TBF + self.summary(contexts_BTD.transpose(0, 1))

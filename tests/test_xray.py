@@ -140,7 +140,7 @@ def test_an_alignment_is_what_the_readout_uses():
     seen = named(model, *PAIR)
     source_BS, lengths_B, tokens_BT = PAIR
     memory_BSD = model.encode(source_BS, lengths_B)["memory"]
-    contexts_BTD = seen["alignment"][:, 0, 0] @ memory_BSD
+    contexts_BTD = seen["alignment of the next token"][:, 0, 0] @ memory_BSD
     hidden_BTD = seen["decoder hidden"][:, 0, 0]
     all_BTD = torch.cat([hidden_BTD, contexts_BTD, model.embedding(tokens_BT)], dim=-1)
     expected_BTD, _ = model.predictions(*PAIR, tokens_BT)
