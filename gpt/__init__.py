@@ -1,11 +1,12 @@
 """Models, from tensors to tensors: no text, no files of text, no HTTP. Start with `model`.
 
-CHAPTERS holds the model of each chapter by name, in order; MODELS those that speak.
+CHAPTERS holds the model of each chapter by name, in order; MODELS those that speak;
+TABULAR, of the chapters whose model speaks, the one that takes numbers.
 """
 
 from gpt.gpt import GPT, GPT2
-from gpt.linear import BigramLM, Linear, Logistic, SigmaPiLM
-from gpt.mlp import ExpertsLM, WindowLM
+from gpt.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
+from gpt.mlp import MLP, Experts, ExpertsLM, WindowLM
 from gpt.model import LanguageModel, Model, State
 from gpt.recurrent import GRU, LSTM, RNN
 from gpt.seq2seq import Seq2Seq, Seq2SeqAttention
@@ -34,4 +35,11 @@ MODELS: dict[str, type[LanguageModel]] = {
     name: model for name, model in CHAPTERS.items() if issubclass(model, LanguageModel)
 }
 
-__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "LanguageModel", "Model", "State"]
+TABULAR: dict[str, type[Model]] = {
+    "sigma-pi-table": SigmaPi,
+    "softmax-table": Softmax,
+    "mlp-table": MLP,
+    "experts-table": Experts,
+}
+
+__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "TABULAR", "LanguageModel", "Model", "State"]

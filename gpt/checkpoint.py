@@ -16,7 +16,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt import MODELS, LanguageModel
+from gpt import CHAPTERS, TABULAR, LanguageModel, Model
+
+BY_NAME: dict[str, type[Model]] = {**CHAPTERS, **TABULAR}
+"""Every model that a run can hold."""
 
 FORMAT = 1
 """Of config.json; a reader refuses a higher one."""
@@ -59,7 +62,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         ) from error
 
 
-def weights(model: LanguageModel) -> dict[str, Tensor]:
+def weights(model: Model) -> dict[str, Tensor]:
     """The model's state dict with tied tensors once, as safetensors wants them."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -70,7 +73,7 @@ def weights(model: LanguageModel) -> dict[str, Tensor]:
     return kept
 
 
-def load_weights(model: LanguageModel, tensors: dict[str, Tensor], source: Path) -> None:
+def load_weights(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy `tensors` into the model; a ValueError names the first that is missing, unknown or of another shape."""
     expected = weights(model)
     for name in (*expected, *tensors):
@@ -88,16 +91,21 @@ def load_weights(model: LanguageModel, tensors: dict[str, Tensor], source: Path)
     model.load_state_dict(tensors, strict=False)
 
 
+def model_class(name: str) -> type[Model]:
+    """The class of that name; a ValueError lists those there are."""
+    if name not in BY_NAME:
+        raise ValueError(
+            f"no model is named {name!r}{near(name, BY_NAME)}; there are {', '.join(BY_NAME)}"
+        )
+    return BY_NAME[name]
+
+
 def arguments_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All constructor arguments of model `name`: those given, and the defaults of the others.
 
     A ValueError names what is unknown or absent.
     """
-    if name not in MODELS:
-        raise ValueError(
-            f"no model is named {name!r}{near(name, MODELS)}; there are {', '.join(MODELS)}"
-        )
-    signature = inspect.signature(MODELS[name])
+    signature = inspect.signature(model_class(name))
     for argument in given:
         if argument not in signature.parameters:
             raise ValueError(
@@ -117,10 +125,10 @@ def near(word: str, words: Any) -> str:  # noqa: ANN401 (any iterable of names)
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
-def build(name: str, given: dict[str, Any]) -> LanguageModel:
+def build(name: str, given: dict[str, Any]) -> Model:
     """A new model, its weights at their first values; a ValueError says what does not fit."""
     arguments = arguments_of(name, given)
-    return MODELS[name](**arguments)
+    return model_class(name)(**arguments)
 
 
 def save_config(directory: Path, name: str, given: dict[str, Any]) -> None:
@@ -157,7 +165,18 @@ def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
     return run
 
 
-def open_model(run: Path, device: str | torch.device = "cpu") -> LanguageModel:
+def open_language_model(run: Path, device: str | torch.device = "cpu") -> LanguageModel:
+    """The trained model in a run directory, as `open_model`; a ValueError if it does not speak."""
+    model = open_model(run, device)
+    if not isinstance(model, LanguageModel):
+        raise ValueError(
+            f"{run}: holds a model that does not speak ({type(model).__name__}, "
+            f"it learns {' or '.join(model.learns)}): choose a run of a language model"
+        )
+    return model
+
+
+def open_model(run: Path, device: str | torch.device = "cpu") -> Model:
     """The trained model in a run directory, ready to be evaluated.
 
     A ValueError says what is absent, cut short, damaged or of a newer format.

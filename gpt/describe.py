@@ -71,8 +71,7 @@ def chapters() -> str:
     for name, model in CHAPTERS.items():
         can = "-"
         if issubclass(model, LanguageModel):
-            translates = model.start is not LanguageModel.start
-            can = "speak" + ", translate" * translates
+            can = "speak" + ", translate" * ("pairs" in model.learns)
         size = parameters(shapes(model))
         lines.append(
             f"{model.chapter:>2}  {name:<12}{model.year:<6}{size:>11,}  {can:<19}{model.idea}"

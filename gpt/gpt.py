@@ -89,6 +89,8 @@ class DecoderOnly(LanguageModel):
         dropout: Share of the embedding that training drops.
     """
 
+    learns = ("text", "pairs")
+
     def __init__(
         self,
         vocabulary: int,

@@ -56,6 +56,7 @@ class Linear(Model):
     year: ClassVar[int] = 1805
     paper: ClassVar[str] = "Legendre, Nouvelles méthodes pour la détermination des orbites"
     idea: ClassVar[str] = "a line, fitted by gradient descent"
+    learns: ClassVar[tuple[str, ...]] = ("numbers",)
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -108,6 +109,7 @@ class SigmaPi(Model):
     year: ClassVar[int] = 1986
     paper: ClassVar[str] = "Rumelhart, Hinton & McClelland, A General Framework for PDP"
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
+    learns: ClassVar[tuple[str, ...]] = ("numbers",)
 
     def __init__(self, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())) -> None:
         super().__init__()
@@ -144,6 +146,7 @@ class Logistic(Model):
     year: ClassVar[int] = 1958
     paper: ClassVar[str] = "Cox, The Regression Analysis of Binary Sequences"
     idea: ClassVar[str] = "squash to a probability"
+    learns: ClassVar[tuple[str, ...]] = ("choice",)
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -191,6 +194,7 @@ class Softmax(Model):
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = "Bridle, Probabilistic Interpretation of Feedforward Classification"
     idea: ClassVar[str] = "many classes"
+    learns: ClassVar[tuple[str, ...]] = ("choice", "classes")
 
     def __init__(self, inputs: int = 1, classes: int = 3, temperature: float = 1.0) -> None:
         super().__init__()

@@ -83,6 +83,7 @@ class MLP(Model):
         "Rumelhart, Hinton & Williams, Learning Representations by Back-Propagating Errors"
     )
     idea: ClassVar[str] = "stack it; bend it"
+    learns: ClassVar[tuple[str, ...]] = ("numbers",)
 
     def __init__(
         self, inputs: int = 1, hidden: tuple[int, ...] = (8,), activation: Activation = "relu"
@@ -166,6 +167,7 @@ class Experts(Model):
     year: ClassVar[int] = 1991
     paper: ClassVar[str] = "Jacobs, Jordan, Nowlan & Hinton, Adaptive Mixtures of Local Experts"
     idea: ClassVar[str] = "softmax gates choose among experts"
+    learns: ClassVar[tuple[str, ...]] = ("numbers",)
 
     def __init__(
         self,

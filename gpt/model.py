@@ -65,6 +65,8 @@ class Model(nn.Module):
     """Who described it first, and where."""
     idea: ClassVar[str]
     """What it adds to the rung before it, in a clause."""
+    learns: ClassVar[tuple[str, ...]]
+    """The kinds of batches that it takes: numbers, choice (of two classes), classes, vectors, text, pairs."""
 
     def loss(self, *batch: Tensor) -> Tensor:
         """The scalar to minimise, a mean over the batch."""
@@ -93,6 +95,8 @@ class LanguageModel(Model):
         vocabulary: Number of token ids, V.
         context: Tokens of a row that it is trained on at once.
     """
+
+    learns: ClassVar[tuple[str, ...]] = ("text",)
 
     def __init__(self, vocabulary: int, context: int) -> None:
         super().__init__()
@@ -171,7 +175,13 @@ class LanguageModel(Model):
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats of a batch's targets (see `predictions`); a target of -100 does not count."""
-        features_BTD, targets_BT = self.predictions(*batch)
+        return self._mean_nll(*self.predictions(*batch))
+
+    def carried_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+        """The loss of text that goes on from a state, which is updated in place."""
+        return self._mean_nll(self.features(tokens_BT, state), targets_BT)
+
+    def _mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 
@@ -232,6 +242,8 @@ class EncoderDecoder(LanguageModel):
     A model gives `init_state`, `logits` and the two networks. In a state the tensors that
     `encode` gives have room for a source of `context` tokens, and beyond it hold zeros.
     """
+
+    learns: ClassVar[tuple[str, ...]] = ("text", "pairs")
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """All that the decoder has of a source: part of a state, each tensor cut to the source's length.

@@ -37,6 +37,7 @@ class Word2Vec(Model):
     year: ClassVar[int] = 2013
     paper: ClassVar[str] = "Mikolov et al., Distributed representations of words and phrases"
     idea: ClassVar[str] = "words become vectors"
+    learns: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def __init__(
         self, vocabulary: int, *, width: int = 256, window: int = 5, negatives: int = 5

@@ -14,7 +14,7 @@ import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
-from gpt.checkpoint import find_run, open_model
+from gpt.checkpoint import find_run, open_language_model
 from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
 from gpt.describe import parameters
 from gpt.device import find_device
@@ -140,7 +140,7 @@ class Serve:
 def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
     """The directory, model and tokenizer of a run; a ValueError says what is wrong with one of them."""
     path = find_run(run)
-    model = open_model(path, find_device(device))
+    model = open_language_model(path, find_device(device))
     tokenizer = Tokenizer.open(path)
     if model.vocabulary != tokenizer.vocabulary:
         raise ValueError(

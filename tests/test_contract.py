@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from gpt import MODELS, LanguageModel
 from gpt.checkpoint import build as build_model
-from gpt.checkpoint import load_tensors, open_model, save_config, save_tensors, weights
+from gpt.checkpoint import load_tensors, open_language_model, save_config, save_tensors, weights
 from gpt.model import rows
 
 VOCABULARY, CONTEXT = 50, 24
@@ -135,7 +135,7 @@ def test_saved_and_opened_gives_the_same_logits(
     model = model.float()
     save_config(tmp_path, name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
     save_tensors(tmp_path / "model.safetensors", weights(model))
-    opened = open_model(tmp_path)
+    opened = open_language_model(tmp_path)
     assert torch.equal(opened(tokens_BT), model(tokens_BT))
     assert load_tensors(tmp_path / "model.safetensors").keys() == weights(opened).keys()
 

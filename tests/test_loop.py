@@ -27,6 +27,7 @@ from training.loop import (
 )
 from training.optimizer import Optimizers, groups, schedule
 from training.presets import PRESETS, Run
+from training.text import Text
 
 TINY = Run(
     preset="tiny",
@@ -73,7 +74,7 @@ def corpus(tmp_path_factory):
 
 def trainer_of(run, directory, corpus):
     directory.mkdir(exist_ok=True)
-    return Trainer(run, directory, corpus, corpus.tokenizer, torch.device("cpu"))
+    return Trainer(run, directory, Text(run, corpus), torch.device("cpu"))
 
 
 def log_of(directory):

@@ -1,10 +1,12 @@
-"""Text to token ids and back, without loss: byte-level BPE, or plain bytes.
+"""Text to token ids and back: byte-level BPE, plain bytes, or whole words.
 
 Byte-pair encoding (Gage 1994; Sennrich et al. 2016) begins with the 256 bytes and merges
 the most frequent pair of neighbours, again and again, until the vocabulary is full.
 Working on bytes rather than characters (Radford et al. 2019), it can write any text. The
-plain bytes are the same thing before the first merge. In both, `<|endoftext|>` is the
-last id; text that happens to contain those letters never becomes it.
+plain bytes are the same thing before the first merge. Both lose nothing. Whole words, with
+the space before them, are what language models had first: a word that was not among the most
+frequent becomes ` <unk>`, and is lost. In all, `<|endoftext|>` is the last id; text that
+happens to contain those letters never becomes it.
 
 This is the only file that imports the `tokenizers` library, whose own file format,
 tokenizer.json, is ours too.
@@ -15,6 +17,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -29,6 +32,7 @@ __all__ = [
     "from_utf8",
     "pieces",
     "train_bpe",
+    "train_words",
 ]
 
 # Set at all, it keeps the library from warning when a process that has used its threads forks.
@@ -48,6 +52,12 @@ WORDS = (
 """What BPE may not merge across. Text can be cut where a line starts with anything but white
 space, and between a letter or digit and white space, without a change in its tokens. The
 bound of 64 keeps time and memory linear in text without spaces."""
+
+SPACED = r" ?\S+| ?\n|\s"
+"""A word or a line end, with the space before it."""
+
+UNKNOWN = " <unk>"
+"""What a word that is not in the vocabulary becomes; the Penn Treebank spells its own so."""
 
 PIECE = 2**14
 """Characters that go to the library at once: the unit of its parallel work."""
@@ -112,6 +122,8 @@ class Tokenizer:
     """Number of ids."""
     end_of_text: int
     """The id of `<|endoftext|>`."""
+    unknown: int | None
+    """The id that stands for all words that have none; None where every text has ids."""
     fingerprint: str
     """The same for two tokenizers that write the same tokenizer.json."""
 
@@ -123,6 +135,8 @@ class Tokenizer:
         added = library.get_added_tokens_decoder()
         self.vocabulary = 1 + max(vocabulary.values())
         self.end_of_text = end_of_text
+        whole_words = isinstance(library.model, models.WordLevel)
+        self.unknown = library.token_to_id(library.model.unk_token) if whole_words else None
         self.fingerprint = hashlib.sha256(library.to_str().encode()).hexdigest()
         self._bytes = [b""] * self.vocabulary
         for token, index in vocabulary.items():
@@ -247,6 +261,33 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     except UnicodeEncodeError as error:
         raise _surrogate([error.object]) from None
     return _finish(library)
+
+
+def train_words(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Take the most frequent words, ` <unk>` among them, until there are `vocabulary` ids."""
+    if vocabulary < 3:
+        raise ValueError(f"a vocabulary of words needs at least 3 ids, not {vocabulary}")
+    library = Library(models.WordLevel({}, unk_token=_letters(UNKNOWN)))
+    library.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPACED), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    counts: Counter[str] = Counter()
+    for piece in itertools.chain.from_iterable(map(pieces, texts)):
+        counts.update(word for word, _ in library.pre_tokenizer.pre_tokenize_str(piece))
+    counts.pop(_letters(UNKNOWN), None)
+    # Words of one count in the order of the alphabet: the same text gives the same ids.
+    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 2]
+    ids = {word: index for index, word in enumerate([_letters(UNKNOWN), *words])}
+    library.model = models.WordLevel(ids, unk_token=_letters(UNKNOWN))
+    return _finish(library)
+
+
+def _letters(text: str) -> str:
+    """The letters by which the library writes the bytes of a text."""
+    return "".join(LETTERS[byte] for byte in text.encode())
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -3,7 +3,6 @@
 import dataclasses
 import inspect
 import json
-import math
 import subprocess
 import sys
 import textwrap
@@ -17,19 +16,17 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from gpt import LanguageModel, cli
+from gpt import LanguageModel, Model, cli
 from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
 from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.describe import parameters
 from gpt.device import describe, find_device
-from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
-from training.corpus import Corpus, open_corpus
-from training.evaluate import Score, compressors, evaluate_split
 from training.loop import (
     Diverged,
     Stopped,
     Trainer,
+    configuration,
     new_model,
     newest_checkpoint,
     read_run,
@@ -37,13 +34,12 @@ from training.loop import (
 )
 from training.presets import PRESETS, Run, model_options, preset
 from training.progress import duration
+from training.task import Task
+from training.tasks import TASKS, check, open_task
 
 PROG = "python -m training"
 DEFAULT_PRESET = {"cuda": "gpt-micro"}
 """By device; gpt-nano on all others."""
-
-COMPRESSED = 2**24
-"""Bytes of text up to which general compressors are run beside the model."""
 
 
 def train_command(name: str) -> Callable[..., cli.Command]:
@@ -88,12 +84,12 @@ class Resume:
         directory = find_run(self.run, "run.json")
         run = dataclasses.replace(read_run(directory), device=self.device)
         device = find_device(run.device)
-        tokenizer = Tokenizer.open(directory / "tokenizer.json")
-        corpus = prepare(run, tokenizer)
-        trainer = Trainer(run, directory, corpus, tokenizer, device)
+        trainer = Trainer(run, directory, open_task(run, tokenizer_of(directory)), device)
         checkpoint = newest_checkpoint(directory)
         if checkpoint:
             trainer.resume(checkpoint)
+        else:
+            trainer.begin()
         print(f"{directory}: continues at step {trainer.step} of {run.steps}", flush=True)
         work(trainer)
 
@@ -118,6 +114,8 @@ class Eval:
     """Split to score; when not given, validation of the run's own corpus, else the first there is of test, validation, train."""
     stride: MaybeInt = None
     """Tokens that each window scores; as many as the model can when not given. A smaller one is slower and gives every token more context."""
+    beams: MaybeInt = None
+    """Translations followed at once by a beam search; when not given, the likeliest word is always taken."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -129,41 +127,32 @@ class Eval:
         """Score and print."""
         directory = find_run(self.run)
         model = open_model(directory, find_device(self.device))
-        tokenizer = Tokenizer.open(directory / "tokenizer.json")
-        trained = read_run(directory)
+        trained = dataclasses.replace(read_run(directory), precision=self.precision)
+        about_data = ("data_config", "text_column", "data_limit", "streaming")
         if self.data is None:
-            if self.data_config or self.text_column or self.data_limit or self.streaming:
+            if any(getattr(self, name) for name in about_data):
                 raise ValueError(
                     "options about the data need --data: without it, the run's own is scored"
                 )
-            corpus = prepare(trained, tokenizer)
-            wanted = self.split or "validation"
         else:
-            other = dataclasses.replace(
-                trained,
-                data=self.data,
-                data_config=self.data_config,
-                data_limit=self.data_limit,
-                data_split=None,
-                text_column=self.text_column,
-                streaming=self.streaming,
-            )
-            corpus = prepare(other, tokenizer, hold_out=False)
-            names = ("test", "validation", "train")
-            wanted = self.split or next(name for name in names if name in corpus.splits)
-        if wanted not in corpus.splits:
-            raise ValueError(f"no split is named {wanted!r}; there are {', '.join(corpus.splits)}")
-        split = corpus.splits[wanted]
-        score = evaluate_split(model, split, self.stride, self.precision)
-        beside = {}
-        if split.bytes <= COMPRESSED:
-            beside = compressors(text_of(split.tokens, tokenizer))
+            others = {name: getattr(self, name) for name in about_data}
+            trained = dataclasses.replace(trained, data=self.data, data_split=None, **others)
+        task = open_task(trained, tokenizer_of(directory), to_train=self.data is None)
+        names = ("test", "validation", "train") if self.data else ("validation",)
+        wanted = self.split or next(name for name in names if name in task.splits)
+        if wanted not in task.splits:
+            raise ValueError(f"no split is named {wanted!r}; there are {', '.join(task.splits)}")
+        asked = {"stride": self.stride, "beams": self.beams}
+        options = {name: value for name, value in asked.items() if value is not None}
+        for name in options.keys() - task.options:
+            raise ValueError(f"--{name} has no meaning in the task {trained.task}: leave it out")
+        report = task.score(model, wanted, final=True, **options)
         if self.json:
-            about = {"run": str(directory), "data": self.data or trained.data, "split": wanted}
-            print(json.dumps({**about, **score.to_json(), "compressors": beside}))
+            about = {"run": str(directory), "data": trained.data, "split": wanted}
+            print(json.dumps({**about, **report.to_json()}))
             return
-        print(f"{directory} on the {wanted} split of {corpus.description}")
-        print(table(score, beside))
+        print(f"{directory} on the {wanted} split of {task.description}")
+        print(report.table())
 
 
 @dataclass(frozen=True)
@@ -188,8 +177,11 @@ class Plot:
 def start(run: Run, directory: Path | None) -> None:
     """Prepare the corpus, open a run directory, train, report."""
     device = find_device(run.device)
+    check(run)
     with torch.device("meta"):  # what does not fit together is said before the data is read
-        new_model(run, run.vocabulary)
+        model = new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
+    if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
+        raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
     directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     if (directory / "run.json").exists():
         raise ValueError(
@@ -198,22 +190,19 @@ def start(run: Run, directory: Path | None) -> None:
         )
     print(f"preset {run.preset}: {run.model} on {describe(device)}")
     for name, value in dataclasses.asdict(run).items():
-        if name not in ("preset", "model"):
+        if name not in {"preset", "model", *TASKS[run.task].foreign}:
             print(f"  {name} = {value}")
-    corpus = prepare(run)
-    tokenizer = corpus.tokenizer
-    print(f"corpus: {corpus.description}")
-    for split in corpus.splits.values():
-        print(
-            f"  {split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
-            f"{split.documents:,} documents"
-        )
-    trainer = Trainer(run, directory, corpus, tokenizer, device)
+    task = open_task(run)
+    print(f"data: {task.description}")
+    for line in task.sizes:
+        print(f"  {line}")
+    trainer = Trainer(run, directory, task, device)
+    trainer.begin()
     directory.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(directory / "tokenizer.json")
-    given = {"vocabulary": tokenizer.vocabulary, "context": run.window, **run.arguments}
-    save_config(directory, run.model, given)
-    known = facts(corpus, trainer.model, device)
+    if task.tokenizer:
+        task.tokenizer.save(directory / "tokenizer.json")
+    save_config(directory, run.model, configuration(run, task.given))
+    known = facts(task, trainer.model, device)
     save_run(run, directory, known)
     print(f"run: {directory}, {known['parameters']:,} parameters", flush=True)
     work(trainer)
@@ -237,53 +226,32 @@ def work(trainer: Trainer) -> None:
 
 
 def report(trainer: Trainer) -> None:
-    """Score the best weights on the whole validation split, show a sample, say what comes next."""
-    directory, model, tokenizer = trainer.directory, trainer.model, trainer.tokenizer
+    """Score the best weights on all that is held out, show a sample, say what comes next."""
+    directory, model, task = trainer.directory, trainer.model, trainer.task
     path = directory / "model.safetensors"
     load_weights(model, load_tensors(path, trainer.device), path)
     model.eval()
-    split = trainer.corpus.splits["validation"]
-    score = evaluate_split(model, split, precision=trainer.run.precision)
+    score = task.score(model, "validation")
     final = {f"final_{name}": value for name, value in score.to_json().items()}
     trainer.metrics.write(trainer.step, **final)
-    print(f"the whole validation split, with the best weights:\n{table(score, {})}")
-    print("a sample at temperature 0.8:\n")
-    stream, end = tokenizer.stream(), tokenizer.end_of_text
-    length = min(200, trainer.run.window - 1)
-    for token in generate(model, [end], length, Sampling(temperature=0.8, seed=0), {end}):
-        if token != end:
-            print(stream.push(token), end="", flush=True)
-    print(stream.flush())
-    print(
-        f"\nthe run is in {directory}; next:\n"
-        f'  make sample RUN={directory} PROMPT="..."\n'
-        f"  make eval RUN={directory}\n"
-        f"  make serve RUN={directory}"
-    )
+    print(f"the whole validation split, with the best weights:\n{score.table()}")
+    print(f"a sample:\n\n{task.sample(model, min(200, trainer.run.window - 1))}")
+    print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
+    if isinstance(model, LanguageModel):
+        print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
 
 
-def prepare(run: Run, tokenizer: Tokenizer | None = None, hold_out: bool = True) -> Corpus:
-    """The run's corpus as tokens; already prepared ones are opened without `datasets`."""
-    if (Path(run.data) / "corpus.json").is_file():
-        return open_corpus(Path(run.data))
-    from training import data
-
-    source = data.Source(
-        run.data,
-        config=run.data_config,
-        split=run.data_split,
-        column=run.text_column,
-        streaming=run.streaming,
-        limit=run.data_limit,
-    )
-    return data.prepare(source, tokenizer or run.tokenizer, run.vocabulary, hold_out)
+def tokenizer_of(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a run, if it has one."""
+    path = directory / "tokenizer.json"
+    return Tokenizer.open(path) if path.exists() else None
 
 
-def facts(corpus: Corpus, model: LanguageModel, device: torch.device) -> dict[str, Any]:
+def facts(task: Task, model: Model, device: torch.device) -> dict[str, Any]:
     """What run.json says beside the configuration."""
     packages = ("tinygpt", "torch", "tokenizers", "datasets")
     return {
-        "corpus": {"fingerprint": corpus.fingerprint, "description": corpus.description},
+        "data": {"fingerprint": task.fingerprint, "description": task.description},
         "parameters": parameters(model),
         "device": describe(device),
         "python": sys.version.split()[0],
@@ -306,27 +274,6 @@ def _commit() -> str | None:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def text_of(tokens: Any, tokenizer: Tokenizer) -> bytes:  # noqa: ANN401 (a numpy array)
-    """The documents of a split, joined."""
-    return tokenizer.decode(tokens.tolist()).encode()
-
-
-def table(score: Score, beside: dict[str, float]) -> str:
-    """The score in lines, its units and its setting with it."""
-    lines = [
-        f"  loss             {score.loss:.4f} nats per token",
-        f"  perplexity       {score.perplexity:.3f} per token",
-        f"  word perplexity  {score.word_perplexity:.2f}",
-        f"  bits per byte    {score.bits_per_byte:.4f}",
-        *(f"    {name:<15}{bits:.4f}" for name, bits in beside.items()),
-        f"  context {score.context}, stride {score.stride}; "
-        f"{score.tokens:,} tokens, {score.words:,} words, {score.bytes:,} bytes",
-    ]
-    if math.isnan(score.word_perplexity):
-        del lines[2]
-    return "\n".join(lines)
 
 
 def main() -> None:

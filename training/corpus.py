@@ -159,6 +159,35 @@ class CorpusWriter:
         (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
+class Streams:
+    """Training order for a state that is carried on: each row reads a part of the text in order.
+
+    Args:
+        tokens: What to cut into as many streams as there are rows.
+        window: Tokens that a row is trained on at once.
+        rows: Streams side by side.
+        seed: Of nothing: the order is the text's own.
+    """
+
+    def __init__(self, tokens: Tokens, window: int, rows: int, seed: int) -> None:  # noqa: ARG002
+        self.tokens, self.window = tokens, window
+        self.length = (len(tokens) - 1) // rows
+        if self.length < window:
+            raise ValueError(
+                f"the training split has {len(tokens):,} tokens, and {rows} rows of {window:,} need "
+                f"{rows * window + 1:,}: give it more text, or a smaller --window or --batch"
+            )
+        self.starts = np.arange(rows) * self.length
+        self.epoch = self.length // window
+        """Batches in an epoch."""
+
+    def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
+        starts = self.starts + index % self.epoch * self.window
+        windows = self.tokens[starts[:, None] + np.arange(self.window + 1)].astype(np.int64)
+        return windows[:, :-1], windows[:, 1:]
+
+
 class Windows:
     """Training order: every window of a shuffled epoch once, then another shuffle.
 

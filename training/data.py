@@ -36,7 +36,7 @@ import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm
 
-from tokenizer import WORDS, Tokenizer, byte_tokenizer, from_utf8, train_bpe
+from tokenizer import WORDS, Tokenizer, byte_tokenizer, from_utf8, train_bpe, train_words
 from training.corpus import FILE, FORMAT, Corpus, CorpusWriter, Part, open_corpus
 
 KINDS = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
@@ -57,6 +57,8 @@ TOKENIZER_BYTES = 100_000_000
 """Text that a BPE tokenizer is trained on, at most."""
 BATCH = 2**20
 """Characters that are tokenised between two writes."""
+LEARNED = {"bpe": train_bpe, "words": train_words}
+"""Tokenizers that are made from the training split."""
 LAST_LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 """Up to the last place where a cut changes no token."""
 HELD_OUT = 20
@@ -114,8 +116,8 @@ def prepare(
 
     Args:
         source: Where the text comes from.
-        tokenizer: "bpe" to train one on the training split, "bytes", the path of a
-            tokenizer.json or of a run directory, or a tokenizer.
+        tokenizer: "bpe" or "words" to train one on the training split, "bytes", the path of
+            a tokenizer.json or of a run directory, or a tokenizer.
         vocabulary: Ids of a tokenizer that is trained.
         hold_out: Make a validation split if there is none; else take the splits as found.
 
@@ -132,7 +134,7 @@ def prepare(
     if source.limit is not None:
         found = _limited(found, source.limit)
     options = {**asdict(source), "data": found.identity, "hold_out": hold_out}
-    recipe = given.fingerprint if given else ["bpe", vocabulary, WORDS, TOKENIZER_BYTES]
+    recipe = given.fingerprint if given else [tokenizer, vocabulary, WORDS, TOKENIZER_BYTES]
     identity = json.dumps([FORMAT, options, recipe])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
@@ -140,7 +142,8 @@ def prepare(
     if not (directory / FILE).is_file():
         located, rule = _arranged(source, found, hold_out)
         with _whole_or_absent(directory) as beside:
-            writer = CorpusWriter(beside, given or _trained(source, located, vocabulary))
+            made = given or _trained(source, located, LEARNED[str(tokenizer)], vocabulary)
+            writer = CorpusWriter(beside, made)
             _tokenise(located(), writer, found.size)
             for split in ("train", "validation") if hold_out else ():
                 if split not in writer.counts:
@@ -168,14 +171,14 @@ def _given(tokenizer: str | Tokenizer) -> Tokenizer | None:
     """The tokenizer that was asked for, or None for one to be trained."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
-    if tokenizer == "bpe":
+    if tokenizer in LEARNED:
         return None
     if tokenizer == "bytes":
         return byte_tokenizer()
     if not Path(tokenizer).exists():
         raise ValueError(
-            f"{tokenizer}: no such tokenizer: --tokenizer can be bpe, bytes, or the path of a "
-            "tokenizer.json or of a run directory"
+            f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(LEARNED)}, bytes, or the "
+            "path of a tokenizer.json or of a run directory"
         )
     return Tokenizer.open(tokenizer)
 
@@ -658,13 +661,18 @@ def _limit(parts: Parts, limit: int) -> Iterator[Part]:
 # Tokens
 
 
-def _trained(source: Source, located: Callable[[], Located], vocabulary: int) -> Tokenizer:
-    """A BPE tokenizer trained on the beginning of the training split."""
+def _trained(
+    source: Source,
+    located: Callable[[], Located],
+    learn: Callable[[Iterable[str], int], Tokenizer],
+    vocabulary: int,
+) -> Tokenizer:
+    """A tokenizer learned from the beginning of the training split."""
     parts = (part for split, part in located() if split == "train")
     texts = (text for text, _ in _limit(lambda: parts, TOKENIZER_BYTES))
     if (first := next(texts, None)) is None:
         raise ValueError(f"{source.data}: there is no text in a train split to make a tokenizer of")
-    return train_bpe(itertools.chain([first], texts), vocabulary)
+    return learn(itertools.chain([first], texts), vocabulary)
 
 
 def _tokenise(located: Located, writer: CorpusWriter, size: int | None) -> None:

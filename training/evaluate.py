@@ -5,7 +5,8 @@
     word perplexity   exp(all nats / words); words and line ends count (Mikolov et al. 2010)
     bits per byte     all nats / (ln 2 * bytes of the text); comparable under every tokenizer
 
-A text longer than the context is read in windows. Each window scores the `stride` tokens
+A model that was trained to carry its state on reads a text as one window, from its first token
+to its last. For others, a text longer than the context is read in windows. Each window scores the `stride` tokens
 that no window before it has scored, with what else fits in front of them as context. A
 stride as long as the context is the fastest (half of it, for a model that reads one half of
 a window to write the other); a shorter one gives every token more to go by,
@@ -25,10 +26,11 @@ from tqdm import tqdm
 
 from gpt import LanguageModel
 from gpt.device import autocast
-from training.corpus import Split
 
 TOKENS_AT_ONCE = 8192
 """Tokens that one forward pass scores."""
+CARRIED_AT_ONCE = 1024
+"""The same of a single row."""
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,8 @@ class Score:
     bytes: int
     context: int
     stride: int
+    beside: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Bits per byte of general compressors on the same text."""
 
     @property
     def loss(self) -> float:
@@ -59,13 +63,36 @@ class Score:
 
     @property
     def bits_per_byte(self) -> float:
-        """Per byte of the text in UTF-8."""
-        return self.nats / (math.log(2) * self.bytes)
+        """Per byte of the text in UTF-8; NaN where the tokens do not say all of it."""
+        return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def to_json(self) -> dict[str, float]:
-        """Every figure by name."""
+        """Every figure by name; what is not known is left out."""
         names = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-        return {name: getattr(self, name) for name in names} | dataclasses.asdict(self)
+        figures = {name: getattr(self, name) for name in names}
+        known = {name: figure for name, figure in figures.items() if not math.isnan(figure)}
+        compressors = {"compressors": self.beside} if self.beside else {}
+        counts = dataclasses.asdict(self)
+        del counts["beside"]
+        return known | counts | compressors
+
+    def table(self) -> str:
+        """The score in lines, its units and its setting with it."""
+        lines = [
+            f"  loss             {self.loss:.4f} nats per token",
+            f"  perplexity       {self.perplexity:.3f} per token",
+        ]
+        if not math.isnan(self.word_perplexity):
+            lines.append(f"  word perplexity  {self.word_perplexity:.2f}")
+        if not math.isnan(self.bits_per_byte):
+            lines.append(f"  bits per byte    {self.bits_per_byte:.4f}")
+        lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.beside.items()]
+        lines.append(
+            f"  context {self.context}, stride {self.stride}; "
+            f"{self.tokens:,} tokens, {self.words:,} words"
+            + f", {self.bytes:,} bytes" * bool(self.bytes)
+        )
+        return "\n".join(lines)
 
 
 def _exp(x: float) -> float:
@@ -97,6 +124,7 @@ def evaluate(
     bytes: int,  # noqa: A002 (the unit's own name)
     stride: int | None = None,
     precision: str = "auto",
+    carry: bool = False,
 ) -> Score:
     """Score a sequence of token ids; its first token is context only.
 
@@ -108,7 +136,13 @@ def evaluate(
         stride: Tokens scored by each window after the first; when None, all that the model is
             trained to predict of one.
         precision: As in `Run`.
+        carry: Read all of it with one state, whatever the context.
     """
+    if carry:
+        if stride is not None:
+            raise ValueError("--stride cuts a text into windows; this run carries its state on")
+        nats, count = _carried(model, tokens, precision)
+        return Score(nats, count, words, bytes, count, count)
     context = model.context
     stride = model.scorable if stride is None else stride
     if not 1 <= stride <= model.scorable:
@@ -128,8 +162,15 @@ def estimate(
     tokens: np.ndarray,
     budget: int,
     precision: str = "auto",
+    carry: bool = False,
 ) -> float:
-    """The loss in nats over about `budget` tokens, in windows spread evenly over the text."""
+    """The loss in nats over about `budget` tokens, in windows spread evenly over the text.
+
+    With `carry`, over the first `budget`.
+    """
+    if carry:
+        nats, count = _carried(model, tokens[: budget + 1], precision)
+        return nats / count
     whole = list(windows(len(tokens), model.context, model.scorable))
     some = whole[:: max(1, len(whole) * model.scorable // max(budget, model.scorable))]
     nats, count = _sum(model, tokens, iter(some), precision)
@@ -179,21 +220,20 @@ def _batches(
     yield batch
 
 
-def evaluate_split(
-    model: LanguageModel,
-    split: Split,
-    stride: int | None = None,
-    precision: str = "auto",
-) -> Score:
-    """Score all of a prepared split."""
-    return evaluate(
-        model,
-        split.tokens,
-        words=split.words,
-        bytes=split.bytes,
-        stride=stride,
-        precision=precision,
-    )
+def _carried(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[float, int]:
+    """The nats of all predictions, made with one state from the first token to the last."""
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    nats = 0.0
+    state = model.init_state(1, len(tokens))
+    with torch.inference_mode(), autocast(device, precision):
+        for start in range(0, len(tokens) - 1, CARRIED_AT_ONCE):
+            row = tokens[start : start + CARRIED_AT_ONCE + 1].astype(np.int64)
+            row_BT = torch.from_numpy(row).to(device).unsqueeze(0)
+            nats += len(row[1:]) * model.carried_loss(state, row_BT[:, :-1], row_BT[:, 1:]).item()
+    model.train(was_training)
+    return nats, len(tokens) - 1
 
 
 def compressors(text: bytes) -> dict[str, float]:

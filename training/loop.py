@@ -6,6 +6,7 @@ So a run that was stopped, however, continues as if nothing had been.
 """
 
 import dataclasses
+import inspect
 import json
 import math
 import os
@@ -18,27 +19,28 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from gpt import LanguageModel, Model
+from gpt import LanguageModel, Model, State
 from gpt.checkpoint import (
     build,
+    find_run,
     load_tensors,
     load_weights,
+    model_class,
     read_json,
     save_tensors,
     weights,
     write_atomically,
 )
 from gpt.device import autocast, keep_freed_memory, peak_flops
-from gpt.sampling import Sampling, generate
 from tokenizer import Tokenizer
-from training.corpus import Corpus, Windows
-from training.evaluate import estimate
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
 from training.progress import Progress
+from training.task import Task
 
 CHECKPOINTS_KEPT = 2
 
@@ -62,9 +64,12 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, *batch: Tensor) -> Tensor:
-        """The scalar to minimise."""
-        return self.model.loss(*batch)
+    def forward(self, *batch: Tensor, state: State | None = None) -> Tensor:
+        """The scalar to minimise; with a state, of text that goes on from it."""
+        if state is None:
+            return self.model.loss(*batch)
+        assert isinstance(self.model, LanguageModel)
+        return self.model.carried_loss(state, *batch)
 
 
 class Signals:
@@ -137,31 +142,60 @@ def _summary_writer(directory: Path, resume_at: int) -> Any:  # noqa: ANN401 (an
 
 
 class Trainer:
-    """One run: a model, its corpus and a directory."""
+    """One run: a model, its task and a directory."""
 
     def __init__(
         self,
         run: Run,
         directory: Path,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
+        task: Task,
         device: torch.device,
         progress: Progress | None = None,
     ) -> None:
         keep_freed_memory()
-        self.run, self.directory, self.corpus, self.tokenizer = run, directory, corpus, tokenizer
+        self.run, self.directory, self.task = run, directory, task
         self.device = device
-        self.progress = progress or Progress(run.steps, peak_flops(device))
+        peak = peak_flops(device) if task.row else None
+        self.progress = progress or Progress(run.steps, peak, task.unit)
         torch.manual_seed(run.seed)
-        self.model: LanguageModel = new_model(run, tokenizer.vocabulary).to(device)
+        self.model: Model = new_model(run, task.given).to(device)
         self.optimizers = Optimizers(self.model, run, device)
-        self.windows = Windows(corpus.splits["train"].tokens, run.window, run.batch, run.seed)
-        self.flops = self.model.flops_per_token(run.window)
+        self.flops = self.model.flops_per_token(task.row or 1)
         self.signals = Signals()
         self.step = 0
+        self.seen = 0
+        """Targets that it has been trained on."""
         self.best = math.inf
+        self.state: State | None = None
+        """What is carried from one batch to the next, if anything is."""
         self.pending: list[float] = []
         """Losses of the steps since the last line of the log."""
+
+    def begin(self) -> None:
+        """Take over the embedding of another run where that was asked for.
+
+        A ValueError says why it does not fit.
+        """
+        if self.run.vectors is None:
+            return
+        other = Path(self.run.vectors)
+        path = find_run(other) / "model.safetensors"
+        found = load_tensors(path, self.device).get("embedding.weight")
+        own = self.model.get_parameter("embedding.weight")
+        assert self.task.tokenizer
+        if Tokenizer.open(other).fingerprint != self.task.tokenizer.fingerprint:
+            raise ValueError(
+                f"--vectors {other} has another tokenizer: give it to this run too, "
+                f"with --tokenizer {other}"
+            )
+        if found is None or found.shape != own.shape:
+            shape = "none" if found is None else f"{list(found.shape)}"
+            raise ValueError(
+                f"--vectors {other}: its embedding has the shape {shape}, this model's "
+                f"{list(own.shape)}: choose the same width"
+            )
+        with torch.no_grad():
+            own.copy_(found)
 
     def train(self) -> None:
         """Train from where the state stands to the last step.
@@ -174,7 +208,7 @@ class Trainer:
         self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
         losses: list[Tensor] = []
         self.model.train()
-        begun, first = time.monotonic(), self.step
+        begun, first, first_seen = time.monotonic(), self.step, self.seen
         try:
             with self.signals.watched():
                 while self.step < self.run.steps:
@@ -192,7 +226,8 @@ class Trainer:
                         self._check_finite()
                     if due["log"]:
                         elapsed = time.monotonic() - begun
-                        self._log(elapsed / (self.step - first))
+                        left = elapsed / (self.step - first) * (self.run.steps - self.step)
+                        self._log((self.seen - first_seen) / elapsed, left)
                     if due["validation"]:
                         self._validate()
                     if due["checkpoint"] or self.signals.received:
@@ -204,18 +239,32 @@ class Trainer:
 
     def _step(self, objective: Callable[..., Tensor]) -> Tensor:
         """One optimizer step; returns its mean loss, still on the device."""
-        parts = self.run.accumulation
+        arrays = self.task.batch(self.step)
+        if not self.task.follows(self.step):
+            self.state = self._first_state(len(arrays[0]))
+        counted = arrays[-1] != -100
+        self.seen += int(counted.sum())
+        # Each part counts for the targets in it, so that the mean is that of the whole batch.
+        shares = [
+            part.sum() / counted.sum() for part in np.array_split(counted, self.run.accumulation)
+        ]
+        batch = (torch.from_numpy(array).to(self.device) for array in arrays)
+        parts = zip(*(tensor.chunk(self.run.accumulation) for tensor in batch), strict=True)
         total = torch.zeros((), device=self.device)
-        tokens_BT, targets_BT = (
-            torch.from_numpy(array).to(self.device) for array in self.windows.batch(self.step)
-        )
-        for some in zip(tokens_BT.chunk(parts), targets_BT.chunk(parts), strict=True):
+        for share, part in zip(shares, parts, strict=True):
             with autocast(self.device, self.run.precision):
-                loss = objective(*some) / parts
+                loss = objective(*part, state=self.state) * share
             loss.backward()
             total += loss.detach()
         self.optimizers.step(self.step)
         return total
+
+    def _first_state(self, rows: int) -> State | None:
+        """An empty state where one is to be carried."""
+        if not self.run.carry:
+            return None
+        assert isinstance(self.model, LanguageModel)
+        return self.model.init_state(rows, self.run.window)
 
     def _check_finite(self) -> None:
         if all(map(math.isfinite, self.pending)):
@@ -228,50 +277,29 @@ class Trainer:
             f"{saved or 'none yet'}: try a lower --learning-rate"
         )
 
-    def _log(self, seconds_per_step: float) -> None:
-        tokens_per_second = self.run.batch * self.run.window / seconds_per_step
+    def _log(self, speed: float, left: float) -> None:
+        """A line about the steps since the last one; `speed` in targets a second, `left` in seconds."""
         loss = sum(self.pending) / len(self.pending)
         self.pending.clear()
-        self.metrics.write(
-            self.step,
-            loss=loss,
-            rate_share=schedule(self.run, self.step - 1),
-            tokens=self.step * self.run.batch * self.run.window,
-            tokens_per_second=round(tokens_per_second, 1),
-        )
-        self.progress.update(
-            self.step,
-            loss,
-            tokens_per_second,
-            tokens_per_second * self.flops,
-            (self.run.steps - self.step) * seconds_per_step,
-        )
+        unit = self.task.unit
+        counts = {unit: self.seen, f"{unit}_per_second": round(speed, 1)}
+        share = schedule(self.run, self.step - 1)
+        self.metrics.write(self.step, loss=loss, rate_share=share, **counts)
+        self.progress.update(self.step, loss, speed, speed * self.flops, left)
 
     def _validate(self) -> None:
-        """Score some of the validation split, keep the weights if they are the best yet, show a sample."""
-        split = self.corpus.splits["validation"]
-        loss = estimate(self.model, split.tokens, self.run.validation_tokens, self.run.precision)
+        """Score what is held out, keep the weights if they are the best yet, show a sample."""
+        loss = self.task.validate(self.model)
         if loss < self.best:
             self.best = loss
             save_tensors(self.directory / "model.safetensors", weights(self.model))
-        sample = self.sample(self.run.sample_tokens)
+        sample = self.task.sample(self.model, self.run.sample_tokens)
         self.metrics.write(self.step, validation_loss=loss, sample=sample)
         self.progress.validation = loss
         self.progress.say(
-            f"\nstep {self.step}: validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
+            f"\nstep {self.step}: {self.task.say(loss)}"
             + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
         )
-
-    def sample(self, length: int) -> str:
-        """A text of at most `length` tokens, the same for the same weights."""
-        if not length:
-            return ""
-        end = self.tokenizer.end_of_text
-        was_training = self.model.training
-        self.model.eval()
-        ids = list(generate(self.model, [end], length, Sampling(temperature=0.8, seed=0), {end}))
-        self.model.train(was_training)
-        return self.tokenizer.decode(ids)
 
     def save(self) -> Path:
         """Write a checkpoint beside its place, flush it, rename it; drop older ones."""
@@ -289,12 +317,14 @@ class Trainer:
             "step": self.step,
             "best": None if math.isinf(self.best) else self.best,
             "pending": self.pending,
-            "corpus": self.corpus.fingerprint,
+            "seen": self.seen,
+            "data": self.task.fingerprint,
         }
         try:
             save_tensors(beside / "model.safetensors", weights(self.model))
             save_tensors(beside / "optimizer.safetensors", self.optimizers.state())
             save_tensors(beside / "random.safetensors", random)
+            save_tensors(beside / "carried.safetensors", self.state or {})
             write_atomically(beside / "state.json", json.dumps(state))
             _sync(beside)
             beside.rename(folder)
@@ -310,10 +340,10 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
         state = read_json(folder / "state.json")
-        if state["corpus"] != self.corpus.fingerprint:
+        if state["data"] != self.task.fingerprint:
             raise ValueError(
                 f"{folder}: was trained on another corpus than {self.run.data} holds now "
-                f"({state['corpus'][:12]}, now {self.corpus.fingerprint[:12]}): it cannot continue exactly"
+                f"({state['data'][:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
         device = self.device
         path = folder / "model.safetensors"
@@ -323,13 +353,20 @@ class Trainer:
         torch.set_rng_state(random["cpu"])
         if "cuda" in random and device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], device)
-        self.step, self.pending = state["step"], state["pending"]
+        self.state = load_tensors(folder / "carried.safetensors", device) or None
+        self.step, self.pending, self.seen = state["step"], state["pending"], state["seen"]
         self.best = math.inf if state["best"] is None else state["best"]
 
 
-def new_model(run: Run, vocabulary: int) -> LanguageModel:
+def configuration(run: Run, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the run's model: its own, and those of the data's that it knows."""
+    known = inspect.signature(model_class(run.model)).parameters
+    return {name: value for name, value in given.items() if name in known} | run.arguments
+
+
+def new_model(run: Run, given: dict[str, Any]) -> Model:
     """The run's model with its first weights."""
-    return build(run.model, {"vocabulary": vocabulary, "context": run.window, **run.arguments})
+    return build(run.model, configuration(run, given))
 
 
 def checkpoints(directory: Path) -> list[Path]:

@@ -5,6 +5,7 @@ that every direction of it learns at one speed. It suits matrices between hidden
 embeddings, the unembedding and vectors go to AdamW (Loshchilov & Hutter 2019).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -63,7 +64,9 @@ class Optimizers:
             by_kind["matrices"]["weight_decay"] = run.weight_decay
             if run.optimizer == "muon":
                 self.all.append(torch.optim.Muon([by_kind.pop("matrices")]))
-        if by_kind:
+        if run.optimizer == "sgd":
+            self.all.append(torch.optim.SGD(list(by_kind.values())))
+        elif by_kind:
             self.all.append(
                 torch.optim.AdamW(
                     list(by_kind.values()),
@@ -86,7 +89,7 @@ class Optimizers:
         share = schedule(self.run, index)
         for group in self._groups():
             group["lr"] = group["peak"] * share
-            if "momentum" in group:
+            if group.get("momentum"):
                 group["momentum"] = 0.85 + 0.10 * min(1.0, index / MOMENTUM_WARM_UP)
         for optimizer in self.all:
             optimizer.step()
@@ -99,6 +102,7 @@ class Optimizers:
             for number, optimizer in enumerate(self.all)
             for parameter, values in optimizer.state_dict()["state"].items()
             for name, value in values.items()
+            if value is not None
         }
 
     def load_state(self, tensors: dict[str, Tensor]) -> None:
@@ -114,7 +118,13 @@ class Optimizers:
 
 
 def schedule(run: Run, index: int) -> float:
-    """The share of the peak rate at step `index`: a linear warm-up, a plateau, a linear cool-down."""
+    """The share of the peak rate at step `index`: a linear warm-up, a plateau, a cool-down.
+
+    The cool-down is linear, or halves the rate at equal distances, first where it begins
+    (Zaremba et al. 2014).
+    """
     warm = (index + 1) / run.warm_up if run.warm_up else 1.0
     cool = (run.steps - index) / (run.steps * run.cool_down) if run.cool_down else 1.0
+    if run.halvings:
+        return min(warm, 0.5 ** math.floor(1 + run.halvings * (1 - cool))) if cool <= 1 else warm
     return min(warm, 1.0, run.final_rate + (1 - run.final_rate) * min(cool, 1.0))

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt import MODELS
-from gpt.checkpoint import arguments_of, near
+from gpt import CHAPTERS
+from gpt.checkpoint import arguments_of, model_class, near
 from gpt.cli import MaybeInt, MaybeText
 
 Fixed: Any = tyro.conf.Suppress
@@ -28,6 +28,8 @@ class Run:
     model: Annotated[str, Fixed] = "gpt"
     arguments: Annotated[dict[str, Any], Fixed] = field(default_factory=dict)
 
+    task: str = "text"
+    """What to learn: text, vectors (of words), pairs (translation), or one of the small tables of numbers."""
     data: str = "stdlib"
     """Corpus: `stdlib` (this Python's standard library), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a hub name such as roneneldan/TinyStories."""
     data_config: MaybeText = None
@@ -41,9 +43,11 @@ class Run:
     data_limit: MaybeInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
-    """`bpe`: learn byte pairs on the training split; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
+    """`bpe`: learn byte pairs on the training split; `words`: its most frequent words; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
     vocabulary: int = 4096
-    """Number of tokens that `bpe` learns."""
+    """Number of tokens that `bpe` or `words` learns."""
+    vectors: MaybeText = None
+    """Begin with the embedding of this run, of the same tokenizer: of word2vec, say."""
 
     steps: int = 640
     """Optimizer steps."""
@@ -51,10 +55,12 @@ class Run:
     """Rows of one step."""
     window: int = 256
     """Tokens of one row: the context of the model."""
+    carry: bool = False
+    """Let each row go on where it ended in the step before, and carry the model's state on."""
     accumulation: int = 1
     """Parts that a batch is computed in, one after the other: the same step in less memory."""
-    optimizer: Literal["muon", "adamw"] = "muon"
-    """What moves the hidden matrices; AdamW moves all the rest."""
+    optimizer: Literal["muon", "adamw", "sgd"] = "muon"
+    """What moves the hidden matrices; AdamW moves all the rest, but sgd moves everything."""
     learning_rate: float = 0.02
     """Peak rate of the hidden matrices."""
     embedding_rate: float = 0.1
@@ -75,6 +81,8 @@ class Run:
     """Last share of the steps, over which the rates fall."""
     final_rate: float = 0.0
     """Share of the peak rate at the end."""
+    halvings: int = 0
+    """Cool down by halving the rates so many times instead of linearly."""
     clip: float = 1.0
     """Longest gradient allowed; 0 switches clipping off."""
 
@@ -106,7 +114,7 @@ class Run:
         )
         for name in at_least_1.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warm_up", "sample_tokens", "seed", "weight_decay", "clip"):
+        for name in ("warm_up", "sample_tokens", "seed", "weight_decay", "clip", "halvings"):
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "embedding_rate", "unembedding_rate", "vector_rate"):
             _check(self, name, 0 < getattr(self, name) < math.inf, "above 0")
@@ -115,6 +123,10 @@ class Run:
         for name in ("cool_down", "final_rate"):
             _check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         _check(self, "data_limit", self.data_limit is None or self.data_limit > 0, "at least 1")
+        if self.halvings and self.final_rate:
+            raise ValueError("--halvings decides the rate at the end: leave out --final-rate")
+        if self.carry and self.accumulation > 1:
+            raise ValueError("--carry takes a batch at once: leave out --accumulation")
         if self.batch % self.accumulation:
             raise ValueError(
                 f"--batch {self.batch} cannot be divided into --accumulation {self.accumulation} "
@@ -127,6 +139,9 @@ def _check(run: Run, name: str, holds: bool, expected: str) -> None:
         option = name.replace("_", "-")
         raise ValueError(f"--{option} must be {expected}, not {getattr(run, name)}")
 
+
+DECIDED = ("vocabulary", "context", "inputs", "classes")
+"""Arguments of a model that its task decides."""
 
 RUNGS = {
     "sigma-pi": Run(),
@@ -144,12 +159,42 @@ RUNGS = {
 }
 """The language models before today's GPT, by their names: nano size, the same data and budget."""
 
+WORDS = {
+    "word2vec": Run(task="vectors", tokenizer="words", vocabulary=10_000),
+    # The small model of Zaremba et al. 2014 for the Penn Treebank, of their `--data`: 13 epochs,
+    # the rate halved after each from the fourth on. Their loss is a sum over the 20 tokens of a
+    # window, ours a mean: the rate is 20 of their 1, the clipping a twentieth of their 5.
+    "zaremba": Run(
+        model="lstm",
+        arguments={"width": 200, "depth": 2, "init_range": 0.1},
+        tokenizer="words",
+        vocabulary=10_001,  # 9,999 words, the line's end and what stands before a document
+        steps=13 * 2323,
+        batch=20,
+        window=20,
+        carry=True,
+        optimizer="sgd",
+        learning_rate=20.0,
+        embedding_rate=20.0,
+        unembedding_rate=20.0,
+        vector_rate=20.0,
+        warm_up=0,
+        cool_down=9 / 13,
+        halvings=9,
+        clip=0.25,
+        validation_interval=2323,
+        validation_tokens=1_000_000,
+        checkpoint_interval=2323,
+        log_interval=100,
+    ),
+}
+"""Where a token is a word."""
+
 PRESETS: dict[str, Run] = {
-    name: dataclasses.replace(
-        run, preset=name, model=run.model if name.startswith("gpt-") else name
-    )
+    name: dataclasses.replace(run, preset=name, model=name if name in CHAPTERS else run.model)
     for name, run in {
         **RUNGS,
+        **WORDS,
         "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": Run(
             arguments={"width": 384, "depth": 6, "heads": 6},
@@ -186,8 +231,10 @@ def preset(name: str) -> Run:
 
 def model_options(run: Run) -> type:
     """A dataclass of the options that the run's model takes, the preset's values as defaults."""
-    model = MODELS[run.model]
-    defaults = arguments_of(run.model, {"vocabulary": 1, "context": 1, **run.arguments})
+    model = model_class(run.model)
+    wanted = inspect.signature(model).parameters
+    decided = {name: 2 for name in DECIDED if name in wanted}
+    defaults = arguments_of(run.model, {**decided, **run.arguments})
     help_of = _argument_help(model)
     options: list[tuple[str, Any, Any]] = [
         (
@@ -195,8 +242,8 @@ def model_options(run: Run) -> type:
             Annotated[parameter.annotation, tyro.conf.arg(help=help_of.get(name, ""))],
             defaults[name],
         )
-        for name, parameter in inspect.signature(model).parameters.items()
-        if name not in ("vocabulary", "context")
+        for name, parameter in wanted.items()
+        if name not in decided
     ]
     return dataclasses.make_dataclass(f"{run.model} options", options, frozen=True)
 

@@ -20,6 +20,8 @@ class Progress:
     steps: int
     peak_flops: float | None = None
     """The device's peak in operations a second, where it is known."""
+    unit: str = "tokens"
+    """What its speed is counted in."""
     every: float = 5.0
     """Seconds between plain lines."""
 
@@ -30,10 +32,8 @@ class Progress:
         self.live = sys.stdout.isatty()
         self._next = 0.0
 
-    def update(
-        self, step: int, loss: float, tokens_per_second: float, flops: float, left: float
-    ) -> None:
-        """Show step, mean loss in nats, tokens/s, MFU where the card is known and the time left."""
+    def update(self, step: int, loss: float, speed: float, flops: float, left: float) -> None:
+        """Show step, mean loss, units/s, MFU where the card is known and the seconds left."""
         now = time.monotonic()
         if now < self._next and step < self.steps:
             return
@@ -41,7 +41,7 @@ class Progress:
         parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {loss:.4f}"]
         if self.validation is not None:
             parts.append(f"validation {self.validation:.4f}")
-        parts.append(f"{tokens_per_second:,.0f} tokens/s")
+        parts.append(f"{speed:,.0f} {self.unit}/s")
         if self.peak_flops:
             parts.append(f"MFU {flops / self.peak_flops:.0%}")
         parts.append(f"{duration(left)} left")

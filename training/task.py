@@ -1,0 +1,81 @@
+"""What a run learns from and is judged by. The trainer knows no more of it than is written here."""
+
+from typing import Any, ClassVar, Protocol, Self
+
+from numpy.typing import NDArray
+
+from gpt import Model
+from tokenizer import Tokenizer
+from training.presets import Run
+
+Batch = tuple[NDArray[Any], ...]
+"""What `Model.loss` takes: the first axis of every array is the row, the last array the targets."""
+
+
+class Report(Protocol):
+    """What a final score says."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Every figure by name."""
+        ...
+
+    def table(self) -> str:
+        """The figures in lines, their units and settings with them."""
+        ...
+
+
+class Task:
+    """Batches, a validation loss, something to look at, and a final score."""
+
+    kind: ClassVar[str]
+    """What a model must have among its `learns`."""
+    unit: ClassVar[str] = "tokens"
+    """What its targets are counted in."""
+    options: ClassVar[frozenset[str]] = frozenset()
+    """What `score` can be told beside the split."""
+    foreign: ClassVar[frozenset[str]] = frozenset()
+    """Options of a run that mean nothing to it."""
+
+    fingerprint: str
+    """A hash of the data: a run that is resumed must find the same."""
+    description: str
+    """One line: what it is."""
+    sizes: list[str]
+    """A line for each part of it."""
+    splits: list[str]
+    """The parts that can be scored."""
+    given: dict[str, Any]
+    """Constructor arguments that the data decides; a model takes those that it knows."""
+    tokenizer: Tokenizer | None = None
+    """What made the tokens, if it is about tokens."""
+    row: int | None = None
+    """Tokens of a row, where all rows are of one length."""
+
+    @classmethod
+    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
+        """The task with its data: see `tasks.open_task`."""
+        raise NotImplementedError
+
+    def batch(self, index: int) -> Batch:
+        """The batch of step `index`: a function of the run's seed and the step alone."""
+        raise NotImplementedError
+
+    def follows(self, index: int) -> bool:  # noqa: ARG002 (for those whose batches follow)
+        """Whether the rows of this batch go on where those of the one before it ended."""
+        return False
+
+    def validate(self, model: Model) -> float:
+        """The loss on what is held out, of the same part of it every time."""
+        raise NotImplementedError
+
+    def say(self, loss: float) -> str:
+        """A validation loss, with its unit."""
+        raise NotImplementedError
+
+    def sample(self, model: Model, length: int) -> str:
+        """Something to look at, at most `length` tokens of it; the same for the same weights."""
+        raise NotImplementedError
+
+    def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
+        """The whole of a split, scored; `final` with what takes long beside it."""
+        raise NotImplementedError
