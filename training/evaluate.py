@@ -90,7 +90,8 @@ class Score:
         lines.append(
             f"  context {self.context}, stride {self.stride}; "
             f"{self.tokens:,} tokens, {self.words:,} words"
-            + f", {self.bytes:,} bytes" * bool(self.bytes)
+            + f", {self.bytes:,} bytes"
+            * bool(self.bytes)
         )
         return "\n".join(lines)
 

@@ -99,28 +99,117 @@ PIXELS = 8000
 
 
 def draw_xray(found: Sequence[Importance], tokenizer: Tokenizer, output: Path) -> None:
-    """The first row of each map of an X-ray, under each other, as SVG, PNG or PDF.
+    """The first row of each map of an X-ray, as SVG, PNG or PDF.
 
     Layers go down and heads to the right; gates over the same tokens stand side by side, the
     units of each map in an order of its own. Each kind has its own scale, which its title
     tells; what is exactly 0 is left white.
     """
     check_output(output)
-    blocks = [
-        list(block)
-        for _, block in itertools.groupby(
-            found, lambda one: one.name if _of_tokens(one) else one.rows[0].tolist()
-        )
-    ]
-    sizes = [_size(block, tokenizer) for block in blocks]
-    width, height = max(width for width, _ in sizes), sum(height for _, height in sizes)
+    together = itertools.groupby(
+        found, lambda one: one.name if _of_tokens(one) else one.rows[0].tolist()
+    )
+    blocks = [Block(list(kinds), tokenizer) for _, kinds in together]
+    width, height = max(block.width for block in blocks), sum(block.height for block in blocks)
     with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": LABEL + 1}):
         figure = Figure(figsize=(width, height))
         top = height
-        for block, (_, size) in zip(blocks, sizes, strict=True):
-            _draw(figure, block, tokenizer, top)
-            top -= size
+        for block in blocks:
+            block.draw(figure, top)
+            top -= block.height
         save(figure, output, min(150, PIXELS / max(width, height)))
+
+
+class Block:
+    """Maps over the same tokens, in a grid: the heads of one kind, or several kinds.
+
+    Args:
+        kinds: What is drawn.
+        tokenizer: What tells the tokens' names.
+    """
+
+    def __init__(self, kinds: Sequence[Importance], tokenizer: Tokenizer) -> None:
+        first = kinds[0]
+        self.rows = labels(first.rows[0].tolist(), tokenizer)
+        self.columns: list[str] = []
+        if isinstance(first.columns, Tensor):
+            self.columns = labels(first.columns[0].tolist(), tokenizer)
+        self.layers = first.weights.shape[1]
+        self.across = [(one, head) for one in kinds for head in range(one.weights.shape[2])]
+        self.left = 2 * GAP + LETTER * max(map(len, self.rows))
+        below = GAP + LETTER * max(map(len, self.columns)) if self.columns else 3 * GAP
+        self.map_width = CELL * len(self.columns) or UNITS
+        self.map_height = CELL * len(self.rows)
+        self.width = self.left + len(self.across) * (self.map_width + GAP) + GAP
+        self.height = TITLE + self.layers * (self.map_height + TITLE) + below + GAP
+
+    def draw(self, figure: Figure, top: float) -> None:
+        """Draw all maps below `top` inches."""
+        width, height = figure.get_size_inches()
+        for place, (one, head) in enumerate(self.across):
+            x = self.left + place * (self.map_width + GAP)
+            if head == 0:
+                low, high = _scale(one)
+                scale = f"red {low:.2g}, blue {high:.2g}" if low else f"0 to {high:.2g}"
+                figure.text(x / width, (top - GAP) / height, f"{one.name}: {scale}", va="top")
+            for layer in range(self.layers):
+                y = top - TITLE - (layer + 1) * (self.map_height + TITLE)
+                axes = figure.add_axes(
+                    (x / width, y / height, self.map_width / width, self.map_height / height)
+                )
+                _draw_map(axes, one, layer, head)
+                self._label(axes, one, left=place == 0, below=layer == self.layers - 1)
+
+    def _label(self, axes: Axes, one: Importance, *, left: bool, below: bool) -> None:
+        """Tokens at the left of a row of maps and below a column of them."""
+        font: dict[str, Any] = {
+            "family": "DejaVu Sans Mono",
+            "fontsize": LABEL,
+            "parse_math": False,
+        }
+        axes.tick_params(length=0, pad=2, labelsize=LABEL)
+        rows = self.rows if left else []
+        axes.set_yticks(range(len(rows)), rows, **font)
+        if not below:
+            axes.set_xticks([])
+        elif isinstance(one.columns, Tensor):
+            axes.set_xticks(range(len(self.columns)), self.columns, rotation=90, **font)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            order = ", from the highest mean" * (one.columns == "units")
+            axes.set_xlabel(f"{one.columns}{order}", fontsize=LABEL, labelpad=1)
+
+
+def _of_tokens(one: Importance) -> bool:
+    return isinstance(one.columns, Tensor)
+
+
+def _scale(one: Importance) -> tuple[float, float]:
+    """What the ends of the colours stand for; 0 is white in every map."""
+    weights_LHTS = one.weights[0]
+    high = float(weights_LHTS.abs().max())
+    return (-high if weights_LHTS.min() < 0 else 0.0), high
+
+
+def _draw_map(axes: Axes, one: Importance, layer: int, head: int) -> None:
+    """One layer and head, titled where there are several."""
+    _, layers, heads, rows, columns = one.weights.shape
+    low, high = _scale(one)
+    weights_TS = one.weights[0, layer, head].float().cpu()
+    if one.columns == "units":
+        weights_TS = weights_TS[:, weights_TS.mean(dim=0).argsort(descending=True)]
+    first = 0 if _of_tokens(one) else 1  # units and experts are counted as layers are
+    axes.imshow(
+        weights_TS.masked_fill(weights_TS == 0, torch.nan).numpy(),
+        cmap="RdBu" if low else "Blues",
+        vmin=low,
+        vmax=high,
+        extent=(first - 0.5, first + columns - 0.5, rows - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    title = [f"layer {layer + 1}"] * (layers > 1) + [f"head {head + 1}"] * (heads > 1)
+    axes.set_title(", ".join(title), fontsize=LABEL, pad=2)
 
 
 def labels(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
@@ -138,101 +227,3 @@ def labels(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
         return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
 
     return [label(token) for token in ids]
-
-
-def _of_tokens(one: Importance) -> bool:
-    return isinstance(one.columns, Tensor)
-
-
-def _margins(one: Importance, tokenizer: Tokenizer) -> tuple[float, float]:
-    """Inches for the labels at the left and below."""
-
-    def longest(ids: Tensor) -> float:
-        return GAP + LETTER * max(map(len, labels(ids[0].tolist(), tokenizer)))
-
-    below = longest(one.columns) if isinstance(one.columns, Tensor) else 3 * GAP
-    return GAP + longest(one.rows), below
-
-
-def _map_size(one: Importance) -> tuple[float, float]:
-    """Inches of one map."""
-    *_, rows, columns = one.weights.shape
-    return CELL * columns if _of_tokens(one) else UNITS, CELL * rows
-
-
-def _across(block: Sequence[Importance]) -> int:
-    """Maps beside each other: the heads of one kind, or several kinds."""
-    return sum(one.weights.shape[2] for one in block)
-
-
-def _size(block: Sequence[Importance], tokenizer: Tokenizer) -> tuple[float, float]:
-    """Inches of a block of maps, with its titles and labels."""
-    (left, below), (width, height) = _margins(block[0], tokenizer), _map_size(block[0])
-    layers = block[0].weights.shape[1]
-    return (
-        left + _across(block) * (width + GAP) + GAP,
-        TITLE + layers * (height + TITLE) + below + 2 * GAP,
-    )
-
-
-def _draw(figure: Figure, block: Sequence[Importance], tokenizer: Tokenizer, top: float) -> None:
-    """Draw a block of maps below `top` inches."""
-    (left, _), (width, height) = _margins(block[0], tokenizer), _map_size(block[0])
-    whole_width, whole_height = figure.get_size_inches()
-    layers = block[0].weights.shape[1]
-    columns = [(one, head) for one in block for head in range(one.weights.shape[2])]
-    for place, (one, head) in enumerate(columns):
-        x = left + place * (width + GAP)
-        low, high = _scale(one.weights[0])
-        if head == 0:
-            figure.text(
-                x / whole_width,
-                (top - GAP) / whole_height,
-                f"{one.name}: red {low:.2g}, blue {high:.2g}"
-                if low
-                else f"{one.name}: 0 to {high:.2g}",
-                va="top",
-            )
-        for layer in range(layers):
-            y = top - TITLE - (layer + 1) * (height + TITLE)
-            axes = figure.add_axes(
-                (x / whole_width, y / whole_height, width / whole_width, height / whole_height)
-            )
-            weights_TS = one.weights[0, layer, head].float().cpu()
-            if one.columns == "units":
-                weights_TS = weights_TS[:, weights_TS.mean(dim=0).argsort(descending=True)]
-            axes.imshow(
-                weights_TS.masked_fill(weights_TS == 0, torch.nan).numpy(),
-                cmap="RdBu" if low < 0 else "Blues",
-                vmin=low,
-                vmax=high,
-                aspect="auto",
-                interpolation="nearest",
-            )
-            heads = one.weights.shape[2]
-            title = [f"layer {layer + 1}"] * (layers > 1) + [f"head {head + 1}"] * (heads > 1)
-            axes.set_title(", ".join(title), fontsize=LABEL, pad=2)
-            _label(axes, one, tokenizer, left=place == 0, below=layer == layers - 1)
-
-
-def _scale(weights_LHTS: Tensor) -> tuple[float, float]:
-    """What the lightest and the darkest colour stand for: 0 is white in every map."""
-    high = float(weights_LHTS.abs().max())
-    return (-high if weights_LHTS.min() < 0 else 0.0), high
-
-
-def _label(axes: Axes, one: Importance, tokenizer: Tokenizer, *, left: bool, below: bool) -> None:
-    """Tokens at the left of a row of maps and below a column of them."""
-    font: dict[str, Any] = {"family": "DejaVu Sans Mono", "fontsize": LABEL, "parse_math": False}
-    axes.tick_params(length=0, pad=2, labelsize=LABEL)
-    rows = labels(one.rows[0].tolist(), tokenizer) if left else []
-    axes.set_yticks(range(len(rows)), rows, **font)
-    if not below:
-        axes.set_xticks([])
-    elif isinstance(one.columns, Tensor):
-        columns = labels(one.columns[0].tolist(), tokenizer)
-        axes.set_xticks(range(len(columns)), columns, rotation=90, **font)
-    else:
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        order = ", from the highest mean" * (one.columns == "units")
-        axes.set_xlabel(f"{one.columns}{order}", fontsize=LABEL, labelpad=1)
