@@ -182,6 +182,7 @@ WORDS = {
         cool_down=9 / 13,
         halvings=9,
         clip=0.25,
+        precision="float32",
         validation_interval=2323,
         validation_tokens=1_000_000,
         checkpoint_interval=2323,
