@@ -56,7 +56,7 @@ class Describe:
                 return build(given["model"], given["arguments"])
         presets = [name for name in PRESETS if name not in BY_NAME]
         raise ValueError(
-            f"{self.model!r} is neither a model or a preset"
+            f"{self.model!r} is neither a model nor a preset"
             f"{near(self.model, [*BY_NAME, *PRESETS])} nor a run directory; "
             f"the models are {', '.join(CHAPTERS)}, gpt3; further presets {', '.join(presets)}"
         )
@@ -90,22 +90,30 @@ class Xray:
         check_output(self.output)
         run = find_run(self.run)
         model, tokenizer = open_language_model(run), Tokenizer.open(run)
-        ids, written = tokenizer.encode(self.text), None
+        if model.vocabulary != tokenizer.vocabulary:
+            raise ValueError(
+                f"{run}: the model has {model.vocabulary} tokens and its tokenizer.json "
+                f"{tokenizer.vocabulary}: they are not of the same run"
+            )
+        ids, end = tokenizer.encode(self.text), tokenizer.end_of_text
+        fed = None
         if not ids or len(ids) > MOST:
             raise ValueError(f"TEXT is {len(ids)} tokens long: expected 1 to {MOST}")
         if self.translation is not None:
-            written = tokenizer.encode(self.translation)
+            fed = [end, *tokenizer.encode(self.translation)]
         elif translates(run):
-            end = tokenizer.end_of_text
-            [written] = translate(model, [ids], begin=end, end=end, most=MOST)
+            [written] = translate(model, [ids], begin=end, end=end, most=model.context)
             print(tokenizer.decode(written).strip())
-        found = model.xray(*batch(ids, written, tokenizer.end_of_text))
+            # Where there was no room for more, the last token was written but never fed.
+            fed = [end, *written][: model.target_room(len(ids))]
+        found = model.xray(*batch(ids, fed))
         draw_xray(found, tokenizer, self.output)
         for one in found:
             _, layers, heads, rows, columns = one.weights.shape
             of = "tokens" if isinstance(one.columns, Tensor) else one.columns
-            maps = f"{layers} layers x {heads} heads: " if layers * heads > 1 else ""
-            print(f"{one.name}: {maps}{rows} tokens x {columns} {of}")
+            maps = [f"{layers} layers"] * (layers > 1) + [f"{heads} heads"] * (heads > 1)
+            sizes = [*maps, f"{rows} tokens", f"{columns} {of}"]
+            print(f"{one.name}: {' x '.join(sizes)}")
         print(self.output)
 
 
@@ -120,12 +128,10 @@ def translates(run: Path) -> bool:
     return task in TASKS and TASKS[task].kind == "pairs"
 
 
-def batch(ids: list[int], written: list[int] | None, begin: int) -> tuple[Tensor, ...]:
-    """What `xray` takes: a text, or a source and what is written of it after `begin`."""
+def batch(ids: list[int], fed: list[int] | None) -> tuple[Tensor, ...]:
+    """What `LanguageModel.xray` takes: a text, or a source and what the writer was fed after it."""
     text_BT = torch.tensor([ids])
-    if written is None:
-        return (text_BT,)
-    return text_BT, torch.tensor([len(ids)]), torch.tensor([[begin, *written]])
+    return (text_BT,) if fed is None else (text_BT, torch.tensor([len(ids)]), torch.tensor([fed]))
 
 
 if __name__ == "__main__":

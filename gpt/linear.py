@@ -316,13 +316,15 @@ class Windowed(LanguageModel):
         raise NotImplementedError
 
     def importances(self, tokens_BT: Tensor) -> list[Importance]:
-        """`effect`: the length of what each token of the window does to the first F numbers."""
+        """`effect in the window`: the length of what each token of the window does to the first F numbers."""
         lengths_BSW = self.effects(self.embedding(tokens_BT)).norm(dim=-1)
         places_S = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
         places_TS = places_S - places_S.unsqueeze(1) + self.span - 1  # in the window of token t
         inside_TS = (places_TS >= 0) & (places_TS < self.span)
         weights_BTS = lengths_BSW[:, places_S, places_TS.clamp(0, self.span - 1)] * inside_TS
-        return [Importance("effect", weights_BTS[:, None, None], tokens_BT, tokens_BT)]
+        return [
+            Importance("effect in the window", weights_BTS[:, None, None], tokens_BT, tokens_BT)
+        ]
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""

@@ -301,7 +301,7 @@ class ExpertsLM(WindowLM):
         self.gated = Gated(hidden, hidden, experts, hidden)
 
     def importances(self, tokens_BT: Tensor) -> list[Importance]:
-        """`experts`, how much each is listened to; and the window's `effect`."""
+        """`experts`, how much each is listened to; and the `effect in the window`."""
         gates_BTE = self.gated.weights(self.hidden(tokens_BT, None))
         chosen = Importance("experts", gates_BTE[:, None, None], tokens_BT, "experts")
         return [chosen, *super().importances(tokens_BT)]

@@ -1,5 +1,10 @@
 """X-rays: what is reported is what the forward pass uses, and how it is drawn."""
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +12,13 @@ from torch import Tensor, nn
 
 import gpt.attention
 from gpt import MODELS
+from gpt.__main__ import Xray
+from gpt.checkpoint import save_config, save_tensors, weights
+from gpt.search import translate
 from gpt.seq2seq import reversal
+from tokenizer import byte_tokenizer
+from training.task import Task
+from training.tasks import TASKS
 
 VOCABULARY, CONTEXT = 23, 16
 SMALL = {
@@ -207,7 +218,7 @@ def test_a_windows_effect_is_what_one_token_alone_does_to_it():
     """Token s alone in the window of token t, and nothing at its other places."""
     for name in ("sigma-pi", "mlp"):
         model = build(name)
-        effect_TS = named(model, TOKENS_BT)["effect"][0, 0, 0]
+        effect_TS = named(model, TOKENS_BT)["effect in the window"][0, 0, 0]
         for t in range(12):
             for s in range(12):
                 if not 0 <= t - s < model.span:
@@ -227,3 +238,120 @@ def test_a_windows_effect_is_what_one_token_alone_does_to_it():
 def test_of_a_bigram_only_the_last_token_counts():
     weights_BLHTS = named(build("softmax"), TOKENS_BT)["last token"]
     assert torch.equal(weights_BLHTS[1, 0, 0], torch.eye(12))
+
+
+TOKENIZER = byte_tokenizer()
+END = TOKENIZER.end_of_text
+
+
+def make_run(directory: Path, name: str, **run: str) -> Path:
+    torch.manual_seed(0)
+    given = {"vocabulary": TOKENIZER.vocabulary, "context": CONTEXT, **SMALL[name]}
+    model = MODELS[name](**given)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.4)
+    save_config(directory, name, given)
+    save_tensors(directory / "model.safetensors", weights(model))
+    TOKENIZER.save(directory / "tokenizer.json")
+    if run:
+        (directory / "run.json").write_text(json.dumps({"format": 1, "run": run}))
+    return directory
+
+
+def shown(svg: Path) -> str:
+    return svg.read_text("utf-8")
+
+
+def test_a_picture_names_tokens_layers_heads_and_scales(tmp_path, capsys):
+    run, output = make_run(tmp_path, "gpt"), tmp_path / "of" / "xray.svg"
+    Xray(run, "a $x$\n\té中", output=output)()
+    said = capsys.readouterr().out.splitlines()
+    assert said == ["attention: 3 layers x 2 heads x 12 tokens x 12 tokens", str(output)]
+    for text in (">attention: 0 to 1<", ">layer 3, head 2<", ">$<", ">·<", ">↵<", ">⇥<"):
+        assert text in shown(output)
+    assert shown(output).count(">layer ") == 6
+    assert ">\\xc3<" in shown(output)  # half of a character
+    first = output.read_bytes()
+    Xray(run, "a $x$\n\té中", output=output)()
+    assert output.read_bytes() == first
+
+
+@pytest.mark.parametrize(
+    ("name", "titles"),
+    [
+        ("lstm", ["input gate", "forget gate", "candidate", "output gate", "hidden", "cell"]),
+        ("experts", ["experts", "effect in the window"]),
+        ("attention", ["alignment of the next token", "back hidden", "decoder reset gate"]),
+    ],
+)
+def test_every_kind_is_drawn_under_its_name(name, titles, tmp_path):
+    Xray(make_run(tmp_path, name), "some text", output=tmp_path / "xray.svg")()
+    for title in titles:
+        assert f">{title}: " in shown(tmp_path / "xray.svg")
+
+
+def test_a_long_text_is_drawn_small(tmp_path):
+    output = tmp_path / "xray.png"
+    Xray(make_run(tmp_path, "softmax"), "x" * 500, output=output)()
+    width, height = (int.from_bytes(output.read_bytes()[at : at + 4]) for at in (16, 20))
+    assert 500 < width <= height <= 8000
+
+
+@pytest.mark.parametrize("name", ["attention", "gpt"])
+def test_a_run_that_translates_finds_the_translation_itself(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(TASKS, "test", type("Pairs", (Task,), {"kind": "pairs"}))
+    run, output = make_run(tmp_path, name, task="test", model=name), tmp_path / "xray.svg"
+    Xray(run, "chat", output=output)()
+    by_itself = shown(output)
+    found = capsys.readouterr().out.splitlines()[0]
+    model = gpt.checkpoint.open_language_model(run)
+    ids = TOKENIZER.encode("chat")
+    [written] = translate(model, [ids], begin=END, end=END, most=CONTEXT)
+    assert found == TOKENIZER.decode(written).strip()
+    monkeypatch.setitem(TASKS, "test", type("Text", (Task,), {"kind": "text"}))
+    Xray(run, "chat", output=output)()
+    assert shown(output) != by_itself
+
+
+def test_a_translation_can_be_given(tmp_path, capsys):
+    output = tmp_path / "xray.svg"
+    Xray(make_run(tmp_path, "transformer"), "chat", translation="cat", output=output)()
+    assert "cross-attention: 2 layers x 2 heads x 4 tokens x 4 tokens" in capsys.readouterr().out
+    assert ">&lt;|endoftext|&gt;<" in shown(output)
+
+
+def test_mistakes_are_one_line(tmp_path):
+    run, output = make_run(tmp_path, "gpt"), tmp_path / "xray.png"
+    lstm = tmp_path / "lstm"
+    lstm.mkdir()
+    make_run(lstm, "lstm")
+    linear = tmp_path / "linear"
+    linear.mkdir()
+    save_config(linear, "linear", {"inputs": 1})
+    save_tensors(linear / "model.safetensors", weights(gpt.CHAPTERS["linear"]()))
+    for wrong, expected in (
+        (Xray(run, "", output=output), "TEXT is 0 tokens long: expected 1 to 1000"),
+        (Xray(lstm, "x" * 1001, output=output), "TEXT is 1001 tokens long"),
+        (Xray(run, "x" * 17, output=output), "17 tokens do not fit in the context of 16"),
+        (Xray(run, "x", output=tmp_path / "x.gif"), "--output must end in .svg, .png or .pdf"),
+        (Xray(lstm, "x", translation="y", output=output), "LSTM does not translate"),
+        (Xray(linear, "x", output=output), "does not speak"),
+        (Xray(tmp_path / "none", "x", output=output), "no such run directory"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            wrong()
+    save_config(lstm, "lstm", {"vocabulary": 100, "context": 8, **SMALL["lstm"]})
+    small = MODELS["lstm"](100, 8, **SMALL["lstm"])
+    save_tensors(lstm / "model.safetensors", weights(small))
+    done = subprocess.run(
+        [sys.executable, "-m", "gpt", "xray", lstm, "x", "--output", output],
+        cwd=Path(__file__).parents[1],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "the model has 100 tokens and its tokenizer.json 257" in done.stderr
+    assert not output.exists()
