@@ -94,7 +94,7 @@ UNITS = 2.2
 """Inches of a map's width where its columns are no tokens."""
 GAP, TITLE = 0.12, 0.2
 """Inches between two maps, and above each for what it is."""
-PIXELS = 8000
+PIXELS = 4000
 """The longest side of a picture: a larger one has fewer dots per inch."""
 
 
