@@ -1,11 +1,9 @@
 """`python -m training`: train a model on a text, continue a run, score it."""
 
 import dataclasses
-import inspect
 import json
 import subprocess
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -53,9 +51,9 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         model: options = own,
         run: MaybePath = None,
     ) -> cli.Command:
-        """Train a model on a text: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
+        """Train a model: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
 
-        PRESETS
+        `python -m training presets` lists the presets.
 
         Args:
             settings: What to train on, and how.
@@ -65,9 +63,18 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         resolved = dataclasses.replace(settings, arguments=dataclasses.asdict(model))
         return lambda: start(resolved, run)
 
-    names = textwrap.fill(f"Presets: {', '.join(PRESETS)}.", 78)
-    train.__doc__ = inspect.cleandoc(train.__doc__ or "").replace("PRESETS", names)
     return train
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: what each trains, and on what."""
+
+    def __call__(self) -> None:
+        """Print the table."""
+        print(f"{'preset':<24}{'model':<18}{'task':<16}steps")
+        for name, run in PRESETS.items():
+            print(f"{name:<24}{run.model:<18}{run.task:<16}{run.steps:,}")
 
 
 @dataclass(frozen=True)
@@ -279,7 +286,11 @@ def _commit() -> str | None:
 def main() -> None:
     """Choose the command; `train` takes its options from the preset named after it."""
     arguments = sys.argv[1:]
-    commands: dict[str, Callable[..., cli.Command]] = {"eval": Eval, "plot": Plot}
+    commands: dict[str, Callable[..., cli.Command]] = {
+        "eval": Eval,
+        "plot": Plot,
+        "presets": Presets,
+    }
     name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")

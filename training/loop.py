@@ -340,6 +340,10 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
         state = read_json(folder / "state.json")
+        if unknown := {"step", "best", "pending", "seen", "data"} ^ state.keys():
+            raise ValueError(
+                f"{folder}: written by another version of tinygpt ({', '.join(sorted(unknown))})"
+            )
         if state["data"] != self.task.fingerprint:
             raise ValueError(
                 f"{folder}: was trained on another corpus than {self.run.data} holds now "
