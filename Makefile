@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export PROMPT
 
-.PHONY: help setup train eval sample serve test check format clean
+.PHONY: help setup train eval ladder sample serve test check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
@@ -25,6 +25,9 @@ train: .venv/.installed  ## train a model: make train [DATA= PRESET= RUN= ARGS=]
 
 eval: .venv/.installed  ## score a run: make eval [RUN= DATA= ARGS=]
 	$(PY) -m training eval $(RUN) $(if $(DATA),--data '$(DATA)') $(ARGS)
+
+ladder: .venv/.installed  ## every model on one corpus: table and plot: make ladder [DATA= ARGS=]
+	$(PY) -m training ladder $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 sample: .venv/.installed  ## text from a run: make sample [RUN= PROMPT= TEMPERATURE= ARGS=]
 	@$(PY) -m serving sample $(RUN) $(if $(PROMPT),--prompt "$$PROMPT") $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)

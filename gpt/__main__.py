@@ -1,4 +1,7 @@
-"""`python -m gpt`: the models, without training or running one."""
+"""`python -m gpt`: the models, without training or running one.
+
+A front door: inside a command it may open `tokenizer` and `training`, which the package never does.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -6,9 +9,11 @@ from typing import Annotated
 
 import torch
 import tyro
+from torch import Tensor
 
-from gpt import CHAPTERS, cli, describe
-from gpt.checkpoint import build, near, read_json
+from gpt import CHAPTERS, Model, cli, describe
+from gpt.checkpoint import BY_NAME, build, find_run, near, open_language_model, read_json
+from gpt.search import translate
 
 
 @dataclass(frozen=True)
@@ -24,27 +29,114 @@ class Chapters:
 class Describe:
     """Count a model's weights by kind, from its shapes, with no memory spent."""
 
-    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|RUN|gpt3")]
-    """A model's name (at nano size), a run directory, or gpt3."""
+    model: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME|PRESET|RUN|gpt3")]
+    """A model's name (at nano size), a preset of `python -m training train`, a run directory, or gpt3."""
 
     def __call__(self) -> None:
         """Print the table."""
+        print(describe.describe(self.shapes()))
+
+    def shapes(self) -> Model:
+        """What was named, without its weights; a ValueError says what can be."""
+        from training.loop import new_model
+        from training.presets import PRESETS
+
         config = Path(self.model) / "config.json"
         if self.model == "gpt3":
-            model = describe.gpt3()
-        elif self.model in CHAPTERS:
-            model = describe.shapes(CHAPTERS[self.model])
-        elif config.is_file():
+            return describe.gpt3()
+        if self.model in BY_NAME:
+            return describe.shapes(BY_NAME[self.model])
+        if self.model in PRESETS:
+            run = PRESETS[self.model]
+            with torch.device("meta"):
+                return new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
+        if config.is_file():
             given = read_json(config)
             with torch.device("meta"):
-                model = build(given["model"], given["arguments"])
-        else:
+                return build(given["model"], given["arguments"])
+        presets = [name for name in PRESETS if name not in BY_NAME]
+        raise ValueError(
+            f"{self.model!r} is neither a model nor a preset"
+            f"{near(self.model, [*BY_NAME, *PRESETS])} nor a run directory; "
+            f"the models are {', '.join(CHAPTERS)}, gpt3; further presets {', '.join(presets)}"
+        )
+
+
+MOST = 1000
+"""Tokens of a text that can be drawn."""
+
+
+@dataclass(frozen=True)
+class Xray:
+    """Draw what a model listens to in a text: attention, alignment, gates, experts."""
+
+    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    """Run directory."""
+    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
+    """What it reads; for a run that translates, the sentence to be translated."""
+    translation: cli.MaybeText = None
+    """What it then writes; without one, a run that translates finds its own."""
+    output: Path = Path("xray.png")
+    """Where to: .png, .svg or .pdf."""
+
+    def __call__(self) -> None:
+        """Draw, and say what and where."""
+        from tokenizer import Tokenizer
+
+        try:
+            from training.plot import check_output, draw_xray
+        except ImportError:
+            raise ValueError("plots need one more package: pip install matplotlib") from None
+        check_output(self.output)
+        run = find_run(self.run)
+        model, tokenizer = open_language_model(run), Tokenizer.open(run)
+        if model.vocabulary != tokenizer.vocabulary:
             raise ValueError(
-                f"{self.model!r} is neither a model{near(self.model, CHAPTERS)} nor a run "
-                f"directory; the models are {', '.join(CHAPTERS)}, gpt3"
+                f"{run}: the model has {model.vocabulary} tokens and its tokenizer.json "
+                f"{tokenizer.vocabulary}: they are not of the same run"
             )
-        print(describe.describe(model))
+        ids, end = tokenizer.encode(self.text), tokenizer.end_of_text
+        fed = None
+        if not ids or len(ids) > MOST:
+            raise ValueError(f"TEXT is {len(ids)} tokens long: expected 1 to {MOST}")
+        if self.translation is not None:
+            fed = [end, *tokenizer.encode(self.translation)]
+        elif translates(run):
+            [written] = translate(model, [ids], begin=end, end=end, most=model.context)
+            print(tokenizer.decode(written).strip())
+            # Where there was no room for more, the last token was written but never fed.
+            fed = [end, *written][: model.target_room(len(ids))]
+        found = model.xray(*batch(ids, fed))
+        draw_xray(found, tokenizer, self.output)
+        for one in found:
+            _, layers, heads, rows, columns = one.weights.shape
+            of = "tokens" if isinstance(one.columns, Tensor) else one.columns
+            maps = [f"{layers} layers"] * (layers > 1) + [f"{heads} heads"] * (heads > 1)
+            sizes = [*maps, f"{rows} tokens", f"{columns} {of}"]
+            print(f"{one.name}: {' x '.join(sizes)}")
+        print(self.output)
+
+
+def translates(run: Path) -> bool:
+    """Whether the run was trained on pairs of sentences."""
+    from training.loop import read_run
+    from training.tasks import TASKS
+
+    if not (run / "run.json").is_file():
+        return False
+    task = read_run(run).task
+    return task in TASKS and TASKS[task].kind == "pairs"
+
+
+def batch(ids: list[int], fed: list[int] | None) -> tuple[Tensor, ...]:
+    """What `LanguageModel.xray` takes: a text, or a source and what the writer was fed after it."""
+    text_BT = torch.tensor([ids])
+    return (text_BT,) if fed is None else (text_BT, torch.tensor([len(ids)]), torch.tensor([fed]))
 
 
 if __name__ == "__main__":
-    cli.main("python -m gpt", "The models.", {"chapters": Chapters, "describe": Describe})
+    cli.main(
+        "python -m gpt",
+        "The models.",
+        {"chapters": Chapters, "describe": Describe, "xray": Xray},
+    )

@@ -193,6 +193,11 @@ class CausalSelfAttention(Heads):
             keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, places)
         return self.mix(queries_BHTK, keys_BHSK, values_BHSK, places.mask_B1TS, cache is None)
 
+    def importance(self, x_BTD: Tensor, places: Places) -> Tensor:
+        """weights_BHTS, S = T: how much of each token's value a token takes in `forward` without a cache."""
+        past_TS = places.positions_BT.unsqueeze(-1) >= places.positions_BT
+        return importance(*self.queries_and_keys(x_BTD, places), past_TS)
+
     def queries_and_keys(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """queries_BHTK and keys_BHTK; here x says itself where its tokens stand."""
         return self.split(self.query(x_BTD)), self.split(self.key(x_BTD))

@@ -34,7 +34,7 @@ from gpt.attention import (
     init_cache,
     rotary_table,
 )
-from gpt.model import LanguageModel, State
+from gpt.model import Importance, LanguageModel, State
 from gpt.transformer import FeedForward
 
 
@@ -159,22 +159,33 @@ class DecoderOnly(LanguageModel):
         if len(batch) == 2:
             return super().predictions(*batch)
         source_BS, lengths_B, tokens_BT, targets_BT = batch
-        source, length = source_BS.shape[1], tokens_BT.shape[1]
-        # Each row's target moves up to its source's end: the padding goes behind both.
-        lengths_B1 = lengths_B.unsqueeze(1)
-        places_N = torch.arange(source + length, device=source_BS.device)
-        after_BN = (places_N - lengths_B1).clamp(max=length - 1)
-        from_BN = torch.where(after_BN < 0, places_N, source + after_BN)
-        features_BND = self.features(torch.cat([source_BS, tokens_BT], dim=1).gather(1, from_BN))
-        targets_at_BT = lengths_B1 + places_N[:length]
+        features_BND = self.features(one_text(source_BS, lengths_B, tokens_BT))
+        places_T = torch.arange(tokens_BT.shape[1], device=source_BS.device)
         rows_B1 = torch.arange(len(source_BS), device=source_BS.device).unsqueeze(1)
-        return features_BND[rows_B1, targets_at_BT], targets_BT
+        return features_BND[rows_B1, lengths_B.unsqueeze(1) + places_T], targets_BT
+
+    @torch.no_grad()
+    def xray(self, *batch: Tensor) -> list[Importance]:
+        """What it listens to in text; a pair is one text: source, then target."""
+        if len(batch) == 3:
+            batch = (one_text(*batch),)
+        return super().xray(*batch)
+
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """`attention`, by layer and head: rows sum to one, exactly zero above the diagonal."""
+        self._check(tokens_BT.shape[1])
+        places = self.places(tokens_BT, None)
+        x_BTD = self.embed(tokens_BT, places)
+        maps = []
+        for block in cast(Iterable[Block], self.blocks):
+            maps.append(block.attention.importance(block.attention_norm(x_BTD), places))
+            x_BTD = block(x_BTD, places, None)
+        return [Importance("attention", torch.stack(maps, dim=1), tokens_BT, tokens_BT)]
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD; with a state, the new tokens follow those already in it."""
         length = tokens_BT.shape[1]
-        if length > self.context:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
+        self._check(length)
         places = self.places(tokens_BT, state)
         x_BTD = self.dropout(self.embed(tokens_BT, places))
         for layer, block in enumerate(self.blocks):
@@ -186,6 +197,19 @@ class DecoderOnly(LanguageModel):
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
         return self.unembedding(features_BTD)
+
+    def _check(self, length: int) -> None:
+        if length > self.context:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
+
+
+def one_text(source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor) -> Tensor:
+    """tokens_BN, N = S + T: each row's target moves up to its source's end, the padding goes behind both."""
+    source, length = source_BS.shape[1], tokens_BT.shape[1]
+    places_N = torch.arange(source + length, device=source_BS.device)
+    after_BN = (places_N - lengths_B.unsqueeze(1)).clamp(max=length - 1)
+    from_BN = torch.where(after_BN < 0, places_N, source + after_BN)
+    return torch.cat([source_BS, tokens_BT], dim=1).gather(1, from_BN)
 
 
 class GPT2(DecoderOnly):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.model import LanguageModel, Model, State
+from gpt.model import Importance, LanguageModel, Model, State
 
 
 def squared_error(prediction_B: Tensor, y_B: Tensor) -> Tensor:
@@ -253,6 +253,12 @@ class BigramLM(LanguageModel):
         """tokens_BT1: where the only 1 of each one-hot input stands."""
         return tokens_BT.unsqueeze(-1)
 
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """`last token`: all that counts is the token itself."""
+        rows, length = tokens_BT.shape
+        weights_BTS = torch.eye(length, device=tokens_BT.device).expand(rows, -1, -1)
+        return [Importance("last token", weights_BTS[:, None, None], tokens_BT, tokens_BT)]
+
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
         return self.table(features_BTD.squeeze(-1)) + self.bias
@@ -305,6 +311,21 @@ class Windowed(LanguageModel):
             state["last"].copy_(ids_BS[:, length:])
         return self.embedding(ids_BS.clamp(min=0)) * (ids_BS != NOTHING).unsqueeze(-1)
 
+    def effects(self, embeddings_BSD: Tensor) -> Tensor:
+        """effects_BSWF: what each embedding does to the first F numbers, at each place of a window."""
+        raise NotImplementedError
+
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """`effect in the window`: the length of what each token of the window does to the first F numbers."""
+        lengths_BSW = self.effects(self.embedding(tokens_BT)).norm(dim=-1)
+        places_S = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        places_TS = places_S - places_S.unsqueeze(1) + self.span - 1  # in the window of token t
+        inside_TS = (places_TS >= 0) & (places_TS < self.span)
+        weights_BTS = lengths_BSW[:, places_S, places_TS.clamp(0, self.span - 1)] * inside_TS
+        return [
+            Importance("effect in the window", weights_BTS[:, None, None], tokens_BT, tokens_BT)
+        ]
+
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
         return self.unembedding(features_BTD)
@@ -347,10 +368,13 @@ class SigmaPiLM(Windowed):
         # A feature's second moment is the product of its factors', (1 + 1/W)^W: less than e.
         nn.init.normal_(self.factors.weight, std=(width * span) ** -0.5)
 
+    def effects(self, embeddings_BSD: Tensor) -> Tensor:
+        """effects_BSWF: how far each factor is from 1, which changes nothing."""
+        return self.factors(embeddings_BSD).unflatten(-1, (self.span, -1))
+
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""
-        embeddings_BSD = self.embed(tokens_BT, state)
-        factors_BSWF = 1 + self.factors(embeddings_BSD).unflatten(-1, (self.span, -1))
+        factors_BSWF = 1 + self.effects(self.embed(tokens_BT, state))
         length = tokens_BT.shape[1]
         products_BTF = torch.ones_like(factors_BSWF[:, :length, 0])
         for place in range(self.span):

@@ -16,14 +16,14 @@ costs more weights. The recurrent networks mend that.
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.linear import Windowed, softmax, squared_error
-from gpt.model import Model, State
+from gpt.model import Importance, Model, State
 
 
 def step(x: Tensor) -> Tensor:
@@ -239,6 +239,12 @@ class WindowLM(Windowed):
             raise ValueError(f"depth must be at least 1, not {depth}")
         self.layers = Layers([span * width, *[hidden] * depth], activation)
 
+    def effects(self, embeddings_BSD: Tensor) -> Tensor:
+        """effects_BSWF: what each embedding adds to the sums of the first hidden layer."""
+        first = cast(nn.Linear, self.layers.layers[0])
+        weight_FDW = first.weight.unflatten(1, (-1, self.span))
+        return torch.einsum("bsd,fdw->bswf", embeddings_BSD, weight_FDW)
+
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """hidden_BTF: the last hidden layer."""
         embeddings_BSD = self.embed(tokens_BT, state)
@@ -293,6 +299,12 @@ class ExpertsLM(WindowLM):
             activation=activation,
         )
         self.gated = Gated(hidden, hidden, experts, hidden)
+
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """`experts`, how much each is listened to; and the `effect in the window`."""
+        gates_BTE = self.gated.weights(self.hidden(tokens_BT, None))
+        chosen = Importance("experts", gates_BTE[:, None, None], tokens_BT, "experts")
+        return [chosen, *super().importances(tokens_BT)]
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""

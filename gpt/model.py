@@ -17,7 +17,7 @@ sampled and served by one code, whatever is inside. An `EncoderDecoder` is a
 """
 
 from collections.abc import Iterator
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +34,25 @@ CHUNK_ELEMENTS = 2**26
 def rows(state: State, start: int, stop: int) -> State:
     """A view of rows [start, stop): what is written through it is written in `state`."""
     return {name: tensor[start:stop] for name, tensor in state.items()}
+
+
+class Importance(NamedTuple):
+    """One kind of choice inside a model, made visible: a map for each layer and head.
+
+    It carries what stands at its axes, so that whoever draws or serves it needs to know no model.
+    """
+
+    name: str
+    """What is weighed: attention, alignment, forget gate, experts, …"""
+    weights: Tensor
+    """weights_BLHTS: what the token at row T takes from column S; L and H are 1 where there is only one.
+
+    What stands at places of padding means nothing.
+    """
+    rows: Tensor
+    """rows_BT, the token at each row of a map."""
+    columns: Tensor | str
+    """columns_BS, the token at each column; or what is counted there: "units", "experts"."""
 
 
 class Model(nn.Module):
@@ -172,6 +191,25 @@ class LanguageModel(Model):
         chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
         return torch.cat(chunks).view_as(targets_BT)
 
+    @torch.no_grad()
+    def xray(self, *batch: Tensor) -> list[Importance]:
+        """What the model listens to as it reads and writes a batch, without its targets.
+
+        The numbers are those that `predictions` computes with in evaluation mode, from a pass
+        of their own: the ordinary one keeps nothing and asks nothing.
+
+        Args:
+            batch: Text (tokens_BT) or, for a model that translates, pairs (source_BS,
+                lengths_B, tokens_BT).
+        """
+        if len(batch) != 1:
+            raise ValueError(self._no_translation)
+        return self.importances(*batch)
+
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """The X-ray of a text: what there is to see, by name."""
+        raise NotImplementedError
+
     def _chunked_nll(
         self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
     ) -> Iterator[Tensor]:
@@ -219,6 +257,12 @@ class EncoderDecoder(LanguageModel):
 
         With a state, of which `encoded` is then a part, continue from it and update it in place.
         """
+        raise NotImplementedError
+
+    def importances_of_pair(
+        self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
+    ) -> list[Importance]:
+        """The X-ray of a source being read and tokens being written, by name."""
         raise NotImplementedError
 
     @property
@@ -277,6 +321,13 @@ class EncoderDecoder(LanguageModel):
         first_B1 = tokens_BT[:, :1]
         early_BT = super().nll(first_B1, _whole(first_B1), tokens_BT, targets_BT)
         return torch.cat([early_BT, late_BT], dim=1)
+
+    @torch.no_grad()
+    def xray(self, *batch: Tensor) -> list[Importance]:
+        """What it listens to in pairs; of text the first half is read and the second written."""
+        if len(batch) == 1:
+            batch = _halves(batch[0], batch[0])[:3]
+        return self.importances_of_pair(*batch)
 
     def flops_per_token(self, length: int) -> float:
         """Each token of a window goes through one of the two networks: half of the weights each."""

@@ -35,12 +35,13 @@ What all three leave broken: a step waits for the one before it, so that a text 
 read in parallel, and the whole past must fit in one vector.
 """
 
-from typing import ClassVar
+from collections.abc import Iterable
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from gpt.model import LanguageModel, State
+from gpt.model import Importance, LanguageModel, State
 
 
 class Cell(nn.Module):
@@ -56,6 +57,8 @@ class Cell(nn.Module):
     gates: ClassVar[int]
     memories: ClassVar[tuple[str, ...]] = ("hidden",)
     """What is passed from step to step, by name; the first is also the output."""
+    gate_names: ClassVar[tuple[str, ...]] = ()
+    """Of what `gate` gives."""
     hidden_bias: ClassVar[bool] = False
     """A second bias says nothing that the first cannot, unless a gate stands between."""
 
@@ -64,6 +67,10 @@ class Cell(nn.Module):
         self.width = width
         self.input = nn.Linear(inputs, self.gates * width)
         self.hidden = nn.Linear(width, self.gates * width, bias=self.hidden_bias)
+
+    def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """All that decides a step, each of shape BD; nothing in a cell without gates."""
+        return ()
 
     def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
         """The memories after a token, from its projected input and the memories before it."""
@@ -83,6 +90,42 @@ class Cell(nn.Module):
             outputs.append(memory_BD[0])
         return torch.stack(outputs), memory_BD
 
+    def watch(self, input_TBF: Tensor, memory_BD: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """By name, the gates_BTD and memories_BTD of every step, from the projected inputs."""
+        steps = []
+        for input_BF in input_TBF:
+            gates_BD = self.gate(input_BF, memory_BD[0])
+            memory_BD = self.step(input_BF, *memory_BD)
+            steps.append((*gates_BD, *memory_BD))
+        stacked = (torch.stack(each, dim=1) for each in zip(*steps, strict=True))
+        return dict(zip((*self.gate_names, *self.memories), stacked, strict=True))
+
+
+def watch(
+    cells: Iterable[tuple[Cell, tuple[Tensor, ...]]], x_TBD: Tensor
+) -> list[dict[str, Tensor]]:
+    """What `Cell.watch` sees in each layer of a stack of cells, each with its first memory_BD."""
+    layers = []
+    for cell, memory_BD in cells:
+        layers.append(cell.watch(cell.input(x_TBD), memory_BD))
+        x_TBD = layers[-1]["hidden"].transpose(0, 1)
+    return layers
+
+
+def over_time(
+    tokens_BT: Tensor, layers: list[dict[str, Tensor]], network: str = ""
+) -> list[Importance]:
+    """What was watched in each layer as `network` went over the tokens, whose name goes before it."""
+    return [
+        Importance(
+            f"{network} {name}".strip(),
+            torch.stack([layer[name] for layer in layers], dim=1).unsqueeze(2),
+            tokens_BT,
+            "units",
+        )
+        for name in layers[0]
+    ]
+
 
 class RNNCell(Cell):
     """h = tanh(W x + U h + b)."""
@@ -100,6 +143,7 @@ class LSTMCell(Cell):
 
     gates = 4
     memories = ("hidden", "cell")
+    gate_names = ("input gate", "forget gate", "candidate", "output gate")
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__(inputs, width)
@@ -125,6 +169,7 @@ class GRUCell(Cell):
     """h = z h + (1 - z) n."""
 
     gates = 3
+    gate_names = ("reset gate", "carry gate", "candidate")
     hidden_bias = True
 
     def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,6 +285,17 @@ class RecurrentLM(LanguageModel):
             for name, last_BD in zip(self.cell.memories, memory_BD, strict=True):
                 before[name][:, layer] = last_BD.detach()
         return self.dropout(x_TBD).transpose(0, 1)
+
+    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+        """Every gate and memory of the cell by its name, in each layer, over time."""
+        empty = self.init_state(len(tokens_BT), 0)
+        firsts = [
+            tuple(empty[name][:, layer] for name in self.cell.memories)
+            for layer in range(len(self.cells))
+        ]
+        cells = cast(Iterable[Cell], self.cells)
+        layers = watch(zip(cells, firsts, strict=True), self.embedding(tokens_BT.t()))
+        return over_time(tokens_BT, layers)
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""

@@ -20,12 +20,15 @@ reads in both directions, so that each state knows what comes before its word an
 leaves the chain: the states are still computed one after the other.
 """
 
+from collections.abc import Iterable
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
 from gpt.attention import source_mask
-from gpt.model import EncoderDecoder, State
-from gpt.recurrent import GRUCell
+from gpt.model import EncoderDecoder, Importance, State
+from gpt.recurrent import Cell, GRUCell, over_time, watch
 
 
 def _check_sizes(width: int, depth: int) -> None:
@@ -95,6 +98,24 @@ class Seq2Seq(EncoderDecoder):
                 state["hidden"][:, layer] = hidden_BD
             x_TBD = self.dropout(x_TBD)
         return x_TBD.transpose(0, 1)
+
+    def importances_of_pair(
+        self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
+    ) -> list[Importance]:
+        """Every gate and memory of `encoder` and `decoder`, in each layer, over time as it is read."""
+        first_BLD = self.init_state(len(source_BS), 0)["hidden"]
+        hidden_BLD = self.encode(source_BS, lengths_B)["hidden"]
+        if self.reverse:
+            source_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
+        found = []
+        for name, cells, memory_BLD, ids_BT in (
+            ("encoder", self.encoder, first_BLD, source_BS),
+            ("decoder", self.decoder, hidden_BLD, tokens_BT),
+        ):
+            memories = ((memory_BD,) for memory_BD in memory_BLD.unbind(1))
+            stack = zip(cast(Iterable[Cell], cells), memories, strict=True)
+            found += over_time(ids_BT, watch(stack, self.embedding(ids_BT.t())), name)
+        return found
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
@@ -207,9 +228,34 @@ class Seq2SeqAttention(EncoderDecoder):
         all_BTD = torch.cat([hidden_BTD, contexts_BTD, x_BTD], dim=-1)
         return self.dropout(torch.tanh(self.readout(all_BTD)))
 
-    def importance(self, tokens_BT: Tensor, encoded: State) -> Tensor:
-        """weights_BTS, the alignment: how much each source token matters to what follows each token."""
-        return self._write(self.embedding(tokens_BT), encoded)[2]
+    def importances_of_pair(
+        self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
+    ) -> list[Importance]:
+        """`alignment of the next token`: how much each source token matters to it; then the gates.
+
+        They are those of the encoder `ahead` and `back`, over time as it reads, and the `decoder`.
+        """
+        encoded = self.encode(source_BS, lengths_B)
+        x_BTD = self.embedding(tokens_BT)
+        _, contexts_BTD, weights_BTS = self._write(x_BTD, encoded)
+        found = [
+            Importance(
+                "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
+            )
+        ]
+        backwards_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
+        inputs_TBF = self.decoder.input(x_BTD.transpose(0, 1))
+        inputs_TBF = inputs_TBF + self.summary(contexts_BTD.transpose(0, 1))
+        first_BD = torch.zeros_like(encoded["hidden"])
+        for name, cell, ids_BS in (
+            ("ahead", self.ahead, source_BS),
+            ("back", self.back, backwards_BS),
+        ):
+            found += over_time(
+                ids_BS, watch([(cell, (first_BD,))], self.embedding(ids_BS.t())), name
+            )
+        written = self.decoder.watch(inputs_TBF, (encoded["hidden"],))
+        return found + over_time(tokens_BT, [written], "decoder")
 
     def _write(self, x_BTD: Tensor, encoded: State) -> tuple[Tensor, Tensor, Tensor]:
         """At each token the decoder's hidden_BTD, its context_BTD and the weights_BTS that made it."""

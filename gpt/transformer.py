@@ -33,10 +33,11 @@ from gpt.attention import (
     Heads,
     Places,
     check_sizes,
+    importance,
     init_cache,
     source_mask,
 )
-from gpt.model import EncoderDecoder, State
+from gpt.model import EncoderDecoder, Importance, State
 
 
 class Attention(Heads):
@@ -51,6 +52,10 @@ class Attention(Heads):
     ) -> Tensor:
         """x_BTD -> x_BTD."""
         return self.mix(self.split(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
+
+    def importance(self, x_BTD: Tensor, keys_BHSK: Tensor, mask_B11S: Tensor) -> Tensor:
+        """weights_BHTS: how much of each value a token takes."""
+        return importance(self.split(self.query(x_BTD)), keys_BHSK, mask_B11S)
 
 
 class FeedForward(nn.Module):
@@ -86,6 +91,12 @@ class EncoderBlock(nn.Module):
         x_BSD = x_BSD + self.dropout(found_BSD)
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
 
+    def importance(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
+        """weights_BHSS of the attention, in `forward` on the same."""
+        normed_BSD = self.attention_norm(x_BSD)
+        keys_BHSK, _ = self.attention.remember(normed_BSD)
+        return self.attention.importance(normed_BSD, keys_BHSK, mask_B11S)
+
 
 class DecoderBlock(nn.Module):
     """One layer of the network that writes."""
@@ -114,6 +125,15 @@ class DecoderBlock(nn.Module):
         found_BTD = self.cross(self.cross_norm(x_BTD), keys_BHSK, values_BHSK, mask_B11S)
         x_BTD = x_BTD + self.dropout(found_BTD)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+
+    def importance(
+        self, x_BTD: Tensor, places: Places, keys_BHSK: Tensor, mask_B11S: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """weights_BHTT of the attention to what is written, and weights_BHTS to the source, in `forward`."""
+        normed_BTD = self.attention_norm(x_BTD)
+        own_BHTT = self.attention.importance(normed_BTD, places)
+        x_BTD = x_BTD + self.attention(normed_BTD, places)
+        return own_BHTT, self.cross.importance(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -231,6 +251,41 @@ class Transformer(EncoderDecoder):
         if state is not None:
             state["position"] += length
         return self.norm(x_BTD)
+
+    def importances_of_pair(
+        self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
+    ) -> list[Importance]:
+        """`encoder attention`, `decoder attention` and `cross-attention`, by layer and head.
+
+        Rows sum to one: exactly zero on padding and, in the decoder's, above the diagonal.
+        """
+        encoded = self.encode(source_BS, lengths_B)
+        mask_B11S = source_mask(lengths_B, source_BS.shape[1])[:, None, None]
+        x_BSD = self.embedding(source_BS) + self.positions_SD[: source_BS.shape[1]]
+        read = []
+        for reader in cast(Iterable[EncoderBlock], self.encoder):
+            read.append(reader.importance(x_BSD, mask_B11S))
+            x_BSD = reader(x_BSD, mask_B11S)
+
+        self._check(tokens_BT.shape[1])
+        places = Places(tokens_BT, None)
+        y_BTD = self.embedding(tokens_BT) + self.positions_SD[places.positions_BT]
+        written, crossed = [], []
+        for writer, keys_BHSK, values_BHSK in zip(
+            cast(Iterable[DecoderBlock], self.decoder),
+            encoded["source_keys"].unbind(1),
+            encoded["source_values"].unbind(1),
+            strict=True,
+        ):
+            own_BHTT, cross_BHTS = writer.importance(y_BTD, places, keys_BHSK, mask_B11S)
+            written.append(own_BHTT)
+            crossed.append(cross_BHTS)
+            y_BTD = writer(y_BTD, places, None, keys_BHSK, values_BHSK, mask_B11S)
+        return [
+            Importance("encoder attention", torch.stack(read, dim=1), source_BS, source_BS),
+            Importance("decoder attention", torch.stack(written, dim=1), tokens_BT, tokens_BT),
+            Importance("cross-attention", torch.stack(crossed, dim=1), tokens_BT, source_BS),
+        ]
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""

@@ -11,6 +11,7 @@ import threading
 from pathlib import Path
 
 import hub
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -22,6 +23,7 @@ from training.data import Source, prepare
 
 STORY = "".join(f"Chapter {i}.\n\n  It was {'very ' * (i % 7)}late.\nThe end.\n" for i in range(40))
 ROWS = [f"Row {i}, she said:\n“{'ha ' * (i % 5)}ha”" for i in range(200)]
+PAIRS = [(f"{i} dogs{' run' * (i % 4)}.", f"{i} chiens{' courent' * (i % 4)}.") for i in range(200)]
 
 
 @pytest.fixture(autouse=True)
@@ -303,6 +305,141 @@ def test_the_cache_is_used_until_the_data_or_an_option_changes(tmp_path, monkeyp
     assert touched.fingerprint == first.fingerprint
 
 
+def pairs_of(path, **options):
+    """The pairs of each split."""
+    corpus = prepare(Source(str(path), **options), "bytes", 300, pairs=True)
+    assert open_corpus(corpus.directory, pairs=True).languages == corpus.languages
+    found = {}
+    for name, split in corpus.splits.items():
+        _, *documents = bytes(np.where(split.tokens == 256, 0, split.tokens).tolist()).split(b"\0")
+        texts = [document.decode() for document in documents]
+        found[name] = list(zip(texts[::2], texts[1::2], strict=True))
+    return corpus.languages, found
+
+
+def lines_of(pairs, languages=("en", "fr")):
+    rows = ({"translation": dict(zip(languages, pair, strict=True)), "id": 1} for pair in pairs)
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+def test_pairs_in_every_format_are_held_out_together(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines_of(PAIRS))
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(lines_of(PAIRS).encode()))
+    rows = [{"translation": {"en": en, "fr": fr}} for en, fr in PAIRS]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "a.parquet")
+    languages, found = pairs_of(tmp_path / "a.jsonl")
+    assert languages == ("en", "fr")
+    assert found["train"] + found["validation"] != PAIRS
+    assert sorted(found["train"] + found["validation"]) == sorted(PAIRS)
+    assert 2 <= len(found["validation"]) <= 25
+    for name in ("a.jsonl.gz", "a.json", "a.parquet"):
+        assert pairs_of(tmp_path / name) == (languages, found)
+    other = [(en, fr + " Vite !") for en, fr in PAIRS[:100]]
+    (tmp_path / "b.jsonl").write_text(lines_of(other))
+    _, again = pairs_of(tmp_path / "b.jsonl")
+    held_out = {en for en, _ in found["validation"]}
+    assert {en for en, _ in again["validation"]} == held_out & {en for en, _ in other}
+
+
+def test_which_language_to_which(tmp_path):
+    pairs = [(en, fr, f"{i} Hunde.") for i, (en, fr) in enumerate(PAIRS)]
+    folder = tmp_path / "three"
+    folder.mkdir()
+    (folder / "train.jsonl").write_text(lines_of(pairs, ("en", "fr", "de")))
+    # Another order in another file does not turn the pairs around.
+    turned = [(fr, de, en) for en, fr, de in pairs[:3]]
+    (folder / "valid.jsonl").write_text(lines_of(turned, ("fr", "de", "en")))
+    (folder / "test.jsonl").write_text(lines_of(turned, ("fr", "de", "en")))
+    languages, found = pairs_of(folder)
+    assert languages == ("en", "fr")
+    assert found == {"train": PAIRS, "validation": PAIRS[:3], "test": PAIRS[:3]}
+    languages, found = pairs_of(folder, languages="de-en")
+    assert languages == ("de", "en")
+    assert found["train"][7] == ("7 Hunde.", PAIRS[7][0])
+    made = {path.name for path in (tmp_path / "cache").iterdir()}
+    assert len(made) == 2
+    for wrong in ("en", "en-fr-de", "en-", "fr-fr"):
+        with pytest.raises(ValueError, match=f"two names like en-fr, not '{wrong}'"):
+            pairs_of(folder, languages=wrong)
+    with pytest.raises(ValueError, match=r"train.jsonl, row 1: no 'es' side, only en, fr, de"):
+        pairs_of(folder, languages="en-es")
+    with pytest.raises(ValueError, match="--languages goes with pairs"):
+        texts(folder, languages="en-fr")
+
+
+def test_few_pairs_are_held_out_from_the_end_and_a_limit_cuts_none(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines_of([("aa", "b" * 9)] * 4))
+    assert {name: len(pairs) for name, pairs in pairs_of(tmp_path / "a.jsonl")[1].items()} == {
+        "train": 3,
+        "validation": 1,
+    }
+    _, found = pairs_of(tmp_path / "a.jsonl", limit=32)
+    assert found == {"train": [("aa", "b" * 9)], "validation": [("aa", "b" * 9)]}
+
+
+def test_a_tokenizer_learns_both_sides(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines_of(PAIRS))
+    tokenizer = prepare(Source(str(tmp_path / "a.jsonl")), "bpe", 300, pairs=True).tokenizer
+    assert len(tokenizer.encode(" run")) == len(tokenizer.encode(" courent")) == 1
+
+
+GOOD = '{"translation": {"en": "a", "fr": "b"}}\n'
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "why"),
+    [
+        ("a.jsonl", GOOD * 16 + '{"translation": {"en": "a"}}', "a.jsonl, row 17: no 'fr' side, only en"),
+        ("a.jsonl", GOOD * 299 + '{"translation": {"en": "a", "fr": null}}', "row 300: no 'fr' side, only en"),
+        ("a.jsonl", GOOD + '{"translation": {"en": " \\n", "fr": "b"}}', "row 2: no 'en' side, only fr"),
+        ("a.jsonl", GOOD + '{"translation": {"en": 3, "fr": "b"}}', "row 2: no 'en' side, only fr"),
+        ("a.jsonl", GOOD + '{"translation": {"de": "a", "fr": "b"}}', "row 2: no 'en' side, only de, fr"),
+        ("a.jsonl", GOOD + '{"translation": null}', "row 2: no pair of sentences: expected a row like {"),
+        ("a.jsonl", GOOD + '{"translation": "a - b"}', "row 2: no pair of sentences: expected a row like {"),
+        ("a.jsonl", GOOD + '{"text": "a"}', "row 2: no pair of sentences: expected a row like {"),
+        ("a.jsonl", '{"translation": {"en": "a"}}\n' * 3, "row 1: expected two languages, found en,"),
+        ("a.jsonl", '{"text": "a"}\n', r"no column 'translation' of pairs, only: text \(string\); expected rows like {"),
+        ("a.jsonl", GOOD + "{", "a.jsonl, line 2: not JSON"),
+        ("a.jsonl", GOOD, "too little text, none for the train split"),
+        ("a.csv", "translation\na\n", "row 1: no pair of sentences: expected a row like {"),
+        ("a.txt", "a\tb\n", "a.txt is plain text, not pairs of sentences: expected a .jsonl"),
+    ],
+)  # fmt: skip
+def test_bad_pairs_are_named_with_the_row(tmp_path, cache, name, content, why):
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=why) as refusal:
+        pairs_of(tmp_path / name)
+    assert len(str(refusal.value).splitlines()) == 1
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+def test_the_file_with_a_bad_pair_is_named(tmp_path):
+    (tmp_path / "a").mkdir()
+    for i in range(3):
+        (tmp_path / f"a/{i}.jsonl").write_text(
+            GOOD * 5 + '{"translation": {"fr": "b"}}\n' * (i == 1)
+        )
+    with pytest.raises(ValueError, match=r"a/1.jsonl, row 6: no 'en' side, only fr"):
+        pairs_of(tmp_path / "a")
+
+
+def test_pairs_and_text_are_not_taken_for_each_other(tmp_path):
+    (tmp_path / "pairs.jsonl").write_text(lines_of(PAIRS))
+    (tmp_path / "text.txt").write_text(STORY)
+    with pytest.raises(ValueError, match=r"holds pairs of sentences, not text"):
+        texts(tmp_path / "pairs.jsonl")
+    with pytest.raises(ValueError, match="stdlib is plain text"):
+        pairs_of("stdlib")
+    text = prepare(Source(str(tmp_path / "text.txt")), "bytes", 0).directory
+    pairs = prepare(Source(str(tmp_path / "pairs.jsonl")), "bytes", 0, pairs=True).directory
+    assert prepare(Source(str(pairs)), "bytes", 0, pairs=True).languages == ("en", "fr")
+    with pytest.raises(ValueError, match="holds text, not pairs"):
+        prepare(Source(str(text)), "bytes", 0, pairs=True)
+    with pytest.raises(ValueError, match=r"holds pairs of sentences \(en-fr\), not text"):
+        prepare(Source(str(pairs)), "bytes", 0)
+
+
 @pytest.mark.parametrize(
     "interruption", [KeyboardInterrupt, OSError(28, "No space left on device")]
 )
@@ -394,6 +531,17 @@ def test_penn_treebank_has_mikolovs_counts(real_data):
     assert words == {"train": 929_589, "validation": 73_760, "test": 82_430}
 
 
+def test_multi30k_has_its_pairs(real_data):
+    languages, found = pairs_of(real_data / "multi30k-en-fr")
+    assert languages == ("en", "fr")
+    counts = {name: len(pairs) for name, pairs in found.items()}
+    assert counts == {"train": 29_000, "validation": 1_014, "test": 1_000}
+    assert found["validation"][0] == (
+        "A group of men are loading cotton onto a truck",
+        "Un groupe d'hommes chargent du coton dans un camion",
+    )
+
+
 def python(code, **environment):
     """What a fresh interpreter prints."""
     done = subprocess.run(
@@ -425,13 +573,16 @@ def hub_folder(tmp_path):
         "---\nconfigs:\n- {config_name: en, data_files: en/*}\n"
         "- {config_name: fr, data_files: fr/*}\n---\n"
     )
+    (tmp_path / "hub/some/pairs").mkdir()
+    (tmp_path / "hub/some/pairs/train.jsonl").write_text(lines_of(PAIRS))
+    (tmp_path / "hub/some/pairs/test.jsonl").write_text(lines_of([("a", "b"), ("a", "")]))
     return tmp_path / "hub"
 
 
 ASK = """
 from training.data import Source, prepare
 for source in {sources}:
-    try: print(prepare(source, "bytes", 0).directory)
+    try: print(prepare(source, "bytes", 0, pairs=source.data == "some/pairs").directory)
     except ValueError as error: print(error)
 """
 
@@ -441,7 +592,9 @@ def test_the_hub_plain_and_streaming(tmp_path, hub_folder):
         Source("some/plain"), Source("some/plain", streaming=True),
         Source("some/none"), Source("none"), Source("some/stories", split="test"),
         Source("some/tongues"), Source("some/tongues", config="de"),
-        Source("some/tongues", config="fr"), Source("some/stories", column="id")]"""
+        Source("some/tongues", config="fr"), Source("some/stories", column="id"),
+        Source("some/pairs", split="train"), Source("some/pairs", split="train", streaming=True),
+        Source("some/pairs", languages="fr-en")]"""
     with hub.running(hub_folder) as address:
         home = {"HF_HOME": str(tmp_path / "home")}
         answers = python(ASK.format(sources=sources), HF_ENDPOINT=address, **home).splitlines()
@@ -460,16 +613,21 @@ def test_the_hub_plain_and_streaming(tmp_path, hub_folder):
     assert "the hub has no data set of that name" in none
     assert "the hub has no data set of that name" in none_either
     assert "--data-split can be train, validation" in split
-    configs, wrong, french, column = rest
+    configs, wrong, french, column, pairs, pairs_streamed, bad_pair = rest
     assert "--data-config can be one of ['en', 'fr']" in configs
     assert "--data-config can be one of ['en', 'fr']" in wrong
     assert open_corpus(french).splits["train"].documents
     assert "no column 'id' of strings" in column
+    (tmp_path / "pairs.jsonl").write_text(lines_of(PAIRS))
+    fingerprint = prepare(Source(str(tmp_path / "pairs.jsonl")), "bytes", 0, pairs=True).fingerprint
+    for directory in (pairs, pairs_streamed):
+        assert open_corpus(directory, pairs=True).fingerprint == fingerprint
+    assert "some/pairs, split test, row 2: no 'fr' side, only en" in bad_pair
     # Now offline: what was downloaded is still there, and tokenised already.
     sources = '[Source("some/stories"), Source("some/plain"), Source("some/none")]'
     answers = python(ASK.format(sources=sources), HF_HUB_OFFLINE="1", **home).splitlines()
     assert answers[0] == stories
-    assert open_corpus(answers[1]).fingerprint == fingerprint
+    assert open_corpus(answers[1]).fingerprint == open_corpus(plain).fingerprint
     assert "HF_HUB_OFFLINE forbids" in answers[2]
 
 

@@ -88,8 +88,17 @@ def test_a_run_is_described_by_its_config(tmp_path):
         assert f"{describe.parameters(build('gpt', given)):,}" in said
 
 
+def test_a_preset_is_described_at_its_own_size():
+    size = {"vocabulary": 8192, "context": 512, "width": 384, "depth": 6, "heads": 6}
+    with torch.device("meta"):
+        expected = f"{describe.parameters(build('gpt', size)):,}"
+    assert expected in gpt("describe", "gpt-micro").stdout
+
+
 def test_a_mistyped_name_is_one_line():
     said = gpt("describe", "gtp2")
     assert said.returncode == 2
-    assert "'gtp2' is neither a model (did you mean gpt2" in said.stderr
+    assert "'gtp2' is neither a model nor a preset (did you mean gpt2" in said.stderr
+    assert "gru" in said.stderr
+    assert "gpt-micro" in said.stderr
     assert said.stderr.count("\n") == 1

@@ -10,11 +10,12 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
 from gpt.checkpoint import load_tensors
-from tokenizer import byte_tokenizer
+from tokenizer import byte_tokenizer, train_words
 from training.corpus import CorpusWriter, Part, open_corpus
 from training.loop import (
     Diverged,
@@ -27,7 +28,7 @@ from training.loop import (
 )
 from training.optimizer import Optimizers, groups, schedule
 from training.presets import PRESETS, Run
-from training.text import Text
+from training.text import Text, Vectors
 
 TINY = Run(
     preset="tiny",
@@ -80,7 +81,10 @@ def trainer_of(run, directory, corpus):
 def log_of(directory):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in lines]
+    return [
+        {k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds")}
+        for line in lines
+    ]
 
 
 def hash_of(path):
@@ -101,6 +105,16 @@ VARIANTS = {
     "adamw": dataclasses.replace(TINY, optimizer="adamw", learning_rate=1e-3, accumulation=1),
     "tied": dataclasses.replace(TINY, arguments=TINY.arguments | {"tied": True}),
     "bfloat16": dataclasses.replace(TINY, precision="bfloat16"),
+    "sgd-carry": dataclasses.replace(
+        TINY,
+        model="lstm",
+        arguments={"width": 16},
+        optimizer="sgd",
+        carry=True,
+        accumulation=1,
+        cool_down=0.5,
+        halvings=2,
+    ),
 }
 
 
@@ -112,14 +126,14 @@ def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp
     straight.train()
 
     first = trainer_of(run, tmp_path / "broken", corpus)
-    take_step = first._step
+    take_step = first.advance
 
     def step_then_signal(objective):
         if first.step == stop - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(objective)
 
-    first._step = step_then_signal
+    first.advance = step_then_signal
     with pytest.raises(Stopped) as stopped:
         first.train()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
@@ -207,13 +221,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(corpus, tmp_path):
     trainer = trainer_of(TINY, tmp_path / "run", corpus)
-    take_step = trainer._step
+    take_step = trainer.advance
 
     def spoiled(objective):
         loss = take_step(objective)
         return loss * math.nan if trainer.step == 7 else loss
 
-    trainer._step = spoiled
+    trainer.advance = spoiled
     with pytest.raises(Diverged, match=r"loss of step 8 is not finite.*step-6.*--learning-rate"):
         trainer.train()
     assert newest_checkpoint(tmp_path / "run").name == "step-6"
@@ -321,3 +335,52 @@ def test_killed_five_times_at_random_moments_equals_undisturbed(tmp_path, reques
     assert hash_of(broken / "model.safetensors") == hash_of(tmp_path / "straight/model.safetensors")
     file = "checkpoints/step-200/model.safetensors"
     assert hash_of(broken / file) == hash_of(tmp_path / "straight" / file)
+
+
+def test_the_rate_halves_as_zaremba_had_it():
+    epochs = 13
+    run = Run(steps=epochs * 10, warm_up=0, cool_down=9 / 13, halvings=9)
+    shares = [{schedule(run, epoch * 10 + step) for step in range(10)} for epoch in range(epochs)]
+    assert shares == [{1.0}] * 4 + [{0.5**n} for n in range(1, 10)]
+
+
+def test_a_carried_state_is_what_one_long_row_would_have_had(corpus, tmp_path):
+    run = VARIANTS["sgd-carry"]
+    trainer = trainer_of(dataclasses.replace(run, learning_rate=1e-12, steps=3), tmp_path, corpus)
+    trainer.optimizers.step = lambda index: trainer.model.zero_grad()  # the weights stay
+    trainer.train()
+    rows = [trainer.task.batch(step)[0] for step in range(3)]
+    state = trainer.model.init_state(run.batch, 48)
+    trainer.model.features(torch.from_numpy(np.concatenate(rows, axis=1)), state)
+    for name, tensor in state.items():
+        torch.testing.assert_close(trainer.state[name], tensor)
+
+
+def test_a_new_epoch_begins_with_an_empty_state(corpus, tmp_path):
+    task = Text(VARIANTS["sgd-carry"], corpus)
+    starts = [step for step in range(2 * task.order.epoch + 1) if not task.follows(step)]
+    assert starts == [0, task.order.epoch, 2 * task.order.epoch]
+    assert (task.batch(0)[0] == task.batch(task.order.epoch)[0]).all()
+
+
+def test_vectors_of_another_run_begin_the_embedding(corpus, tmp_path):
+    run = dataclasses.replace(
+        TINY, model="word2vec", task="vectors", arguments={"width": 16}, steps=4, accumulation=1
+    )
+    (tmp_path / "words").mkdir()
+    first = Trainer(run, tmp_path / "words", Vectors(run, corpus), torch.device("cpu"))
+    first.train()
+    corpus.tokenizer.save(tmp_path / "words" / "tokenizer.json")
+    tensors = load_tensors(tmp_path / "words" / "model.safetensors")
+
+    later = dataclasses.replace(TINY, vectors=str(tmp_path / "words"))
+    second = trainer_of(later, tmp_path / "gpt", corpus)
+    second.begin()
+    assert torch.equal(second.model.embedding.weight, tensors["embedding.weight"])
+
+    wide = dataclasses.replace(later, arguments={"width": 32, "depth": 1, "heads": 1})
+    with pytest.raises(ValueError, match=r"the shape \[257, 16\], this model's \[257, 32\]"):
+        trainer_of(wide, tmp_path / "wide", corpus).begin()
+    train_words(["other words"], 9).save(tmp_path / "words" / "tokenizer.json")
+    with pytest.raises(ValueError, match="another tokenizer"):
+        trainer_of(later, tmp_path / "other", corpus).begin()

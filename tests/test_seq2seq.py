@@ -79,7 +79,9 @@ def test_chapter_12_softmax_of_the_documents_scores() -> None:
 def test_chapter_12_weights_sum_to_one_and_are_zero_on_padding() -> None:
     model = random(Seq2SeqAttention(20, 12, width=8))
     tokens_BT = SOURCE_BS[:, :5]
-    weights_BTS = model.importance(tokens_BT, model.encode(SOURCE_BS, LENGTHS_B))
+    alignment = model.xray(SOURCE_BS, LENGTHS_B, tokens_BT)[0]
+    assert alignment.name == "alignment of the next token"
+    weights_BTS = alignment.weights[:, 0, 0]
     assert weights_BTS.shape == (4, 5, 7)
     torch.testing.assert_close(weights_BTS.sum(dim=-1), torch.ones(4, 5, dtype=torch.float64))
     absent_BTS = (torch.arange(7) >= LENGTHS_B.unsqueeze(1)).unsqueeze(1).expand(4, 5, 7)

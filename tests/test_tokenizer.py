@@ -8,7 +8,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenizer import END_OF_TEXT, PIECE, Tokenizer, byte_tokenizer, pieces, train_bpe
+from tokenizer import (
+    END_OF_TEXT,
+    PIECE,
+    Tokenizer,
+    byte_tokenizer,
+    pieces,
+    train_bpe,
+    train_words,
+)
 
 CODE = Path(json.__file__).read_text("utf-8") + Path(subprocess.__file__).read_text("utf-8")
 BPE = train_bpe([CODE], 1000)
@@ -224,3 +232,32 @@ def test_command_line_mistakes_are_one_line(tmp_path):
         assert failed.returncode == 2
         assert why in failed.stderr
         assert failed.stderr.count(b"\n") == 1
+
+
+def test_whole_words_are_the_most_frequent_ones():
+    text = " the cat saw the dog \n the dog \n"
+    tokenizer = train_words([text], 5)
+    assert tokenizer.decode(tokenizer.encode(text)) == " the <unk> <unk> the dog \n the dog \n"
+    assert tokenizer.encode(" the dog \n") == [1, 2, 3]
+    assert tokenizer.encode(" mouse") == [tokenizer.unknown]
+    assert tokenizer.encode(" <unk>") == [tokenizer.unknown]
+    assert tokenizer.end_of_text == tokenizer.vocabulary - 1 == 4
+
+
+def test_whole_words_lose_nothing_that_is_in_the_vocabulary(tmp_path):
+    text = "Some words,\n\n  and  more\tof them; été 東京 \n"
+    tokenizer = train_words([text], 1000)
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for one in (tokenizer, Tokenizer.open(tmp_path)):
+        assert one.decode(one.encode(text)) == text
+        assert one.unknown == 0
+        assert one.fingerprint == tokenizer.fingerprint
+    assert byte_tokenizer().unknown is None
+
+
+def test_words_of_the_penn_treebank_are_counted_as_mikolov_did(real_data):
+    tokenizer = train_words([(real_data / "ptb" / "train.txt").read_text("utf-8")], 10_001)
+    text = (real_data / "ptb" / "validation.txt").read_text("utf-8")
+    ids = tokenizer.encode(text)
+    assert (tokenizer.vocabulary, len(ids)) == (10_001, 73_760)
+    assert tokenizer.decode(ids) == text

@@ -155,7 +155,7 @@ def test_eval_takes_the_test_split_where_there_is_one(run, here):
 
 
 def test_training_from_prepared_tokens(run, here):
-    name = json.loads((run[0] / "run.json").read_text())["corpus"]["fingerprint"]
+    name = json.loads((run[0] / "run.json").read_text())["data"]["fingerprint"]
     files = (here / "cache").glob("text.txt-*/corpus.json")
     prepared = next(file.parent for file in files if name in file.read_text())
     code, _, err = training("train", *TINY, "--data", prepared, "--run", here / "runs" / "prepared")

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import os
 import re
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -274,12 +273,11 @@ def train_words(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    counts: Counter[str] = Counter()
-    for piece in itertools.chain.from_iterable(map(pieces, texts)):
-        counts.update(word for word, _ in library.pre_tokenizer.pre_tokenize_str(piece))
-    counts.pop(_letters(UNKNOWN), None)
-    # Words of one count in the order of the alphabet: the same text gives the same ids.
-    words = sorted(counts, key=lambda word: (-counts[word], word))[: vocabulary - 2]
+    trainer = trainers.WordLevelTrainer(vocab_size=vocabulary - 1, show_progress=False)
+    library.train_from_iterator(itertools.chain.from_iterable(map(pieces, texts)), trainer)
+    learned = library.get_vocab(with_added_tokens=False)
+    learned.pop(_letters(UNKNOWN), None)
+    words = sorted(learned, key=lambda word: learned[word])[: vocabulary - 2]
     ids = {word: index for index, word in enumerate([_letters(UNKNOWN), *words])}
     library.model = models.WordLevel(ids, unk_token=_letters(UNKNOWN))
     return _finish(library)

@@ -1,40 +1,40 @@
 """`python -m training`: train a model on a text, continue a run, score it."""
 
 import dataclasses
-import inspect
 import json
-import subprocess
+import math
 import sys
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
-from gpt import LanguageModel, Model, cli
-from gpt.checkpoint import RUNS, find_run, load_tensors, load_weights, open_model, save_config
+from gpt import LanguageModel, cli
+from gpt.checkpoint import (
+    RUNS,
+    find_run,
+    load_tensors,
+    load_weights,
+    open_model,
+    write_atomically,
+)
 from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.describe import parameters
 from gpt.device import describe, find_device
-from tokenizer import Tokenizer
+from training import ladder
 from training.loop import (
     Diverged,
     Stopped,
     Trainer,
-    configuration,
-    new_model,
-    newest_checkpoint,
     read_run,
-    save_run,
 )
 from training.presets import PRESETS, Run, model_options, preset
 from training.progress import duration
-from training.task import Task
+from training.runs import begin, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
 
 PROG = "python -m training"
@@ -53,9 +53,9 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         model: options = own,
         run: MaybePath = None,
     ) -> cli.Command:
-        """Train a model on a text: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
+        """Train a model: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
 
-        PRESETS
+        `python -m training presets` lists the presets.
 
         Args:
             settings: What to train on, and how.
@@ -65,9 +65,18 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         resolved = dataclasses.replace(settings, arguments=dataclasses.asdict(model))
         return lambda: start(resolved, run)
 
-    names = textwrap.fill(f"Presets: {', '.join(PRESETS)}.", 78)
-    train.__doc__ = inspect.cleandoc(train.__doc__ or "").replace("PRESETS", names)
     return train
+
+
+@dataclass(frozen=True)
+class Presets:
+    """List the presets: what each trains, and on what."""
+
+    def __call__(self) -> None:
+        """Print the table."""
+        print(f"{'preset':<24}{'model':<18}{'task':<16}steps")
+        for name, run in PRESETS.items():
+            print(f"{name:<24}{run.model:<18}{run.task:<16}{run.steps:,}")
 
 
 @dataclass(frozen=True)
@@ -81,16 +90,9 @@ class Resume:
 
     def __call__(self) -> None:
         """Train on."""
-        directory = find_run(self.run, "run.json")
-        run = dataclasses.replace(read_run(directory), device=self.device)
-        device = find_device(run.device)
-        trainer = Trainer(run, directory, open_task(run, tokenizer_of(directory)), device)
-        checkpoint = newest_checkpoint(directory)
-        if checkpoint:
-            trainer.resume(checkpoint)
-        else:
-            trainer.begin()
-        print(f"{directory}: continues at step {trainer.step} of {run.steps}", flush=True)
+        trainer = resume(find_run(self.run, "run.json"), self.device)
+        where = f"step {trainer.step} of {trainer.run.steps}"
+        print(f"{trainer.directory}: continues at {where}", flush=True)
         work(trainer)
 
 
@@ -166,63 +168,89 @@ class Plot:
 
     def __call__(self) -> None:
         """Draw and say where."""
-        try:
-            from training.plot import plot_losses
-        except ImportError:
-            raise ValueError("plots need one more package: pip install matplotlib") from None
-        plot_losses([find_run(run) for run in self.run or (None,)], self.output)
+        drawing().plot_losses([find_run(run) for run in self.run or (None,)], self.output)
         print(self.output)
 
 
+@dataclass(frozen=True)
+class Ladder:
+    """Train every rung that speaks on one corpus under one budget, and compare them: table and plot."""
+
+    rungs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUNG …]")] = ()
+    """Which rungs; all when none is given."""
+    data: str = Run.data
+    """Corpus, as in `train`."""
+    tokenizer: str = Run.tokenizer
+    """As in `train`."""
+    vocabulary: int = Run.vocabulary
+    """Number of tokens that the tokenizer learns."""
+    tokens: int = 320 * Run.batch * Run.window
+    """Tokens that each rung is trained on."""
+    seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """Seconds that each rung is trained for, instead of `--tokens`."""
+    output: Path = RUNS / "ladder"
+    """Folder of the rungs' runs, ladder.json, ladder.md and ladder.svg; one that was begun is gone on with."""
+    seed: int = Run.seed
+    """Of every rung."""
+    device: str = Run.device
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __call__(self) -> None:
+        """Train, score, write."""
+        if self.tokens < 1 or (self.seconds is not None and not 0 < self.seconds < math.inf):
+            raise ValueError("--tokens must be at least 1, and --seconds above 0")
+        names = ("data", "tokenizer", "vocabulary", "seed", "device")
+        common = {name: getattr(self, name) for name in names}
+        rows = ladder.climb(self.output, self.rungs, common, self.tokens, self.seconds, train_on)
+        write_atomically(self.output / "ladder.json", json.dumps(rows, indent=2) + "\n")
+        write_atomically(self.output / "ladder.md", ladder.table(rows))
+        drawing().plot_ladder(rows, self.output / "ladder.svg")
+        print(f"\n{ladder.table(rows)}\n{self.output / 'ladder.svg'}")
+
+
+def drawing() -> ModuleType:
+    """The module that draws; it needs a package that training does not."""
+    try:
+        from training import plot
+    except ImportError:
+        raise ValueError("plots need one more package: pip install matplotlib") from None
+    return plot
+
+
 def start(run: Run, directory: Path | None) -> None:
-    """Prepare the corpus, open a run directory, train, report."""
-    device = find_device(run.device)
+    """Say what will be done, and do it."""
+    print(f"preset {run.preset}: {run.model} on {describe(find_device(run.device))}")
     check(run)
-    with torch.device("meta"):  # what does not fit together is said before the data is read
-        model = new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
-    if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
-        raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
-    directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if (directory / "run.json").exists():
-        raise ValueError(
-            f"{directory} already holds a run: continue it with --resume {directory}, "
-            "or choose another --run"
-        )
-    print(f"preset {run.preset}: {run.model} on {describe(device)}")
     for name, value in dataclasses.asdict(run).items():
         if name not in {"preset", "model", *TASKS[run.task].foreign}:
             print(f"  {name} = {value}")
-    task = open_task(run)
-    print(f"data: {task.description}")
-    for line in task.sizes:
+    directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    trainer = begin(run, directory)
+    print(f"data: {trainer.task.description}")
+    for line in trainer.task.sizes:
         print(f"  {line}")
-    trainer = Trainer(run, directory, task, device)
-    trainer.begin()
-    directory.mkdir(parents=True, exist_ok=True)
-    if task.tokenizer:
-        task.tokenizer.save(directory / "tokenizer.json")
-    save_config(directory, run.model, configuration(run, task.given))
-    known = facts(task, trainer.model, device)
-    save_run(run, directory, known)
-    print(f"run: {directory}, {known['parameters']:,} parameters", flush=True)
+    print(f"run: {directory}, {parameters(trainer.model):,} parameters", flush=True)
     work(trainer)
 
 
 def work(trainer: Trainer) -> None:
-    """Train to the end and report; or leave with the exit code of what stopped it."""
+    """Train to the end and report."""
     begun = time.monotonic()
+    train_on(trainer, f"continue with: {PROG} train --resume {trainer.directory}")
+    print(f"\ntrained in {duration(time.monotonic() - begun)}")
+    report(trainer)
+
+
+def train_on(trainer: Trainer, advice: str = "continue with the same command") -> None:
+    """Train to the end, or leave with the exit code of what stopped it."""
     try:
         trainer.train()
     except Stopped as stop:
-        print(
-            f"\n{stop}; continue with: {PROG} train --resume {trainer.directory}", file=sys.stderr
-        )
+        print(f"\n{stop}; {advice}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Diverged as divergence:
         print(f"\n{PROG}: {divergence}", file=sys.stderr)
         sys.exit(1)
-    print(f"\ntrained in {duration(time.monotonic() - begun)}")
-    report(trainer)
 
 
 def report(trainer: Trainer) -> None:
@@ -241,45 +269,15 @@ def report(trainer: Trainer) -> None:
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
 
 
-def tokenizer_of(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a run, if it has one."""
-    path = directory / "tokenizer.json"
-    return Tokenizer.open(path) if path.exists() else None
-
-
-def facts(task: Task, model: Model, device: torch.device) -> dict[str, Any]:
-    """What run.json says beside the configuration."""
-    packages = ("tinygpt", "torch", "tokenizers", "datasets")
-    return {
-        "data": {"fingerprint": task.fingerprint, "description": task.description},
-        "parameters": parameters(model),
-        "device": describe(device),
-        "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in packages},
-        "commit": _commit(),
-    }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except ModuleNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """The commit of the code that runs, where it is a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None
-
-
 def main() -> None:
     """Choose the command; `train` takes its options from the preset named after it."""
     arguments = sys.argv[1:]
-    commands: dict[str, Callable[..., cli.Command]] = {"eval": Eval, "plot": Plot}
+    commands: dict[str, Callable[..., cli.Command]] = {
+        "eval": Eval,
+        "ladder": Ladder,
+        "plot": Plot,
+        "presets": Presets,
+    }
     name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")

@@ -5,9 +5,9 @@
     tokenizer.json   what made them
 
 `<|endoftext|>` stands before every document and nothing after the last: a split's first
-token is only ever looked back on, and every other one is predicted once. `training.data`
-makes such a folder from text; nothing here needs more than numpy, so it trains where
-`datasets` is not installed.
+token is only ever looked back on, and every other one is predicted once. Of sentence pairs,
+each is two documents: the source, then the target. `training.data` makes such a folder from
+text; nothing here needs more than numpy, so it trains where `datasets` is not installed.
 """
 
 import functools
@@ -55,6 +55,8 @@ class Corpus:
     description: str
     """One line: what it is, and how the validation split came to be."""
     splits: dict[str, Split]
+    languages: tuple[str, str] | None = None
+    """Of sentence pairs: of the source and of the target; None for text."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
@@ -62,8 +64,13 @@ class Corpus:
         return Tokenizer.open(self.directory)
 
 
-def open_corpus(directory: Path | str) -> Corpus:
-    """Open prepared tokens; a ValueError says what is missing or damaged."""
+def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
+    """Open prepared tokens; a ValueError says what is missing, damaged, or not of the kind wanted.
+
+    Args:
+        directory: Where they are.
+        pairs: Whether they are to be pairs of sentences, or text.
+    """
     directory = Path(directory)
     file = directory / FILE
     again = f"delete {directory} and prepare it again"
@@ -81,19 +88,36 @@ def open_corpus(directory: Path | str) -> Corpus:
                     f"{path}: {found} bytes where {length * dtype.itemsize} belong; {again}"
                 )
             splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
-        return Corpus(directory, facts["fingerprint"], facts["description"], splits)
+        languages = tuple(facts["languages"]) if "languages" in facts else None
+        corpus = Corpus(directory, facts["fingerprint"], facts["description"], splits, languages)
     except FileNotFoundError:
         raise ValueError(f"{directory}: no prepared tokens here: {FILE} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({error!r}); {again}") from None
+    if pairs and not languages:
+        raise ValueError(f"{directory} holds text, not pairs of sentences: choose another --data")
+    if languages and not pairs:
+        raise ValueError(
+            f"{directory} holds pairs of sentences ({'-'.join(languages)}), not text: "
+            "choose another --data, or --task pairs"
+        )
+    return corpus
 
 
 class Part(NamedTuple):
-    """A document's text, or where that is long a piece of it."""
+    """A document's text, or where that is long a piece of it; or a pair of sentences."""
 
     text: str
     begins: bool
     """Whether it begins a document."""
+    target: str | None = None
+    """Of a pair, what its text becomes: a document of its own, behind the other."""
+
+    def documents(self) -> "list[Part]":
+        """It, or both sides of a pair."""
+        if self.target is None:
+            return [self]
+        return [Part(self.text, True), Part(self.target, True)]
 
 
 @dataclass
@@ -121,8 +145,9 @@ class CorpusWriter:
         counts = self.counts.setdefault(split, Counts())
         before = counts.bytes
         ids: list[int] = []
-        encoded = self.tokenizer.encode_batch([part.text for part in parts])
-        for (text, begins), more in zip(parts, encoded, strict=True):
+        documents = [document for part in parts for document in part.documents()]
+        encoded = self.tokenizer.encode_batch([document.text for document in documents])
+        for (text, begins, _), more in zip(documents, encoded, strict=True):
             if begins:
                 ids.append(self.tokenizer.end_of_text)
             ids += more
@@ -141,8 +166,8 @@ class CorpusWriter:
             raise OSError(error.errno, error.strerror, str(path)) from error
         return counts.bytes - before
 
-    def close(self, description: str) -> None:
-        """Write the tokenizer, and last of all corpus.json."""
+    def close(self, description: str, languages: tuple[str, str] | None = None) -> None:
+        """Write the tokenizer, and last of all corpus.json; `languages` are those of pairs."""
         whole = hashlib.sha256(str(self.dtype).encode())
         splits = {}
         for name, counts in sorted(self.counts.items()):
@@ -155,6 +180,8 @@ class CorpusWriter:
             "dtype": self.dtype.str,
             "splits": splits,
         }
+        if languages:
+            facts["languages"] = languages
         self.tokenizer.save(self.directory / "tokenizer.json")
         (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 

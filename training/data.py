@@ -6,7 +6,8 @@ same data and options opens what is there. Nothing grows with the corpus but its
 
 What a document is: a .txt file (its line ends read as `\n`), a source file of the
 standard library, a row of anything else. Files are read by streaming, so nothing is
-copied; a data set of the hub is downloaded first unless it is to be streamed.
+copied; a data set of the hub is downloaded first unless it is to be streamed. Where pairs of
+sentences are asked for, a row is two documents: a sentence and its translation.
 """
 
 import contextlib
@@ -65,6 +66,10 @@ HELD_OUT = 20
 """One document in so many is held out for validation."""
 HUB_SECONDS = 4.0
 """How long the hub may take to answer at all."""
+PAIR_COLUMN = "translation"
+"""The column that holds the pairs; a data set of translations on the hub calls it so."""
+PAIR = '{"translation": {"en": "A dog runs.", "fr": "Un chien court."}}'
+"""What a row of pairs looks like."""
 
 # Else every reading of a local file first asks a server to count it, for seconds where none answers.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
@@ -89,8 +94,12 @@ class Source:
     """Read a hub data set as it arrives, and keep no copy."""
     limit: int | None = None
     """Read at most so many bytes of text of each split."""
+    languages: str | None = None
+    """Of pairs: from which to which, like "en-fr"; else the first two, in the data's own order."""
 
 
+Rows = Callable[[Iterable[pa.Table], str], Iterator[Part]]
+"""Makes documents of the rows of a file, whose name is for complaints."""
 Parts = Callable[[], Iterator[Part]]
 Located = Iterator[tuple[str, Part]]
 
@@ -110,7 +119,11 @@ class Found:
 
 
 def prepare(
-    source: Source, tokenizer: str | Tokenizer, vocabulary: int, hold_out: bool = True
+    source: Source,
+    tokenizer: str | Tokenizer,
+    vocabulary: int,
+    hold_out: bool = True,
+    pairs: bool = False,
 ) -> Corpus:
     """Open the prepared tokens of a source, made now if they are not in the cache.
 
@@ -120,20 +133,26 @@ def prepare(
             a tokenizer.json or of a run directory, or a tokenizer.
         vocabulary: Ids of a tokenizer that is trained.
         hold_out: Make a validation split if there is none; else take the splits as found.
+        pairs: Rows are pairs of sentences rather than text.
 
     Raises:
-        ValueError: The data is absent, unreachable, unreadable or holds no text.
+        ValueError: The data is absent, unreachable, unreadable or holds no text, or no pairs.
         OSError: The cache cannot be written, as when the disk is full.
     """
     if source.limit is not None and source.limit < 1:
         raise ValueError(f"--data-limit must be at least one byte, not {source.limit}")
+    if source.languages is not None and not pairs:
+        raise ValueError("--languages goes with pairs of sentences, not with text: leave it out")
     given = _given(tokenizer)
     if (Path(source.data).expanduser() / FILE).is_file() and source.data:
-        return _prepared(source, given)
-    found = _find(source)
+        return _prepared(source, given, pairs)
+    reader = _Pairs(source) if pairs else None
+    found = _find(source, reader or functools.partial(_rows, source.column))
     if source.limit is not None:
         found = _limited(found, source.limit)
     options = {**asdict(source), "data": found.identity, "hold_out": hold_out}
+    if not pairs:
+        del options["languages"]
     recipe = given.fingerprint if given else [tokenizer, vocabulary, WORDS, TOKENIZER_BYTES]
     identity = json.dumps([FORMAT, options, recipe])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -151,13 +170,14 @@ def prepare(
             if not writer.counts:
                 raise ValueError(f"{source.data}: there is no text in it")
             capped = not given and writer.counts["train"].bytes > TOKENIZER_BYTES
-            writer.close(
+            description = (
                 found.name
                 + f", split {source.split}" * bool(source.split)
                 + f"; validation: {rule}" * bool(rule)
                 + f"; tokenizer: trained on the first {TOKENIZER_BYTES:,} bytes" * capped
             )
-    return open_corpus(directory)
+            writer.close(description, reader.languages if reader else None)
+    return open_corpus(directory, pairs)
 
 
 def cache() -> Path:
@@ -183,14 +203,14 @@ def _given(tokenizer: str | Tokenizer) -> Tokenizer | None:
     return Tokenizer.open(tokenizer)
 
 
-def _prepared(source: Source, tokenizer: Tokenizer | None) -> Corpus:
+def _prepared(source: Source, tokenizer: Tokenizer | None, pairs: bool) -> Corpus:
     """Tokens that the user prepared before, as they are."""
     if source != Source(source.data):
         raise ValueError(
             f"{source.data} holds prepared tokens, which are used as they are: only --data and "
             "--tokenizer go with them"
         )
-    corpus = open_corpus(Path(source.data).expanduser())
+    corpus = open_corpus(Path(source.data).expanduser(), pairs)
     if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
         raise ValueError(
             f"{source.data} was tokenised by another tokenizer than the one given: leave out "
@@ -202,22 +222,22 @@ def _prepared(source: Source, tokenizer: Tokenizer | None) -> Corpus:
 # Where the text is
 
 
-def _find(source: Source) -> Found:
+def _find(source: Source, rows: Rows) -> Found:
     """Follow the order in the README: stdlib, a file, a folder, a mistyped path, the hub."""
     data = source.data
     path = Path(data).expanduser()
     if data == "stdlib":
-        found = _stdlib(source)
+        found = _stdlib(source, rows)
     elif data and path.is_file():
         if not (kind := _kind(path)):
             raise ValueError(f"{data}: not a kind of file that is read; expected {EXPECTED}")
-        found = _files(source, kind, {"train": [str(path.resolve())]})
+        found = _files(source, rows, kind, {"train": [str(path.resolve())]})
     elif data and path.is_dir():
-        found = _folder(source, path.resolve())
+        found = _folder(source, rows, path.resolve())
     elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) or _kind(path):
         raise ValueError(f"{data}: no such file or folder")
     else:
-        return _hub(source)
+        return _hub(source, rows)
     if source.config is not None:
         raise ValueError(f"--data-config chooses among those of a hub data set; {data} has none")
     return replace(found, splits=_chosen(source, found.splits))
@@ -242,7 +262,7 @@ def _kind(path: Path) -> str | None:
     return KINDS.get(endings[-1]) if endings else None
 
 
-def _stdlib(source: Source) -> Found:
+def _stdlib(source: Source, rows: Rows) -> Found:
     """The sources of the Python that runs this, without their tests."""
     root = Path(sysconfig.get_path("stdlib"))
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
@@ -253,7 +273,7 @@ def _stdlib(source: Source) -> Found:
             splits[_side(place.as_posix())].append(str(path))
     if not all(splits.values()):
         raise ValueError(f"the standard library's sources are not in {root}: give text as --data")
-    found = _files(source, "text", splits)
+    found = _files(source, rows, "text", splits)
     name = f"standard library of Python {platform.python_version()}"
     return replace(found, name=name, held_out=f"one file in {HELD_OUT}, by a hash of its path")
 
@@ -266,7 +286,7 @@ def _is_utf8(path: Path) -> bool:
     return True
 
 
-def _folder(source: Source, folder: Path) -> Found:
+def _folder(source: Source, rows: Rows, folder: Path) -> Found:
     """A folder's files, in splits by `datasets`' own rules of naming."""
     _refuse_patterns(str(folder))
     files = [
@@ -300,7 +320,7 @@ def _folder(source: Source, folder: Path) -> Found:
             f"{source.data}: {Path(min(unread)).name} belongs to no split by its name, but others "
             f"do ({', '.join(splits)}): rename it, or give one file as --data"
         )
-    return _files(source, kind, {name: chosen for name, chosen in splits.items() if chosen})
+    return _files(source, rows, kind, {name: chosen for name, chosen in splits.items() if chosen})
 
 
 def _refuse_patterns(path: str) -> None:
@@ -309,8 +329,13 @@ def _refuse_patterns(path: str) -> None:
         raise ValueError(f"{path}: {found[0]!r} cannot be in the path of a data file: rename it")
 
 
-def _files(source: Source, kind: str, splits: dict[str, list[str]]) -> Found:
+def _files(source: Source, rows: Rows, kind: str, splits: dict[str, list[str]]) -> Found:
     """Local files of one kind."""
+    if kind == "text" and isinstance(rows, _Pairs):
+        raise ValueError(
+            f"{source.data} is plain text, not pairs of sentences: expected a .jsonl, .json or "
+            f".parquet file with rows like {PAIR}"
+        )
     if kind == "text" and source.column is not None:
         raise ValueError(f"{source.data} is plain text: there is no --text-column to choose")
     zipped = any(Path(file).suffix == ".zst" for files in splits.values() for file in files)
@@ -322,7 +347,7 @@ def _files(source: Source, kind: str, splits: dict[str, list[str]]) -> Found:
     compressed = any(file.endswith(COMPRESSIONS) for file in stats)
     return Found(
         splits={
-            name: functools.partial(_read_files, kind, files, source.column)
+            name: functools.partial(_read_files, kind, files, rows)
             for name, files in splits.items()
         },
         identity=[
@@ -334,7 +359,7 @@ def _files(source: Source, kind: str, splits: dict[str, list[str]]) -> Found:
     )
 
 
-def _hub(source: Source) -> Found:
+def _hub(source: Source, rows: Rows) -> Found:
     """A data set of the hub."""
     name = source.data
     builder = _builder(source)
@@ -348,7 +373,7 @@ def _hub(source: Source) -> Found:
         return builder.as_dataset(split=split)
 
     def read(split: str) -> Iterator[Part]:
-        yield from _rows(_hub_tables(lambda: load(split), name), source.column, name)
+        yield from rows(_hub_tables(lambda: load(split), name), f"{name}, split {split}")
 
     splits: dict[str, Parts] = {str(split): functools.partial(read, str(split)) for split in files}
     return Found(
@@ -433,14 +458,15 @@ def _reach_hub(name: str) -> None:
 # Reading
 
 
-def _read_files(kind: str, files: Sequence[str], column: str | None) -> Iterator[Part]:
+def _read_files(kind: str, files: Sequence[str], rows: Rows) -> Iterator[Part]:
     """The documents of local files."""
     if kind != "text":
-        yield from _rows(_file_tables(kind, files), column, files[0])
+        for file in files:
+            yield from rows(_file_tables(kind, [file]), file)
         return
     for large, some in itertools.groupby(files, key=lambda file: Path(file).stat().st_size > WHOLE):
         if not large:
-            yield from _rows(_file_tables(kind, list(some), size=1), None, files[0])
+            yield from rows(_file_tables(kind, list(some), size=1), files[0])
             continue
         for file in some:
             tables = _file_tables(kind, [file], 1000, sample_by="line", keep_linebreaks=True)
@@ -474,12 +500,77 @@ def _file_tables(
         raise _complaint(kind, files, error) from error
 
 
-def _rows(tables: Iterable[pa.Table], column: str | None, name: str) -> Iterator[Part]:
+def _rows(column: str | None, tables: Iterable[pa.Table], name: str) -> Iterator[Part]:
     """One document for each row with text."""
     chosen = None
     for table in tables:
         chosen = chosen or _text_column(table.schema, column, name)
         yield from (Part(text, True) for text in table[chosen].to_pylist() if text)
+
+
+class _Pairs:
+    """Makes a pair of each row; which language to which, the first row read decides if nobody did."""
+
+    def __init__(self, source: Source) -> None:
+        self.column = source.column or PAIR_COLUMN
+        self.languages: tuple[str, str] | None = None
+        if source.languages is not None:
+            names = source.languages.split("-")
+            if len(names) != 2 or not all(names) or names[0] == names[1]:
+                raise ValueError(
+                    f"--languages must be two names like en-fr, not {source.languages!r}"
+                )
+            self.languages = names[0], names[1]
+
+    def __call__(self, tables: Iterable[pa.Table], name: str) -> Iterator[Part]:
+        """A pair for each row; a ValueError names the row where a side is missing."""
+        before = 0
+        for table in tables:
+            if self.column not in table.column_names:
+                raise ValueError(
+                    f"{name}: no column {self.column!r} of pairs, only: {_columns(table.schema)}; "
+                    f"expected rows like {PAIR}"
+                )
+            kind = table.schema.field(self.column).type
+            for number, value in enumerate(table[self.column].to_pylist(), before + 1):
+                yield self._pair(_decoded(value, kind), f"{name}, row {number}")
+            before += table.num_rows
+
+    def _pair(self, sides: object, place: str) -> Part:
+        if not isinstance(sides, dict):
+            raise ValueError(f"{place}: no pair of sentences: expected a row like {PAIR}")
+        texts = {
+            language: text
+            for language, text in sides.items()
+            if isinstance(text, str) and text.strip()
+        }
+        there = ", ".join(texts) or "nothing"
+        if self.languages is None:
+            if len(sides) < 2:
+                raise ValueError(
+                    f"{place}: expected two languages, found {there}, not as in {PAIR}"
+                )
+            first, second, *_ = sides
+            self.languages = first, second
+        for language in self.languages:
+            if language not in texts:
+                raise ValueError(
+                    f"{place}: no {language!r} side, only {there}: give it text, leave the row "
+                    "out, or choose two others with --languages"
+                )
+        source, target = (texts[language] for language in self.languages)
+        return Part(source, True, target)
+
+
+def _decoded(value: Any, kind: pa.DataType) -> Any:  # noqa: ANN401 (a JSON value)
+    """A value of a column; `datasets` keeps as JSON text what is not of one type in all rows."""
+    if value is None:
+        return None
+    if isinstance(kind, pa.JsonType):
+        return json.loads(value)
+    if isinstance(kind, pa.StructType):
+        return {field.name: _decoded(value[field.name], field.type) for field in kind}
+    return value
 
 
 def _joined_lines(tables: Iterable[pa.Table]) -> Iterator[Part]:
@@ -504,18 +595,24 @@ def _text_column(schema: pa.Schema, wanted: str | None, name: str) -> str:
         for field in schema
         if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     ]
-    columns = ", ".join(f"{field.name} ({field.type})" for field in schema)
+    columns = _columns(schema)
     if wanted is not None:
         if wanted not in strings:
             raise ValueError(f"{name} has no column {wanted!r} of strings, only: {columns}")
         return wanted
     if "text" in strings:
         return "text"
+    if not strings and PAIR_COLUMN in schema.names:
+        raise ValueError(f"{name} holds pairs of sentences, not text: they are for --task pairs")
     if len(strings) != 1:
         raise ValueError(
             f"{name}: which column is the text? Choose with --text-column among: {columns}"
         )
     return strings[0]
+
+
+def _columns(schema: pa.Schema) -> str:
+    return ", ".join(f"{field.name} ({field.type})" for field in schema)
 
 
 def _complaint(kind: str, files: Sequence[str], error: Exception) -> ValueError:
@@ -607,16 +704,23 @@ def _named(splits: dict[str, Parts]) -> Located:
 
 def _division(source: Source, parts: Parts) -> tuple[Callable[[], Located], str]:
     """Training text divided in two: by a hash of each document, or where they are few, by place."""
-    sides, characters = set(), 0
+    sides, characters, pairs = set(), 0, False
     for part in parts():
         characters += len(part.text)
+        pairs = part.target is not None
         if part.begins:
             sides.add(_side(part.text))
         if len(sides) == 2:
-            return lambda: _by_hash(parts()), f"one document in {HELD_OUT}, by a hash of its text"
+            what = (
+                "pair in {}, by a hash of its source"
+                if pairs
+                else "document in {}, by a hash of its text"
+            )
+            return lambda: _by_hash(parts()), "one " + what.format(HELD_OUT)
     if not characters:
         raise ValueError(f"{source.data}: there is no text in it")
-    return lambda: _by_place(parts(), int(0.9 * characters)), "the last 10% of the characters"
+    what = "pairs" if pairs else "characters"
+    return lambda: _by_place(parts(), int(0.9 * characters)), f"the last 10% of the {what}"
 
 
 def _by_hash(parts: Iterable[Part]) -> Located:
@@ -628,13 +732,20 @@ def _by_hash(parts: Iterable[Part]) -> Located:
 
 
 def _by_place(parts: Iterable[Part], border: int) -> Located:
-    """The first `border` characters train; the document that goes on behind it begins anew."""
-    for text, begins in parts:
-        here, there = text[: max(border, 0)], text[max(border, 0) :]
+    """The first `border` characters train; the document that goes on behind it begins anew.
+
+    Of pairs those that end, with their source, before the border.
+    """
+    for part in parts:
+        text, begins, target = part
+        cut = max(border, 0)
+        if target is not None and cut < len(text):
+            cut = 0
+        here, there = text[:cut], text[cut:]
         if here:
-            yield "train", Part(here, begins)
+            yield "train", Part(here, begins, target)
         if there:
-            yield "validation", Part(there, begins or border >= 0)
+            yield "validation", Part(there, begins or border >= 0, target)
         border = border - len(text) if border >= len(text) else -1
 
 
@@ -647,13 +758,13 @@ def _limited(found: Found, limit: int) -> Found:
 
 
 def _limit(parts: Parts, limit: int) -> Iterator[Part]:
-    """Parts of at most `limit` bytes together."""
+    """Parts of at most `limit` bytes together; a pair is not cut."""
     left = limit
-    for text, begins in parts():
+    for text, begins, target in parts():
         cut = text.encode()[:left].decode(errors="ignore")
-        left -= len(text.encode())
-        if cut:
-            yield Part(cut, begins)
+        left -= len(text.encode()) + len((target or "").encode())
+        if cut and (target is None or left >= 0):
+            yield Part(cut, begins, target)
         if left <= 0:
             return
 
@@ -668,8 +779,10 @@ def _trained(
     vocabulary: int,
 ) -> Tokenizer:
     """A tokenizer learned from the beginning of the training split."""
-    parts = (part for split, part in located() if split == "train")
-    texts = (text for text, _ in _limit(lambda: parts, TOKENIZER_BYTES))
+    parts = (
+        document for split, part in located() if split == "train" for document in part.documents()
+    )
+    texts = (part.text for part in _limit(lambda: parts, TOKENIZER_BYTES))
     if (first := next(texts, None)) is None:
         raise ValueError(f"{source.data}: there is no text in a train split to make a tokenizer of")
     return learn(itertools.chain([first], texts), vocabulary)

@@ -165,6 +165,8 @@ class Trainer:
         self.step = 0
         self.seen = 0
         """Targets that it has been trained on."""
+        self.seconds = 0.0
+        """Spent on that, up to the last line of the log."""
         self.best = math.inf
         self.state: State | None = None
         """What is carried from one batch to the next, if anything is."""
@@ -208,11 +210,12 @@ class Trainer:
         self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
         losses: list[Tensor] = []
         self.model.train()
-        begun, first, first_seen = time.monotonic(), self.step, self.seen
+        first, first_seen, before = self.step, self.seen, self.seconds
+        begun = time.monotonic()
         try:
             with self.signals.watched():
                 while self.step < self.run.steps:
-                    losses.append(self._step(objective))
+                    losses.append(self.advance(objective))
                     self.step += 1
                     last = self.step == self.run.steps
                     due = {
@@ -226,6 +229,7 @@ class Trainer:
                         self._check_finite()
                     if due["log"]:
                         elapsed = time.monotonic() - begun
+                        self.seconds = before + elapsed
                         left = elapsed / (self.step - first) * (self.run.steps - self.step)
                         self._log((self.seen - first_seen) / elapsed, left)
                     if due["validation"]:
@@ -237,7 +241,7 @@ class Trainer:
         finally:
             self.metrics.close()
 
-    def _step(self, objective: Callable[..., Tensor]) -> Tensor:
+    def advance(self, objective: Callable[..., Tensor]) -> Tensor:
         """One optimizer step; returns its mean loss, still on the device."""
         arrays = self.task.batch(self.step)
         if not self.task.follows(self.step):
@@ -283,6 +287,7 @@ class Trainer:
         self.pending.clear()
         unit = self.task.unit
         counts = {unit: self.seen, f"{unit}_per_second": round(speed, 1)}
+        counts["seconds"] = round(self.seconds, 2)
         share = schedule(self.run, self.step - 1)
         self.metrics.write(self.step, loss=loss, rate_share=share, **counts)
         self.progress.update(self.step, loss, speed, speed * self.flops, left)
@@ -318,6 +323,7 @@ class Trainer:
             "best": None if math.isinf(self.best) else self.best,
             "pending": self.pending,
             "seen": self.seen,
+            "seconds": self.seconds,
             "data": self.task.fingerprint,
         }
         try:
@@ -340,6 +346,10 @@ class Trainer:
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
         state = read_json(folder / "state.json")
+        if unknown := {"step", "best", "pending", "seen", "seconds", "data"} ^ state.keys():
+            raise ValueError(
+                f"{folder}: written by another version of tinygpt ({', '.join(sorted(unknown))})"
+            )
         if state["data"] != self.task.fingerprint:
             raise ValueError(
                 f"{folder}: was trained on another corpus than {self.run.data} holds now "
@@ -354,7 +364,8 @@ class Trainer:
         if "cuda" in random and device.type == "cuda":
             torch.cuda.set_rng_state(random["cuda"], device)
         self.state = load_tensors(folder / "carried.safetensors", device) or None
-        self.step, self.pending, self.seen = state["step"], state["pending"], state["seen"]
+        self.step, self.pending = state["step"], state["pending"]
+        self.seen, self.seconds = state["seen"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
 
 

@@ -1,12 +1,21 @@
-"""Curves of runs, drawn from their metrics.jsonl; the only file that imports matplotlib."""
+"""Curves of runs, drawn from their metrics.jsonl, and X-rays; the only file that imports matplotlib."""
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import findfont, get_font
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+
+from gpt.model import Importance
+from tokenizer import END_OF_TEXT, Tokenizer
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -29,10 +38,21 @@ def read_metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def plot_losses(runs: Sequence[Path], output: Path) -> None:
-    """Training and validation loss of each run against the tokens it has seen, as SVG, PNG or PDF."""
+def check_output(output: Path) -> None:
+    """A ValueError if the file's name does not end as a picture's does."""
     if output.suffix not in (".svg", ".png", ".pdf"):
         raise ValueError(f"--output must end in .svg, .png or .pdf, not {output.name!r}")
+
+
+def save(figure: Figure, output: Path, dpi: float = 150) -> None:
+    """Write the figure; the same one gives the same file."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(output, dpi=dpi, metadata={"Date": None} if output.suffix == ".svg" else None)
+
+
+def plot_losses(runs: Sequence[Path], output: Path) -> None:
+    """Training and validation loss of each run against the tokens it has seen, as SVG, PNG or PDF."""
+    check_output(output)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
@@ -60,7 +80,168 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
         axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
-        output.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(
-            output, dpi=150, metadata={"Date": None} if output.suffix == ".svg" else None
-        )
+        save(figure, output)
+
+
+def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Bits per byte of each rung against its parameters, and against its training time."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.8), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        units = {"parameters": "parameters", "seconds": "training time (seconds)"}
+        for axes, (key, label) in zip(panels, units.items(), strict=True):
+            for number, row in enumerate(rows):
+                axes.plot(row[key], row["bits_per_byte"], "o", color=f"C{number % 10}")
+                place = (row[key], row["bits_per_byte"])
+                axes.annotate(row["rung"], place, (5, 4), textcoords="offset points", fontsize=9)
+            axes.set_xscale("log")
+            axes.set_xlabel(label)
+            axes.margins(x=0.18)
+        panels[0].set_ylabel("bits per byte")
+        save(figure, output)
+
+
+CELL = 0.14
+"""Inches of a token's row or column in a map: room for a letter of LABEL points."""
+LABEL = 7
+LETTER = 0.6 * LABEL / 72
+"""Inches that a letter of a label is wide: the font is DejaVu Sans Mono."""
+LONGEST = 14
+"""Letters of a label; a longer token is cut."""
+UNITS = 2.2
+"""Inches of a map's width where its columns are no tokens."""
+GAP, TITLE = 0.12, 0.2
+"""Inches between two maps, and above each for what it is."""
+PIXELS = 4000
+"""The longest side of a picture: a larger one has fewer dots per inch."""
+
+
+def draw_xray(found: Sequence[Importance], tokenizer: Tokenizer, output: Path) -> None:
+    """The first row of each map of an X-ray, as SVG, PNG or PDF.
+
+    Layers go down and heads to the right; gates over the same tokens stand side by side, the
+    units of each map in an order of its own. Each kind has its own scale, which its title
+    tells; what is exactly 0 is left white.
+    """
+    check_output(output)
+    together = itertools.groupby(
+        found, lambda one: one.name if _of_tokens(one) else one.rows[0].tolist()
+    )
+    blocks = [Block(list(kinds), tokenizer) for _, kinds in together]
+    width, height = max(block.width for block in blocks), sum(block.height for block in blocks)
+    with mpl.rc_context({**STYLE, "axes.grid": False, "font.size": LABEL + 1}):
+        figure = Figure(figsize=(width, height))
+        top = height
+        for block in blocks:
+            block.draw(figure, top)
+            top -= block.height
+        save(figure, output, min(150, PIXELS / max(width, height)))
+
+
+class Block:
+    """Maps over the same tokens, in a grid: the heads of one kind, or several kinds.
+
+    Args:
+        kinds: What is drawn.
+        tokenizer: What tells the tokens' names.
+    """
+
+    def __init__(self, kinds: Sequence[Importance], tokenizer: Tokenizer) -> None:
+        first = kinds[0]
+        self.rows = labels(first.rows[0].tolist(), tokenizer)
+        self.columns: list[str] = []
+        if isinstance(first.columns, Tensor):
+            self.columns = labels(first.columns[0].tolist(), tokenizer)
+        self.layers = first.weights.shape[1]
+        self.across = [(one, head) for one in kinds for head in range(one.weights.shape[2])]
+        self.left = 2 * GAP + LETTER * max(map(len, self.rows))
+        below = GAP + LETTER * max(map(len, self.columns)) if self.columns else 3 * GAP
+        self.map_width = CELL * len(self.columns) or UNITS
+        self.map_height = CELL * len(self.rows)
+        self.width = self.left + len(self.across) * (self.map_width + GAP) + GAP
+        self.height = TITLE + self.layers * (self.map_height + TITLE) + below + GAP
+
+    def draw(self, figure: Figure, top: float) -> None:
+        """Draw all maps below `top` inches."""
+        width, height = figure.get_size_inches()
+        for place, (one, head) in enumerate(self.across):
+            x = self.left + place * (self.map_width + GAP)
+            if head == 0:
+                low, high = _scale(one)
+                scale = f"red {low:.2g}, blue {high:.2g}" if low else f"0 to {high:.2g}"
+                figure.text(x / width, (top - GAP) / height, f"{one.name}: {scale}", va="top")
+            for layer in range(self.layers):
+                y = top - TITLE - (layer + 1) * (self.map_height + TITLE)
+                axes = figure.add_axes(
+                    (x / width, y / height, self.map_width / width, self.map_height / height)
+                )
+                _draw_map(axes, one, layer, head)
+                self._label(axes, one, left=place == 0, below=layer == self.layers - 1)
+
+    def _label(self, axes: Axes, one: Importance, *, left: bool, below: bool) -> None:
+        """Tokens at the left of a row of maps and below a column of them."""
+        font: dict[str, Any] = {
+            "family": "DejaVu Sans Mono",
+            "fontsize": LABEL,
+            "parse_math": False,
+        }
+        axes.tick_params(length=0, pad=2, labelsize=LABEL)
+        rows = self.rows if left else []
+        axes.set_yticks(range(len(rows)), rows, **font)
+        if not below:
+            axes.set_xticks([])
+        elif isinstance(one.columns, Tensor):
+            axes.set_xticks(range(len(self.columns)), self.columns, rotation=90, **font)
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            order = ", from the highest mean" * (one.columns == "units")
+            axes.set_xlabel(f"{one.columns}{order}", fontsize=LABEL, labelpad=1)
+
+
+def _of_tokens(one: Importance) -> bool:
+    return isinstance(one.columns, Tensor)
+
+
+def _scale(one: Importance) -> tuple[float, float]:
+    """What the ends of the colours stand for; 0 is white in every map."""
+    weights_LHTS = one.weights[0]
+    high = float(weights_LHTS.abs().max())
+    return (-high if weights_LHTS.min() < 0 else 0.0), high
+
+
+def _draw_map(axes: Axes, one: Importance, layer: int, head: int) -> None:
+    """One layer and head, titled where there are several."""
+    _, layers, heads, rows, columns = one.weights.shape
+    low, high = _scale(one)
+    weights_TS = one.weights[0, layer, head].float().cpu()
+    if one.columns == "units":
+        weights_TS = weights_TS[:, weights_TS.mean(dim=0).argsort(descending=True)]
+    first = 0 if _of_tokens(one) else 1  # units and experts are counted as layers are
+    axes.imshow(
+        weights_TS.masked_fill(weights_TS == 0, torch.nan).numpy(),
+        cmap="RdBu" if low else "Blues",
+        vmin=low,
+        vmax=high,
+        extent=(first - 0.5, first + columns - 0.5, rows - 0.5, -0.5),
+        aspect="auto",
+        interpolation="nearest",
+    )
+    title = [f"layer {layer + 1}"] * (layers > 1) + [f"head {head + 1}"] * (heads > 1)
+    axes.set_title(", ".join(title), fontsize=LABEL, pad=2)
+
+
+def labels(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
+    """Each token as one can see it: spaces, line ends and what the font lacks are written out."""
+    known = get_font(findfont("DejaVu Sans Mono")).get_charmap()
+    seen = {" ": "·", "\n": "↵", "\t": "⇥"}
+
+    def label(token: int) -> str:
+        text = tokenizer.token_bytes(token).decode(errors="backslashreplace")
+        letters = [
+            seen.get(letter, letter if ord(letter) in known else f"\\u{ord(letter):04x}")
+            for letter in text
+        ]
+        shown = "".join(letters) or END_OF_TEXT
+        return shown if len(shown) <= LONGEST else shown[: LONGEST - 1] + "…"
+
+    return [label(token) for token in ids]

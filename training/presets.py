@@ -38,6 +38,8 @@ class Run:
     """Split to train on, in datasets' own notation; `train` when not given."""
     text_column: MaybeText = None
     """Column that holds the text; found by itself when it is `text` or the only one of strings."""
+    languages: MaybeText = None
+    """Of sentence pairs: from which to which, like en-fr; the first two in the data when not given."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
     data_limit: MaybeInt = None
@@ -264,7 +266,8 @@ def preset(name: str) -> Run:
     """The preset of that name; a ValueError names the nearest."""
     if name not in PRESETS:
         raise ValueError(
-            f"no preset is named {name!r}{near(name, PRESETS)}; there are {', '.join(PRESETS)}"
+            f"no preset is named {name!r}{near(name, PRESETS)}; "
+            "`python -m training presets` lists them"
         )
     return PRESETS[name]
 

@@ -8,8 +8,9 @@ from training.presets import Run
 from training.tables import TABLES
 from training.task import Task
 from training.text import Text, Vectors
+from training.translation import Pairs
 
-TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, **TABLES}
+TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, "pairs": Pairs, **TABLES}
 """What `--task` can be."""
 
 

@@ -209,10 +209,12 @@ class Vectors(Text):
         return Likeness(self._loss(model, part, len(tokens)), near, far, len(tokens) - 1)
 
 
-def open_corpus_of(run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Corpus:
+def open_corpus_of(
+    run: Run, tokenizer: Tokenizer | None, to_train: bool, pairs: bool = False
+) -> Corpus:
     """The run's corpus as tokens; already prepared ones are opened without `datasets`."""
     if (Path(run.data) / FILE).is_file():
-        return open_corpus(Path(run.data))
+        return open_corpus(Path(run.data), pairs)
     from training import data
 
     source = data.Source(
@@ -222,5 +224,8 @@ def open_corpus_of(run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Cor
         column=run.text_column,
         streaming=run.streaming,
         limit=run.data_limit,
+        languages=run.languages,
     )
-    return data.prepare(source, tokenizer or run.tokenizer, run.vocabulary, hold_out=to_train)
+    return data.prepare(
+        source, tokenizer or run.tokenizer, run.vocabulary, hold_out=to_train, pairs=pairs
+    )

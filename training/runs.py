@@ -1,0 +1,102 @@
+"""A run's directory: begun, and gone on with."""
+
+import dataclasses
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gpt import LanguageModel
+from gpt.checkpoint import save_config
+from gpt.describe import parameters
+from gpt.device import describe, find_device
+from tokenizer import Tokenizer
+from training.loop import (
+    Trainer,
+    configuration,
+    new_model,
+    newest_checkpoint,
+    read_run,
+    save_run,
+)
+from training.presets import Run
+from training.tasks import check, open_task
+
+
+def begin(run: Run, directory: Path) -> Trainer:
+    """Prepare the data and write a new run's directory, up to its first step.
+
+    A ValueError says what of the model, the task, the data and the directory does not fit.
+    """
+    check(run)
+    device = find_device(run.device)
+    with torch.device("meta"):  # what does not fit together is said before the data is read
+        model = new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
+    if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
+        raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
+    if (directory / "run.json").exists():
+        raise ValueError(
+            f"{directory} already holds a run: continue it with --resume {directory}, "
+            "or choose another --run"
+        )
+    task = open_task(run)
+    trainer = Trainer(run, directory, task, device)
+    trainer.begin()
+    directory.mkdir(parents=True, exist_ok=True)
+    if task.tokenizer:
+        task.tokenizer.save(directory / "tokenizer.json")
+    save_config(directory, run.model, configuration(run, task.given))
+    save_run(run, directory, facts(trainer))
+    return trainer
+
+
+def resume(directory: Path, device: str) -> Trainer:
+    """A run as its newest checkpoint has it."""
+    run = dataclasses.replace(read_run(directory), device=device)
+    task = open_task(run, tokenizer_of(directory))
+    trainer = Trainer(run, directory, task, find_device(device))
+    checkpoint = newest_checkpoint(directory)
+    if checkpoint:
+        trainer.resume(checkpoint)
+    else:
+        trainer.begin()
+    return trainer
+
+
+def tokenizer_of(directory: Path) -> Tokenizer | None:
+    """The tokenizer of a run, if it has one."""
+    path = directory / "tokenizer.json"
+    return Tokenizer.open(path) if path.exists() else None
+
+
+def facts(trainer: Trainer) -> dict[str, Any]:
+    """What run.json says beside the configuration."""
+    task = trainer.task
+    packages = ("tinygpt", "torch", "tokenizers", "datasets")
+    return {
+        "data": {"fingerprint": task.fingerprint, "description": task.description},
+        "parameters": parameters(trainer.model),
+        "device": describe(trainer.device),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in packages},
+        "commit": _commit(),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except ModuleNotFoundError:
+        return None
+
+
+def _commit() -> str | None:
+    """The commit of the code that runs, where it is a git checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None
