@@ -208,8 +208,10 @@ TABLE = Run(
     log_interval=100,
 )
 
-BENT = dataclasses.replace(TABLE, steps=2000, learning_rate=0.05, vector_rate=0.05)
-"""Where there are many valleys: slower."""
+BENT = dataclasses.replace(TABLE, steps=2000, learning_rate=0.01, vector_rate=0.01)
+"""Where there are many valleys, and a plane is one of them."""
+
+GATED = dataclasses.replace(BENT, learning_rate=0.05, vector_rate=0.05)
 
 TABLES = {
     name: dataclasses.replace(run, model=model, task=task, arguments=arguments)
@@ -222,11 +224,11 @@ TABLES = {
         ("grain-softmax", TABLE, "softmax-table", "which-grain", {}),
         ("curve-mlp", BENT, "mlp-table", "square", {"hidden": (32,)}),
         ("rice-mlp", BENT, "mlp-table", "rice", {"hidden": (32,)}),
-        ("grain-mlp", BENT, "mlp-table", "grains", {"hidden": (32,)}),
+        ("grain-mlp", BENT, "mlp-table", "grains", {"hidden": (64,)}),
         # Experts that see the cups, gates that see the darkness: of each grain a line, near and far.
-        ("grain-experts", BENT, "experts-table", "grains", {"u": (0,), "v": (1,)}),
+        ("grain-experts", GATED, "experts-table", "grains", {"u": (0,), "v": (1,)}),
         ("lines-mlp", BENT, "mlp-table", "lines", {"hidden": (7,)}),
-        ("lines-experts", BENT, "experts-table", "lines", {}),
+        ("lines-experts", GATED, "experts-table", "lines", {}),
     ]
 }
 """The documents' own small data: a rung and a table."""

@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple, Self
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -310,9 +311,9 @@ class Tabular(Task):
         x_BD, y_B = self.table.splits["train"]
         size = min(self.run.batch, len(y_B))
         epoch, place = divmod(index, len(y_B) // size)
-        generator = torch.Generator().manual_seed(self.run.seed + (epoch << 32))
-        rows = torch.randperm(len(y_B), generator=generator)[place * size : (place + 1) * size]
-        return x_BD[rows].numpy(), y_B[rows].numpy()
+        order = np.random.default_rng((self.run.seed, epoch)).permutation(len(y_B))
+        rows = order[place * size : (place + 1) * size]
+        return x_BD.numpy()[rows], y_B.numpy()[rows]
 
     def validate(self, model: Model) -> float:
         """The loss on the rows between those that were trained on."""
