@@ -78,7 +78,7 @@ class EncoderBlock(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = Attention(width, heads, dropout=dropout)
+        self.attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FeedForward(width, hidden, nn.ReLU())
         self.dropout = nn.Dropout(dropout)
@@ -104,9 +104,9 @@ class DecoderBlock(nn.Module):
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
         self.attention_norm = nn.LayerNorm(width)
-        self.attention = CausalSelfAttention(width, heads, dropout=dropout)
+        self.attention = CausalSelfAttention(width, heads)
         self.cross_norm = nn.LayerNorm(width)
-        self.cross = Attention(width, heads, dropout=dropout)
+        self.cross = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FeedForward(width, hidden, nn.ReLU())
         self.dropout = nn.Dropout(dropout)
@@ -153,7 +153,7 @@ class Transformer(EncoderDecoder):
         depth: Number of blocks of the encoder, and of the decoder, L.
         heads: Attention heads of each block, H.
         hidden: Width inside the feed-forward block, F; 0 means 4 times the width.
-        dropout: Share of embeddings, attention weights and branch outputs that training drops.
+        dropout: Share of embeddings and branch outputs that training drops, as in the paper.
     """
 
     chapter = 13

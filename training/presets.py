@@ -233,12 +233,41 @@ TABLES = {
 }
 """The documents' own small data: a rung and a table."""
 
+TRANSLATION = Run(
+    task="pairs",
+    batch=96,
+    window=128,
+    steps=1500,
+    warm_up=100,
+    cool_down=0.7,
+    embedding_rate=0.01,
+    unembedding_rate=0.004,
+    validation_interval=300,
+    checkpoint_interval=300,
+    sample_tokens=64,
+)
+TRANSLATORS = {
+    "translate-seq2seq": ("seq2seq", {"width": 256, "depth": 1, "dropout": 0.2}),
+    "translate-attention": ("attention", {"width": 256, "dropout": 0.2}),
+    "translate-transformer": (
+        "transformer",
+        {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
+    ),
+    "translate-gpt2": ("gpt2", {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1}),
+    "translate-gpt": ("gpt", {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1}),
+}
+"""Every rung that translates, of a size for the 29,000 pairs of Multi30k."""
+
 PRESETS: dict[str, Run] = {
     name: dataclasses.replace(run, preset=name, model=name if name in CHAPTERS else run.model)
     for name, run in {
         **RUNGS,
         **WORDS,
         **TABLES,
+        **{
+            name: dataclasses.replace(TRANSLATION, model=model, arguments=arguments)
+            for name, (model, arguments) in TRANSLATORS.items()
+        },
         "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": Run(
             arguments={"width": 384, "depth": 6, "heads": 6},
