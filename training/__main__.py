@@ -345,7 +345,7 @@ def main() -> None:
         "plot": Plot,
         "presets": Presets,
     }
-    cli.main(PROG, "Train a language model on a text, and score it.", commands, arguments)
+    cli.main(PROG, "Train the models, score and compare them.", commands, arguments)
 
 
 if __name__ == "__main__":
