@@ -70,6 +70,8 @@ def translate(
         going_B = hope_B > search["score"].squeeze(1)
         if not going_B.any():
             break
+        if beams == 1 and going_B.all():
+            continue  # each target extends itself: there is nothing to move
         firsts_B1 = torch.arange(len(parents_BN), device=device).unsqueeze(1) * beams
         rows_N = (firsts_B1 + parents_BN)[going_B].flatten()
         state = {name: tensor[rows_N] for name, tensor in state.items()}

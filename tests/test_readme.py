@@ -1,6 +1,7 @@
 """Every command in the README runs, in its order, in a fresh folder; with small figures where it would take minutes."""
 
 import contextlib
+import json
 import os
 import re
 import shutil
@@ -41,7 +42,9 @@ def quickened(command: str) -> str:
         return "make test ARGS='--collect-only --quiet'"
     if match := re.fullmatch(r'(make train.*?)(?: ARGS="(.*)")?', command):
         own = re.sub(r"--window \d+", "", match[2] or "")
-        small = SMALL.replace("--heads 1", "") if match[1].endswith("=lstm") else SMALL
+        small = SMALL
+        if "=lstm" in match[1] or "=translate-attention" in match[1]:
+            small = SMALL.replace("--heads 1", "").replace("--depth 1", "")
         return f'{match[1]} ARGS="{own} {small}"'
     if command.startswith("python -m training train gpt-nano"):
         small = re.sub(r"--(width|depth|heads|vocabulary) \d+", "", SMALL)
@@ -66,6 +69,8 @@ def clone(tmp_path):
     text = "Once upon a time there was a text.\n" * 400
     (tmp_path / "my.txt").write_text(text)
     (tmp_path / "other.txt").write_text(text[:5000])
+    row = {"translation": {"en": "A dog runs.", "fr": "Un chien court."}}
+    (tmp_path / "pairs.jsonl").write_text(f"{json.dumps(row)}\n" * 200)
     stories = tmp_path / "hub" / "roneneldan" / "TinyStories"
     stories.mkdir(parents=True)
     (stories / "train.txt").write_text(text)

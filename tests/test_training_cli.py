@@ -339,3 +339,40 @@ def test_help_names_every_option_and_fits_the_terminal(command):
         for name in ("--data", "--steps", "--width", "--learning-rate", "--tensorboard", "--run"):
             assert name in out
         assert "gpt-micro" in out
+
+
+def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        json.dumps({"translation": {"en": " ".join(["cat"] * n), "fr": " ".join(["chat"] * n)}})
+        for n in (1, 2, 3, 4, 5, 6)
+    ]
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text("\n".join(rows * 3) + "\n")
+
+    small = "--tokenizer bytes --window 64 --batch 6 --steps 2 --width 16 --device cpu"
+    for name in ("seq2seq", "attention"):
+        command = f"train translate-{name} --data pairs --run runs/{name} {small}"
+        assert training(*command.split())[0] == 0
+    code, out, err = training("translators", "runs/seq2seq", "runs/attention", "--output", "b.svg")
+    assert code == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [row["run"] for row in found] == ["seq2seq", "attention"]
+    assert [bucket["pairs"] for bucket in found[0]["buckets"]] == [6, 6, 6]
+    assert f"**{found[1]['bleu']:.1f}**" in (tmp_path / "b.md").read_text()
+    assert (tmp_path / "b.md").read_text() in out
+    assert "attention" in (tmp_path / "b.svg").read_text()
+
+    (tmp_path / "text.txt").write_text("no pairs here\n" * 99)
+    for arguments, message in [
+        (["translators"], "which runs?"),
+        (["translators", "runs/attention", "--split", "dev"], "has no split named 'dev'"),
+        (["eval", "runs/attention", "--data", "text.txt"], "translation"),
+        (["eval", "runs/attention", "--stride", "3"], "--stride has no meaning in the task pairs"),
+        (["train", "lstm", "--task", "pairs", "--data", "pairs"], "lstm cannot learn"),
+    ]:
+        code, out, err = training(*arguments)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1

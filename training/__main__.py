@@ -36,6 +36,7 @@ from training.presets import PRESETS, Run, model_options, preset
 from training.progress import duration
 from training.runs import begin, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
+from training.translation import comparison
 
 PROG = "python -m training"
 DEFAULT_PRESET = {"cuda": "gpt-micro"}
@@ -173,6 +174,56 @@ class Plot:
 
 
 @dataclass(frozen=True)
+class Translators:
+    """Compare runs that translate: BLEU by the length of the sentence, as a table and a plot."""
+
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN …")]
+    """Run directories."""
+    split: str = "test"
+    """Split to translate."""
+    beams: int = 1
+    """Translations followed at once by a beam search; 1 always takes the likeliest word."""
+    output: Path = Path("bleu.svg")
+    """Where the plot goes: .svg, .png or .pdf; the table and a .json beside it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __call__(self) -> None:
+        """Translate, score, write."""
+        if not self.run:
+            raise ValueError("which runs? `translators RUN [RUN …]`")
+        drawing().check_output(self.output)
+        rows = []
+        for directory in map(find_run, self.run):
+            run = read_run(directory)
+            if TASKS[run.task].kind != "pairs":
+                raise ValueError(f"{directory}: was not trained to translate, but on {run.task}")
+            task = open_task(run, tokenizer_of(directory))
+            if self.split not in task.splits:
+                raise ValueError(
+                    f"{run.data} has no split named {self.split!r}; there are {', '.join(task.splits)}"
+                )
+            model = open_model(directory, find_device(self.device))
+            score = task.score(model, self.split, beams=self.beams)
+            last = drawing().read_metrics(directory)
+            row = {
+                "run": directory.name,
+                "model": run.model,
+                "split": self.split,
+                "parameters": parameters(model),
+                "seconds": max(line.get("seconds", 0.0) for line in last),
+                **score.to_json(),
+            }
+            rows.append(row)
+            print(f"{directory}: BLEU {row['bleu']:.2f}", flush=True)
+        write_atomically(self.output.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
+        table = comparison(rows)
+        write_atomically(self.output.with_suffix(".md"), table)
+        drawing().plot_bleu(rows, self.output)
+        print(f"\n{table}\n{self.output}")
+
+
+@dataclass(frozen=True)
 class Ladder:
     """Train every rung that speaks on one corpus under one budget, and compare them: table and plot."""
 
@@ -293,6 +344,7 @@ def main() -> None:
         "eval": Eval,
         "figures": Figures,
         "ladder": Ladder,
+        "translators": Translators,
         "plot": Plot,
         "presets": Presets,
     }

@@ -107,7 +107,7 @@ class Metrics:
         if tensorboard:
             self.writer = _summary_writer(directory, resume_at)
 
-    def write(self, step: int, **values: float | str) -> None:
+    def write(self, step: int, **values: Any) -> None:  # noqa: ANN401 (what JSON can hold)
         """Append what is known at a step."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
@@ -115,7 +115,7 @@ class Metrics:
             for name, value in values.items():
                 if isinstance(value, str):
                     self.writer.add_text(name, value, step)
-                else:
+                elif isinstance(value, int | float):
                     self.writer.add_scalar(name, value, step)
 
     def close(self) -> None:
@@ -253,7 +253,7 @@ class Trainer:
             part.sum() / counted.sum() for part in np.array_split(counted, self.run.accumulation)
         ]
         batch = (torch.from_numpy(array).to(self.device) for array in arrays)
-        parts = zip(*(tensor.chunk(self.run.accumulation) for tensor in batch), strict=True)
+        parts = zip(*(tensor.tensor_split(self.run.accumulation) for tensor in batch), strict=True)
         total = torch.zeros((), device=self.device)
         for share, part in zip(shares, parts, strict=True):
             with autocast(self.device, self.run.precision):

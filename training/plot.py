@@ -102,6 +102,25 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
         save(figure, output)
 
 
+def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """BLEU of each translator on short, middle and long sentences."""
+    check_output(output)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.add_subplot()
+        buckets = rows[0]["buckets"]
+        for number, row in enumerate(rows):
+            scores = [bucket["bleu"] for bucket in row["buckets"]]
+            axes.plot(range(len(scores)), scores, "o-", color=f"C{number}", label=row["run"])
+        axes.set_xticks(
+            range(len(buckets)),
+            [f"{b['name']}\n{b['shortest']} to {b['longest']} words" for b in buckets],
+        )
+        axes.set_ylabel("BLEU")
+        axes.legend()
+        save(figure, output)
+
+
 def draw_figure(panels: Sequence[Panel], output: Path) -> None:
     """The panels of a figure of the chapters side by side."""
     check_output(output)

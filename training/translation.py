@@ -28,6 +28,7 @@ from tokenizer import Tokenizer
 from training.corpus import Corpus, Tokens
 from training.evaluate import TOKENS_AT_ONCE
 from training.presets import Run
+from training.progress import duration
 from training.task import Batch, Task
 from training.text import open_corpus_of
 
@@ -348,6 +349,28 @@ class TranslationScore:
             + f", {self.too_long:,} pairs too long for the window" * bool(self.too_long),
         ]
         return "\n".join(lines)
+
+
+def comparison(rows: Sequence[dict[str, Any]]) -> str:
+    """Several scores as a Markdown table; a row has its run, its model, and what `to_json` gives."""
+    first = rows[0]
+    words = [f"{b['shortest']} to {b['longest']} words" for b in first["buckets"]]
+    lines = [
+        f"| run | parameters | training | loss | BLEU | {' | '.join(words)} | chrF |",
+        f"|---|---:|---:|---:|---:|{'---:|' * len(words)}---:|",
+    ]
+    for row in rows:
+        buckets = " | ".join(f"{bucket['bleu']:.1f}" for bucket in row["buckets"])
+        lines.append(
+            f"| {row['run']} | {row['parameters']:,} | {duration(row['seconds'])} "
+            f"| {row['loss']:.3f} | **{row['bleu']:.1f}** | {buckets} | {row['chrf']:.1f} |"
+        )
+    lines += [
+        "",
+        f"{first['languages']}, the {first['pairs']:,} pairs of the {first['split']} split, beams "
+        f"{first['beams']}; {first['bleu_signature']}.",
+    ]
+    return "\n".join(lines) + "\n"
 
 
 @contextlib.contextmanager
