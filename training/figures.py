@@ -250,7 +250,7 @@ def experts() -> Sequence[Panel]:
     kinds = [WHITE, BROWN, FRANKEN]
     rows = grains(CUPS, *kinds)
     model = fit(lambda: Experts(2, 3, u=(0,), v=(1,)), rows, starts=8)
-    network = fit(lambda: MLP(2, (7,)), rows, starts=8)
+    network = fit(lambda: MLP(2, (7,)), rows, starts=4)
     darkness = torch.linspace(0, 1, 81)
     with torch.no_grad():
         gates_BE = model.gates(torch.stack([darkness * 0, darkness], -1).double())
