@@ -18,17 +18,9 @@ from gpt.linear import (
 )
 from gpt.mlp import MLP
 from gpt.model import Model
+from training.tables import BROWN, FRANKEN, WHITE, grains
 
-WHITE, BROWN, FRANKEN = (0.0, 2.0), (0.5, 3.0), (1.0, 1.0)
-"""A grain's darkness z, and the cups of water to a cup of it."""
-
-
-def grains(*kinds: tuple[float, float], cups: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(x_BD, y_B): cups of grain and darkness, and the water they need."""
-    if cups is None:
-        cups = torch.linspace(1, 5, 9, dtype=torch.float64)
-    x_BD = torch.cat([torch.stack([cups, torch.full_like(cups, z)], -1) for z, _ in kinds])
-    return x_BD, torch.cat([ratio * cups for _, ratio in kinds])
+CUPS = torch.linspace(1, 5, 9, dtype=torch.float64)
 
 
 def fit(model: Model, *batch: Tensor, steps: int = 100) -> float:
@@ -97,7 +89,7 @@ def test_chapter_1_by_hand_equals_autograd_and_torchs_sgd() -> None:
 
 def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
     torch.manual_seed(0)
-    x_BD, y_B = grains(WHITE)
+    x_BD, y_B = grains(CUPS, WHITE)
     model = Linear(1).double()
     for _ in range(500):
         descend(model, 0.05, x_BD[:, :1], y_B)
@@ -107,7 +99,7 @@ def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
 
 def test_chapter_1_no_plane_fits_white_and_brown_rice() -> None:
     torch.manual_seed(0)
-    x_BD, y_B = grains(WHITE, BROWN)
+    x_BD, y_B = grains(CUPS, WHITE, BROWN)
     reached = fit(Linear(2).double(), x_BD, y_B)
     design = torch.cat([x_BD, torch.ones(len(x_BD), 1, dtype=torch.float64)], dim=1)
     best = torch.linalg.lstsq(design, y_B.unsqueeze(1)).solution.squeeze(1)
@@ -125,7 +117,7 @@ def test_chapter_1_an_answer_of_another_shape_is_refused() -> None:
 def polynomial() -> SigmaPi:
     """y = p xz + qx + b, fitted on white and brown rice."""
     model = SigmaPi(products=((0, 1), (0,), ())).double()
-    assert fit(model, *grains(WHITE, BROWN)) < 1e-12
+    assert fit(model, *grains(CUPS, WHITE, BROWN)) < 1e-12
     return model
 
 
@@ -147,7 +139,7 @@ def test_chapter_2_a_product_fits_both_rices_exactly(polynomial: SigmaPi) -> Non
 
 def test_chapter_2_it_holds_on_ten_cups(polynomial: SigmaPi) -> None:
     """Where a ReLU network does not: test_mlp.py."""
-    x_BD, y_B = grains(WHITE, BROWN, cups=torch.tensor([10.0], dtype=torch.float64))
+    x_BD, y_B = grains(torch.tensor([10.0], dtype=torch.float64), WHITE, BROWN)
     torch.testing.assert_close(polynomial(x_BD), y_B, rtol=0, atol=1e-4)
 
 
@@ -160,10 +152,10 @@ def test_chapter_2_it_needs_three_parameters_where_n_relus_need_4n_plus_1() -> N
 
 
 def test_chapter_2_a_smooth_law_cannot_switch_to_the_franken_grain(polynomial: SigmaPi) -> None:
-    x_BD, y_B = grains(FRANKEN, cups=torch.ones(1, dtype=torch.float64))
+    x_BD, y_B = grains(torch.ones(1, dtype=torch.float64), FRANKEN)
     assert polynomial(x_BD).item() == pytest.approx(4, abs=1e-4)
     assert y_B.item() == 1
-    assert fit(SigmaPi().double(), *grains(WHITE, BROWN, FRANKEN)) > 0.3
+    assert fit(SigmaPi().double(), *grains(CUPS, WHITE, BROWN, FRANKEN)) > 0.3
 
 
 @pytest.mark.parametrize("products", [(), ((0, -1),)])
@@ -267,7 +259,7 @@ def test_chapter_4_temperature_spreads_and_at_0_only_the_largest_is_left() -> No
 def test_chapter_4_grains_are_told_apart_by_their_darkness() -> None:
     torch.manual_seed(0)
     model = Softmax(1, 3).double()
-    darkness_BD = grains(WHITE, BROWN, FRANKEN)[0][:, 1:]
+    darkness_BD = grains(CUPS, WHITE, BROWN, FRANKEN)[0][:, 1:]
     kind_B = torch.arange(3).repeat_interleave(len(darkness_BD) // 3)
     fit(model, darkness_BD, kind_B, steps=30)
     assert torch.equal(model(darkness_BD).argmax(-1), kind_B)

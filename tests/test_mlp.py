@@ -10,6 +10,7 @@ from torch.func import functional_call, stack_module_state, vmap
 from gpt.linear import SigmaPi
 from gpt.mlp import ACTIVATIONS, MLP, Experts, ExpertsLM, Gated, Layers, WindowLM, backpropagate
 from gpt.model import Model
+from training.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grains
 
 
 def fit_many(
@@ -29,15 +30,6 @@ def fit_many(
         ((predict(parameters, x_NBD) - y_NB) ** 2).mean(-1).sum().backward()
         optimizer.step()
     return lambda x_NBD: predict(parameters, x_NBD).detach()
-
-
-def grains(cups: Tensor, *kinds: tuple[float, float]) -> tuple[Tensor, Tensor]:
-    """(x_BD, y_B): cups of grain and its darkness z, and the water needed, for kinds (z, ratio)."""
-    x_BD = torch.cat([torch.stack([cups, torch.full_like(cups, z)], -1) for z, _ in kinds])
-    return x_BD, torch.cat([ratio * cups for _, ratio in kinds])
-
-
-WHITE, BROWN, FRANKEN = (0.0, 2.0), (0.5, 3.0), (1.0, 1.0)
 
 
 def size(model: Model) -> int:
@@ -108,17 +100,10 @@ def test_chapter_5_three_relus_make_at_most_three_kinks() -> None:
     assert most == 3
 
 
-CURVES = {
-    "x^2 + 1": lambda x: x**2 + 1,
-    "x^3 - 2x^2 + 1": lambda x: x**3 - 2 * x**2 + 1,
-    "sin 2x": lambda x: torch.sin(2 * x),
-}
-
-
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
 def test_chapter_5_curves_are_fitted_better_with_more_units(activation: str) -> None:
     x_B = torch.linspace(-1.5, 2.5, 60)
-    y_NB = torch.stack([curve(x_B) for curve in CURVES.values()])
+    y_NB = torch.stack([curve(x_B) for _, curve in CURVES.values()])
     x_NBD = x_B.view(1, -1, 1).expand(len(CURVES), -1, -1)
     errors = []
     for units in (2, 20):
@@ -145,7 +130,7 @@ def test_chapter_5_backpropagation_by_hand_equals_autograd() -> None:
 
 def test_chapter_6_the_hand_set_relu_switch_passes_its_own_grain_and_shuts_the_rest() -> None:
     """One ReLU a kind: ratio * cups - 100 * p(other kinds), from cups and a classifier's answer."""
-    ratios = torch.tensor([ratio for _, ratio in (WHITE, BROWN, FRANKEN)])
+    ratios = torch.tensor([grain.water for grain in (WHITE, BROWN, FRANKEN)])
     model = MLP(4, (3,))
     with torch.no_grad():
         model.hidden.layers[0].weight.copy_(
@@ -192,14 +177,6 @@ def test_chapter_6_parameter_counts() -> None:
     assert size(Experts(2, 5)) == 30
     assert size(MLP(2, (7,))) == 29
     assert size(MLP(2, (4, 3))) == 31
-
-
-def five_lines(seed: int, x_B: Tensor) -> tuple[Tensor, Tensor]:
-    """(x_BD, y_B): five lines of random slope and intercept; z says which one holds."""
-    slope, intercept = 4 * torch.rand(2, 5, generator=torch.Generator().manual_seed(seed)) - 2
-    line_B = torch.arange(5).repeat_interleave(len(x_B))
-    x_B = x_B.repeat(5)
-    return torch.stack([x_B, line_B / 2 - 1], -1), slope[line_B] * x_B + intercept[line_B]
 
 
 def test_chapter_6_experts_keep_to_five_random_lines_where_networks_of_their_size_do_not() -> None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt import LanguageModel, cli
+from gpt import cli
 from gpt.checkpoint import (
     RUNS,
     find_run,
@@ -333,8 +333,10 @@ def report(trainer: Trainer) -> None:
     print(f"the whole validation split, with the best weights:\n{score.table()}")
     print(f"a sample:\n\n{task.sample(model, min(200, trainer.run.window - 1))}")
     print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
-    if isinstance(model, LanguageModel):
+    if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
+    if task.kind == "pairs":
+        print(f'  python -m gpt xray {directory} "a sentence to translate"')
 
 
 def main() -> None:

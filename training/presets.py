@@ -193,6 +193,46 @@ WORDS = {
 }
 """Where a token is a word."""
 
+TABLE = Run(
+    batch=256,  # all rows at once
+    optimizer="adamw",  # Muon does not suit a matrix of one row
+    learning_rate=0.1,
+    vector_rate=0.1,
+    warm_up=0,
+    cool_down=1.0,
+    clip=0.0,
+    precision="float32",
+    steps=1000,
+    validation_interval=500,
+    checkpoint_interval=1000,
+    log_interval=100,
+)
+
+BENT = dataclasses.replace(TABLE, steps=2000, learning_rate=0.01, vector_rate=0.01)
+"""Where there are many valleys, and a plane is one of them."""
+
+GATED = dataclasses.replace(BENT, learning_rate=0.05, vector_rate=0.05)
+
+TABLES = {
+    name: dataclasses.replace(run, model=model, task=task, arguments=arguments)
+    for name, run, model, task, arguments in [
+        ("linear", TABLE, "linear", "basketball", {}),
+        ("rice-linear", TABLE, "linear", "rice", {}),
+        ("rice-sigma-pi", TABLE, "sigma-pi-table", "rice", {}),
+        ("grain-sigma-pi", TABLE, "sigma-pi-table", "grains", {}),
+        ("logistic", TABLE, "logistic", "white-or-brown", {}),
+        ("grain-softmax", TABLE, "softmax-table", "which-grain", {}),
+        ("curve-mlp", BENT, "mlp-table", "square", {"hidden": (32,)}),
+        ("rice-mlp", BENT, "mlp-table", "rice", {"hidden": (32,)}),
+        ("grain-mlp", BENT, "mlp-table", "grains", {"hidden": (64,)}),
+        # Experts that see the cups, gates that see the darkness: of each grain a line, near and far.
+        ("grain-experts", GATED, "experts-table", "grains", {"u": (0,), "v": (1,)}),
+        ("lines-mlp", BENT, "mlp-table", "lines", {"hidden": (7,)}),
+        ("lines-experts", GATED, "experts-table", "lines", {}),
+    ]
+}
+"""The documents' own small data: a rung and a table."""
+
 TRANSLATION = Run(
     task="pairs",
     batch=96,
@@ -223,6 +263,7 @@ PRESETS: dict[str, Run] = {
     for name, run in {
         **RUNGS,
         **WORDS,
+        **TABLES,
         **{
             name: dataclasses.replace(TRANSLATION, model=model, arguments=arguments)
             for name, (model, arguments) in TRANSLATORS.items()

@@ -5,11 +5,12 @@ import dataclasses
 from gpt.checkpoint import model_class, near
 from tokenizer import Tokenizer
 from training.presets import Run
+from training.tables import TABLES
 from training.task import Task
 from training.text import Text, Vectors
 from training.translation import Pairs
 
-TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, "pairs": Pairs}
+TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, "pairs": Pairs, **TABLES}
 """What `--task` can be."""
 
 
