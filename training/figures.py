@@ -291,7 +291,7 @@ def words() -> Sequence[Panel]:
     vocabulary = sorted(set(text))
     ids = torch.tensor([vocabulary.index(word) for word in text])
     torch.manual_seed(0)
-    model = Word2Vec(len(vocabulary), width=16, window=2)
+    model = Word2Vec(len(vocabulary), width=16, span=2)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(200):
         starts = torch.randint(len(ids) - 65, (16, 1))
