@@ -40,6 +40,7 @@ class Describe:
         """What was named, without its weights; a ValueError says what can be."""
         from training.loop import new_model
         from training.presets import PRESETS
+        from training.tasks import TASKS
 
         config = Path(self.model) / "config.json"
         if self.model == "gpt3":
@@ -48,8 +49,9 @@ class Describe:
             return describe.shapes(BY_NAME[self.model])
         if self.model in PRESETS:
             run = PRESETS[self.model]
+            expected = TASKS[run.task].expects(run)
             with torch.device("meta"):
-                return new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
+                return new_model(run, expected)
         if config.is_file():
             given = read_json(config)
             with torch.device("meta"):

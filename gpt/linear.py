@@ -102,6 +102,7 @@ class SigmaPi(Model):
     exactly, also far from the data. It cannot switch from one law to another.
 
     Args:
+        inputs: Numbers in a row, D.
         products: For each product, the places of the inputs in it; the empty one is 1, the bias.
     """
 
@@ -111,11 +112,15 @@ class SigmaPi(Model):
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
     learns: ClassVar[tuple[str, ...]] = ("numbers",)
 
-    def __init__(self, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())) -> None:
+    def __init__(
+        self, inputs: int = 2, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())
+    ) -> None:
         super().__init__()
-        if not products or any(place < 0 for product in products for place in product):
+        places = [place for product in products for place in product]
+        if not products or not all(0 <= place < inputs for place in places):
             raise ValueError(
-                f"products must be lists of places of inputs, counted from 0, not {products}"
+                f"products must be lists of places of the {inputs} inputs, counted from 0, "
+                f"not {products}"
             )
         self.products = [list(product) for product in products]
         # Zero is as good a start as any: the loss has one valley.

@@ -123,7 +123,7 @@ def polynomial() -> SigmaPi:
 
 def test_chapter_2_a_sigma_pi_unit_is_its_formula() -> None:
     torch.manual_seed(0)
-    model = SigmaPi(products=((0, 0, 2), (1, 2), (1,), ())).double()
+    model = SigmaPi(3, ((0, 0, 2), (1, 2), (1,), ())).double()
     with torch.no_grad():
         model.weight.copy_(torch.tensor([2.0, -1.0, 3.0, 5.0]))
     x_BD = torch.randn(6, 3, dtype=torch.float64)
@@ -158,9 +158,9 @@ def test_chapter_2_a_smooth_law_cannot_switch_to_the_franken_grain(polynomial: S
     assert fit(SigmaPi().double(), *grains(CUPS, WHITE, BROWN, FRANKEN)) > 0.3
 
 
-@pytest.mark.parametrize("products", [(), ((0, -1),)])
+@pytest.mark.parametrize("products", [(), ((0, -1),), ((2,),)])
 def test_chapter_2_products_that_are_none_are_refused(products: tuple[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="places of inputs"):
+    with pytest.raises(ValueError, match="places of the 2 inputs"):
         SigmaPi(products=products)
 
 

@@ -90,7 +90,7 @@ def test_a_run_says_what_it_does_and_what_comes_next(run):
     assert "preset gpt-nano: gpt on cpu" in out
     assert f"run: {directory}, {config['parameters']:,} parameters" in out
     for name, value in config["run"].items():
-        if name not in ("preset", "model"):
+        if name not in ("preset", "model", "languages"):
             assert f"{name} = {value}\n" in out
     assert "last 10% of the characters" in out
     assert len(re.findall(r"step [36]: validation loss \d\.\d{4}, perplexity", out)) == 2
@@ -222,8 +222,8 @@ WRONG = {
         ["train", "--accumulation", "5"],
         "--batch 16 cannot be divided",
     ),
-    "an unknown command": (["trian"], "Available subcommands: eval, plot, train"),
-    "no command": ([], "Expected one of {eval, plot, train}"),
+    "an unknown command": (["trian"], "Available subcommands: train, eval, ladder,"),
+    "no command": ([], "Expected one of {train, eval, ladder,"),
     "no such device": (["train", "--device", "tpu"], "--device must be auto, cpu, cuda"),
     "no card": (["train", "--device", "cuda:99"], "--device cuda:99: there is none"),
     "heads that do not divide": (
@@ -338,7 +338,17 @@ def test_help_names_every_option_and_fits_the_terminal(command):
     if "train" in command:
         for name in ("--data", "--steps", "--width", "--learning-rate", "--tensorboard", "--run"):
             assert name in out
-        assert "gpt-micro" in out
+        assert "python -m training presets" in out
+
+
+def test_the_presets_are_listed_with_what_they_train():
+    code, out, _ = training("presets")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines()}
+    assert rows["gpt-micro"] == ["gpt", "text"]
+    assert rows["grain-experts"] == ["experts-table", "grains"]
+    assert rows["translate-attention"] == ["attention", "pairs"]
+    assert rows["word2vec"] == ["word2vec", "vectors"]
 
 
 def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):

@@ -63,7 +63,8 @@ def train_command(name: str) -> Callable[..., cli.Command]:
             model: The model's own arguments.
             run: Where to write the run; runs/<preset>-<time> when not given.
         """
-        resolved = dataclasses.replace(settings, arguments=dataclasses.asdict(model))
+        arguments = chosen.arguments | dataclasses.asdict(model)
+        resolved = dataclasses.replace(settings, arguments=arguments)
         return lambda: start(resolved, run)
 
     return train
@@ -151,7 +152,7 @@ class Eval:
             raise ValueError(f"--{name} has no meaning in the task {trained.task}: leave it out")
         report = task.score(model, wanted, final=True, **options)
         if self.json:
-            about = {"run": str(directory), "data": trained.data, "split": wanted}
+            about = {"run": str(directory), "data": task.description, "split": wanted}
             print(json.dumps({**about, **report.to_json()}))
             return
         print(f"{directory} on the {wanted} split of {task.description}")
@@ -342,7 +343,19 @@ def report(trainer: Trainer) -> None:
 def main() -> None:
     """Choose the command; `train` takes its options from the preset named after it."""
     arguments = sys.argv[1:]
+    name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
+    if arguments[:1] == ["train"] and "--resume" in arguments:
+        arguments.remove("--resume")
+        train: Callable[..., cli.Command] = Resume
+    else:
+        if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1][:1] != "-":
+            name = arguments.pop(1)
+        try:
+            train = train_command(name)
+        except ValueError as error:
+            cli.refuse(PROG, str(error))
     commands: dict[str, Callable[..., cli.Command]] = {
+        "train": train,
         "eval": Eval,
         "figures": Figures,
         "ladder": Ladder,
@@ -350,18 +363,7 @@ def main() -> None:
         "plot": Plot,
         "presets": Presets,
     }
-    name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
-    if arguments[:1] == ["train"] and "--resume" in arguments:
-        arguments.remove("--resume")
-        commands["train"] = Resume
-    else:
-        if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1][:1] != "-":
-            name = arguments.pop(1)
-        try:
-            commands["train"] = train_command(name)
-        except ValueError as error:
-            cli.refuse(PROG, str(error))
-    cli.main(PROG, "Train a language model on a text, and score it.", commands, arguments)
+    cli.main(PROG, "Train the models, score and compare them.", commands, arguments)
 
 
 if __name__ == "__main__":

@@ -144,6 +144,8 @@ def _check(run: Run, name: str, holds: bool, expected: str) -> None:
 
 DECIDED = ("vocabulary", "context", "inputs", "classes")
 """Arguments of a model that its task decides."""
+UNTYPED = ("products",)
+"""Arguments of a shape that a command line does not have."""
 
 RUNGS = {
     "sigma-pi": Run(),
@@ -317,7 +319,7 @@ def model_options(run: Run) -> type:
             defaults[name],
         )
         for name, parameter in wanted.items()
-        if name not in decided
+        if name not in (*decided, *UNTYPED)
     ]
     return dataclasses.make_dataclass(f"{run.model} options", options, frozen=True)
 

@@ -23,7 +23,7 @@ from training.loop import (
     save_run,
 )
 from training.presets import Run
-from training.tasks import check, open_task
+from training.tasks import TASKS, check, open_task
 
 
 def begin(run: Run, directory: Path) -> Trainer:
@@ -33,8 +33,9 @@ def begin(run: Run, directory: Path) -> Trainer:
     """
     check(run)
     device = find_device(run.device)
+    expected = TASKS[run.task].expects(run)
     with torch.device("meta"):  # what does not fit together is said before the data is read
-        model = new_model(run, {"vocabulary": run.vocabulary, "context": run.window})
+        model = new_model(run, expected)
     if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
         raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
     if (directory / "run.json").exists():

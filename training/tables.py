@@ -302,6 +302,11 @@ class Tabular(Task):
         self.fingerprint = digest.hexdigest()
 
     @classmethod
+    def expects(cls, run: Run) -> dict[str, Any]:
+        """What it will be: the data is there at once."""
+        return cls.open(run, None, to_train=False).given
+
+    @classmethod
     def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003 (it is not text)
         """The table of the run's task and seed."""
         return cls(run, cls.tables[run.task](run.seed))

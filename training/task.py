@@ -52,6 +52,11 @@ class Task:
     """Tokens of a row, where all rows are of one length."""
 
     @classmethod
+    def expects(cls, run: Run) -> dict[str, Any]:
+        """What `given` will be, as far as it is known before the data is read."""
+        return {"vocabulary": run.vocabulary, "context": run.window}
+
+    @classmethod
     def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
         """The task with its data: see `tasks.open_task`."""
         raise NotImplementedError
