@@ -2,7 +2,7 @@
 
     loss = -log sigmoid(v_c . u_o) - sum_n log sigmoid(-v_c . u_n)
 
-v_c is the vector of a word c, u_o that of a word at most `window` places from it, and each u_n
+v_c is the vector of a word c, u_o that of a word at most `span` places from it, and each u_n
 that of a word drawn by chance. A logistic regression tells neighbours from chance, and its
 weights are what is kept: words that have the same neighbours come to have the same vector.
 
@@ -29,7 +29,7 @@ class Word2Vec(Model):
     Args:
         vocabulary: Number of token ids, V.
         width: Width of a vector, D.
-        window: A word's neighbours are at most this many places away.
+        span: A word's neighbours are at most this many places away.
         negatives: Words drawn by chance against each neighbour, N.
     """
 
@@ -40,15 +40,15 @@ class Word2Vec(Model):
     learns: ClassVar[tuple[str, ...]] = ("vectors",)
 
     def __init__(
-        self, vocabulary: int, *, width: int = 256, window: int = 5, negatives: int = 5
+        self, vocabulary: int, *, width: int = 256, span: int = 5, negatives: int = 5
     ) -> None:
         super().__init__()
-        if min(vocabulary, width, window, negatives) < 1:
+        if min(vocabulary, width, span, negatives) < 1:
             raise ValueError(
-                f"vocabulary, width, window and negatives must be at least 1, not {vocabulary}, "
-                f"{width}, {window} and {negatives}"
+                f"vocabulary, width, span and negatives must be at least 1, not {vocabulary}, "
+                f"{width}, {span} and {negatives}"
             )
-        self.vocabulary, self.window, self.negatives = vocabulary, window, negatives
+        self.vocabulary, self.span, self.negatives = vocabulary, span, negatives
         self.embedding = nn.Embedding(vocabulary, width)
         self.neighbour = nn.Embedding(vocabulary, width)
         # Small, as in the authors' program: every sigmoid begins near a half, where it learns
@@ -65,7 +65,7 @@ class Word2Vec(Model):
 
     def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (the same for any length)
         """A dot product with each neighbour and each negative, forward and backward."""
-        return 6.0 * (2 * self.window + self.negatives) * self.embedding.embedding_dim
+        return 6.0 * (2 * self.span + self.negatives) * self.embedding.embedding_dim
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Mean over all pairs of neighbours in the texts of tokens_BT and, last, targets_BT[:, -1].
@@ -89,7 +89,7 @@ class Word2Vec(Model):
 
         total, pairs = refused_BW.new_zeros(()), 0
         length = text_BW.shape[1]
-        for distance in range(1, min(self.window, length - 1) + 1):
+        for distance in range(1, min(self.span, length - 1) + 1):
             early, late = slice(0, length - distance), slice(distance, length)
             for centre, other in ((early, late), (late, early)):
                 scores_BW = (vectors_BWD[:, centre] * neighbours_BWD[:, other]).sum(dim=-1)

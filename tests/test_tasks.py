@@ -69,7 +69,7 @@ RUN = Run(model="word2vec", task="vectors", batch=8, window=32, device="cpu", pr
 def test_vectors_are_judged_by_the_company_they_keep(corpus):
     task = Vectors(RUN, corpus)
     torch.manual_seed(0)
-    model = build("word2vec", {"vocabulary": task.given["vocabulary"], "width": 8, "window": 2})
+    model = build("word2vec", {"vocabulary": task.given["vocabulary"], "width": 8, "span": 2})
     assert isinstance(model, Word2Vec)
     before = task.validate(model)
     optimizer = torch.optim.Adam(model.parameters(), 0.05)

@@ -25,7 +25,7 @@ from gpt.checkpoint import (
 from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.describe import parameters
 from gpt.device import describe, find_device
-from training import ladder
+from training import figures, ladder
 from training.loop import (
     Diverged,
     Stopped,
@@ -260,6 +260,23 @@ class Ladder:
         print(f"\n{ladder.table(rows)}\n{self.output / 'ladder.svg'}")
 
 
+@dataclass(frozen=True)
+class Figures:
+    """Make the figures of docs/chapters.md: each a small experiment with the models."""
+
+    name: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME …]")] = ()
+    """Which figures; all when none is given."""
+    output: Path = Path("docs/figures")
+    """Folder that they are written to, as NAME.svg."""
+
+    def __call__(self) -> None:
+        """Compute, draw, say where."""
+        for name, panels in figures.chosen(self.name).items():
+            path = self.output / f"{name}.svg"
+            drawing().draw_figure(panels(), path)
+            print(path, flush=True)
+
+
 def drawing() -> ModuleType:
     """The module that draws; it needs a package that training does not."""
     try:
@@ -340,6 +357,7 @@ def main() -> None:
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
         "eval": Eval,
+        "figures": Figures,
         "ladder": Ladder,
         "translators": Translators,
         "plot": Plot,

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from gpt.model import Importance
 from tokenizer import END_OF_TEXT, Tokenizer
+from training.figures import BLUE, GREY, Bars, Curves, Map, Panel
 
 STYLE: dict[Any, Any] = {
     "axes.grid": True,
@@ -118,6 +119,97 @@ def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
         axes.set_ylabel("BLEU")
         axes.legend()
         save(figure, output)
+
+
+def draw_figure(panels: Sequence[Panel], output: Path) -> None:
+    """The panels of a figure of the chapters side by side."""
+    check_output(output)
+    with mpl.rc_context(STYLE):
+        width = {1: 5.4, 2: 8.4, 3: 10.8}[len(panels)]
+        figure = Figure(figsize=(width, 3.3), layout="constrained")
+        for place, panel in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), place + 1)
+            axes.set_title(panel.title, fontsize=11)
+            axes.set_xlabel(panel.x)
+            match panel:
+                case Curves():
+                    _draw_curves(axes, panel)
+                case Bars():
+                    _draw_bars(axes, panel)
+                case Map():
+                    _draw_numbers(axes, panel)
+        save(figure, output)
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "line": {"linewidth": 2},
+    "dashes": {"linestyle": (0, (4, 3)), "linewidth": 1.2},
+    "dots": {
+        "linestyle": "none",
+        "marker": "o",
+        "markersize": 6,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    },
+}
+
+
+def _draw_curves(axes: Axes, panel: Curves) -> None:
+    """Every name in the colour of its series, beside it."""
+    axes.set_ylabel(panel.y)
+    if panel.log:
+        axes.set_yscale("log")
+    if panel.seen:
+        axes.axvspan(*panel.seen, color=GREY, alpha=0.12, linewidth=0)
+    for one in panel.series:
+        axes.plot(
+            one.x.numpy(), one.y.numpy(), color=one.color, alpha=one.strength, **LOOKS[one.look]
+        )
+        place = (one.x[one.at].item(), one.y[one.at].item())
+        axes.annotate(
+            one.name,
+            place,
+            one.shift,
+            textcoords="offset points",
+            color=one.color,
+            va="center",
+            fontsize=10,
+            annotation_clip=False,
+        )
+    if panel.limits:
+        axes.set_ylim(panel.limits)
+
+
+def _draw_bars(axes: Axes, panel: Bars) -> None:
+    """The first at the top."""
+    axes.invert_yaxis()
+    axes.bar_label(axes.barh(panel.names, panel.values, color=BLUE), panel.labels, padding=3)
+    axes.set_xlim(0, 1.45 * (panel.whole or max(panel.values)))
+    axes.set_xticks([])
+    axes.grid(visible=False)
+    axes.spines["bottom"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _draw_numbers(axes: Axes, panel: Map) -> None:
+    """0 is white: red below, blue above."""
+    most = panel.values.abs().max().item()
+    drawn = axes.imshow(panel.values.numpy(), cmap="RdBu", vmin=-most, vmax=most, aspect="auto")
+    axes.grid(visible=False)
+    axes.set_ylabel(panel.y)
+    if panel.rows:
+        axes.set_yticks(range(len(panel.rows)), panel.rows)
+        turn = 90 if len(panel.columns) > 8 else 0
+        axes.set_xticks(range(len(panel.columns)), panel.columns, rotation=turn)
+        axes.tick_params(length=0)
+    for row, labels in enumerate(panel.labels):
+        for column, label in enumerate(labels):
+            dark = panel.values[row, column] > 0.6 * most
+            axes.text(
+                column, row, label, ha="center", va="center", color="white" if dark else "black"
+            )
+    if panel.scale:
+        axes.figure.colorbar(drawn, ax=axes, label=panel.scale)
 
 
 CELL = 0.14
