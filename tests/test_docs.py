@@ -74,7 +74,6 @@ def test_every_link_and_picture_is_there():
     assert not missing
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS + EVERY_PRESET))
 def test_every_command_is_understood(command, monkeypatch):
     if command.startswith("make"):

@@ -118,7 +118,6 @@ def test_a_figure_is_the_same_file_twice(made, tmp_path, name):
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@pytest.mark.filterwarnings("ignore:.*found in sys.modules")
 def test_the_command_draws_what_it_is_asked_for(tmp_path, capsys, monkeypatch):
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["training", "figures", *map(str, arguments)])

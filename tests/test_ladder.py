@@ -8,8 +8,7 @@ import pytest
 
 from gpt import MODELS
 from training import ladder
-from training.__main__ import train_on
-from training.loop import Stopped
+from training.loop import Stopped, Trainer
 from training.plot import plot_ladder
 
 TOKENS = 2 * 4 * 32
@@ -24,7 +23,7 @@ def common(tmp_path, monkeypatch):
     return {"data": str(tmp_path / "text.txt"), "tokenizer": "bytes", "device": "cpu", **small}
 
 
-def climb(common, tmp_path, *names, train=train_on, seconds=None, tokens=TOKENS):
+def climb(common, tmp_path, *names, train=Trainer.train, seconds=None, tokens=TOKENS):
     return ladder.climb(tmp_path / "ladder", names, common, tokens, seconds, train)
 
 
@@ -77,11 +76,11 @@ def test_a_stopped_rung_is_gone_on_with(common, tmp_path):
 
     def train(trainer):
         steps.append(trainer.step)
-        train_on(trainer)
+        trainer.train()
 
     (row,) = climb(common, tmp_path, "softmax", train=train)
     assert steps == [1]
-    (straight,) = ladder.climb(tmp_path / "other", ["softmax"], common, TOKENS, None, train_on)
+    (straight,) = ladder.climb(tmp_path / "other", ["softmax"], common, TOKENS, None, Trainer.train)
     assert row["loss"] == straight["loss"]
     assert json.loads((tmp_path / "ladder" / "softmax" / "rung.json").read_text()) == row
 
