@@ -78,6 +78,8 @@ class Xray:
     """What it reads; for a run that translates, the sentence to be translated."""
     translation: cli.MaybeText = None
     """What it then writes; without one, a run that translates finds its own."""
+    only: cli.MaybeText = None
+    """Draw only what has this in its name: alignment, forget gate, …"""
     output: Path = Path("xray.png")
     """Where to: .png, .svg or .pdf."""
 
@@ -108,7 +110,11 @@ class Xray:
             print(tokenizer.decode(written).strip())
             # Where there was no room for more, the last token was written but never fed.
             fed = [end, *written][: model.target_room(len(ids))]
-        found = model.xray(*batch(ids, fed))
+        everything = model.xray(*batch(ids, fed))
+        found = [one for one in everything if (self.only or "") in one.name]
+        if not found:
+            names = ", ".join(one.name for one in everything)
+            raise ValueError(f"--only {self.only}: no such name; there are {names}")
         draw_xray(found, tokenizer, self.output)
         for one in found:
             _, layers, heads, rows, columns = one.weights.shape

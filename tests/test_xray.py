@@ -287,6 +287,13 @@ def test_every_kind_is_drawn_under_its_name(name, titles, tmp_path):
         assert f">{title}: " in (tmp_path / "xray.svg").read_text()
 
 
+def test_what_is_asked_for_is_drawn_alone(tmp_path, capsys):
+    output = tmp_path / "xray.svg"
+    Xray(make_run(tmp_path, "attention"), "some text", only="decoder", output=output)()
+    assert "alignment" not in output.read_text() + capsys.readouterr().out
+    assert ">decoder hidden: " in output.read_text()
+
+
 def test_a_long_text_is_drawn_small(tmp_path, monkeypatch):
     monkeypatch.setattr("training.plot.PIXELS", 500)
     output = tmp_path / "xray.png"
@@ -335,6 +342,7 @@ def test_mistakes_are_one_line(tmp_path):
         (Xray(lstm, "x", translation="y", output=output), "LSTM does not translate"),
         (Xray(linear, "x", output=output), "does not speak"),
         (Xray(tmp_path / "none", "x", output=output), "no such run directory"),
+        (Xray(run, "x", only="gate", output=output), "no such name; there are attention"),
     ):
         with pytest.raises(ValueError, match=expected):
             wrong()
