@@ -11,7 +11,8 @@ import openai
 import pytest
 import torch
 
-from gpt import GPT
+from gpt import GPT, MODELS
+from gpt.model import EncoderDecoder
 from gpt.sampling import Sampling, generate
 from serving.api import MAX_CHOICES, Served, Server
 from serving.engine import Engine
@@ -474,3 +475,37 @@ def test_the_documentation_is_there(served):
     assert {"prompt", "top_k", "stream_options"} <= set(fields["properties"])
     assert served.http.get("/docs").status_code == 200
     assert math.isclose(fields["properties"]["temperature"]["default"], 1.0)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_rung_streams_what_its_recomputation_says(name):
+    torch.manual_seed(0)
+    model = MODELS[name](TOKENIZER.vocabulary, 64).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+    running = Running(model, 2)
+    try:
+        body = {"prompt": "def f(", "max_tokens": 20, "temperature": 0, "stream": True}
+        with running.http.stream("POST", "/v1/completions", json=body) as stream:
+            texts, finishes, _ = read_stream(list(stream.iter_lines()))
+    finally:
+        running.close()
+    # Each token anew from all that is before it, without a state.
+    prompt = read_prompt(TOKENIZER, body["prompt"]).ids
+    ids: list[int] = []
+    with torch.inference_mode():
+        while len(ids) < 20:
+            told_BT = torch.tensor([prompt])
+            if isinstance(model, EncoderDecoder):
+                source_length_B = torch.tensor([len(prompt)])
+                written_BT = torch.tensor([[prompt[-1], *ids]])
+                features_BTD = model.decode(written_BT, model.encode(told_BT, source_length_B))
+            else:
+                features_BTD = model.features(torch.tensor([[*prompt, *ids]]))
+            token = int(model.logits(features_BTD[:, -1]).argmax())
+            if token == TOKENIZER.end_of_text:
+                break
+            ids.append(token)
+    assert texts[0] == TOKENIZER.decode(ids)
+    assert finishes == {0: "length" if len(ids) == 20 else "stop"}
