@@ -357,9 +357,9 @@ def main() -> None:
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
         "eval": Eval,
-        "figures": Figures,
         "ladder": Ladder,
         "translators": Translators,
+        "figures": Figures,
         "plot": Plot,
         "presets": Presets,
     }
