@@ -55,9 +55,9 @@ def quickened(command: str) -> str:
 @pytest.fixture
 def clone(tmp_path):
     """The project as in a fresh clone, with the environment of this test as its .venv."""
-    for name in ("gpt", "tokenizer", "training", "serving", "tests", "Makefile", "pyproject.toml"):
+    for name in ("gpt", "tokenizer", "training", "serving", "tests", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("README.md", "constraints.txt"):
+    for name in ("README.md", "constraints.txt", "Makefile", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     binaries = tmp_path / ".venv" / "bin"
     binaries.mkdir(parents=True)
