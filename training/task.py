@@ -1,5 +1,6 @@
 """What a run learns from and is judged by. The trainer knows no more of it than is written here."""
 
+import math
 from typing import Any, ClassVar, Protocol, Self
 
 from numpy.typing import NDArray
@@ -74,8 +75,8 @@ class Task:
         raise NotImplementedError
 
     def say(self, loss: float) -> str:
-        """A validation loss, with its unit."""
-        raise NotImplementedError
+        """A validation loss; of a model that predicts tokens, with its perplexity."""
+        return f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
 
     def sample(self, model: Model, length: int) -> str:
         """Something to look at, at most `length` tokens of it; the same for the same weights."""

@@ -72,10 +72,6 @@ class Text(Task):
         budget, precision = self.run.validation_tokens, self.run.precision
         return estimate(model, tokens, budget, precision, self.run.carry)
 
-    def say(self, loss: float) -> str:
-        """With the perplexity."""
-        return f"validation loss {loss:.4f}, perplexity {np.exp(min(loss, 700)):.2f}"
-
     def sample(self, model: Model, length: int) -> str:
         """A text of at most `length` tokens."""
         assert isinstance(model, LanguageModel)

@@ -192,10 +192,6 @@ class Pairs(Task):
         nats, count = self._nats(model, pairs, some)
         return nats / count
 
-    def say(self, loss: float) -> str:
-        """With the perplexity."""
-        return f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
-
     def sample(self, model: Model, length: int) -> str:
         """Two sentences of the validation split, what the model makes of them, and the references."""
         assert isinstance(model, LanguageModel)
