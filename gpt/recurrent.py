@@ -227,7 +227,7 @@ class RecurrentLM(LanguageModel):
         context: int,
         *,
         width: int = 256,
-        depth: int = 2,
+        depth: int = 1,
         embedding_width: int = 0,
         tied: bool = False,
         dropout: float = 0.0,
