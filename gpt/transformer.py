@@ -61,11 +61,11 @@ class Attention(Heads):
 class FeedForward(nn.Module):
     """Two layers, each token by itself: down(bend(up(x)))."""
 
-    def __init__(self, width: int, hidden: int, bend: nn.Module) -> None:
+    def __init__(self, width: int, hidden: int, bend: nn.Module, *, bias: bool = True) -> None:
         super().__init__()
-        self.up = nn.Linear(width, hidden)
+        self.up = nn.Linear(width, hidden, bias=bias)
         self.bend = bend
-        self.down = nn.Linear(hidden, width)
+        self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> x_BTD."""

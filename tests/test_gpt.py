@@ -58,13 +58,15 @@ def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
         torch.testing.assert_close(model(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_chapter_14_equals_gpt2_weight_for_weight(training: bool) -> None:
+def test_chapter_14_equals_gpt2_weight_for_weight(training: bool, bias: bool) -> None:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
     dropout = 0.3 if training else 0.0
-    model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout).double().train(training)
+    model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout, bias=bias)
+    model = model.double().train(training)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
     config = GPT2Config(
@@ -81,6 +83,9 @@ def test_chapter_14_equals_gpt2_weight_for_weight(training: bool) -> None:
     )
     theirs = GPT2LMHeadModel(config).double().train(training)
     ours = model.state_dict()
+    if not bias:  # which theirs always have
+        for name, tensor in model.state_dict().items():
+            ours[name.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
     state = {
         "transformer.wte.weight": ours["embedding.weight"],
         "transformer.wpe.weight": ours["position.weight"],

@@ -271,6 +271,48 @@ def test_the_schedule_rises_stays_and_falls():
     )
 
 
+@pytest.mark.parametrize(("warm_up", "cool_down"), [(10, 0.9), (0, 1.0), (5, 0.5)])
+def test_the_cosine_is_torchs(warm_up, cool_down):
+    run = Run(steps=100, warm_up=warm_up, cool_down=cool_down, cosine=True, final_rate=0.1)
+    falling = round(100 * cool_down)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, falling, eta_min=0.1)
+    for index in range(100):
+        rising = min(1.0, (index + 1) / max(1, warm_up))
+        assert schedule(run, index) == pytest.approx(min(rising, theirs.get_last_lr()[0]))
+        if index >= 100 - falling:
+            optimizer.step()
+            theirs.step()
+    with pytest.raises(ValueError, match="two ways to cool down"):
+        dataclasses.replace(run, final_rate=0.0, halvings=3)
+
+
+def test_the_rate_of_the_cosine_is_nanogpts():
+    run = PRESETS["nanogpt-cpu"]
+    for index in range(100, run.steps):
+        share = (index - 100) / (run.steps - 100)
+        expected = 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * (1e-3 - 1e-4)
+        assert run.learning_rate * schedule(run, index) == pytest.approx(expected)
+
+
+def test_decay_reaches_what_it_is_asked_for_and_no_vector(corpus, tmp_path):
+    run = dataclasses.replace(TINY, optimizer="adamw", weight_decay=0.1, embedding_decay=0.2)
+    trainer = trainer_of(run, tmp_path / "run", corpus)
+    decay_of = {
+        id(parameter): group["weight_decay"]
+        for optimizer in trainer.optimizers.all
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }
+    for kind, decay in {
+        "matrices": 0.1,
+        "embeddings": 0.2,
+        "unembedding": 0.2,
+        "vectors": 0.0,
+    }.items():
+        assert {decay_of[id(parameter)] for parameter in groups(trainer.model)[kind]} == {decay}
+
+
 def test_every_parameter_is_moved_by_one_optimizer(corpus, tmp_path):
     trainer = trainer_of(TINY, tmp_path / "run", corpus)
     kinds = groups(trainer.model)

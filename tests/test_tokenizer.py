@@ -15,6 +15,7 @@ from tokenizer import (
     byte_tokenizer,
     pieces,
     train_bpe,
+    train_characters,
     train_words,
 )
 
@@ -260,4 +261,54 @@ def test_words_of_the_penn_treebank_are_counted_as_mikolov_did(real_data):
     text = (real_data / "ptb" / "validation.txt").read_text("utf-8")
     ids = tokenizer.encode(text)
     assert (tokenizer.vocabulary, len(ids)) == (10_001, 73_760)
+    assert tokenizer.decode(ids) == text
+
+
+def test_characters_are_the_most_frequent_ones():
+    tokenizer = train_characters(["aaab", "bb\nc"], 5)
+    assert tokenizer.encode("ab\n") == [1, 2, 3]
+    assert tokenizer.encode("ac") == [1, tokenizer.unknown]
+    assert tokenizer.decode(tokenizer.encode("acb")) == "a <unk>b"
+    assert tokenizer.end_of_text == tokenizer.vocabulary - 1 == 4
+    assert train_characters(["abc"], 4096).vocabulary == 5
+    with pytest.raises(ValueError, match="at least 3 ids, not 2"):
+        train_characters(["abc"], 2)
+    with pytest.raises(ValueError, match=r"U\+D83D, half of a surrogate pair"):
+        train_characters(["a\ud83d"], 10)
+
+
+KNOWN = sorted({*"aé1½# \n\r\t\x0b\x85\u2028́👍\0日", *END_OF_TEXT})
+CHARACTERS = train_characters(["".join(KNOWN)], 1000)
+
+
+@settings(max_examples=300)
+@given(text=st.text(st.sampled_from(KNOWN), max_size=60))
+def test_any_text_of_known_characters_comes_back_one_id_for_each(text):
+    ids = CHARACTERS.encode(text)
+    assert len(ids) == len(text)
+    assert CHARACTERS.decode(ids) == text
+    assert [CHARACTERS.token_bytes(token).decode() for token in ids] == list(text)
+    assert CHARACTERS.encode_batch([text, "a"]) == [ids, CHARACTERS.encode("a")]
+    stream = CHARACTERS.stream()
+    assert [stream.push(token) for token in ids] == list(text)
+    assert stream.flush() == ""
+    assert not {CHARACTERS.unknown, CHARACTERS.end_of_text} & set(ids)
+
+
+def test_characters_saved_and_opened_are_the_same(tmp_path):
+    CHARACTERS.save(tmp_path / "tokenizer.json")
+    opened = Tokenizer.open(tmp_path)
+    assert opened.fingerprint == CHARACTERS.fingerprint
+    assert opened.unknown == CHARACTERS.unknown == 0
+    long = "".join(KNOWN) * 5000
+    assert opened.encode(long) == CHARACTERS.encode(long)
+    assert opened.decode(opened.encode(long)) == long
+
+
+def test_tinyshakespeare_has_65_characters(real_data):
+    text = (real_data / "tinyshakespeare" / "input.txt").read_text("utf-8")
+    tokenizer = train_characters([text[: int(0.9 * len(text))]], 4096)
+    assert tokenizer.vocabulary == 65 + len(["<unk>", END_OF_TEXT])
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text) == 1_115_394
     assert tokenizer.decode(ids) == text

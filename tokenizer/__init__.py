@@ -1,12 +1,13 @@
-"""Text to token ids and back: byte-level BPE, plain bytes, or whole words.
+"""Text to token ids and back: byte-level BPE, plain bytes, characters, or whole words.
 
 Byte-pair encoding (Gage 1994; Sennrich et al. 2016) begins with the 256 bytes and merges
 the most frequent pair of neighbours, again and again, until the vocabulary is full.
 Working on bytes rather than characters (Radford et al. 2019), it can write any text. The
 plain bytes are the same thing before the first merge. Both lose nothing. Whole words, with
 the space before them, are what language models had first: a word that was not among the most
-frequent becomes ` <unk>`, and is lost. In all, `<|endoftext|>` is the last id; text that
-happens to contain those letters never becomes it.
+frequent becomes ` <unk>`, and is lost. Characters are learned in the same way: those of a small alphabet
+are a small vocabulary. In all, `<|endoftext|>` is the last id; text that happens to contain those
+letters never becomes it.
 
 This is the only file that imports the `tokenizers` library, whose own file format,
 tokenizer.json, is ours too.
@@ -17,6 +18,7 @@ import hashlib
 import itertools
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +33,7 @@ __all__ = [
     "from_utf8",
     "pieces",
     "train_bpe",
+    "train_characters",
     "train_words",
 ]
 
@@ -55,8 +58,11 @@ bound of 64 keeps time and memory linear in text without spaces."""
 SPACED = r" ?\S+| ?\n|\s"
 """A word or a line end, with the space before it."""
 
+CHARACTER = r"[\s\S]"
+"""Any one."""
+
 UNKNOWN = " <unk>"
-"""What a word that is not in the vocabulary becomes; the Penn Treebank spells its own so."""
+"""What a word or a character that is not in the vocabulary becomes; the Penn Treebank spells its own so."""
 
 PIECE = 2**14
 """Characters that go to the library at once: the unit of its parallel work."""
@@ -115,14 +121,14 @@ def from_utf8(data: bytes, name: str, line: int = 1) -> str:
 
 
 class Tokenizer:
-    """A byte-level tokenizer: made by `train_bpe`, `byte_tokenizer` or `Tokenizer.open`."""
+    """A byte-level tokenizer: made by a `train_…` below, `byte_tokenizer` or `Tokenizer.open`."""
 
     vocabulary: int
     """Number of ids."""
     end_of_text: int
     """The id of `<|endoftext|>`."""
     unknown: int | None
-    """The id that stands for all words that have none; None where every text has ids."""
+    """The id that stands for all words or characters that have none; None where every text has ids."""
     fingerprint: str
     """The same for two tokenizers that write the same tokenizer.json."""
 
@@ -246,12 +252,7 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
             f"a vocabulary holds at least 256 bytes and {END_OF_TEXT}: 257, not {vocabulary}"
         )
     library = Library(models.BPE())
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    library.pre_tokenizer = _cut(WORDS)
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary - 1, min_frequency=2, initial_alphabet=LETTERS, show_progress=False
     )
@@ -266,21 +267,46 @@ def train_words(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     """Take the most frequent words, ` <unk>` among them, until there are `vocabulary` ids."""
     if vocabulary < 3:
         raise ValueError(f"a vocabulary of words needs at least 3 ids, not {vocabulary}")
-    library = Library(models.WordLevel({}, unk_token=_letters(UNKNOWN)))
-    library.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(SPACED), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    library = _whole(SPACED, [])
     trainer = trainers.WordLevelTrainer(vocab_size=vocabulary - 1, show_progress=False)
     library.train_from_iterator(itertools.chain.from_iterable(map(pieces, texts)), trainer)
     learned = library.get_vocab(with_added_tokens=False)
     learned.pop(_letters(UNKNOWN), None)
     words = sorted(learned, key=lambda word: learned[word])[: vocabulary - 2]
-    ids = {word: index for index, word in enumerate([_letters(UNKNOWN), *words])}
-    library.model = models.WordLevel(ids, unk_token=_letters(UNKNOWN))
-    return _finish(library)
+    return _finish(_whole(SPACED, words))
+
+
+def train_characters(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+    """Take the most frequent characters, ` <unk>` besides, until there are `vocabulary` ids."""
+    if vocabulary < 3:
+        raise ValueError(f"a vocabulary of characters needs at least 3 ids, not {vocabulary}")
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(text)
+    characters = [character for character, _ in counts.most_common(vocabulary - 2)]
+    try:
+        return _finish(_whole(CHARACTER, list(map(_letters, characters))))
+    except UnicodeEncodeError:
+        raise _surrogate(characters) from None
+
+
+def _whole(pattern: str, tokens: Sequence[str]) -> Library:
+    """What cuts a text at `pattern`, each part a token or unknown: the first id; then the tokens' own."""
+    unknown = _letters(UNKNOWN)
+    ids = {token: index for index, token in enumerate([unknown, *tokens])}
+    library = Library(models.WordLevel(ids, unk_token=unknown))
+    library.pre_tokenizer = _cut(pattern)
+    return library
+
+
+def _cut(pattern: str) -> pre_tokenizers.PreTokenizer:
+    """Text at a pattern, then each part to the letters of its bytes."""
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
 
 
 def _letters(text: str) -> str:

@@ -37,7 +37,15 @@ import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm
 
-from tokenizer import WORDS, Tokenizer, byte_tokenizer, from_utf8, train_bpe, train_words
+from tokenizer import (
+    WORDS,
+    Tokenizer,
+    byte_tokenizer,
+    from_utf8,
+    train_bpe,
+    train_characters,
+    train_words,
+)
 from training.corpus import FILE, FORMAT, Corpus, CorpusWriter, Part, open_corpus
 
 KINDS = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
@@ -58,7 +66,7 @@ TOKENIZER_BYTES = 100_000_000
 """Text that a BPE tokenizer is trained on, at most."""
 BATCH = 2**20
 """Characters that are tokenised between two writes."""
-LEARNED = {"bpe": train_bpe, "words": train_words}
+LEARNED = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
 """Tokenizers that are made from the training split."""
 LAST_LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 """Up to the last place where a cut changes no token."""
@@ -129,8 +137,8 @@ def prepare(
 
     Args:
         source: Where the text comes from.
-        tokenizer: "bpe" or "words" to train one on the training split, "bytes", the path of
-            a tokenizer.json or of a run directory, or a tokenizer.
+        tokenizer: "bpe", "words" or "characters" to train one on the training split, "bytes",
+            the path of a tokenizer.json or of a run directory, or a tokenizer.
         vocabulary: Ids of a tokenizer that is trained.
         hold_out: Make a validation split if there is none; else take the splits as found.
         pairs: Rows are pairs of sentences rather than text.

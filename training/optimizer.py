@@ -128,16 +128,20 @@ class Optimizers:
             "unembedding": run.unembedding_rate,
             "vectors": run.vector_rate,
         }
+        decays = {
+            "matrices": run.weight_decay,
+            "embeddings": run.embedding_decay,
+            "unembedding": run.embedding_decay,
+            "vectors": 0.0,
+        }
         by_kind: dict[str, dict[str, Any]] = {
-            kind: {"params": parameters, "lr": rates[kind], "weight_decay": 0.0}
+            kind: {"params": parameters, "lr": rates[kind], "weight_decay": decays[kind]}
             for kind, parameters in groups(model).items()
             if parameters
         }
         self.all: list[torch.optim.Optimizer] = []
-        if "matrices" in by_kind:
-            by_kind["matrices"]["weight_decay"] = run.weight_decay
-            if run.optimizer == "muon":
-                self.all.append(Muon([by_kind.pop("matrices")]))
+        if run.optimizer == "muon" and "matrices" in by_kind:
+            self.all.append(Muon([by_kind.pop("matrices")]))
         if run.optimizer == "sgd":
             self.all.append(torch.optim.SGD(list(by_kind.values())))
         elif by_kind:
@@ -194,11 +198,13 @@ class Optimizers:
 def schedule(run: Run, index: int) -> float:
     """The share of the peak rate at step `index`: a linear warm-up, a plateau, a cool-down.
 
-    The cool-down is linear, or halves the rate at equal distances, first where it begins
-    (Zaremba et al. 2014).
+    The cool-down is linear, or half a cosine (Loshchilov & Hutter 2017), or halves the rate at
+    equal distances, first where it begins (Zaremba et al. 2014).
     """
     warm = (index + 1) / run.warm_up if run.warm_up else 1.0
     cool = (run.steps - index) / (run.steps * run.cool_down) if run.cool_down else 1.0
     if run.halvings:
         return min(warm, 0.5 ** math.floor(1 + run.halvings * (1 - cool))) if cool <= 1 else warm
+    if run.cosine:
+        cool = (1 - math.cos(math.pi * min(cool, 1.0))) / 2
     return min(warm, 1.0, run.final_rate + (1 - run.final_rate) * min(cool, 1.0))

@@ -45,9 +45,9 @@ class Run:
     data_limit: MaybeInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
-    """`bpe`: learn byte pairs on the training split; `words`: its most frequent words; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
+    """`bpe`: learn byte pairs on the training split; `words`: its most frequent words; `characters`: the same of characters; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
     vocabulary: int = 4096
-    """Number of tokens that `bpe` or `words` learns."""
+    """Number of tokens that `bpe`, `words` or `characters` learns, at most."""
     vectors: MaybeText = None
     """Begin with the embedding of this run, of the same tokenizer: of word2vec, say."""
 
@@ -73,6 +73,8 @@ class Run:
     """Peak rate of norms and biases."""
     weight_decay: float = 0.0
     """Decay of the hidden matrices, a share of the rate."""
+    embedding_decay: float = 0.0
+    """The same of embeddings and unembedding."""
     beta1: float = 0.9
     """AdamW's memory of the gradient."""
     beta2: float = 0.95
@@ -83,6 +85,8 @@ class Run:
     """Last share of the steps, over which the rates fall."""
     final_rate: float = 0.0
     """Share of the peak rate at the end."""
+    cosine: bool = False
+    """Cool down along half a cosine instead of linearly."""
     halvings: int = 0
     """Cool down by halving the rates so many times instead of linearly."""
     clip: float = 1.0
@@ -116,7 +120,8 @@ class Run:
         )
         for name in at_least_1.split():
             _check(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warm_up", "sample_tokens", "seed", "weight_decay", "clip", "halvings"):
+        at_least_0 = "warm_up sample_tokens seed weight_decay embedding_decay clip halvings"
+        for name in at_least_0.split():
             _check(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("learning_rate", "embedding_rate", "unembedding_rate", "vector_rate"):
             _check(self, name, 0 < getattr(self, name) < math.inf, "above 0")
@@ -127,6 +132,8 @@ class Run:
         _check(self, "data_limit", self.data_limit is None or self.data_limit > 0, "at least 1")
         if self.halvings and self.final_rate:
             raise ValueError("--halvings decides the rate at the end: leave out --final-rate")
+        if self.halvings and self.cosine:
+            raise ValueError("--halvings and --cosine are two ways to cool down: leave one out")
         if self.carry and self.accumulation > 1:
             raise ValueError("--carry takes a batch at once: leave out --accumulation")
         if self.batch % self.accumulation:
@@ -261,6 +268,94 @@ TRANSLATORS = {
 }
 """Every rung that translates, of a size for the 29,000 pairs of Multi30k."""
 
+NANOGPT = Run(
+    model="gpt2",
+    tokenizer="characters",
+    optimizer="adamw",
+    learning_rate=1e-3,
+    embedding_rate=1e-3,
+    unembedding_rate=1e-3,
+    vector_rate=1e-3,
+    weight_decay=0.1,
+    embedding_decay=0.1,
+    beta2=0.99,
+    warm_up=100,
+    cosine=True,
+    final_rate=0.1,
+    validation_interval=250,
+    validation_tokens=120_000,
+    checkpoint_interval=250,
+)
+YARDSTICKS = {
+    # Karpathy's nanoGPT, its two recipes for the characters of tinyshakespeare. Two things differ:
+    # it draws windows at random where we go through a shuffled epoch, and lets AdamW's
+    # denominator be no smaller than 1e-8, we than 1e-10.
+    "nanogpt-cpu": dataclasses.replace(
+        NANOGPT,
+        arguments={"width": 128, "depth": 4, "heads": 4, "bias": False},
+        steps=2000,
+        batch=12,
+        window=64,
+        cool_down=1900 / 2000,
+        precision="float32",
+    ),
+    "nanogpt-gpu": dataclasses.replace(
+        NANOGPT,
+        arguments={"width": 384, "depth": 6, "heads": 6, "bias": False, "dropout": 0.2},
+        steps=5000,
+        batch=64,
+        window=256,
+        cool_down=4900 / 5000,
+        compile=True,
+    ),
+    # GPT-2 as OpenAI built it, with nanoGPT's constants. 50,304 is what nanoGPT fills up OpenAI's
+    # 50,257 tokens to: a multiple of 128, which is faster.
+    "gpt2-124m": dataclasses.replace(
+        NANOGPT,
+        arguments={"width": 768, "depth": 12, "heads": 12},
+        tokenizer="bpe",
+        vocabulary=50_304,
+        learning_rate=6e-4,
+        embedding_rate=6e-4,
+        unembedding_rate=6e-4,
+        vector_rate=6e-4,
+        beta2=0.95,
+        steps=600_000,
+        batch=480,
+        window=1024,
+        accumulation=15,
+        warm_up=2000,
+        cool_down=598 / 600,
+        compile=True,
+        precision="bfloat16",
+        validation_interval=1000,
+        validation_tokens=1_048_576,
+        checkpoint_interval=1000,
+    ),
+}
+"""What others published, in their constants: to be compared with."""
+
+SHAKESPEARE = Run(tokenizer="characters", validation_tokens=120_000)
+RIVALS = {
+    "shakespeare": dataclasses.replace(
+        SHAKESPEARE,
+        arguments={"width": 128, "depth": 4, "heads": 4},
+        steps=1000,
+        batch=24,
+        window=64,
+        precision="float32",
+    ),
+    "shakespeare-gpu": dataclasses.replace(
+        SHAKESPEARE,
+        arguments={"width": 384, "depth": 6, "heads": 6, "dropout": 0.1},
+        steps=1000,
+        batch=64,
+        window=256,
+        compile=True,
+    ),
+}
+"""Today's GPT at the sizes of nanoGPT's two recipes."""
+
 PRESETS: dict[str, Run] = {
     name: dataclasses.replace(run, preset=name, model=name if name in CHAPTERS else run.model)
     for name, run in {
@@ -271,6 +366,8 @@ PRESETS: dict[str, Run] = {
             name: dataclasses.replace(TRANSLATION, model=model, arguments=arguments)
             for name, (model, arguments) in TRANSLATORS.items()
         },
+        **YARDSTICKS,
+        **RIVALS,
         "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": Run(
             arguments={"width": 384, "depth": 6, "heads": 6},
