@@ -3,7 +3,7 @@ PYTHON ?= python3
 PY := .venv/bin/python
 export PROMPT
 
-.PHONY: help setup train eval ladder sample serve test check format clean
+.PHONY: help setup train eval ladder sample serve bench test check format clean
 
 help:  ## list the targets
 	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
@@ -34,6 +34,9 @@ sample: .venv/.installed  ## text from a run: make sample [RUN= PROMPT= TEMPERAT
 
 serve: .venv/.installed  ## a run over HTTP: make serve [RUN= PORT= ARGS=]
 	$(PY) -m serving serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
+
+bench: .venv/.developed  ## training beside nanoGPT's recipe and transformers: make bench DATA=input.txt [ARGS=]
+	$(PY) -m benchmarks.train --data '$(DATA)' $(ARGS)
 
 test: .venv/.developed  ## all tests but the longest: make test [ARGS=]
 	$(PY) -m pytest $(ARGS)

@@ -1,0 +1,1 @@
+"""Scripts that compare tinygpt with others, print a table and write JSON."""
