@@ -36,7 +36,7 @@ serve: .venv/.installed  ## a run over HTTP: make serve [RUN= PORT= ARGS=]
 	$(PY) -m serving serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
 
 bench: .venv/.developed  ## training beside nanoGPT's recipe and transformers: make bench DATA=input.txt [ARGS=]
-	$(PY) -m benchmarks.train --data '$(DATA)' $(ARGS)
+	$(PY) -m benchmarks.train $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: .venv/.developed  ## all tests but the longest: make test [ARGS=]
 	$(PY) -m pytest $(ARGS)
