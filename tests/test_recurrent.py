@@ -266,7 +266,7 @@ def test_first_weights_in_a_range() -> None:
 
 
 def test_flops_are_those_of_the_matrices() -> None:
-    matrices = 2 * 4 * (16 * 16 + 16 * 16) + 50 * 16
+    matrices = 4 * (16 * 16 + 16 * 16) + 50 * 16
     for tied in (False, True):
         assert LSTM(50, 8, width=16, tied=tied).flops_per_token(8) == 6 * matrices
 

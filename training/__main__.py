@@ -236,7 +236,7 @@ class Ladder:
     """As in `train`."""
     vocabulary: int = Run.vocabulary
     """Number of tokens that the tokenizer learns."""
-    tokens: int = 320 * Run.batch * Run.window
+    tokens: int = 240 * Run.batch * Run.window
     """Tokens that each rung is trained on."""
     seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Seconds that each rung is trained for, instead of `--tokens`."""

@@ -13,6 +13,7 @@ a window to write the other); a shorter one gives every token more to go by,
 and so a lower loss: figures are comparable only with both beside them.
 """
 
+import contextlib
 import dataclasses
 import gzip
 import lzma
@@ -24,7 +25,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from gpt import LanguageModel
+from gpt import LanguageModel, Model
 from gpt.device import autocast
 
 TOKENS_AT_ONCE = 8192
@@ -185,14 +186,11 @@ def _sum(
     precision: str,
 ) -> tuple[float, int]:
     """The nats of all predictions that the windows score, and how many they are."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     nats, count = 0.0, 0
     bar = tqdm(
         total=len(tokens) - 1, unit=" tokens", desc="scoring", delay=2, leave=False, disable=None
     )
-    with bar, torch.inference_mode(), autocast(device, precision):
+    with bar, scoring(model, precision) as device:
         for batch in _batches(some_windows, model.context):
             rows = np.stack([tokens[start : end + 1] for start, end, _ in batch]).astype(np.int64)
             rows_BT = torch.from_numpy(rows).to(device)
@@ -202,7 +200,6 @@ def _sum(
             nats += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
             count += scored * len(batch)
             bar.update(scored * len(batch))
-    model.train(was_training)
     return nats, count
 
 
@@ -223,18 +220,26 @@ def _batches(
 
 def _carried(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[float, int]:
     """The nats of all predictions, made with one state from the first token to the last."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
     nats = 0.0
     state = model.init_state(1, len(tokens))
-    with torch.inference_mode(), autocast(device, precision):
+    with scoring(model, precision) as device:
         for start in range(0, len(tokens) - 1, CARRIED_AT_ONCE):
             row = tokens[start : start + CARRIED_AT_ONCE + 1].astype(np.int64)
             row_BT = torch.from_numpy(row).to(device).unsqueeze(0)
             nats += len(row[1:]) * model.carried_loss(state, row_BT[:, :-1], row_BT[:, 1:]).item()
-    model.train(was_training)
     return nats, len(tokens) - 1
+
+
+@contextlib.contextmanager
+def scoring(model: Model, precision: str = "float32") -> Iterator[torch.device]:
+    """Within this context the model drops nothing out and keeps no gradients; gives its device."""
+    device, was_training = next(model.parameters()).device, model.training
+    model.eval()
+    try:
+        with torch.inference_mode(), autocast(device, precision):
+            yield device
+    finally:
+        model.train(was_training)
 
 
 def compressors(text: bytes) -> dict[str, float]:

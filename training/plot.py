@@ -11,7 +11,8 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.font_manager import findfont, get_font
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.transforms import Bbox
 from torch import Tensor
 
 from gpt.model import Importance
@@ -89,17 +90,45 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.8), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
-        units = {"parameters": "parameters", "seconds": "training time (seconds)"}
+        units = {"parameters": "parameters", "seconds": "seconds of training"}
         for axes, (key, label) in zip(panels, units.items(), strict=True):
-            for number, row in enumerate(rows):
-                axes.plot(row[key], row["bits_per_byte"], "o", color=f"C{number % 10}")
-                place = (row[key], row["bits_per_byte"])
-                axes.annotate(row["rung"], place, (5, 4), textcoords="offset points", fontsize=9)
+            axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], "o")
             axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
-            axes.margins(x=0.18)
+            axes.margins(x=0.25)
         panels[0].set_ylabel("bits per byte")
+        figure.draw_without_rendering()  # the names are laid out on what is then fixed
+        figure.set_layout_engine("none")
+        for axes, key in zip(panels, units, strict=True):
+            _name(axes, {row["rung"]: (row[key], row["bits_per_byte"]) for row in rows})
         save(figure, output)
+
+
+def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, on the side where the least is in the way."""
+    dots = axes.transData.transform(list(points.values()))
+    taken = [Bbox.from_extents(*(dot - 5), *(dot + 5)) for dot in dots]
+    for name, point in points.items():
+        written = [
+            axes.annotate(
+                name,
+                point,
+                (6 * right, 6 * up),
+                textcoords="offset points",
+                fontsize=9,
+                ha={1: "left", 0: "center", -1: "right"}[right],
+                va={1: "bottom", 0: "center", -1: "top"}[up],
+            )
+            for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        ]
+        boxes = [text.get_window_extent() for text in written]
+        best = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(taken))
+        taken.append(boxes[best])
+        for text in written[:best] + written[best + 1 :]:
+            text.remove()
 
 
 def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:

@@ -257,14 +257,29 @@ TRANSLATION = Run(
     sample_tokens=64,
 )
 TRANSLATORS = {
-    "translate-seq2seq": ("seq2seq", {"width": 256, "depth": 1, "dropout": 0.2}),
-    "translate-attention": ("attention", {"width": 256, "dropout": 0.2}),
-    "translate-transformer": (
-        "transformer",
-        {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
+    # A sentence in one vector takes long to learn, but a step is cheap. Without decay the matrices
+    # that are used again at every word grow until what they do is chaotic.
+    "translate-seq2seq": dataclasses.replace(
+        TRANSLATION,
+        model="seq2seq",
+        arguments={"width": 256, "depth": 1, "dropout": 0.2, "reverse": True},
+        batch=48,
+        steps=5000,
+        weight_decay=0.5,
+        embedding_rate=0.02,
+        unembedding_rate=0.02,
+        validation_interval=500,
+        checkpoint_interval=500,
     ),
-    "translate-gpt2": ("gpt2", {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1}),
-    "translate-gpt": ("gpt", {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1}),
+    **{
+        f"translate-{model}": dataclasses.replace(TRANSLATION, model=model, arguments=arguments)
+        for model, arguments in {
+            "attention": {"width": 256, "dropout": 0.2},
+            "transformer": {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
+            "gpt2": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
+            "gpt": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
+        }.items()
+    },
 }
 """Every rung that translates, of a size for the 29,000 pairs of Multi30k."""
 
@@ -362,10 +377,7 @@ PRESETS: dict[str, Run] = {
         **RUNGS,
         **WORDS,
         **TABLES,
-        **{
-            name: dataclasses.replace(TRANSLATION, model=model, arguments=arguments)
-            for name, (model, arguments) in TRANSLATORS.items()
-        },
+        **TRANSLATORS,
         **YARDSTICKS,
         **RIVALS,
         "gpt-nano": Run(arguments={"width": 192, "depth": 4, "heads": 3}),

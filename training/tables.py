@@ -26,6 +26,7 @@ from torch import Tensor
 
 from gpt import Model
 from tokenizer import Tokenizer
+from training.evaluate import scoring
 from training.presets import Run
 from training.task import Batch, Task
 
@@ -429,12 +430,8 @@ def _probabilities(said: Tensor) -> Tensor:
 
 def _judge(model: Model, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """What a function of the model says, on its device and in evaluation mode; on the CPU."""
-    device, was_training = next(model.parameters()).device, model.training
-    model.eval()
-    with torch.inference_mode():
-        answer = function(*(tensor.to(device) for tensor in rows)).cpu()
-    model.train(was_training)
-    return answer
+    with scoring(model) as device:
+        return function(*(tensor.to(device) for tensor in rows)).cpu()
 
 
 def _rounded(numbers: Any) -> Any:  # noqa: ANN401 (numbers in lists, however deep)

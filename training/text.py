@@ -10,12 +10,11 @@ import torch
 import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
-from gpt.device import autocast
 from gpt.sampling import Sampling, generate
 from gpt.word2vec import Word2Vec
 from tokenizer import Tokenizer
 from training.corpus import FILE, Corpus, Split, Streams, Windows, open_corpus
-from training.evaluate import compressors, estimate, evaluate
+from training.evaluate import compressors, estimate, evaluate, scoring
 from training.presets import Run
 from training.task import Batch, Report, Task
 
@@ -77,10 +76,9 @@ class Text(Task):
         assert isinstance(model, LanguageModel)
         if not length:
             return ""
-        end, was_training = self.corpus.tokenizer.end_of_text, model.training
-        model.eval()
-        ids = list(generate(model, [end], length, Sampling(temperature=0.8, seed=0), {end}))
-        model.train(was_training)
+        end = self.corpus.tokenizer.end_of_text
+        with scoring(model):
+            ids = list(generate(model, [end], length, Sampling(temperature=0.8, seed=0), {end}))
         return self.corpus.tokenizer.decode(ids)
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
@@ -149,18 +147,13 @@ class Vectors(Text):
         rows = max(1, min(tokens, len(split.tokens) - 1) // self.run.window)
         order = Windows(split.tokens, min(self.run.window, len(split.tokens) - 1), rows, 0)
         batch = (torch.from_numpy(array).to(device) for array in order.batch(0))
-        was_training = model.training
-        model.eval()
         devices = [device] if device.type == "cuda" else []
         with (
-            torch.inference_mode(),
-            autocast(device, self.run.precision),
+            scoring(model, self.run.precision),
             torch.random.fork_rng(devices, device_type="cuda"),
         ):
             torch.manual_seed(0)
-            loss = model.loss(*batch).item()
-        model.train(was_training)
-        return loss
+            return model.loss(*batch).item()
 
     def say(self, loss: float) -> str:
         """Without a perplexity: it predicts no token."""

@@ -9,11 +9,10 @@ BLEU and chrF are of a whole corpus, from 0 to 100, and comparable under every t
 their signatures are the same. A pair gets a window: the source one half, the target the other.
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -22,11 +21,10 @@ import torch
 from numpy.typing import NDArray
 
 from gpt import LanguageModel, Model
-from gpt.device import autocast
 from gpt.search import translate
 from tokenizer import Tokenizer
 from training.corpus import Corpus, Tokens
-from training.evaluate import TOKENS_AT_ONCE
+from training.evaluate import TOKENS_AT_ONCE, scoring
 from training.presets import Run
 from training.progress import duration
 from training.task import Batch, Task
@@ -252,11 +250,10 @@ class Pairs(Task):
 
     def _nats(self, model: LanguageModel, pairs: PairSplit, which: Which) -> tuple[float, int]:
         """The nats of the targets of some pairs, and how many tokens they are, with their ends."""
-        device = next(model.parameters()).device
         rows = max(1, TOKENS_AT_ONCE // self.run.window)
         order = pairs.by_length(which)
         nats, count = 0.0, 0
-        with _evaluating(model), torch.inference_mode(), autocast(device, self.run.precision):
+        with scoring(model, self.run.precision) as device:
             for start in range(0, len(order), rows):
                 arrays = pairs.batch(order[start : start + rows])
                 batch = (torch.from_numpy(array).to(device) for array in arrays)
@@ -272,7 +269,7 @@ class Pairs(Task):
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
         rows = max(1, ROWS // beams)
         found: dict[int, str] = {}
-        with _evaluating(model):
+        with scoring(model):
             for start in range(0, len(order), rows):
                 some = order[start : start + rows]
                 targets = translate(
@@ -367,17 +364,6 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
         f"{first['beams']}; {first['bleu_signature']}.",
     ]
     return "\n".join(lines) + "\n"
-
-
-@contextlib.contextmanager
-def _evaluating(model: Model) -> Iterator[None]:
-    """Within this context the model drops nothing out."""
-    was_training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(was_training)
 
 
 def _metrics() -> "tuple[Metric, Metric]":
