@@ -157,11 +157,14 @@ def may_restart() -> bool:
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def averaged(objective: nn.Module) -> nn.Module:
+def averaged(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An objective whose backward pass leaves the mean of all processes' gradients."""
+    assert isinstance(objective, nn.Module)
     # Compiled in parts, so that sums could be sent early, a recomputed loss is refused.
     torch._dynamo.config.optimize_ddp = False
-    return DistributedDataParallel(objective, broadcast_buffers=False, gradient_as_bucket_view=True)
+    wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    wrapped.broadcast_buffers = False  # they are tables, the same everywhere
+    return wrapped
 
 
 def kept_back(objective: Callable[..., Tensor], parts: int) -> AbstractContextManager[None]:

@@ -175,8 +175,6 @@ class Trainer:
             shard(self.objective, device, run.precision)
         else:
             self.model.to(device)
-        if not world.first:
-            self._seed()
         self.optimizers = Optimizers(self.model, run, device)
         self.flops = self.model.flops_per_token(task.row or 1)
         self.signals = Signals()
@@ -190,6 +188,8 @@ class Trainer:
         """What is carried from one batch to the next, if anything is."""
         self.pending: list[float] = []
         """Losses of the steps since the last line of the log."""
+        if not world.first:
+            self._seed()
 
     def _seed(self) -> None:
         """Random numbers that no other rank has, nor this one at another step."""
@@ -361,7 +361,7 @@ class Trainer:
         return folder
 
     def _random(self) -> dict[str, Tensor]:
-        """The random states: of rank 0 `cpu` and perhaps `cuda`, of rank 1 `cpu.1`, …"""
+        """The random states: of rank 0 `cpu` and perhaps `cuda`, of rank 1 `cpu.1` and so on."""
         own = {"cpu": torch.get_rng_state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
