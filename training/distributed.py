@@ -8,6 +8,7 @@ put together for as long as a layer is computed. What is printed and written is 
 import atexit
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -183,6 +184,8 @@ def shard(objective: nn.Module, device: torch.device, precision: str) -> None:
     They are put together for one element of a ModuleList at a time, that is for a layer; what
     belongs to none, for the whole step.
     """
+    # Nothing here changes the result of a layer in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     half = device.type == "cuda" and in_bfloat16(device, precision)
     policy = MixedPrecisionPolicy(
         torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False
