@@ -33,7 +33,7 @@ def folder(tmp_path_factory):
     """A corpus of a few words, in a folder of its own."""
     folder = tmp_path_factory.mktemp("far")
     (folder / "corpus").mkdir()
-    words = "the a cat dog mat sat ran on and saw that too".split()
+    words = ["the", "a", "cat", "dog", "mat", "sat", "ran", "on", "and", "saw", "that", "too"]
     chance = random.Random(0)
     writer = CorpusWriter(folder / "corpus", byte_tokenizer())
     for name, count in (("train", 200), ("validation", 20)):
