@@ -183,13 +183,13 @@ def options_of(folder, steps):
 
 def test_a_lost_worker_is_restarted_and_the_run_goes_on(folder, request, tmp_path):
     options = options_of(folder, 12)
-    process = torchrun(request, "-m", "training", *options, "--run", tmp_path / "straight")
+    process = torchrun(request, "-m", "--", "training", *options, "--run", tmp_path / "straight")
     said, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
     assert said.count("step 12: validation loss") == said.count("2 processes") == 1
 
     process = torchrun(
-        request, WORKER, 7, *options, "--run", tmp_path / "broken", "--shard", restarts=3
+        request, "--", WORKER, 7, *options, "--run", tmp_path / "broken", "--shard", restarts=3
     )
     said, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
@@ -203,6 +203,7 @@ def test_a_signal_to_torchrun_saves_one_checkpoint(folder, request, tmp_path):
     process = torchrun(
         request,
         "-m",
+        "--",
         "training",
         *options,
         "--checkpoint-interval",

@@ -287,7 +287,10 @@ def drawing() -> ModuleType:
 def start(run: Run, directory: Path | None) -> None:
     """Say what will be done, and do it; after the loss of a worker, go on with it."""
     if directory is None and distributed.may_restart():
-        raise ValueError("--max-restarts needs --run DIR, by which the run is found again")
+        raise ValueError(
+            "--max-restarts needs --run DIR, by which the run is found again: torchrun … -m -- "
+            "training train … --run DIR (without -- torchrun takes --run for an option of its own)"
+        )
     world = distributed.join(run.device)
     directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = world.broadcast(directory)

@@ -13,21 +13,18 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    MixedPrecisionPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.device import find_device, in_bfloat16
+
+# What sharding needs takes a second to import: a run without it does not.
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 PATIENCE = timedelta(hours=2)
 """How long the others wait for one: rank 0 may be preparing the data, or scoring the model."""
@@ -109,9 +106,9 @@ class World:
         """The same tensors, each sharded one whole, for rank 0; the others get less."""
         found = {}
         for name, tensor in tensors.items():
-            full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+            full = gathered(tensor)
             if self.first:
-                found[name] = full.cpu() if isinstance(tensor, DTensor) else full
+                found[name] = full.cpu() if is_sharded(tensor) else full
         return found
 
     @contextmanager
@@ -184,6 +181,13 @@ def shard(objective: nn.Module, device: torch.device, precision: str) -> None:
     They are put together for one element of a ModuleList at a time, that is for a layer; what
     belongs to none, for the whole step.
     """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import (
+        MixedPrecisionPolicy,
+        fully_shard,
+        register_fsdp_forward_method,
+    )
+
     # Nothing here changes the result of a layer in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     half = device.type == "cuda" and in_bfloat16(device, precision)
@@ -204,10 +208,22 @@ def shard(objective: nn.Module, device: torch.device, precision: str) -> None:
     fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 
+def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
+    """Whether this process holds but a slice of it."""
+    return hasattr(tensor, "full_tensor")
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A sharded tensor whole, on every process; any other as it is."""
+    return tensor.full_tensor() if is_sharded(tensor) else tensor
+
+
 def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
     """A whole tensor as this process holds `own`: its slice, where that is sharded."""
-    if not isinstance(own, DTensor):
+    if not is_sharded(own):
         return tensor
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
 
 
@@ -216,8 +232,10 @@ def each_whole(function: Callable[[Tensor], Tensor], tensors: Tensor) -> Tensor:
 
     Then each process takes some of the N whole, and gets back its slice of every result.
     """
-    if not isinstance(tensors, DTensor):
+    if not is_sharded(tensors):
         return function(tensors)
+    from torch.distributed.tensor import DTensor, Shard
+
     some = tensors.redistribute(placements=[Shard(0)])
     found = DTensor.from_local(
         function(some.to_local()).contiguous(),

@@ -38,7 +38,7 @@ from gpt.checkpoint import (
 )
 from gpt.device import autocast, keep_freed_memory, peak_flops
 from tokenizer import Tokenizer
-from training.distributed import ALONE, World, averaged, kept_back, shard, sharded_like
+from training.distributed import ALONE, World, averaged, gathered, kept_back, shard, sharded_like
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
 from training.progress import Progress
@@ -298,7 +298,8 @@ class Trainer:
         if not self.run.carry:
             return None
         assert isinstance(self.model, LanguageModel)
-        return self.model.init_state(rows, self.run.window)
+        state = self.model.init_state(rows, self.run.window)
+        return {name: gathered(tensor) for name, tensor in state.items()}
 
     def _check_finite(self) -> None:
         if all(map(math.isfinite, self.pending)):
