@@ -140,7 +140,8 @@ def killed_once(step):
     take_step = Trainer.advance
 
     def step_or_die(self, objective):
-        if self.world.rank == 1 and self.step == step and not distributed.restarted():
+        first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if self.world.rank == 1 and self.step == step and first_time:
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(self, objective)
 

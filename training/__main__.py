@@ -34,7 +34,7 @@ from training.loop import (
 )
 from training.presets import PRESETS, Run, model_options, preset
 from training.progress import duration
-from training.runs import begin, resume, tokenizer_of
+from training.runs import begin, is_begun, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
 from training.translation import comparison
 
@@ -285,7 +285,7 @@ def drawing() -> ModuleType:
 
 
 def start(run: Run, directory: Path | None) -> None:
-    """Say what will be done, and do it; after the loss of a worker, go on with it."""
+    """Say what will be done, and do it; where lost workers are restarted, go on with what they did."""
     if directory is None and distributed.may_restart():
         raise ValueError(
             "--max-restarts needs --run DIR, by which the run is found again: torchrun … -m -- "
@@ -294,7 +294,7 @@ def start(run: Run, directory: Path | None) -> None:
     world = distributed.join(run.device)
     directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = world.broadcast(directory)
-    if distributed.restarted() and world.broadcast((directory / "run.json").exists()):
+    if distributed.may_restart() and world.broadcast(is_begun(run, directory)):
         go_on(directory, run.device, world)
         return
     processes = f", {world.size} processes" if world.size > 1 else ""

@@ -8,6 +8,8 @@ put together for as long as a layer is computed. What is printed and written is 
 import atexit
 import os
 import sys
+import time
+import uuid
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from gpt.device import find_device, in_bfloat16
@@ -134,24 +137,47 @@ def join(device: str) -> World:
         return ALONE
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     own = world.device(device)
-    if own.type == "cuda":
+    cuda = own.type == "cuda"
+    if cuda:
         torch.cuda.set_device(own)
-        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE, device_id=own)
-    else:
-        dist.init_process_group("gloo", timeout=PATIENCE)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=_fresh_store(world),
+        rank=world.rank,
+        world_size=size,
+        timeout=PATIENCE,
+        device_id=own if cuda else None,
+    )
     atexit.register(dist.destroy_process_group)
     if not world.first:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     return world
 
 
-def restarted() -> bool:
-    """Whether torchrun has started this again after the loss of a worker."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def _fresh_store(world: World) -> dist.Store:
+    """Where the processes find each other.
+
+    torchrun's store outlives a lost worker, and the addresses of the dead are still in it. So
+    each start has a part of its own; rank 0 numbers it, and answers only to who is there.
+    """
+    store, _, _ = next(rendezvous("env://"))
+    if world.first:
+        start = store.add("start", 1)
+        for rank in range(1, world.size):
+            store.set(f"{start}/welcome/{rank}", store.get(f"{start}/hello/{rank}"))
+        return dist.PrefixStore(f"{start}", store)
+    name = uuid.uuid4().bytes
+    while True:
+        start = store.add("start", 0)
+        store.set(f"{start}/hello/{world.rank}", name)
+        welcome = f"{start}/welcome/{world.rank}"
+        if store.check([welcome]) and store.get(welcome) == name:
+            return dist.PrefixStore(f"{start}", store)
+        time.sleep(0.05)
 
 
 def may_restart() -> bool:
-    """Whether torchrun will, should one be lost."""
+    """Whether torchrun starts all processes again when one is lost."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 

@@ -1,6 +1,7 @@
 """A run's directory: begun, and gone on with."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -62,6 +63,14 @@ def begin(run: Run, directory: Path, world: World = ALONE) -> Trainer:
     save_config(directory, run.model, configuration(run, task.given))
     save_run(run, directory, facts(trainer))
     return trainer
+
+
+def is_begun(run: Run, directory: Path) -> bool:
+    """Whether the directory holds this very run."""
+    if not (directory / "run.json").exists():
+        return False
+    as_written = json.loads(json.dumps(dataclasses.asdict(run)))
+    return bool(dataclasses.asdict(read_run(directory)) == as_written)
 
 
 def resume(directory: Path, device: str, world: World = ALONE) -> Trainer:
