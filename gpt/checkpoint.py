@@ -66,10 +66,10 @@ def weights(model: Model) -> dict[str, Tensor]:
     """The model's state dict with tied tensors once, as safetensors wants them."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            kept[name] = tensor
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
     return kept
 
 

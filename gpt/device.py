@@ -51,11 +51,14 @@ def fast_bfloat16(device: torch.device) -> bool:
     return False
 
 
+def in_bfloat16(device: torch.device, precision: str) -> bool:
+    """Whether matrix products are computed in bfloat16: `auto` is where that is faster."""
+    return precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which to compute: matrix products in `precision`, sums in float32."""
-    if precision == "auto":
-        precision = "bfloat16" if fast_bfloat16(device) else "float32"
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16")
+    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
 
 
 def peak_flops(device: torch.device) -> float | None:

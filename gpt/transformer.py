@@ -111,6 +111,10 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(width, hidden, nn.ReLU())
         self.dropout = nn.Dropout(dropout)
 
+    def remember(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """keys_BHSK and values_BHSK of the source."""
+        return self.cross.remember(x_BSD)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -220,7 +224,7 @@ class Transformer(EncoderDecoder):
             x_BSD = block(x_BSD, mask_BS[:, None, None])
         x_BSD = self.encoder_norm(x_BSD)
         decoder = cast(Iterable[DecoderBlock], self.decoder)
-        memories = [block.cross.remember(x_BSD) for block in decoder]
+        memories = [block.remember(x_BSD) for block in decoder]
         keys_BLHSK = torch.stack([keys_BHSK for keys_BHSK, _ in memories], dim=1)
         values_BLHSK = torch.stack([values_BHSK for _, values_BHSK in memories], dim=1)
         absent_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)

@@ -25,7 +25,7 @@ from gpt.checkpoint import (
 from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.describe import parameters
 from gpt.device import describe, find_device
-from training import figures, ladder
+from training import distributed, figures, ladder
 from training.loop import (
     Diverged,
     Stopped,
@@ -34,7 +34,7 @@ from training.loop import (
 )
 from training.presets import PRESETS, Run, model_options, preset
 from training.progress import duration
-from training.runs import begin, resume, tokenizer_of
+from training.runs import begin, is_begun, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
 from training.translation import comparison
 
@@ -92,10 +92,8 @@ class Resume:
 
     def __call__(self) -> None:
         """Train on."""
-        trainer = resume(find_run(self.run, "run.json"), self.device)
-        where = f"step {trainer.step} of {trainer.run.steps}"
-        print(f"{trainer.directory}: continues at {where}", flush=True)
-        work(trainer)
+        world = distributed.join(self.device)
+        go_on(world.broadcast(find_run(self.run, "run.json")), self.device, world)
 
 
 @dataclass(frozen=True)
@@ -287,18 +285,37 @@ def drawing() -> ModuleType:
 
 
 def start(run: Run, directory: Path | None) -> None:
-    """Say what will be done, and do it."""
-    print(f"preset {run.preset}: {run.model} on {describe(find_device(run.device))}")
+    """Say what will be done, and do it; where lost workers are restarted, go on with what they did."""
+    if directory is None and distributed.may_restart():
+        raise ValueError(
+            "--max-restarts needs --run DIR, by which the run is found again: torchrun … -m -- "
+            "training train … --run DIR (without -- torchrun takes --run for an option of its own)"
+        )
+    world = distributed.join(run.device)
+    directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = world.broadcast(directory)
+    if distributed.may_restart() and world.broadcast(is_begun(run, directory)):
+        go_on(directory, run.device, world)
+        return
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    print(f"preset {run.preset}: {run.model} on {describe(world.device(run.device))}{processes}")
     check(run)
     for name, value in dataclasses.asdict(run).items():
         if name not in {"preset", "model", *TASKS[run.task].foreign}:
             print(f"  {name} = {value}")
-    directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    trainer = begin(run, directory)
+    trainer = begin(run, directory, world)
     print(f"data: {trainer.task.description}")
     for line in trainer.task.sizes:
         print(f"  {line}")
     print(f"run: {directory}, {parameters(trainer.model):,} parameters", flush=True)
+    work(trainer)
+
+
+def go_on(directory: Path, device: str, world: distributed.World) -> None:
+    """Train on from the newest checkpoint of a run."""
+    trainer = resume(directory, device, world)
+    where = f"step {trainer.step} of {trainer.run.steps}"
+    print(f"{trainer.directory}: continues at {where}", flush=True)
     work(trainer)
 
 
@@ -307,7 +324,8 @@ def work(trainer: Trainer) -> None:
     begun = time.monotonic()
     train_on(trainer, f"continue with: {PROG} train --resume {trainer.directory}")
     print(f"\ntrained in {duration(time.monotonic() - begun)}")
-    report(trainer)
+    if trainer.world.first:
+        report(trainer)
 
 
 def train_on(trainer: Trainer, advice: str = "continue with the same command") -> None:
@@ -315,16 +333,19 @@ def train_on(trainer: Trainer, advice: str = "continue with the same command") -
     try:
         trainer.train()
     except Stopped as stop:
-        print(f"\n{stop}; {advice}", file=sys.stderr)
+        if trainer.world.first:
+            print(f"\n{stop}; {advice}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Diverged as divergence:
-        print(f"\n{PROG}: {divergence}", file=sys.stderr)
+        if trainer.world.first:
+            print(f"\n{PROG}: {divergence}", file=sys.stderr)
         sys.exit(1)
 
 
 def report(trainer: Trainer) -> None:
     """Score the best weights on all that is held out, show a sample, say what comes next."""
-    directory, model, task = trainer.directory, trainer.model, trainer.task
+    directory, task = trainer.directory, trainer.task
+    model = trainer.judged.to(trainer.device)
     path = directory / "model.safetensors"
     load_weights(model, load_tensors(path, trainer.device), path)
     model.eval()

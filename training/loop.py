@@ -5,6 +5,7 @@ what the log has not said yet. The order of the data is a pure function of seed 
 So a run that was stopped, however, continues as if nothing had been.
 """
 
+import copy
 import dataclasses
 import inspect
 import json
@@ -37,6 +38,7 @@ from gpt.checkpoint import (
 )
 from gpt.device import autocast, keep_freed_memory, peak_flops
 from tokenizer import Tokenizer
+from training.distributed import ALONE, World, averaged, gathered, kept_back, shard, sharded_like
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
 from training.progress import Progress
@@ -142,7 +144,11 @@ def _summary_writer(directory: Path, resume_at: int) -> Any:  # noqa: ANN401 (an
 
 
 class Trainer:
-    """One run: a model, its task and a directory."""
+    """One run: a model, its task and a directory.
+
+    In a world of several processes each has a trainer. They take the same steps, each computing
+    with its rows of the batch; rank 0's writes and speaks for all.
+    """
 
     def __init__(
         self,
@@ -151,14 +157,24 @@ class Trainer:
         task: Task,
         device: torch.device,
         progress: Progress | None = None,
+        world: World = ALONE,
     ) -> None:
         keep_freed_memory()
         self.run, self.directory, self.task = run, directory, task
-        self.device = device
+        self.device, self.world = device, world
         peak = peak_flops(device) if task.row else None
         self.progress = progress or Progress(run.steps, peak, task.unit)
         torch.manual_seed(run.seed)
-        self.model: Model = new_model(run, task.given).to(device)
+        self.model: Model = new_model(run, task.given)
+        self.objective = Objective(self.model)
+        self.judged = self.model
+        """What rank 0 validates and samples: where the model is sharded, a whole copy."""
+        self.sharded = run.shard and world.size > 1
+        if self.sharded:
+            self.judged = copy.deepcopy(self.model) if world.first else self.model
+            shard(self.objective, device, run.precision)
+        else:
+            self.model.to(device)
         self.optimizers = Optimizers(self.model, run, device)
         self.flops = self.model.flops_per_token(task.row or 1)
         self.signals = Signals()
@@ -172,6 +188,13 @@ class Trainer:
         """What is carried from one batch to the next, if anything is."""
         self.pending: list[float] = []
         """Losses of the steps since the last line of the log."""
+        if not world.first:
+            self._seed()
+
+    def _seed(self) -> None:
+        """Random numbers that no other rank has, nor this one at another step."""
+        words = np.random.SeedSequence([self.run.seed, self.world.rank, self.step])
+        torch.manual_seed(int(words.generate_state(1)[0]))
 
     def begin(self) -> None:
         """Take over the embedding of another run where that was asked for.
@@ -197,17 +220,20 @@ class Trainer:
                 f"{list(own.shape)}: choose the same width"
             )
         with torch.no_grad():
-            own.copy_(found)
+            own.copy_(sharded_like(found, own))
 
     def train(self) -> None:
         """Train from where the state stands to the last step.
 
         Raises Stopped after a signal and Diverged after a loss that is not finite.
         """
-        objective: Callable[..., Tensor] = Objective(self.model)
+        objective: Callable[..., Tensor] = self.objective
         if self.run.compile:
             objective = torch.compile(objective)
-        self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
+        if self.world.size > 1 and not self.sharded:
+            objective = averaged(objective)
+        if self.world.first:
+            self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
         losses: list[Tensor] = []
         self.model.train()
         first, first_seen, before = self.step, self.seen, self.seconds
@@ -223,8 +249,9 @@ class Trainer:
                         "validation": last or self.step % self.run.validation_interval == 0,
                         "checkpoint": last or self.step % self.run.checkpoint_interval == 0,
                     }
-                    if any(due.values()) or self.signals.received:
-                        self.pending += torch.stack(losses).tolist()
+                    signalled = self.world.most(self.signals.received or 0)
+                    if any(due.values()) or signalled:
+                        self.pending += self.world.mean(torch.stack(losses)).tolist()
                         losses.clear()
                         self._check_finite()
                     if due["log"]:
@@ -234,31 +261,34 @@ class Trainer:
                         self._log((self.seen - first_seen) / elapsed, left)
                     if due["validation"]:
                         self._validate()
-                    if due["checkpoint"] or self.signals.received:
+                    if due["checkpoint"] or signalled:
                         path = self.save()
-                        if self.signals.received and not last:
-                            raise Stopped(self.signals.received, path)
+                        if signalled and not last:
+                            raise Stopped(signalled, path)
         finally:
-            self.metrics.close()
+            if self.world.first:
+                self.metrics.close()
 
     def advance(self, objective: Callable[..., Tensor]) -> Tensor:
-        """One optimizer step; returns its mean loss, still on the device."""
+        """One optimizer step; returns its mean loss, still on the device: the ranks' mean is the batch's."""
         arrays = self.task.batch(self.step)
+        targets = int((arrays[-1] != -100).sum())
+        self.seen += targets
+        mine = self.world.share(len(arrays[0]))
+        arrays = tuple(array[mine] for array in arrays)
         if not self.task.follows(self.step):
             self.state = self._first_state(len(arrays[0]))
-        counted = arrays[-1] != -100
-        self.seen += int(counted.sum())
-        # Each part counts for the targets in it, so that the mean is that of the whole batch.
-        shares = [
-            part.sum() / counted.sum() for part in np.array_split(counted, self.run.accumulation)
-        ]
+        counted = np.array_split(arrays[-1] != -100, self.run.accumulation)
         batch = (torch.from_numpy(array).to(self.device) for array in arrays)
         parts = zip(*(tensor.tensor_split(self.run.accumulation) for tensor in batch), strict=True)
         total = torch.zeros((), device=self.device)
-        for share, part in zip(shares, parts, strict=True):
-            with autocast(self.device, self.run.precision):
-                loss = objective(*part, state=self.state) * share
-            loss.backward()
+        for left, part in zip(reversed(range(self.run.accumulation)), parts, strict=True):
+            # Each part counts for the targets in it, so that the mean is that of the whole batch.
+            share = counted[-1 - left].sum() / targets * self.world.size
+            with kept_back(objective, left):
+                with autocast(self.device, self.run.precision):
+                    loss = objective(*part, state=self.state) * share
+                loss.backward()
             total += loss.detach()
         self.optimizers.step(self.step)
         return total
@@ -268,7 +298,8 @@ class Trainer:
         if not self.run.carry:
             return None
         assert isinstance(self.model, LanguageModel)
-        return self.model.init_state(rows, self.run.window)
+        state = self.model.init_state(rows, self.run.window)
+        return {name: gathered(tensor) for name, tensor in state.items()}
 
     def _check_finite(self) -> None:
         if all(map(math.isfinite, self.pending)):
@@ -285,6 +316,8 @@ class Trainer:
         """A line about the steps since the last one; `speed` in targets a second, `left` in seconds."""
         loss = sum(self.pending) / len(self.pending)
         self.pending.clear()
+        if not self.world.first:
+            return
         unit = self.task.unit
         counts = {unit: self.seen, f"{unit}_per_second": round(speed, 1)}
         counts["seconds"] = round(self.seconds, 2)
@@ -294,11 +327,19 @@ class Trainer:
 
     def _validate(self) -> None:
         """Score what is held out, keep the weights if they are the best yet, show a sample."""
-        loss = self.task.validate(self.model)
+        whole = self.world.whole(weights(self.model))
+        if not self.world.first:
+            return
+        if self.sharded:
+            self.judged.load_state_dict(whole, strict=False)
+            self.judged.to(self.device)
+        loss = self.task.validate(self.judged)
         if loss < self.best:
             self.best = loss
-            save_tensors(self.directory / "model.safetensors", weights(self.model))
-        sample = self.task.sample(self.model, self.run.sample_tokens)
+            save_tensors(self.directory / "model.safetensors", whole)
+        sample = self.task.sample(self.judged, self.run.sample_tokens)
+        if self.sharded:
+            self.judged.cpu()
         self.metrics.write(self.step, validation_loss=loss, sample=sample)
         self.progress.validation = loss
         self.progress.say(
@@ -307,17 +348,45 @@ class Trainer:
         )
 
     def save(self) -> Path:
-        """Write a checkpoint beside its place, flush it, rename it; drop older ones."""
+        """Have rank 0 write a checkpoint, the same at any number of processes; all wait for it."""
         folder = self.directory / "checkpoints" / f"step-{self.step}"
+        tensors = {
+            "model": self.world.whole(weights(self.model)),
+            "optimizer": self.world.whole(self.optimizers.state()),
+            "random": self._random(),
+            "carried": self._carried(),
+        }
+        if self.world.first:
+            self._write(folder, tensors)
+        self.world.wait()
+        return folder
+
+    def _random(self) -> dict[str, Tensor]:
+        """The random states: of rank 0 `cpu` and perhaps `cuda`, of rank 1 `cpu.1` and so on."""
+        own = {"cpu": torch.get_rng_state()}
+        if self.device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self.device)
+        named = {f"{kind}{self._suffix}": state for kind, state in own.items()}
+        return {name: state for part in self.world.gather(named) for name, state in part.items()}
+
+    @property
+    def _suffix(self) -> str:
+        return "" if self.world.first else f".{self.world.rank}"
+
+    def _carried(self) -> State:
+        """The carried state of all rows."""
+        parts = self.world.gather(self.state or {})
+        names = parts[0] if parts else {}
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def _write(self, folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Write a checkpoint beside its place, flush it, rename it; drop older ones."""
         for left_behind in folder.parent.glob("step-*.*"):
             shutil.rmtree(left_behind)
         if folder.exists():
-            return folder
+            return
         beside = folder.with_name(folder.name + ".part")
         beside.mkdir(parents=True)
-        random = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            random["cuda"] = torch.cuda.get_rng_state(self.device)
         state = {
             "step": self.step,
             "best": None if math.isinf(self.best) else self.best,
@@ -327,10 +396,8 @@ class Trainer:
             "data": self.task.fingerprint,
         }
         try:
-            save_tensors(beside / "model.safetensors", weights(self.model))
-            save_tensors(beside / "optimizer.safetensors", self.optimizers.state())
-            save_tensors(beside / "random.safetensors", random)
-            save_tensors(beside / "carried.safetensors", self.state or {})
+            for name, part in tensors.items():
+                save_tensors(beside / f"{name}.safetensors", part)
             write_atomically(beside / "state.json", json.dumps(state))
             _sync(beside)
             beside.rename(folder)
@@ -341,7 +408,6 @@ class Trainer:
         for old in checkpoints(self.directory)[:-CHECKPOINTS_KEPT]:
             # Renamed first: a name without a suffix is a whole checkpoint.
             shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
-        return folder
 
     def resume(self, folder: Path) -> None:
         """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
@@ -355,16 +421,27 @@ class Trainer:
                 f"{folder}: was trained on another corpus than {self.run.data} holds now "
                 f"({state['data'][:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
-        device = self.device
-        path = folder / "model.safetensors"
-        load_weights(self.model, load_tensors(path, device), path)
+        path, own = folder / "model.safetensors", weights(self.model)
+        found = load_tensors(path).items()
+        load_weights(
+            self.model,
+            {name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in found},
+            path,
+        )
         self.optimizers.load_state(load_tensors(folder / "optimizer.safetensors"))
         random = load_tensors(folder / "random.safetensors")
-        torch.set_rng_state(random["cpu"])
-        if "cuda" in random and device.type == "cuda":
-            torch.cuda.set_rng_state(random["cuda"], device)
-        self.state = load_tensors(folder / "carried.safetensors", device) or None
         self.step, self.pending = state["step"], state["pending"]
+        cpu, cuda = f"cpu{self._suffix}", f"cuda{self._suffix}"
+        if cpu in random:
+            torch.set_rng_state(random[cpu])
+        else:  # there were fewer ranks
+            self._seed()
+        if cuda in random and self.device.type == "cuda":
+            torch.cuda.set_rng_state(random[cuda], self.device)
+        carried = load_tensors(folder / "carried.safetensors", self.device)
+        self.state = {
+            name: tensor[self.world.share(len(tensor))] for name, tensor in carried.items()
+        } or None
         self.seen, self.seconds = state["seen"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
 

@@ -5,6 +5,7 @@ that every direction of it learns at one speed. It suits matrices between hidden
 embeddings, the unembedding and vectors go to AdamW (Loshchilov & Hutter 2019).
 """
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from gpt.device import fast_bfloat16
 from gpt.model import Model
+from training.distributed import each_whole, sharded_like
 from training.presets import Run
 
 MOMENTUM_WARM_UP = 200
@@ -74,9 +76,10 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     alike.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in alike.items():
-                moved_NAB = orthogonal(
+                dtype = torch.bfloat16 if fast_bfloat16(matrices[0].device) else torch.float32
+                moved_NAB = each_whole(
+                    functools.partial(orthogonal, dtype=dtype),
                     torch.stack([self._look_ahead(m, group["momentum"]) for m in matrices]),
-                    torch.bfloat16 if fast_bfloat16(matrices[0].device) else torch.float32,
                 )
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
                 for matrix, moved_AB in zip(matrices, moved_NAB, strict=True):
@@ -186,11 +189,14 @@ class Optimizers:
     def load_state(self, tensors: dict[str, Tensor]) -> None:
         """Restore what `state` gave."""
         for number, optimizer in enumerate(self.all):
+            owners = [owner for group in optimizer.param_groups for owner in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
-                owner, parameter, name = key.split(".", 2)
-                if int(owner) == number:
-                    state.setdefault(int(parameter), {})[name] = value
+                of, parameter, name = key.split(".", 2)
+                if int(of) == number:
+                    owner = owners[int(parameter)]
+                    like = owner if value.shape == owner.shape else value
+                    state.setdefault(int(parameter), {})[name] = sharded_like(value, like)
             whole = optimizer.state_dict()
             optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 

@@ -1,6 +1,7 @@
 """A run's directory: begun, and gone on with."""
 
 import dataclasses
+import json
 import subprocess
 import sys
 from importlib.metadata import version
@@ -12,8 +13,9 @@ import torch
 from gpt import LanguageModel
 from gpt.checkpoint import save_config
 from gpt.describe import parameters
-from gpt.device import describe, find_device
+from gpt.device import describe
 from tokenizer import Tokenizer
+from training.distributed import ALONE, World
 from training.loop import (
     Trainer,
     configuration,
@@ -26,26 +28,35 @@ from training.presets import Run
 from training.tasks import TASKS, check, open_task
 
 
-def begin(run: Run, directory: Path) -> Trainer:
+def begin(run: Run, directory: Path, world: World = ALONE) -> Trainer:
     """Prepare the data and write a new run's directory, up to its first step.
 
     A ValueError says what of the model, the task, the data and the directory does not fit.
     """
     check(run)
-    device = find_device(run.device)
+    check_world(run, world)
+    if run.shard and world.size == 1:
+        raise ValueError(
+            "--shard divides a model among several processes: start it with "
+            "torchrun --nproc-per-node N -m training train …"
+        )
+    device = world.device(run.device)
     expected = TASKS[run.task].expects(run)
     with torch.device("meta"):  # what does not fit together is said before the data is read
         model = new_model(run, expected)
     if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
         raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
-    if (directory / "run.json").exists():
+    if world.broadcast((directory / "run.json").exists()):
         raise ValueError(
             f"{directory} already holds a run: continue it with --resume {directory}, "
             "or choose another --run"
         )
-    task = open_task(run)
-    trainer = Trainer(run, directory, task, device)
+    with world.first_of_machine_first():
+        task = open_task(run)
+    trainer = Trainer(run, directory, task, device, world=world)
     trainer.begin()
+    if not world.first:
+        return trainer
     directory.mkdir(parents=True, exist_ok=True)
     if task.tokenizer:
         task.tokenizer.save(directory / "tokenizer.json")
@@ -54,17 +65,38 @@ def begin(run: Run, directory: Path) -> Trainer:
     return trainer
 
 
-def resume(directory: Path, device: str) -> Trainer:
+def is_begun(run: Run, directory: Path) -> bool:
+    """Whether the directory holds this very run."""
+    if not (directory / "run.json").exists():
+        return False
+    as_written = json.loads(json.dumps(dataclasses.asdict(run)))
+    return bool(dataclasses.asdict(read_run(directory)) == as_written)
+
+
+def resume(directory: Path, device: str, world: World = ALONE) -> Trainer:
     """A run as its newest checkpoint has it."""
     run = dataclasses.replace(read_run(directory), device=device)
-    task = open_task(run, tokenizer_of(directory))
-    trainer = Trainer(run, directory, task, find_device(device))
+    check_world(run, world)
+    with world.first_of_machine_first():
+        task = open_task(run, tokenizer_of(directory))
+    trainer = Trainer(run, directory, task, world.device(device), world=world)
     checkpoint = newest_checkpoint(directory)
     if checkpoint:
         trainer.resume(checkpoint)
     else:
         trainer.begin()
     return trainer
+
+
+def check_world(run: Run, world: World) -> None:
+    """A ValueError if a batch has not the same number of rows for each process in each of its parts."""
+    parts = world.size * run.accumulation
+    if run.batch % parts:
+        raise ValueError(
+            f"--batch {run.batch} cannot be divided among {world.size} processes, in "
+            f"--accumulation {run.accumulation} equal parts each: choose a multiple of {parts}, "
+            "or another --nproc-per-node"
+        )
 
 
 def tokenizer_of(directory: Path) -> Tokenizer | None:
