@@ -106,6 +106,8 @@ class Run:
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Of the matrix products; auto is bfloat16 where the device is fast at it."""
+    shard: bool = False
+    """Divide the model and its optimizer among the processes that torchrun starts (FSDP2), where one device cannot hold them."""
     compile: bool = False
     """Compile the model: slow to start, then faster. Needs a C++ compiler on CPU."""
 
