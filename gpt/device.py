@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 
+
 class Card(NamedTuple):
     """What a maker's data sheet says of a card."""
 

@@ -55,13 +55,18 @@ class Live(TorchDispatchMode):
         """Run the operation, and note what it made."""
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in self.sizes:
-                storage = tensor.untyped_storage()
-                self.sizes[id(storage)] = storage.nbytes()
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                finalize(storage, self._freed, id(storage))
+            if isinstance(tensor, Tensor):
+                self.count(tensor)
         return made
+
+    def count(self, tensor: Tensor) -> None:
+        """Add a tensor's storage, if it is new, for as long as it lives."""
+        storage = tensor.untyped_storage()
+        if id(storage) not in self.sizes:
+            self.sizes[id(storage)] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            finalize(storage, self._freed, id(storage))
 
     def _freed(self, storage: int) -> None:
         self.now -= self.sizes.pop(storage)
@@ -149,6 +154,8 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
     kernels = CardKernels() if card else contextlib.nullcontext()
     with FakeTensorMode() as fake, Live() as live, kernels:
         batch = [fake.from_tensor(array) for array in arrays]
+        for tensor in batch:
+            live.count(tensor)
         model = new_model(run, given).train()
         tensors = [*model.parameters(), *model.buffers()]
         weights, gradients = shared(tensors, shards), shared(model.parameters(), shards)
