@@ -56,9 +56,9 @@ class Real:
         self.bfloat16, self.carry, self.window = bfloat16, run.carry, run.window
 
     def loss(self):
-        carried = self.model.init_state(ROWS, self.window) if self.carry else None
+        self.carried = self.model.init_state(ROWS, self.window) if self.carry else None
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            return Objective(self.model)(*self.batch, state=carried)
+            return Objective(self.model)(*self.batch, state=self.carried)
 
     def step(self, index=0):
         self.loss().backward()
@@ -135,12 +135,14 @@ def test_logits_are_made_in_chunks(monkeypatch):
     few = measure(run, ROWS, True, card=False)
     assert few.activations == at_once.activations
     assert few.loss < at_once.loss / 3
-    assert few.activations + few.loss == pytest.approx(Real(run, True).peak(), rel=0.01)
+    # Each chunk keeps the random state for when it is made again, which is no fake tensor.
+    unseen = Real(run, True).peak() - few.activations - few.loss
+    assert 0 <= unseen <= ROWS * 32 / 16 * torch.get_rng_state().nbytes
 
 
 def test_every_preset_can_be_planned():
     for name, run in PRESETS.items():
-        sizes = {"window": 8} if TASKS[run.task].unit == "tokens" else {}
+        sizes = {"window": 4} if TASKS[run.task].unit == "tokens" else {}
         found = plan(dataclasses.replace(run, **sizes, batch=2, accumulation=1), 1, "H100", 0.4)
         assert found.memory.together > 0, name
         assert found.place.holds(found.memory), name
@@ -155,10 +157,8 @@ def test_a_card_keeps_less_than_a_cpu_where_its_kernels_do():
         assert card.activations < cpu.activations
     rows, width, layers = ROWS * 32, 32, 2
     card, cpu = (measure(RUNS["gpt"], ROWS, False, card=it) for it in (True, False))
-    # In float32 of each row a norm makes as much as it gets: two and two of the heads a layer, one at the end.
-    assert cpu.activations - card.activations == pytest.approx(
-        4 * rows * width * 4 * layers, abs=4 * rows * width
-    )
+    # Of what each of four norms a layer and the last one makes, nothing.
+    assert cpu.activations - card.activations == 4 * rows * width * (4 * layers + 1)
 
 
 def test_what_is_sharded_is_divided_and_its_largest_layer_put_together():
@@ -215,7 +215,8 @@ def test_cards_by_their_drivers_names():
 
 
 def test_what_does_not_fit_is_told_what_helps(monkeypatch):
-    run = dataclasses.replace(RUNS["gpt"], batch=16)
+    one_layer = {"width": 32, "depth": 1, "heads": 2}
+    run = tiny("gpt-nano", optimizer="adamw", batch=8, arguments=one_layer)
 
     def told(room, cards=1, **changes):
         monkeypatch.setattr("training.plan.find_card", lambda _: Card(room, None))
@@ -225,17 +226,32 @@ def test_what_does_not_fit_is_told_what_helps(monkeypatch):
         one = Place(2, "", Card(None, None), True, True)
         return int(one.measure(dataclasses.replace(run, shard=shard), rows).together / 0.9) + 1
 
-    assert told(needed(16)) is None
-    assert told(needed(8)) == "--accumulation 2"
-    assert told(needed(4), accumulation=2) == "--accumulation 4"
+    assert told(needed(8)) is None
+    assert told(needed(4)) == "--accumulation 2"
+    assert told(needed(2), accumulation=2) == "--accumulation 4"
     assert told(needed(1) // 2) == "more cards with --shard, or a smaller model"
     # What is gathered is most of so small a model.
     monkeypatch.setattr("training.plan.gathered", lambda _: 0)
-    assert told(needed(1, shard=True), cards=2) == "--accumulation 8 --shard"
+    assert told(needed(1, shard=True), cards=2) == "--accumulation 4 --shard"
 
 
 def test_the_command_prints_a_table_or_json():
-    options = "--gpus 8 --card H100 --mfu 0.5 --width 64 --depth 1 --heads 1 --window 32".split()
+    options = [
+        "--gpus",
+        "8",
+        "--card",
+        "H100",
+        "--mfu",
+        "0.5",
+        "--width",
+        "64",
+        "--depth",
+        "1",
+        "--heads",
+        "1",
+        "--window",
+        "32",
+    ]
     code, table, _ = training("plan", "gpt-micro", *options)
     assert code == 0
     assert "8 x H100 at 50% of 989 TFLOP/s" in table
@@ -247,7 +263,7 @@ def test_the_command_prints_a_table_or_json():
 
 def test_the_vocabulary_is_that_of_the_tokenizer(tmp_path):
     code, said, _ = training(
-        "plan", "--tokenizer", "bytes", "--width", "64", "--window", "8", "--json"
+        "plan", "--tokenizer", "bytes", "--heads", "4", "--width", "64", "--json"
     )
     assert code == 0
     assert json.loads(said)["weights_by_kind"]["embedding"] == 257 * 64

@@ -41,14 +41,14 @@ class Live(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, each storage once."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self.sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002 (torch passes it)
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (whatever the operation gives)
@@ -78,20 +78,19 @@ class CardKernels(TorchFunctionMode):
     def __torch_function__(
         self,
         func: Callable[..., Any],
-        types: Sequence[type],  # noqa: ARG002 (torch passes it)
+        types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401 (whatever the operation gives)
         """Run the operation, or its stand-in."""
         kwargs = kwargs or {}
-        if func is F.rms_norm:
+        if func is F.rms_norm and kwargs["weight"] is not None:
             x, weight = args[0], kwargs["weight"]
             # In float32 under autocast, as on the card.
             wide = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
-            return _RMSNorm.apply(x.to(wide), weight.to(wide))
-        if func is F.dropout:
-            if kwargs["p"] and kwargs["training"]:
-                return torch.native_dropout(*args, kwargs["p"], True)[0]
+            return _RMSNorm.apply(x.to(wide), weight.to(wide))  # type: ignore[no-untyped-call]
+        if func is F.dropout and kwargs["p"] and kwargs["training"]:
+            return torch.native_dropout(args[0], kwargs["p"], True)[0]
         if func is F.scaled_dot_product_attention:
             kwargs = kwargs | {"dropout_p": 0.0}  # not in a CPU's fused kernel
         return func(*args, **kwargs)
@@ -103,12 +102,12 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401 (torch's own)
         ctx.save_for_backward(x, weight, x[..., :1].clone())
-        return torch.empty_like(x)
+        return torch.empty_like(x, memory_format=torch.contiguous_format)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]  # noqa: ANN401
-        x, weight, _ = ctx.saved_tensors
-        return torch.empty_like(x), torch.empty_like(weight)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # noqa: ANN401
+        _, weight, _ = ctx.saved_tensors
+        return torch.empty_like(grad), torch.empty_like(weight)
 
 
 @dataclass(frozen=True)
@@ -169,10 +168,13 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
             update = live.peak - before
         optimizer = shared(optimizers.state().values(), shards)
         if shards > 1 and bfloat16 and card:
-            model.to(torch.bfloat16)  # so they are gathered
+            halve(model)  # as they are gathered
         give_gradients(model)
         kept = live.now
-        carried = model.init_state(rows, run.window) if run.carry else None
+        carried = None
+        if run.carry:
+            assert isinstance(model, LanguageModel)
+            carried = model.init_state(rows, run.window)
         noted = note_at_logits(model, lambda: live.now - kept)
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -209,6 +211,15 @@ def give_gradients(model: Model) -> None:
     """As all micro-batches of a step but the first find them."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
+
+
+def halve(model: Model) -> None:
+    """Parameters in bfloat16, a tied one still one (`Module.to` refuses fake tensors)."""
+    halves: dict[nn.Parameter, nn.Parameter] = {}
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            half = nn.Parameter(parameter.detach().to(torch.bfloat16))
+            setattr(module, name, halves.setdefault(parameter, half))
 
 
 def shared(tensors: Iterable[Tensor], cards: int) -> int:
@@ -299,11 +310,11 @@ class Plan:
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all cards together; None where the peak is not known: it is of bfloat16."""
-        flops = self.place.sheet.flops
-        if not (self.tokens and flops and self.place.bfloat16):
+        """Of all cards together; None where the peak is not known: it is of products in bfloat16."""
+        peak, flops = self.place.sheet.flops, self.model.flops_per_token(self.run.window)
+        if not (self.tokens and peak and flops and self.place.bfloat16):
             return None
-        return self.place.cards * self.mfu * flops / self.model.flops_per_token(self.run.window)
+        return self.place.cards * self.mfu * peak / flops
 
     @property
     def remedy(self) -> str | None:
@@ -414,7 +425,8 @@ def plan(run: Run, cards: int, card: str | None, mfu: float) -> Plan:
             f"--batch {run.batch} cannot be divided among --gpus {cards}, in --accumulation "
             f"{run.accumulation} equal parts each: choose a multiple of {cards * run.accumulation}"
         )
+    given = TASKS[run.task].expects(run)
     with torch.device("meta"):
-        model = new_model(run, TASKS[run.task].expects(run))
+        model = new_model(run, given)
     place = find_place(run, cards, card)
     return Plan(run, place, mfu, rows, place.measure(run, rows), model)
