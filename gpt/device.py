@@ -3,22 +3,56 @@
 import contextlib
 import ctypes
 import platform
+from typing import NamedTuple
 
 import torch
 
-PEAK_BFLOAT16 = {
-    "A100": 312e12,
-    "H100 PCIe": 756e12,
-    "H100": 989e12,
-    "H200": 989e12,
-    "B200": 2250e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "A10G": 70e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
+
+class Card(NamedTuple):
+    """What a maker's data sheet says of a card."""
+
+    memory: int | None
+    """Bytes; None where it is not known: cards of one name can have more or less."""
+    flops: float | None
+    """Dense bfloat16 operations a second; None where it is not known."""
+
+
+GB = 10**9
+
+CARDS = {
+    "A100": Card(None, 312e12),
+    "A100 40GB": Card(40 * GB, 312e12),
+    "A100 80GB": Card(80 * GB, 312e12),
+    "A100 PCIe 40GB": Card(40 * GB, 312e12),
+    "A100 80GB PCIe": Card(80 * GB, 312e12),
+    "H100": Card(80 * GB, 989e12),
+    "H100 80GB": Card(80 * GB, 989e12),
+    "H100 PCIe": Card(80 * GB, 756e12),
+    "H100 NVL": Card(94 * GB, 835e12),
+    "H200": Card(141 * GB, 989e12),
+    "H200 NVL": Card(141 * GB, 835e12),
+    "GH200 480GB": Card(96 * GB, 989e12),
+    "B200": Card(180 * GB, 2250e12),
+    "L40S": Card(48 * GB, 362e12),
+    "L4": Card(24 * GB, 121e12),
+    "A10G": Card(24 * GB, 70e12),
+    "RTX 4090": Card(24 * GB, 165e12),
+    "RTX 3090": Card(24 * GB, 71e12),
 }
-"""Dense bfloat16 operations a second, from the makers' data sheets; the first name that fits counts."""
+"""By the name that the driver gives, without the words that say nothing more."""
+
+SAYS_NOTHING_MORE = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
+
+
+def find_card(name: str) -> Card:
+    """What is known of the card of that name: nothing if it is only like another (a laptop's, a slice)."""
+    found = (card for known, card in CARDS.items() if _words(known) == _words(name))
+    return next(found, Card(None, None))
+
+
+def _words(name: str) -> list[str]:
+    words = name.lower().replace("-", " ").split()
+    return [word for word in words if word not in SAYS_NOTHING_MORE]
 
 
 def find_device(name: str) -> torch.device:
@@ -65,8 +99,7 @@ def peak_flops(device: torch.device) -> float | None:
     """The card's bfloat16 peak in operations a second, or None where it is not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for card, peak in PEAK_BFLOAT16.items() if card in name), None)
+    return find_card(torch.cuda.get_device_name(device)).flops
 
 
 def describe(device: torch.device) -> str:

@@ -70,6 +70,39 @@ def train_command(name: str) -> Callable[..., cli.Command]:
     return train
 
 
+def plan_command(name: str) -> Callable[..., cli.Command]:
+    """The `plan` command with the options of preset `name`, as `train` has them."""
+    chosen = preset(name)
+    options: Any = model_options(chosen)
+    own = options()
+
+    def plan(
+        settings: Run = chosen,
+        model: options = own,
+        gpus: int = 1,
+        card: MaybeText = None,
+        mfu: float = 0.4,
+        json: bool = False,
+    ) -> cli.Command:
+        """Say what a run will take before it is trained: `plan [PRESET] [options as in train] --gpus N`.
+
+        Memory of each card by kind, tokens, operations, tokens per second and time.
+
+        Args:
+            settings: What to train on, and how.
+            model: The model's own arguments.
+            gpus: Cards, a process on each.
+            card: Name of the cards: H100, A100 80GB, …; this machine's own when not given.
+            mfu: Share of the card's peak that is expected to be reached.
+            json: Print one JSON object, for machines.
+        """
+        arguments = chosen.arguments | dataclasses.asdict(model)
+        resolved = dataclasses.replace(settings, arguments=arguments)
+        return lambda: show_plan(resolved, gpus, card, mfu, as_json=json)
+
+    return plan
+
+
 @dataclass(frozen=True)
 class Presets:
     """List the presets: what each trains, and on what."""
@@ -284,6 +317,14 @@ def drawing() -> ModuleType:
     return plot
 
 
+def show_plan(run: Run, gpus: int, card: str | None, mfu: float, *, as_json: bool) -> None:
+    """Print what a run will take."""
+    from training.plan import plan
+
+    found = plan(run, gpus, card, mfu)
+    print(json.dumps(found.to_json()) if as_json else found.table())
+
+
 def start(run: Run, directory: Path | None) -> None:
     """Say what will be done, and do it; where lost workers are restarted, go on with what they did."""
     if directory is None and distributed.may_restart():
@@ -362,14 +403,14 @@ def report(trainer: Trainer) -> None:
 
 
 def main() -> None:
-    """Choose the command; `train` takes its options from the preset named after it."""
+    """Choose the command; `train` and `plan` take their options from the preset named after them."""
     arguments = sys.argv[1:]
     name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")
         train: Callable[..., cli.Command] = Resume
     else:
-        if arguments[:1] == ["train"] and len(arguments) > 1 and arguments[1][:1] != "-":
+        if arguments[:1] in (["train"], ["plan"]) and arguments[1:] and arguments[1][:1] != "-":
             name = arguments.pop(1)
         try:
             train = train_command(name)
@@ -377,6 +418,7 @@ def main() -> None:
             cli.refuse(PROG, str(error))
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
+        "plan": plan_command(name),
         "eval": Eval,
         "ladder": Ladder,
         "translators": Translators,

@@ -21,12 +21,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tokenizer import Tokenizer
+from tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_characters, train_words
 
 FORMAT = 1
 """Of corpus.json; a reader refuses a higher one."""
 
 FILE = "corpus.json"
+
+LEARNED = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
+"""Tokenizers that are made from the training split."""
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -102,6 +105,22 @@ def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
             "choose another --data, or --task pairs"
         )
     return corpus
+
+
+def given_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
+    """The tokenizer that was asked for, or None for one to be trained."""
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    if tokenizer in LEARNED:
+        return None
+    if tokenizer == "bytes":
+        return byte_tokenizer()
+    if not Path(tokenizer).exists():
+        raise ValueError(
+            f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(LEARNED)}, bytes, or the "
+            "path of a tokenizer.json or of a run directory"
+        )
+    return Tokenizer.open(tokenizer)
 
 
 class Part(NamedTuple):

@@ -37,16 +37,17 @@ import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm
 
-from tokenizer import (
-    WORDS,
-    Tokenizer,
-    byte_tokenizer,
-    from_utf8,
-    train_bpe,
-    train_characters,
-    train_words,
+from tokenizer import WORDS, Tokenizer, from_utf8
+from training.corpus import (
+    FILE,
+    FORMAT,
+    LEARNED,
+    Corpus,
+    CorpusWriter,
+    Part,
+    given_tokenizer,
+    open_corpus,
 )
-from training.corpus import FILE, FORMAT, Corpus, CorpusWriter, Part, open_corpus
 
 KINDS = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
 """Endings that are read, and the builder of `datasets` for each."""
@@ -66,8 +67,6 @@ TOKENIZER_BYTES = 100_000_000
 """Text that a BPE tokenizer is trained on, at most."""
 BATCH = 2**20
 """Characters that are tokenised between two writes."""
-LEARNED = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
-"""Tokenizers that are made from the training split."""
 LAST_LINE = re.compile(r".*\S\n(?=\S)", re.DOTALL)
 """Up to the last place where a cut changes no token."""
 HELD_OUT = 20
@@ -151,7 +150,7 @@ def prepare(
         raise ValueError(f"--data-limit must be at least one byte, not {source.limit}")
     if source.languages is not None and not pairs:
         raise ValueError("--languages goes with pairs of sentences, not with text: leave it out")
-    given = _given(tokenizer)
+    given = given_tokenizer(tokenizer)
     if (Path(source.data).expanduser() / FILE).is_file() and source.data:
         return _prepared(source, given, pairs)
     reader = _Pairs(source) if pairs else None
@@ -193,22 +192,6 @@ def cache() -> Path:
     if root := os.environ.get("TINYGPT_CACHE"):
         return Path(root)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygpt"
-
-
-def _given(tokenizer: str | Tokenizer) -> Tokenizer | None:
-    """The tokenizer that was asked for, or None for one to be trained."""
-    if isinstance(tokenizer, Tokenizer):
-        return tokenizer
-    if tokenizer in LEARNED:
-        return None
-    if tokenizer == "bytes":
-        return byte_tokenizer()
-    if not Path(tokenizer).exists():
-        raise ValueError(
-            f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(LEARNED)}, bytes, or the "
-            "path of a tokenizer.json or of a run directory"
-        )
-    return Tokenizer.open(tokenizer)
 
 
 def _prepared(source: Source, tokenizer: Tokenizer | None, pairs: bool) -> Corpus:

@@ -15,6 +15,7 @@ Each has rows to train on and rows between them to judge by. Where a law goes on
 the range that was seen tell who found it from who only followed the points.
 """
 
+import dataclasses
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -311,6 +312,11 @@ class Tabular(Task):
     def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003 (it is not text)
         """The table of the run's task and seed."""
         return cls(run, cls.tables[run.task](run.seed))
+
+    @classmethod
+    def largest(cls, run: Run, rows: int) -> Batch:
+        """The first batch: the data is there at once."""
+        return cls.open(dataclasses.replace(run, batch=rows), None, to_train=True).batch(0)
 
     def batch(self, index: int) -> Batch:
         """(x_BD, y_B): the next rows of a shuffled epoch; all of them where the batch is as large."""

@@ -1,12 +1,15 @@
 """What a run learns from and is judged by. The trainer knows no more of it than is written here."""
 
 import math
+from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
+import numpy as np
 from numpy.typing import NDArray
 
 from gpt import Model
 from tokenizer import Tokenizer
+from training.corpus import FILE, given_tokenizer
 from training.presets import Run
 
 Batch = tuple[NDArray[Any], ...]
@@ -55,7 +58,13 @@ class Task:
     @classmethod
     def expects(cls, run: Run) -> dict[str, Any]:
         """What `given` will be, as far as it is known before the data is read."""
-        return {"vocabulary": run.vocabulary, "context": run.window}
+        return {"vocabulary": _vocabulary(run), "context": run.window}
+
+    @classmethod
+    def largest(cls, run: Run, rows: int) -> Batch:
+        """Zeros in the shapes of the largest batch of so many rows, known before the data is read."""
+        tokens_BT = np.zeros((rows, run.window), np.int64)
+        return tokens_BT, tokens_BT
 
     @classmethod
     def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
@@ -85,3 +94,11 @@ class Task:
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
         """The whole of a split, scored; `final` with what takes long beside it."""
         raise NotImplementedError
+
+
+def _vocabulary(run: Run) -> int:
+    """Tokens of the tokenizer that is there already, or as many as one is to learn."""
+    if (Path(run.data) / FILE).is_file():
+        return Tokenizer.open(run.data).vocabulary
+    given = given_tokenizer(run.tokenizer)
+    return given.vocabulary if given else run.vocabulary

@@ -151,6 +151,12 @@ class Pairs(Task):
         """Pairs from anywhere; already prepared tokens are opened without `datasets`."""
         return cls(run, open_corpus_of(run, tokenizer, to_train, pairs=True), to_train)
 
+    @classmethod
+    def largest(cls, run: Run, rows: int) -> Batch:
+        """Both sides as long as there is room for."""
+        side_BT = np.zeros((rows, run.window // 2), np.int64)
+        return side_BT, np.full(rows, run.window // 2), side_BT, side_BT
+
     def _fitting(self, split: str, limit: int | None = None) -> Which:
         """Those of the first `limit` pairs of a split that can be learned."""
         which = self.pairs[split].fitting(self.room)
