@@ -35,7 +35,7 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is. Every method but `share` is for all at once."""
+    """The processes of a run, and which of them this is; what involves the others, all call together."""
 
     rank: int = 0
     size: int = 1
