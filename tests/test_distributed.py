@@ -181,6 +181,7 @@ def options_of(folder, steps):
     ).split()
 
 
+@pytest.mark.long
 def test_a_lost_worker_is_restarted_and_the_run_goes_on(folder, request, tmp_path):
     options = options_of(folder, 12)
     process = torchrun(request, "-m", "--", "training", *options, "--run", tmp_path / "straight")

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, TypeGuard
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
@@ -35,7 +36,7 @@ PATIENCE = timedelta(hours=2)
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is. Every method but `share` is for all at once."""
+    """The processes of a run, and which of them this is; what involves the others, all call together."""
 
     rank: int = 0
     size: int = 1
@@ -154,7 +155,7 @@ def join(device: str) -> World:
     return world
 
 
-def _fresh_store(world: World) -> dist.Store:
+def _fresh_store(world: World) -> Store:
     """Where the processes find each other.
 
     torchrun's store outlives a lost worker, and the addresses of the dead are still in it. So
@@ -165,14 +166,14 @@ def _fresh_store(world: World) -> dist.Store:
         start = store.add("start", 1)
         for rank in range(1, world.size):
             store.set(f"{start}/welcome/{rank}", store.get(f"{start}/hello/{rank}"))
-        return dist.PrefixStore(f"{start}", store)
+        return PrefixStore(f"{start}", store)
     name = uuid.uuid4().bytes
     while True:
         start = store.add("start", 0)
         store.set(f"{start}/hello/{world.rank}", name)
         welcome = f"{start}/welcome/{world.rank}"
         if store.check([welcome]) and store.get(welcome) == name:
-            return dist.PrefixStore(f"{start}", store)
+            return PrefixStore(f"{start}", store)
         time.sleep(0.05)
 
 
