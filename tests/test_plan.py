@@ -1,13 +1,19 @@
-"""What a plan says of a run, held against real steps on this CPU."""
+"""What a plan says of a run, held against real steps on this CPU. Run as a program, this prints the table of docs/scale.md."""
 
 import dataclasses
 import json
+import re
+import runpy
+import shlex
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from test_training_cli import training
 from torch.profiler import ProfilerActivity, profile
 
+from gpt import cli
 from gpt.device import Card, find_card
 from training.loop import Objective, new_model
 from training.optimizer import Optimizers
@@ -16,6 +22,8 @@ from training.presets import PRESETS
 from training.tasks import TASKS
 
 CPU = torch.device("cpu")
+SCALE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text("utf-8")
+COMMANDS = re.findall(r"-m (?:-- )?training (train|plan) (.*)", SCALE.replace("\\\n", ""))
 ROWS = 4
 
 
@@ -140,8 +148,8 @@ def test_logits_are_made_in_chunks(monkeypatch):
     assert 0 <= unseen <= ROWS * 32 / 16 * torch.get_rng_state().nbytes
 
 
-def test_every_preset_can_be_planned():
-    for name, run in PRESETS.items():
+def test_every_model_can_be_planned():
+    for name, run in {run.model: run for run in reversed(PRESETS.values())}.items():
         sizes = {"window": 4} if TASKS[run.task].unit == "tokens" else {}
         found = plan(dataclasses.replace(run, **sizes, batch=2, accumulation=1), 1, "H100", 0.4)
         assert found.memory.together > 0, name
@@ -289,3 +297,33 @@ def test_a_mistake_is_one_line(options, complaint):
     assert not out
     assert complaint in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_the_commands_of_the_docs_are_understood(command, monkeypatch):
+    name, options = command
+    monkeypatch.setattr(sys, "argv", ["training", name, *shlex.split(options)])
+
+    def parse(prog, description, commands, arguments=None):
+        assert cli._parse(prog, description, commands, arguments)
+
+    monkeypatch.setattr(cli, "main", parse)
+    runpy.run_module("training", run_name="__main__")
+
+
+def test_the_docs_show_what_the_plan_says():
+    first = re.search(r"^```sh\npython -m (training plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S)
+    code, said, _ = training(*first[1].split()[1:])
+    assert code == 0
+    assert said == first[2]
+
+
+if __name__ == "__main__":
+    print("| model | precision | planned | measured |\n|---|---|---:|---:|")
+    for model in ("gpt-nano", "gpt2", "transformer", "lstm", "softmax"):
+        for half in (False, True):
+            chosen = dataclasses.replace(PRESETS[model], batch=ROWS)
+            said = measure(chosen, ROWS, half, card=False)
+            precision = "bfloat16" if half else "float32"
+            sizes = (said.activations + said.loss, Real(chosen, half).peak())
+            print(f"| {model} | {precision} | {sizes[0]:,} | {sizes[1]:,} |", flush=True)
