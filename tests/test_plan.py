@@ -179,7 +179,9 @@ def test_what_is_sharded_is_divided_and_its_largest_layer_put_together():
     rest = sum(parameter.numel() for parameter in model.parameters()) - 2 * layer
     assert gathered(model) == 3 * 4 * layer + 2 * 4 * rest
     assert half.memory.gathered == 8 * layer + 6 * rest  # gathered in bfloat16
-    for kind in ("weights", "gradients", "optimizer"):
+    tables = sum(buffer.nbytes for buffer in model.buffers())
+    assert half.memory.weights == half.memory.gradients + tables
+    for kind in ("gradients", "optimizer"):
         of = getattr(half.memory, kind) / getattr(whole.memory, kind)
         assert of == pytest.approx(0.5, abs=0.001)
     assert whole.memory.gathered == whole.memory.validation == 0
@@ -312,7 +314,9 @@ def test_the_commands_of_the_docs_are_understood(command, monkeypatch):
 
 
 def test_the_docs_show_what_the_plan_says():
-    first = re.search(r"^```sh\npython -m (training plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S)
+    first = re.search(
+        r"^```sh\npython -m (training plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S
+    )
     code, said, _ = training(*first[1].split()[1:])
     assert code == 0
     assert said == first[2]

@@ -55,7 +55,7 @@ def quickened(command: str) -> str:
 @pytest.fixture
 def clone(tmp_path):
     """The project as in a fresh clone, with the environment of this test as its .venv."""
-    for name in ("gpt", "tokenizer", "training", "serving", "tests", "docs"):
+    for name in ("gpt", "tokenizer", "training", "serving", "benchmarks", "tests", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("README.md", "constraints.txt", "Makefile", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)

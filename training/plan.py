@@ -156,9 +156,8 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         for tensor in batch:
             live.count(tensor)
         model = new_model(run, given).train()
-        tensors = [*model.parameters(), *model.buffers()]
-        weights, gradients = shared(tensors, shards), shared(model.parameters(), shards)
-        whole = shared(model.parameters(), 1)
+        gradients, whole = (shared(model.parameters(), cards) for cards in (shards, 1))
+        weights = gradients + shared(model.buffers(), 1)
         optimizers = Optimizers(model, run, torch.device("cpu"))
         update = 0
         for index in range(2):  # the first makes the state
