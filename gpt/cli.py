@@ -94,7 +94,11 @@ def _one_line(box: str) -> str:
     _, _, body = box.partition("\n")
     message = " ".join(re.sub(r"[│╭╮╰╯]|─{2,}|-{9,}", " ", body).split())
     message = re.sub(r"^Error parsing __tyro\S+ ", "", message)
-    complaint = re.split(r" (?:Argument helptext|For full helptext|Perhaps you meant)", message)[0]
+    ends = r" (?:Argument helptext|Arguments are applied|For full helptext|Perhaps you meant)"
+    complaint = re.split(ends, message)[0]
     meant = re.search(r"Perhaps you meant: (--\S+)", message)
+    if " or misplaced" in complaint:  # another command has this option: it is known, but not here
+        meant = None
+        complaint = re.sub(r" \(applied to [^)]*\)", ",", complaint.replace(" or misplaced", ""))
     hint = f" (did you mean {meant[1]}?)" if meant else ""
-    return f"{complaint.rstrip('.')}{hint}; --help explains"
+    return f"{complaint.rstrip('.,')}{hint}; --help explains"

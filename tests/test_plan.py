@@ -23,7 +23,7 @@ from training.tasks import TASKS
 
 CPU = torch.device("cpu")
 SCALE = (Path(__file__).parents[1] / "docs" / "scale.md").read_text("utf-8")
-COMMANDS = re.findall(r"-m (?:-- )?training (train|plan) (.*)", SCALE.replace("\\\n", ""))
+COMMANDS = re.findall(r"-m (?:-- )?training (train|plan) ([^`\n]*)", SCALE.replace("\\\n", ""))
 ROWS = 4
 
 

@@ -223,7 +223,7 @@ WRONG = {
         "--batch 16 cannot be divided",
     ),
     "an unknown command": (["trian"], "Available subcommands: train, plan, eval, ladder,"),
-    "no command": ([], "Expected one of {train, eval, ladder,"),
+    "no command": ([], "Expected one of {train, plan, eval, ladder,"),
     "no such device": (["train", "--device", "tpu"], "--device must be auto, cpu, cuda"),
     "no card": (["train", "--device", "cuda:99"], "--device cuda:99: there is none"),
     "heads that do not divide": (
