@@ -8,6 +8,8 @@ and keys by an angle that grows with their place, so that a score depends on how
 apart the two are; RMS-normalised queries and keys (Henry et al. 2020) keep scores small.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -47,21 +49,70 @@ def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tenso
 
 def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
     """Turn each pair (i, i + K/2) of a head by its position's angle."""
-    first, second = x_BHTK.chunk(2, dim=-1)
-    turned_BHTK = torch.cat([-second, first], dim=-1)
-    return x_BHTK * cos_BTK.unsqueeze(-3) + turned_BHTK * sin_BTK.unsqueeze(-3)
+    return _Rotation.apply(x_BHTK, cos_BTK, sin_BTK)  # type: ignore[no-untyped-call]
+
+
+class _Rotation(torch.autograd.Function):
+    """Its gradient is the rotation back, which autograd does not know: half the passes over memory."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:  # noqa: ANN401 (torch's own)
+        ctx.save_for_backward(cos_BTK, sin_BTK)
+        return _turned(x_BHTK, cos_BTK, sin_BTK)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
+        cos_BTK, sin_BTK = ctx.saved_tensors
+        return _turned(grad_BHTK, cos_BTK, -sin_BTK), None, None
+
+
+def _turned(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    half = x_BHTK.shape[-1] // 2
+    sin_B1TJ = sin_BTK.unsqueeze(-3)[..., :half]
+    turned_BHTK = x_BHTK * cos_BTK.unsqueeze(-3)
+    turned_BHTK[..., :half].addcmul_(x_BHTK[..., half:], sin_B1TJ, value=-1)
+    turned_BHTK[..., half:].addcmul_(x_BHTK[..., :half], sin_B1TJ)
+    return turned_BHTK
 
 
 class RMSNorm(nn.RMSNorm):
-    """x / sqrt(mean(x^2)) * weight (Zhang & Sennrich 2019), in the precision of x."""
+    """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """X -> x of the same shape, over the last axis."""
+        if x.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _NormOnCPU.apply(x, self.weight.type_as(x), self.eps)  # type: ignore[no-untyped-call]
+        return self.fused(x)
+
+    def fused(self, x: Tensor) -> Tensor:
+        """The same through torch's kernel, which a CPU does not have."""
         # Under autocast x can be bfloat16 beside a float32 weight, which has no fused kernel.
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
+
+
+class _NormOnCPU(torch.autograd.Function):
+    """Two passes over memory forward and four back, where torch makes more than twice as many."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401 (torch's own)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_().type_as(x)
+        normal = x * inverse
+        ctx.save_for_backward(normal, inverse, weight)
+        return normal * weight
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        normal, inverse, weight = ctx.saved_tensors
+        along = grad * normal
+        # What would only make x longer is taken out: normal * mean(grad * weight * normal).
+        mean = (along @ weight).div_(-len(weight)).unsqueeze(-1)
+        grad_x = torch.addcmul(grad * weight, normal, mean).mul_(inverse)
+        return grad_x, along.flatten(0, -2).sum(0), None
 
 
 def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = False) -> None:

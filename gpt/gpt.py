@@ -118,7 +118,7 @@ class DecoderOnly(LanguageModel):
         """Where the tokens stand, as the model's attention wants to know it."""
         return Places(tokens_BT, state)
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:  # noqa: ARG002 (for those that need it)
+    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:  # noqa: ARG002 (for those that need it)
         """x_BTD, what the first block sees."""
         return self.embedding(tokens_BT)
 
@@ -175,7 +175,7 @@ class DecoderOnly(LanguageModel):
         """`attention`, by layer and head: rows sum to one, exactly zero above the diagonal."""
         self._check(tokens_BT.shape[1])
         places = self.places(tokens_BT, None)
-        x_BTD = self.embed(tokens_BT, places)
+        x_BTD = self.embed(tokens_BT, places, None)
         maps = []
         for block in cast(Iterable[Block], self.blocks):
             maps.append(block.attention.importance(block.attention_norm(x_BTD), places))
@@ -187,7 +187,7 @@ class DecoderOnly(LanguageModel):
         length = tokens_BT.shape[1]
         self._check(length)
         places = self.places(tokens_BT, state)
-        x_BTD = self.dropout(self.embed(tokens_BT, places))
+        x_BTD = self.dropout(self.embed(tokens_BT, places, state))
         for layer, block in enumerate(self.blocks):
             x_BTD = block(x_BTD, places, None if state is None else Cache(state, layer))
         if state is not None:
@@ -281,9 +281,44 @@ class GPT2(DecoderOnly):
             for matrix in (block.attention.output, block.mlp.down):
                 nn.init.normal_(matrix.weight, std=0.02 / (2 * self.depth) ** 0.5)
 
-    def embed(self, tokens_BT: Tensor, places: Places) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:  # noqa: ARG002
         """x_BTD: a vector for what the token is, plus one for where it stands."""
         return self.embedding(tokens_BT) + self.position(places.positions_BT)
+
+
+class NGrams(nn.Module):
+    """A vector for the last two tokens together, and one for the last three (Pagnoni et al. 2024).
+
+    What stands close by is most of what there is to know about the next character: looked up, not
+    computed, it costs next to nothing. N-grams are numbered and share the rows of a table modulo
+    its size. What is before the first token counts as token 0.
+
+    Args:
+        vocabulary: Number of token ids, V.
+        rows: Rows of each of the two tables.
+        width: Width of a vector, D.
+    """
+
+    def __init__(self, vocabulary: int, rows: int, width: int) -> None:
+        super().__init__()
+        self.vocabulary = vocabulary
+        self.pairs = nn.Embedding(min(rows, vocabulary**2), width)
+        self.triples = nn.Embedding(min(rows, vocabulary**3), width)
+
+    def forward(self, seen_BS: Tensor, places: Places) -> Tensor:
+        """x_BTD of the tokens in their places; seen_BS are those from the first position on."""
+        positions_BT = places.positions_BT
+
+        def back(distance: int) -> Tensor:
+            """tokens_BT so many places before each."""
+            there_BT = (positions_BT - distance).clamp(min=0).expand(len(seen_BS), -1)
+            return seen_BS.gather(1, there_BT) * (positions_BT >= distance)
+
+        pairs_BT = back(1) * self.vocabulary + back(0)
+        triples_BT = back(2) * self.vocabulary**2 + pairs_BT
+        return self.pairs(pairs_BT % len(self.pairs.weight)) + self.triples(
+            triples_BT % len(self.triples.weight)
+        )
 
 
 class GPT(DecoderOnly):
@@ -299,6 +334,8 @@ class GPT(DecoderOnly):
         tied: Use the embedding as the unembedding too.
         dropout: Share of each branch's output that training drops.
         rotary_base: Base of the rotary angles: larger sees farther.
+        ngrams: Rows of a table of pairs of tokens and of one of triples, which are added to the
+            embedding; 0 for neither. Learns a small vocabulary much sooner; no other tool knows it.
     """
 
     chapter = 15
@@ -318,8 +355,11 @@ class GPT(DecoderOnly):
         tied: bool = False,
         dropout: float = 0.0,
         rotary_base: float = 10_000.0,
+        ngrams: int = 0,
     ) -> None:
         check_sizes(width, depth, heads, hidden, rotary=True)
+        if ngrams < 0:
+            raise ValueError(f"ngrams must be at least 0, not {ngrams}")
         hidden = hidden or max(64, round(width * 8 / 3 / 64) * 64)
 
         def block() -> Block:
@@ -342,6 +382,7 @@ class GPT(DecoderOnly):
             tied=tied,
             dropout=dropout,
         )
+        self.ngrams = NGrams(vocabulary, ngrams, width) if ngrams else None
         cos_SK, sin_SK = rotary_table(context, width // heads, rotary_base)
         self.cos_SK: Tensor
         self.sin_SK: Tensor
@@ -357,6 +398,9 @@ class GPT(DecoderOnly):
         for block in cast(Iterable[Block], self.blocks):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.mlp.down.weight)
+        if self.ngrams:
+            nn.init.zeros_(self.ngrams.pairs.weight)
+            nn.init.zeros_(self.ngrams.triples.weight)
         if not tied:
             nn.init.zeros_(self.unembedding.weight)
             # Between 0.1 and 1 by trial: small enough to be learned away, large enough to tell apart.
@@ -365,3 +409,21 @@ class GPT(DecoderOnly):
     def places(self, tokens_BT: Tensor, state: State | None) -> Places:
         """With the turns of the positions."""
         return Places(tokens_BT, state, (self.cos_SK, self.sin_SK))
+
+    def init_state(self, rows: int, length: int) -> State:
+        """With n-grams also tokens_BS, to look back on."""
+        state = super().init_state(rows, length)
+        if self.ngrams:
+            state["tokens"] = state["position"].new_zeros(rows, state["keys"].shape[3])
+        return state
+
+    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:
+        """x_BTD: a vector for what the token is, and for what it is with those before it."""
+        x_BTD = self.embedding(tokens_BT)
+        if self.ngrams:
+            seen_BS = tokens_BT
+            if state is not None:
+                seen_BS = state["tokens"]
+                seen_BS[places.rows_B1, places.positions_BT] = tokens_BT
+            x_BTD = x_BTD + self.ngrams(seen_BS, places)
+        return x_BTD

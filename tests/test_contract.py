@@ -27,6 +27,7 @@ VARIANTS = {
     "transformer": ("transformer", {"width": 32, "depth": 2, "heads": 2}),
     "gpt2": ("gpt2", {"width": 32, "depth": 2, "heads": 2}),
     "gpt": ("gpt", {"width": 32, "depth": 2, "heads": 2}),
+    "gpt-ngrams": ("gpt", {"width": 32, "depth": 2, "heads": 2, "ngrams": 600}),
     "gpt-tied": ("gpt", {"width": 32, "depth": 2, "heads": 2, "tied": True}),
 }
 

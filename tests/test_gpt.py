@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from gpt.attention import rotary_table, rotate
-from gpt.gpt import GPT, GPT2
+from gpt.attention import Places, RMSNorm, rotary_table, rotate
+from gpt.gpt import GPT, GPT2, NGrams
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -180,6 +181,50 @@ def test_rotary_scores_depend_only_on_the_distance() -> None:
     assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-2)
 
 
+def test_the_gradient_of_a_rotation_is_the_one_that_is_measured() -> None:
+    torch.manual_seed(0)
+    cos_SK, sin_SK = (table[:3].double() for table in rotary_table(64, 6, 10_000.0))
+    x_BHTK = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos_SK, sin_SK), x_BHTK)
+
+
+def test_the_norm_and_its_gradients_are_torchs() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(5).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    found, expected = norm(x), F.rms_norm(x, (5,), norm.weight, 1e-6)
+    torch.testing.assert_close(found, expected)
+    some = torch.randn_like(x)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, (x, norm.weight), some) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_norm_in_bfloat16_loses_no_more_than_its_rounding() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 3
+    norm = RMSNorm(32)
+    found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), norm(x), rtol=2**-6, atol=0)
+
+
+def test_ngrams_are_the_rows_of_the_last_two_and_three_tokens() -> None:
+    torch.manual_seed(0)
+    ngrams = NGrams(vocabulary=7, rows=100, width=4)
+    assert len(ngrams.pairs.weight) == 49  # no more than there are
+    assert len(ngrams.triples.weight) == 100
+    text = [3, 0, 6, 6, 1]
+    tokens_BT = torch.tensor([text])
+    found_BTD = ngrams(tokens_BT, Places(tokens_BT, None))
+    for place, token in enumerate(text):
+        before, first = [0, 0, *text][place + 1], [0, 0, *text][place]
+        pair = ngrams.pairs.weight[before * 7 + token]
+        triple = ngrams.triples.weight[(first * 49 + before * 7 + token) % 100]
+        torch.testing.assert_close(found_BTD[0, place], pair + triple)
+
+
 def test_flops_follow_the_published_count() -> None:
     """6 N + 12 L H Q T (Chowdhery et al. 2022), N without the embedding that is only looked up."""
     model = GPT(1000, 64, width=48, depth=2, heads=3)
@@ -195,6 +240,8 @@ def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
 
 
 def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="ngrams must be at least 0, not -1"):
+        GPT(100, 16, ngrams=-1)
     with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
         GPT2(100, 16, width=50, heads=3)
     with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):

@@ -79,21 +79,22 @@ class Muon(torch.optim.Optimizer):
                 dtype = torch.bfloat16 if fast_bfloat16(matrices[0].device) else torch.float32
                 moved_NAB = each_whole(
                     functools.partial(orthogonal, dtype=dtype),
-                    torch.stack([self._look_ahead(m, group["momentum"]) for m in matrices]),
+                    torch.stack(self._look_ahead(matrices, group["momentum"])),
                 )
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
-                for matrix, moved_AB in zip(matrices, moved_NAB, strict=True):
-                    matrix.mul_(1 - group["lr"] * group["weight_decay"])
-                    matrix.add_(moved_AB, alpha=-rate)
+                if group["weight_decay"]:
+                    torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
+                torch._foreach_add_(matrices, list(moved_NAB), alpha=-rate)
 
-    def _look_ahead(self, matrix: Tensor, momentum: float) -> Tensor:
-        """The gradient with its momentum, which is moved on."""
-        state = self.state[matrix]
-        if not state:
-            state["momentum_buffer"] = torch.zeros_like(matrix)
-        assert matrix.grad is not None
-        state["momentum_buffer"].lerp_(matrix.grad, 1 - momentum)
-        return matrix.grad.lerp(state["momentum_buffer"], momentum)
+    def _look_ahead(self, matrices: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """The gradients with their momentum, which is moved on."""
+        for matrix in matrices:
+            if not self.state[matrix]:
+                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
+        kept = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+        torch._foreach_lerp_(kept, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, kept, momentum)
 
 
 def groups(model: Model) -> dict[str, list[nn.Parameter]]:

@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import LanguageModel, Model
+from gpt.attention import RMSNorm
 from gpt.describe import describe, kinds, parameters
 from gpt.device import Card, find_card, find_device, in_bfloat16
 from training.loop import Objective, new_model
@@ -156,6 +157,8 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         for tensor in batch:
             live.count(tensor)
         model = new_model(run, given).train()
+        if card:
+            use_fused_norms(model)
         gradients, whole = (shared(model.parameters(), cards) for cards in (shards, 1))
         weights = gradients + shared(model.buffers(), 1)
         optimizers = Optimizers(model, run, torch.device("cpu"))
@@ -190,6 +193,13 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         update=update // shards,
         validation=whole if shards > 1 else 0,
     )
+
+
+def use_fused_norms(model: Model) -> None:
+    """Have norms call what they call on a card."""
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.forward = module.fused  # type: ignore[method-assign]
 
 
 def note_at_logits(model: Model, value: Callable[[], int]) -> list[int]:
