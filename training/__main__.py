@@ -32,7 +32,7 @@ from training.loop import (
     Trainer,
     read_run,
 )
-from training.presets import PRESETS, Run, model_options, preset
+from training.presets import PRESETS, Run, adapted, model_options, preset
 from training.progress import duration
 from training.runs import begin, is_begun, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
@@ -65,7 +65,8 @@ def train_command(name: str) -> Callable[..., cli.Command]:
         """
         arguments = chosen.arguments | dataclasses.asdict(model)
         resolved = dataclasses.replace(settings, arguments=arguments)
-        return lambda: start(resolved, run)
+        whole = dataclasses.replace(chosen, arguments=chosen.arguments | dataclasses.asdict(own))
+        return lambda: start(adapted(resolved, whole), run)
 
     return train
 

@@ -64,7 +64,7 @@ class Run:
     optimizer: Literal["muon", "adamw", "sgd"] = "muon"
     """What moves the hidden matrices; AdamW moves all the rest, but sgd moves everything."""
     learning_rate: float = 0.02
-    """Peak rate of the hidden matrices."""
+    """Peak rate of the hidden matrices; it and the next three follow --batch, --window and --width where not given."""
     embedding_rate: float = 0.1
     """Peak rate of the embeddings."""
     unembedding_rate: float = 0.008
@@ -415,6 +415,37 @@ def preset(name: str) -> Run:
             "`python -m training presets` lists them"
         )
     return PRESETS[name]
+
+
+RATES = ("learning_rate", "embedding_rate", "unembedding_rate", "vector_rate")
+
+
+def adapted(run: Run, chosen: Run) -> Run:
+    """The run with rates that follow its batch and its width, where they are still those of `chosen`.
+
+    With more tokens in a batch its gradient is less by chance: all rates grow with the root of
+    their number (Malladi et al. 2022). The unembedding adds up as many terms as the model is wide:
+    its rate falls as the width grows; so does that of hidden matrices that AdamW moves, but not of
+    those that Muon moves, whose steps have one size at any width (Yang et al. 2022, 2023). SGD has no
+    such rule. Both runs must name all arguments of their model.
+    """
+    if run.optimizer == "sgd":
+        return run
+    batch = (run.batch * run.window / (chosen.batch * chosen.window)) ** 0.5
+    width = run.arguments.get("width", 1) / chosen.arguments.get("width", 1)
+    shares = dict.fromkeys(RATES, batch)
+    shares["unembedding_rate"] /= width
+    if run.optimizer == "adamw":
+        shares["learning_rate"] /= width
+    rates = {name: getattr(run, name) for name in RATES}
+    return dataclasses.replace(
+        run,
+        **{
+            name: float(f"{rate * shares[name]:.4g}")
+            for name, rate in rates.items()
+            if rate == getattr(chosen, name) and shares[name] != 1
+        },
+    )
 
 
 def model_options(run: Run) -> type:
