@@ -35,58 +35,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from gpt import LanguageModel, Model, State, cli
-from gpt.checkpoint import BY_NAME, RUNS, write_atomically
+from benchmarks.models import WITHOUT
+from gpt import Model, cli
+from gpt.checkpoint import RUNS, write_atomically
 from gpt.device import find_device, peak_flops
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.corpus import Corpus
 from training.loop import Objective, Trainer
-from training.presets import Run, preset
+from training.presets import RATES, Run, preset
 from training.runs import facts
 from training.task import Batch, Task
 from training.tasks import TASKS, open_task
 from training.text import open_corpus_of
 
 PROG = "python -m benchmarks.train"
-SLICES = 50
-"""Turns of a contestant in a race, each 2% of its recipe."""
 TURNS, STEPS = 6, 5
 """Turns of a contestant for its throughput, the first of them to warm up, and optimizer steps in one."""
 
 Row = dict[str, Any]
-
-
-class TransformersGPT2(LanguageModel):
-    """`transformers`' own GPT-2 behind our interface, as far as training and scoring go."""
-
-    def __init__(
-        self, vocabulary: int, context: int, *, width: int, depth: int, heads: int
-    ) -> None:
-        super().__init__(vocabulary, context)
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=context,
-            n_embd=width,
-            n_layer=depth,
-            n_head=heads,
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=None,
-            eos_token_id=None,
-            use_cache=False,
-        )
-        self.model: Any = GPT2LMHeadModel(config)
-
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        assert state is None
-        return self.model.transformer(tokens_BT).last_hidden_state
-
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        return self.model.lm_head(features_BTD)
 
 
 class RandomTokens(Task):
@@ -114,7 +81,6 @@ class RandomTokens(Task):
         return math.nan
 
 
-BY_NAME["transformers"] = TransformersGPT2
 TASKS["random"] = RandomTokens
 
 
@@ -128,6 +94,8 @@ class Race:
     """Whose time to the target is one, and in whose whole time the best loss counts."""
     target: float
     """Nats per character."""
+    slices: int = 50
+    """Turns of a contestant, each the same share of its recipe."""
 
 
 def cpu_race() -> Race:
@@ -146,6 +114,37 @@ def gpu_race() -> Race:
     """NanoGPT's GPU recipe; its published loss is 1.4697."""
     runs = {name: preset(name) for name in ("shakespeare-gpu", "nanogpt-gpu")}
     return Race("GPU: nanoGPT's recipe", on("cuda", runs), "nanogpt-gpu", 1.47)
+
+
+def ablations() -> Race:
+    """The preset `shakespeare` beside itself with one thing changed, each for as many tokens."""
+    whole = preset("shakespeare")
+    rows = whole.batch * whole.window
+
+    def but(changes: dict[str, Any] | None = None, **arguments: Any) -> Run:  # noqa: ANN401
+        """With other settings, and other arguments of the model."""
+        run = dataclasses.replace(whole, arguments=whole.arguments | arguments, **(changes or {}))
+        return dataclasses.replace(run, steps=whole.steps * rows // (run.batch * run.window))
+
+    adam = {"optimizer": "adamw", "weight_decay": 0.1, "embedding_decay": 0.1}
+    root = {name: round(2**0.5 * getattr(whole, name), 4) for name in RATES}
+    runs = {
+        "shakespeare": whole,
+        "no n-grams": but(ngrams=0),
+        "n-grams in 4,096 rows": but(ngrams=4096),
+        "AdamW instead of Muon": but(adam | dict.fromkeys(RATES, 0.002)),
+        **{f"no {part}": but({"model": "gpt-without"}, without=part) for part in WITHOUT},
+        "tied unembedding": but({"embedding_rate": 0.005}, tied=True),
+        "cool-down over 60%": but({"cool_down": 0.6}),
+        "cosine cool-down": but({"cosine": True}),
+        "weight decay 0.1": but({"weight_decay": 0.1}),
+        "dropout 0.1": but(dropout=0.1),
+        "windows of 64": but({"window": 64, "batch": 24}),
+        "windows of 256": but({"window": 256, "batch": 6}),
+        "batches of 24": but(root | {"batch": 24}),
+        "2 layers of 192": but(depth=2, width=192, heads=6),
+    }
+    return Race("CPU: one thing changed", on("cpu", runs), "shakespeare", 1.886, slices=20)
 
 
 def gpt2_124m() -> dict[str, Run]:
@@ -275,16 +274,16 @@ def take_turns(
     return rows
 
 
-def slices(steps: int) -> list[int]:
+def slices(steps: int, turns: int) -> list[int]:
     """The steps of each turn of a race."""
-    ends = [round(steps * turn / SLICES) for turn in range(SLICES + 1)]
+    ends = [round(steps * turn / turns) for turn in range(turns + 1)]
     return [end - start for start, end in itertools.pairwise(ends)]
 
 
 def race(contest: Race, seeds: int, threads: int) -> Row:
     """Run a race with every seed, and judge it."""
-    each = {name: slices(run.steps) for name, run in contest.runs.items()}
-    turns = [{name: each[name][turn] for name in each} for turn in range(SLICES)]
+    each = {name: slices(run.steps, contest.slices) for name, run in contest.runs.items()}
+    turns = [{name: each[name][turn] for name in each} for turn in range(contest.slices)]
     turns = [turn for turn in turns if any(turn.values())]  # of short recipes some are empty
     rounds = []
     for seed in range(seeds):
@@ -319,6 +318,7 @@ def judge(contest: Race, rounds: list[dict[str, Row]]) -> Row:
         "title": contest.title,
         "yardstick": contest.yardstick,
         "target": contest.target,
+        "slices": contest.slices,
         "runs": {name: dataclasses.asdict(run) for name, run in contest.runs.items()},
         "rounds": rounds,
     }
@@ -357,7 +357,7 @@ def race_table(result: Row) -> str:
     notes = [
         "",
         f"Median of {len(rounds)} seeds (least to most). Loss in nats per character, every one "
-        f"held out scored after each {100 // SLICES}% of a recipe. Seconds of training alone, "
+        f"held out scored after each {100 // result['slices']}% of a recipe. Seconds of training alone, "
         f"compilation included. {first['device']}.",
     ]
     late = [rows[yardstick]["seconds_to_target"] for rows in rounds if yardstick in rows]
@@ -469,10 +469,19 @@ def chosen(runs: dict[str, Run], only: Sequence[str]) -> dict[str, Run]:
 
 
 def benchmark(
-    data: str, output: Path, *, seeds: int, threads: int, steps: int | None, only: Sequence[str]
+    data: str,
+    output: Path,
+    *,
+    seeds: int,
+    threads: int,
+    steps: int | None,
+    only: Sequence[str],
+    ablate: bool,
 ) -> None:
     """Run what the machine can, print the tables, write JSON and, beside it, Markdown."""
     races, speed = [cpu_race(), gpu_race()], gpt2_124m()
+    if ablate:
+        races, speed = [ablations()], {}
     everyone = [*(name for contest in races for name in contest.runs), *speed]
     for name in only:
         if name not in everyone:
@@ -480,7 +489,11 @@ def benchmark(
     for name, value, least in (("seeds", seeds, 1), ("threads", threads, 1), ("steps", steps, 2)):
         if value is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    if "transformers" in (only or everyone) and not importlib.util.find_spec("transformers"):
+    if (
+        "transformers" in everyone
+        and "transformers" in (only or everyone)
+        and not importlib.util.find_spec("transformers")
+    ):
         raise ValueError(
             "transformers is not installed: pip install transformers, or name the others: "
             "--only shakespeare nanogpt-cpu"
@@ -504,7 +517,7 @@ def benchmark(
         if runs:
             result["races"].append(race(dataclasses.replace(contest, runs=runs), seeds, threads))
             tables.append(race_table(result["races"][-1]))
-    if not there_is_a_card:
+    if not there_is_a_card and not ablate:
         tables.append("No card here: the GPU's race and throughput were left out.\n")
     elif chosen(speed, only):
         result["throughput"] = throughput(chosen(speed, only), threads, min(STEPS, steps or STEPS))
@@ -538,6 +551,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="shorten every recipe to N steps")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="these contestants alone"
+    )
+    parser.add_argument(
+        "--ablate", action="store_true", help="instead: ours beside itself with one thing changed"
     )
     options = parser.parse_args(arguments)
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import train
+from benchmarks import models, train
 from benchmarks.train import Contestant, Race, judge, race, slices, throughput
 from gpt.checkpoint import build
 from gpt.describe import parameters
@@ -92,7 +92,7 @@ def test_the_yardsticks_are_as_large_as_nanogpt_says(name, vocabulary, published
 
 def test_theirs_is_transformers_gpt2_with_its_own_loss():
     torch.manual_seed(0)
-    model = train.TransformersGPT2(50, 16, **TINY)
+    model = models.TransformersGPT2(50, 16, **TINY)
     tokens_BT = torch.randint(50, (3, 16))
     theirs = model.model(tokens_BT, labels=tokens_BT).loss
     loss = model.loss(tokens_BT, tokens_BT.roll(-1, 1).index_fill(1, torch.tensor([15]), -100))
@@ -100,9 +100,9 @@ def test_theirs_is_transformers_gpt2_with_its_own_loss():
 
 
 def test_turns_are_2_percent_of_the_recipe():
-    assert slices(2000) == [40] * 50
-    assert sum(slices(1001)) == 1001
-    assert sorted(slices(7))[-8:] == [0] + [1] * 7
+    assert slices(2000, 50) == [40] * 50
+    assert sum(slices(1001, 50)) == 1001
+    assert sorted(slices(7, 50))[-8:] == [0] + [1] * 7
 
 
 def test_a_race_on_the_cpu(local, data):
@@ -122,6 +122,21 @@ def test_a_race_on_the_cpu(local, data):
     one, other = ([p["loss"] for p in rows["shakespeare"]["curve"]] for rows in result["rounds"])
     assert one != other
     assert "| transformers |" in train.race_table(result)
+
+
+def test_what_one_change_is_worth(local, data):
+    """Every change trains, for as many tokens as without it."""
+    contest = train.ablations()
+    tokens = {run.steps * run.batch * run.window for run in contest.runs.values()}
+    assert max(tokens) - min(tokens) < 24 * 128
+    assert len({repr(dataclasses.replace(run, steps=1)) for run in contest.runs.values()}) == len(
+        contest.runs
+    )
+    small = {name: tiny(run, data, steps=4) for name, run in contest.runs.items()}
+    result = race(dataclasses.replace(contest, runs=small, slices=2), 1, 1)
+    table = train.race_table(result)
+    assert "| no n-grams |" in table
+    assert "after each 50% of a recipe" in table
 
 
 def test_the_gpu_s_race_at_a_tiny_shape(local, data):
