@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -286,3 +288,14 @@ def test_tinyshakespeare_is_cut_where_nanogpt_cuts_it(real_data, tmp_path, monke
     assert corpus.tokenizer.decode(splits["validation"]) == text[cut:]
     # All that is held out is scored: only what stands before it is not.
     assert len(splits["validation"]) - 1 == 111_540
+
+
+def test_the_command_of_the_docs_is_understood(monkeypatch):
+    text = (Path(__file__).parents[1] / "docs" / "experiments.md").read_text("utf-8")
+    commands = re.findall(r"^.*-m benchmarks\.train (.*)$", text, re.MULTILINE)
+    assert commands
+    seen = []
+    monkeypatch.setattr(train, "benchmark", lambda **options: seen.append(options))
+    for command in commands:
+        train.main(shlex.split(command))
+    assert seen[0]["ablate"]
