@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -30,6 +31,7 @@ from training.loop import (
 from training.optimizer import Muon, Optimizers, groups, orthogonal, schedule
 from training.presets import PRESETS, Run
 from training.tables import TABLES
+from training.task import Feed
 from training.tasks import TASKS
 from training.text import Text, Vectors
 
@@ -217,6 +219,78 @@ def test_every_preset_resumes_exactly(name, corpus, pairs, tmp_path):
     else:
         task = TASKS[run.task](run, pairs if run.task == "pairs" else corpus)
     assert_resumed_equals_undisturbed(run, task, 3, tmp_path)
+
+
+def read_ahead(trainer):
+    """As where the device is a card."""
+    trainer.feed = Feed(trainer.task, trainer.run.steps, ahead=True)
+    return trainer
+
+
+def threads_of_feeds():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+@pytest.mark.parametrize("variant", ["muon", "sgd-carry"])
+def test_batches_made_ahead_are_the_same(variant, corpus, tmp_path):
+    trainer_of(VARIANTS[variant], tmp_path / "one", corpus).train()
+    made = []
+    ahead = read_ahead(trainer_of(VARIANTS[variant], tmp_path / "ahead", corpus))
+    take_step, make = ahead.advance, ahead.task.batch
+
+    def noted(index):
+        made.append((index, threading.current_thread()))
+        return make(index)
+
+    def step(objective):
+        loss = take_step(objective)
+        # The next one is under way before this step has left the device.
+        assert ahead.step + 1 in ahead.feed.coming or ahead.step + 1 == ahead.run.steps
+        return loss
+
+    ahead.task.batch, ahead.advance = noted, step
+    ahead.train()
+    assert log_of(tmp_path / "ahead") == log_of(tmp_path / "one")
+    assert [index for index, _ in made] == list(range(ahead.run.steps))
+    assert threading.current_thread() not in [thread for _, thread in made]
+    assert not threads_of_feeds()
+
+    # A step that is not the next one: a run that goes on.
+    again = read_ahead(trainer_of(VARIANTS[variant], tmp_path / "ahead", corpus))
+    again.resume(tmp_path / "ahead" / "checkpoints" / "step-9")
+    again.train()
+    assert log_of(tmp_path / "ahead") == log_of(tmp_path / "one")
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_at_its_step(corpus, tmp_path):
+    trainer = read_ahead(trainer_of(TINY, tmp_path / "run", corpus))
+    make = trainer.task.batch
+
+    def vanished(index):
+        if index == 5:
+            raise FileNotFoundError(2, "No such file or directory", "train.bin")
+        return make(index)
+
+    trainer.task.batch = vanished
+    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
+        trainer.train()
+    assert trainer.step == 5
+    assert not threads_of_feeds()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_card(variant, corpus, tmp_path):
+    run = VARIANTS[variant]
+    trainer = Trainer(run, tmp_path, Text(run, corpus), torch.device("cuda"))
+    try:
+        for step in range(run.steps):
+            trainer.advance(trainer.objective)
+            trainer.step += 1
+            if step == 3:  # the first steps may: they make what later ones use
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_accumulation_is_the_same_step(corpus, tmp_path):
