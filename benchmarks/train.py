@@ -522,6 +522,11 @@ def benchmark(
     elif chosen(speed, only):
         result["throughput"] = throughput(chosen(speed, only), threads, min(STEPS, steps or STEPS))
         tables.append(throughput_table(result["throughput"]))
+    report(result, tables, output)
+
+
+def report(result: Row, tables: list[str], output: Path) -> None:
+    """Print the tables with the machine below them, write JSON and, beside it, Markdown."""
     text = "\n".join([*tables, described(result["machine"]) + "\n"])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(result, indent=1) + "\n")

@@ -194,10 +194,6 @@ class DecoderOnly(LanguageModel):
             state["position"] += length
         return self.norm(x_BTD)
 
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
-
     def _check(self, length: int) -> None:
         if length > self.context:
             raise ValueError(f"{length} tokens do not fit in the context of {self.context}")

@@ -331,10 +331,6 @@ class Windowed(LanguageModel):
             Importance("effect in the window", weights_BTS[:, None, None], tokens_BT, tokens_BT)
         ]
 
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
-
 
 class SigmaPiLM(Windowed):
     """Products of the last tokens' embeddings, and a weighted sum of them for each next token.

@@ -24,6 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gpt.loss import linear_nll
+
 State = dict[str, Tensor]
 """What a language model remembers between calls. The first axis of every tensor is the row."""
 
@@ -98,6 +100,9 @@ class LanguageModel(Model):
 
     learns: ClassVar[tuple[str, ...]] = ("text",)
 
+    unembedding: nn.Linear
+    """From features to logits, in all models but those with `logits` of their own."""
+
     def __init__(self, vocabulary: int, context: int) -> None:
         super().__init__()
         if vocabulary < 1 or context < 1:
@@ -156,7 +161,7 @@ class LanguageModel(Model):
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV: the unembedding. Any leading axes will do."""
-        raise NotImplementedError
+        return self.unembedding(features_BTD)
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """logits_BTV of the token that follows each token."""
@@ -175,14 +180,24 @@ class LanguageModel(Model):
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats of a batch's targets (see `predictions`); a target of -100 does not count."""
-        return self._mean_nll(*self.predictions(*batch))
+        return self.mean_nll(*self.predictions(*batch))
 
     def carried_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The loss of text that goes on from a state, which is updated in place."""
-        return self._mean_nll(self.features(tokens_BT, state), targets_BT)
+        return self.mean_nll(self.features(tokens_BT, state), targets_BT)
 
-    def _mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
+    def mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """The mean cross-entropy in nats of the targets that count, from what precedes the logits."""
+        if type(self).logits is LanguageModel.logits:
+            total = linear_nll(
+                features_BTD.flatten(0, 1),
+                self.unembedding.weight,
+                self.unembedding.bias,
+                targets_BT.flatten(),
+                self._at_once,
+            )
+        else:
+            total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 
     def nll(self, *batch: Tensor) -> Tensor:
@@ -210,6 +225,11 @@ class LanguageModel(Model):
         """The X-ray of a text: what there is to see, by name."""
         raise NotImplementedError
 
+    @property
+    def _at_once(self) -> int:
+        """Positions whose logits are made at a time."""
+        return max(1, CHUNK_ELEMENTS // self.vocabulary)
+
     def _chunked_nll(
         self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
     ) -> Iterator[Tensor]:
@@ -223,7 +243,7 @@ class LanguageModel(Model):
 
         features_ND = features_BTD.flatten(0, 1)
         targets_N = targets_BT.flatten()
-        size = max(1, CHUNK_ELEMENTS // self.vocabulary)
+        size = self._at_once
         if len(targets_N) <= size:
             yield nll(features_ND, targets_N)
             return

@@ -297,10 +297,6 @@ class RecurrentLM(LanguageModel):
         layers = watch(zip(cells, firsts, strict=True), self.embedding(tokens_BT.t()))
         return over_time(tokens_BT, layers)
 
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
-
 
 class RNN(RecurrentLM):
     """The language model of RNN cells."""

@@ -117,10 +117,6 @@ class Seq2Seq(EncoderDecoder):
             found += over_time(ids_BT, watch(stack, self.embedding(ids_BT.t())), name)
         return found
 
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
-
 
 def reversal(lengths_B: Tensor, length: int) -> Tensor:
     """places_BS: gathered by them, each row's own tokens are read from its end, the padding stays."""

@@ -291,10 +291,6 @@ class Transformer(EncoderDecoder):
             Importance("cross-attention", torch.stack(crossed, dim=1), tokens_BT, source_BS),
         ]
 
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
-
     def _check(self, length: int) -> None:
         if length > self.context:
             raise ValueError(f"{length} tokens do not fit in the context of {self.context}")

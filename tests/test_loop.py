@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -9,12 +10,13 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import numpy as np
 import pytest
 import torch
 
-from gpt.checkpoint import load_tensors
+from gpt.checkpoint import load_tensors, model_class
 from tokenizer import byte_tokenizer, train_words
 from training.corpus import CorpusWriter, Part, open_corpus
 from training.loop import (
@@ -28,6 +30,9 @@ from training.loop import (
 )
 from training.optimizer import Muon, Optimizers, groups, orthogonal, schedule
 from training.presets import PRESETS, Run
+from training.tables import TABLES
+from training.task import Feed
+from training.tasks import TASKS
 from training.text import Text, Vectors
 
 TINY = Run(
@@ -82,7 +87,7 @@ def log_of(directory):
     """metrics.jsonl without what depends on the clock."""
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     return [
-        {k: v for k, v in line.items() if k not in ("tokens_per_second", "seconds")}
+        {k: v for k, v in line.items() if k != "seconds" and not k.endswith("_per_second")}
         for line in lines
     ]
 
@@ -118,14 +123,18 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
-def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp_path):
-    run = VARIANTS[variant]
-    straight = trainer_of(run, tmp_path / "straight", corpus)
+def assert_resumed_equals_undisturbed(run, task, stop, folder):
+    """A signal in step `stop` of another run, from which a third goes on."""
+
+    def trainer(name):
+        directory = folder / name
+        directory.mkdir(exist_ok=True)
+        return Trainer(run, directory, task, torch.device("cpu"))
+
+    straight = trainer("straight")
     straight.train()
 
-    first = trainer_of(run, tmp_path / "broken", corpus)
+    first = trainer("broken")
     take_step = first.advance
 
     def step_then_signal(objective):
@@ -137,18 +146,151 @@ def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp
     with pytest.raises(Stopped) as stopped:
         first.train()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
-    assert newest_checkpoint(tmp_path / "broken").name == f"step-{stop}"
+    assert newest_checkpoint(folder / "broken").name == f"step-{stop}"
 
     torch.manual_seed(999)  # what happens in between must not matter
-    second = trainer_of(run, tmp_path / "broken", corpus)
-    second.resume(newest_checkpoint(tmp_path / "broken"))
+    second = trainer("broken")
+    second.resume(newest_checkpoint(folder / "broken"))
     second.train()
-    assert log_of(tmp_path / "broken") == log_of(tmp_path / "straight")
-    one, other = tensors_of(tmp_path / "broken"), tensors_of(tmp_path / "straight")
+    assert log_of(folder / "broken") == log_of(folder / "straight")
+    one, other = tensors_of(folder / "broken"), tensors_of(folder / "straight")
     assert one.keys() == other.keys()
     assert all(torch.equal(one[name], other[name]) for name in one)
     best = "model.safetensors"
-    assert hash_of(tmp_path / "broken" / best) == hash_of(tmp_path / "straight" / best)
+    assert hash_of(folder / "broken" / best) == hash_of(folder / "straight" / best)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("stop", [1, 3, 5, 8, 11])
+def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp_path):
+    run = VARIANTS[variant]
+    assert_resumed_equals_undisturbed(run, Text(run, corpus), stop, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
+def test_resumed_equals_undisturbed_where_it_is_compiled(corpus, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
+    arguments = TINY.arguments | {"depth": 1}
+    run = dataclasses.replace(TINY, arguments=arguments, compile=True, precision="bfloat16")
+    assert_resumed_equals_undisturbed(run, Text(run, corpus), 5, tmp_path)
+
+
+TINIEST = {"width": 8, "depth": 1, "heads": 2, "hidden": 8}
+
+
+def tiny(run):
+    """A preset in small: its model, task, optimizers and schedule, and what it carries."""
+    known = inspect.signature(model_class(run.model)).parameters
+    small = {} if run.task in TABLES else {k: v for k, v in TINIEST.items() if k in known}
+    return dataclasses.replace(
+        run,
+        arguments=run.arguments | small,
+        steps=4,
+        batch=4,
+        window=8,
+        accumulation=1 if run.carry else 2,
+        warm_up=min(run.warm_up, 2),
+        validation_interval=2,
+        validation_tokens=16,
+        checkpoint_interval=4,
+        log_interval=1,
+        sample_tokens=2,
+        compile=False,
+    )
+
+
+@pytest.fixture(scope="module")
+def pairs(tmp_path_factory):
+    """Sentences and what they are called elsewhere."""
+    few = [("dog", "ami"), ("cat", "lui"), ("is", "est")]
+    writer = CorpusWriter(folder := tmp_path_factory.mktemp("pairs"), byte_tokenizer())
+    for name in ("train", "validation"):
+        writer.write(name, [Part(source, True, target) for source, target in few * 6])
+    writer.close("dogs and cats", ("en", "fr"))
+    return open_corpus(folder, pairs=True)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resumes_exactly(name, corpus, pairs, tmp_path):
+    run = tiny(PRESETS[name])
+    if run.task in TABLES:
+        task = TABLES[run.task].open(run, None, True)
+    else:
+        task = TASKS[run.task](run, pairs if run.task == "pairs" else corpus)
+    assert_resumed_equals_undisturbed(run, task, 3, tmp_path)
+
+
+def read_ahead(trainer):
+    """As where the device is a card."""
+    trainer.feed = Feed(trainer.task, trainer.run.steps, ahead=True)
+    return trainer
+
+
+def threads_of_feeds():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("batches")]
+
+
+@pytest.mark.parametrize("variant", ["muon", "sgd-carry"])
+def test_batches_made_ahead_are_the_same(variant, corpus, tmp_path):
+    trainer_of(VARIANTS[variant], tmp_path / "one", corpus).train()
+    made = []
+    ahead = read_ahead(trainer_of(VARIANTS[variant], tmp_path / "ahead", corpus))
+    take_step, make = ahead.advance, ahead.task.batch
+
+    def noted(index):
+        made.append((index, threading.current_thread()))
+        return make(index)
+
+    def step(objective):
+        loss = take_step(objective)
+        # The next one is under way before this step has left the device.
+        assert ahead.step + 1 in ahead.feed.coming or ahead.step + 1 == ahead.run.steps
+        return loss
+
+    ahead.task.batch, ahead.advance = noted, step
+    ahead.train()
+    assert log_of(tmp_path / "ahead") == log_of(tmp_path / "one")
+    assert [index for index, _ in made] == list(range(ahead.run.steps))
+    assert threading.current_thread() not in [thread for _, thread in made]
+    assert not threads_of_feeds()
+
+    # A step that is not the next one: a run that goes on.
+    again = read_ahead(trainer_of(VARIANTS[variant], tmp_path / "ahead", corpus))
+    again.resume(tmp_path / "ahead" / "checkpoints" / "step-9")
+    again.train()
+    assert log_of(tmp_path / "ahead") == log_of(tmp_path / "one")
+
+
+def test_a_batch_that_cannot_be_made_ends_the_run_at_its_step(corpus, tmp_path):
+    trainer = read_ahead(trainer_of(TINY, tmp_path / "run", corpus))
+    make = trainer.task.batch
+
+    def vanished(index):
+        if index == 5:
+            raise FileNotFoundError(2, "No such file or directory", "train.bin")
+        return make(index)
+
+    trainer.task.batch = vanished
+    with pytest.raises(FileNotFoundError, match=r"train\.bin"):
+        trainer.train()
+    assert trainer.step == 5
+    assert not threads_of_feeds()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no card here")
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_no_step_waits_for_the_card(variant, corpus, tmp_path):
+    run = VARIANTS[variant]
+    trainer = Trainer(run, tmp_path, Text(run, corpus), torch.device("cuda"))
+    try:
+        for step in range(run.steps):
+            trainer.advance(trainer.objective)
+            trainer.step += 1
+            if step == 3:  # the first steps may: they make what later ones use
+                torch.cuda.set_sync_debug_mode("error")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_accumulation_is_the_same_step(corpus, tmp_path):

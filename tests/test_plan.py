@@ -85,15 +85,15 @@ class Real:
                 found[storage._cdata] = storage
             return tensor
 
-        if hasattr(self.model, "logits"):
-            logits = self.model.logits
+        if hasattr(self.model, "mean_nll"):
+            mean_nll = self.model.mean_nll
 
-            def noting(features):
+            def noting(features, targets):
                 keep(features)
                 at_logits.append(sum(storage.nbytes() for storage in found.values()))
-                return logits(features)
+                return mean_nll(features, targets)
 
-            self.model.logits = noting
+            self.model.mean_nll = noting
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             loss = self.loss()
         keep(loss)
@@ -143,9 +143,10 @@ def test_logits_are_made_in_chunks(monkeypatch):
     few = measure(run, ROWS, True, card=False)
     assert few.activations == at_once.activations
     assert few.loss < at_once.loss / 3
-    # Each chunk keeps the random state for when it is made again, which is no fake tensor.
-    unseen = Real(run, True).peak() - few.activations - few.loss
-    assert 0 <= unseen <= ROWS * 32 / 16 * torch.get_rng_state().nbytes
+    # The copies that a CPU's bfloat16 products make for themselves are no tensors.
+    real = Real(run, True)
+    unseen = real.peak() - few.activations - few.loss
+    assert 0 <= unseen <= real.model.unembedding.weight.nbytes
 
 
 def test_every_model_can_be_planned():

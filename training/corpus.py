@@ -257,19 +257,28 @@ class Windows:
         # One window less than fits leaves room to shift the grid by a whole window.
         self.epoch = max(1, (len(tokens) - 1) // window - 1)
         """Windows in an epoch."""
-        self._starts = functools.lru_cache(maxsize=2)(self._shuffled)
+        self._order = functools.lru_cache(maxsize=2)(self._shuffled)
 
-    def _shuffled(self, epoch: int) -> NDArray[np.int64]:
-        """Where the windows of an epoch start, in order of use."""
+    def _shuffled(self, epoch: int) -> tuple[int, NDArray[np.uint32]]:
+        """Where the grid of an epoch begins, and its windows in order of use."""
         random = np.random.default_rng([self.seed, epoch])
         spare = len(self.tokens) - 1 - self.epoch * self.window
-        offset = random.integers(spare, endpoint=True)
-        return offset + self.window * random.permutation(self.epoch)
+        offset = int(random.integers(spare, endpoint=True))
+        # All that grows with the corpus: 4 bytes a window.
+        order = np.arange(self.epoch, dtype=np.uint32)
+        random.shuffle(order)
+        return offset, order
+
+    def _start(self, place: int) -> int:
+        """Where the window begins that is used at a place, counted through all epochs."""
+        epoch, number = divmod(place, self.epoch)
+        offset, order = self._order(epoch)
+        return offset + self.window * int(order[number])
 
     def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
         places = range(index * self.rows, (index + 1) * self.rows)
-        starts = [self._starts(place // self.epoch)[place % self.epoch] for place in places]
-        both = np.array(starts)[:, None] + np.arange(self.window + 1)
+        starts = np.array([self._start(place) for place in places])
+        both = starts[:, None] + np.arange(self.window + 1)
         windows = self.tokens[both].astype(np.int64)
         return windows[:, :-1], windows[:, 1:]

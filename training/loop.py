@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
@@ -42,7 +43,7 @@ from training.distributed import ALONE, World, averaged, gathered, kept_back, sh
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
 from training.progress import Progress
-from training.task import Task
+from training.task import Feed, Task
 
 CHECKPOINTS_KEPT = 2
 
@@ -175,6 +176,8 @@ class Trainer:
             shard(self.objective, device, run.precision)
         else:
             self.model.to(device)
+        # On a CPU the batch would only be made at the cost of the step beside it.
+        self.feed = Feed(task, run.steps, ahead=device.type != "cpu")
         self.optimizers = Optimizers(self.model, run, device)
         self.flops = self.model.flops_per_token(task.row or 1)
         self.signals = Signals()
@@ -266,12 +269,16 @@ class Trainer:
                         if signalled and not last:
                             raise Stopped(signalled, path)
         finally:
+            self.feed.close()
             if self.world.first:
                 self.metrics.close()
 
     def advance(self, objective: Callable[..., Tensor]) -> Tensor:
-        """One optimizer step; returns its mean loss, still on the device: the ranks' mean is the batch's."""
-        arrays = self.task.batch(self.step)
+        """One optimizer step; returns its mean loss, still on the device: the ranks' mean is the batch's.
+
+        The device is only told what to do, and never waited for.
+        """
+        arrays = self.feed.batch(self.step)
         targets = int((arrays[-1] != -100).sum())
         self.seen += targets
         mine = self.world.share(len(arrays[0]))
@@ -279,7 +286,7 @@ class Trainer:
         if not self.task.follows(self.step):
             self.state = self._first_state(len(arrays[0]))
         counted = np.array_split(arrays[-1] != -100, self.run.accumulation)
-        batch = (torch.from_numpy(array).to(self.device) for array in arrays)
+        batch = (_sent(array, self.device) for array in arrays)
         parts = zip(*(tensor.tensor_split(self.run.accumulation) for tensor in batch), strict=True)
         total = torch.zeros((), device=self.device)
         for left, part in zip(reversed(range(self.run.accumulation)), parts, strict=True):
@@ -444,6 +451,14 @@ class Trainer:
         } or None
         self.seen, self.seconds = state["seen"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
+
+
+def _sent(array: NDArray[Any], device: torch.device) -> Tensor:
+    """An array on the device. A card fetches it when its turn comes, which it can from pinned memory."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def configuration(run: Run, given: dict[str, Any]) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         if run.carry:
             assert isinstance(model, LanguageModel)
             carried = model.init_state(rows, run.window)
-        noted = note_at_logits(model, lambda: live.now - kept)
+        noted = note_at_loss(model, lambda: live.now - kept)
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = Objective(model)(*batch, state=carried)
@@ -202,17 +202,17 @@ def use_fused_norms(model: Model) -> None:
             module.forward = module.fused  # type: ignore[method-assign]
 
 
-def note_at_logits(model: Model, value: Callable[[], int]) -> list[int]:
-    """A list to which `value()` is added whenever the model makes logits, if it does."""
+def note_at_loss(model: Model, value: Callable[[], int]) -> list[int]:
+    """A list to which `value()` is added when the model has all that logits are made from, if it makes any."""
     noted: list[int] = []
     if isinstance(model, LanguageModel):
-        logits = model.logits
+        mean_nll = model.mean_nll
 
-        def noting(features_BTD: Tensor) -> Tensor:
+        def noting(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
             noted.append(value())
-            return logits(features_BTD)
+            return mean_nll(features_BTD, targets_BT)
 
-        model.logits = noting  # type: ignore[method-assign]
+        model.mean_nll = noting  # type: ignore[method-assign]
     return noted
 
 

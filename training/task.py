@@ -1,6 +1,7 @@
 """What a run learns from and is judged by. The trainer knows no more of it than is written here."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -94,6 +95,36 @@ class Task:
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
         """The whole of a split, scored; `final` with what takes long beside it."""
         raise NotImplementedError
+
+
+class Feed:
+    """A task's batches, each made by a thread while the one before it is learned.
+
+    Args:
+        task: Whose batches.
+        steps: There is no batch from here on.
+        ahead: Whether a thread makes them; else they are made when they are wanted.
+    """
+
+    def __init__(self, task: Task, steps: int, ahead: bool) -> None:
+        self.task, self.steps = task, steps
+        self.thread = ThreadPoolExecutor(1, "batches") if ahead else None
+        self.coming: dict[int, Future[Batch]] = {}
+
+    def batch(self, index: int) -> Batch:
+        """The batch of step `index`, or the error that making it ended with."""
+        if self.thread is None:
+            return self.task.batch(index)
+        found = self.coming.pop(index, None) or self.thread.submit(self.task.batch, index)
+        arrays = found.result()
+        if index + 1 < self.steps:
+            self.coming = {index + 1: self.thread.submit(self.task.batch, index + 1)}
+        return arrays
+
+    def close(self) -> None:
+        """End the thread."""
+        if self.thread:
+            self.thread.shutdown(cancel_futures=True)
 
 
 def _vocabulary(run: Run) -> int:
