@@ -80,5 +80,7 @@ class _LinearNLL(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, by_total: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
-        scaled = (None if by is None else by * by_total.to(by.dtype) for by in ctx.saved_tensors)
-        return *scaled, None, None
+        def scaled(by: Tensor | None) -> Tensor | None:
+            return None if by is None else (by.to(by_total.dtype) * by_total).to(by.dtype)
+
+        return *map(scaled, ctx.saved_tensors), None, None
