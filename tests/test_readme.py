@@ -157,7 +157,7 @@ def test_the_tree_in_the_readme_is_the_tree():
             found |= {(package, name) for name in match[1].split(", ")}
     there = {
         (package, file.stem)
-        for package in ("gpt", "training", "serving")
+        for package in ("gpt", "training", "serving", "benchmarks")
         for file in (ROOT / package).glob("*.py")
         if not file.stem.startswith("__")
     }
