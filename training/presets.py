@@ -358,7 +358,7 @@ RIVALS = {
     "shakespeare": dataclasses.replace(
         SHAKESPEARE,
         arguments={"width": 128, "depth": 4, "heads": 4, "ngrams": 16_384},
-        steps=680,
+        steps=720,
         batch=12,
         window=128,
         embedding_rate=0.05,
