@@ -26,9 +26,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import Row, machine, report
+from benchmarks.train import Row, add_common_options, machine, report
 from gpt import cli
-from gpt.checkpoint import RUNS
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.loop import Trainer
@@ -259,14 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--data", metavar="PATH", help="text to repeat (default: sentences of made-up words)"
     )
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="default: 300")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RUNS / "bench" / "growth.json",
-        metavar="PATH",
-        help="JSON, and a table beside it as .md (default: %(default)s)",
-    )
+    add_common_options(parser, "growth.json")
     try:
         benchmark(**vars(parser.parse_args(arguments)))
     except ValueError as error:

@@ -12,6 +12,7 @@ score: on the CPU, and where there is a card also there, which then shows the th
 GPT-2 124M too.
 """
 
+import argparse
 import dataclasses
 import importlib.util
 import itertools
@@ -43,7 +44,7 @@ from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.corpus import Corpus
 from training.loop import Objective, Trainer
-from training.presets import RATES, Run, preset
+from training.presets import RATES, Run, adapted, preset
 from training.runs import facts
 from training.task import Batch, Task
 from training.tasks import TASKS, open_task
@@ -119,15 +120,14 @@ def gpu_race() -> Race:
 def ablations() -> Race:
     """The preset `shakespeare` beside itself with one thing changed, each for as many tokens."""
     whole = preset("shakespeare")
-    rows = whole.batch * whole.window
+    tokens = whole.steps * whole.batch * whole.window
 
     def but(changes: dict[str, Any] | None = None, **arguments: Any) -> Run:  # noqa: ANN401
         """With other settings, and other arguments of the model."""
         run = dataclasses.replace(whole, arguments=whole.arguments | arguments, **(changes or {}))
-        return dataclasses.replace(run, steps=whole.steps * rows // (run.batch * run.window))
+        return dataclasses.replace(run, steps=tokens // (run.batch * run.window))
 
     adam = {"optimizer": "adamw", "weight_decay": 0.1, "embedding_decay": 0.1}
-    root = {name: round(2**0.5 * getattr(whole, name), 4) for name in RATES}
     runs = {
         "shakespeare": whole,
         "no n-grams": but(ngrams=0),
@@ -141,7 +141,7 @@ def ablations() -> Race:
         "dropout 0.1": but(dropout=0.1),
         "windows of 64": but({"window": 64, "batch": 24}),
         "windows of 256": but({"window": 256, "batch": 6}),
-        "batches of 24": but(root | {"batch": 24}),
+        "batches of 24": adapted(but({"batch": 24}), whole),
         "2 layers of 192": but(depth=2, width=192, heads=6),
     }
     return Race("CPU: one thing changed", on("cpu", runs), "shakespeare", 1.886, slices=20)
@@ -534,6 +534,18 @@ def report(result: Row, tables: list[str], output: Path) -> None:
     print(f"\n{text}\n{output}, {output.with_suffix('.md')}")
 
 
+def add_common_options(parser: argparse.ArgumentParser, output: str) -> None:
+    """What every benchmark asks: where its `report` goes, and how many threads it may use."""
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=RUNS / "bench" / output,
+        metavar="PATH",
+        help="JSON, and a table beside it as .md (default: %(default)s)",
+    )
+    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line; a mistake is one line and exit code 2."""
     parser = Parser(prog=PROG, description="Training side by side: seconds to a loss, throughput.")
@@ -544,15 +556,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         help="tinyshakespeare's input.txt, or prepared tokens of its characters; the text is at "
         "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
     )
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RUNS / "bench" / "train.json",
-        metavar="PATH",
-        help="JSON, and a table beside it as .md (default: %(default)s)",
-    )
+    add_common_options(parser, "train.json")
     parser.add_argument("--seeds", type=int, default=3, metavar="N", help="default: 3")
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
     parser.add_argument("--steps", type=int, metavar="N", help="shorten every recipe to N steps")
     parser.add_argument(
         "--only", nargs="+", default=(), metavar="NAME", help="these contestants alone"

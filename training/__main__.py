@@ -32,7 +32,7 @@ from training.loop import (
     Trainer,
     read_run,
 )
-from training.presets import PRESETS, Run, adapted, model_options, preset
+from training.presets import PRESETS, Run, model_options, preset, resolved
 from training.progress import duration
 from training.runs import begin, is_begun, resume, tokenizer_of
 from training.tasks import TASKS, check, open_task
@@ -47,11 +47,10 @@ def train_command(name: str) -> Callable[..., cli.Command]:
     """The `train` command with the options of preset `name`, its values as their defaults."""
     chosen = preset(name)
     options: Any = model_options(chosen)
-    own = options()
 
     def train(
         settings: Run = chosen,
-        model: options = own,
+        model: options = options(),  # noqa: B008 (frozen)
         run: MaybePath = None,
     ) -> cli.Command:
         """Train a model: `train [PRESET] [options]`, or `train --resume [RUN]` to go on.
@@ -63,10 +62,7 @@ def train_command(name: str) -> Callable[..., cli.Command]:
             model: The model's own arguments.
             run: Where to write the run; runs/<preset>-<time> when not given.
         """
-        arguments = chosen.arguments | dataclasses.asdict(model)
-        resolved = dataclasses.replace(settings, arguments=arguments)
-        whole = dataclasses.replace(chosen, arguments=chosen.arguments | dataclasses.asdict(own))
-        return lambda: start(adapted(resolved, whole), run)
+        return lambda: start(resolved(settings, model, chosen), run)
 
     return train
 
@@ -75,11 +71,10 @@ def plan_command(name: str) -> Callable[..., cli.Command]:
     """The `plan` command with the options of preset `name`, as `train` has them."""
     chosen = preset(name)
     options: Any = model_options(chosen)
-    own = options()
 
     def plan(
         settings: Run = chosen,
-        model: options = own,
+        model: options = options(),  # noqa: B008 (frozen)
         gpus: int = 1,
         card: MaybeText = None,
         mfu: float = 0.4,
@@ -97,9 +92,7 @@ def plan_command(name: str) -> Callable[..., cli.Command]:
             mfu: Share of the card's peak that is expected to be reached.
             json: Print one JSON object, for machines.
         """
-        arguments = chosen.arguments | dataclasses.asdict(model)
-        resolved = dataclasses.replace(settings, arguments=arguments)
-        return lambda: show_plan(resolved, gpus, card, mfu, as_json=json)
+        return lambda: show_plan(resolved(settings, model, chosen), gpus, card, mfu, as_json=json)
 
     return plan
 

@@ -448,6 +448,14 @@ def adapted(run: Run, chosen: Run) -> Run:
     return dataclasses.replace(run, **changes)
 
 
+def resolved(settings: Run, model: Any, chosen: Run) -> Run:  # noqa: ANN401 (of model_options)
+    """What a command line asks for: its settings, its `model_options`, and rates that follow them."""
+    usual = dataclasses.asdict(model_options(chosen)())
+    whole = dataclasses.replace(chosen, arguments=chosen.arguments | usual)
+    given = chosen.arguments | dataclasses.asdict(model)
+    return adapted(dataclasses.replace(settings, arguments=given), whole)
+
+
 def model_options(run: Run) -> type:
     """A dataclass of the options that the run's model takes, the preset's values as defaults."""
     model = model_class(run.model)
