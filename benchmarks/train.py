@@ -301,6 +301,7 @@ def judge(contest: Race, rounds: list[dict[str, Row]]) -> Row:
             run, first, last = contest.runs[name], row["curve"][0], row["curve"][-1]
             steady = (last["step"] - first["step"]) * run.batch * run.window
             row["seconds_to_target"] = seconds_to(contest.target, row["curve"])
+            row["early_loss"] = row["curve"][max(0, len(row["curve"]) // 5 - 1)]["loss"]
             row["best_loss"] = best(row["curve"], math.inf)
             row["best_loss_in_time"] = best(row["curve"], whole) if whole else None
             row["final_loss"] = last["loss"]
@@ -340,6 +341,7 @@ def race_table(result: Row) -> str:
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
         f"seconds to {target}": ("seconds_to_target", "{:.1f}".format),
         f"times as fast as {yardstick}": ("times_faster", "{:.2f}".format),
+        "loss after a fifth": ("early_loss", "{:.4f}".format),
         f"best loss in {yardstick}'s time": ("best_loss_in_time", "{:.4f}".format),
         "best loss": ("best_loss", "{:.4f}".format),
         "final loss": ("final_loss", "{:.4f}".format),
