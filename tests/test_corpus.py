@@ -1,4 +1,6 @@
 import json
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +33,26 @@ def test_tokens_and_counts_come_back(folder):
     assert corpus.description == "a corpus"
     with pytest.raises(ValueError):
         train.tokens[0] = 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+def test_a_long_corpus_takes_no_room_in_memory(tmp_path):
+    """64 MB of tokens, of which nearly every page is looked at."""
+
+    def in_memory():
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, "w+", shape=(2**25,))
+    tokens[::2048] = np.arange(2**14)
+    tokens.flush()
+    del tokens
+    order = Windows(np.memmap(tmp_path / "train.bin", np.uint16, "r", shape=(2**25,)), 128, 16, 0)
+    begun, seen = in_memory(), 0
+    for index in range(4000):
+        seen += int((order.batch(index)[0] > 0).sum())
+        assert in_memory() - begun < 4 * 2**20
+    assert seen > 3000
 
 
 def test_fingerprint_is_of_the_content(folder, tmp_path_factory):

@@ -13,6 +13,7 @@ text; nothing here needs more than numpy, so it trains where `datasets` is not i
 import functools
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +206,18 @@ class CorpusWriter:
         (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
+def _copied(tokens: Tokens, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """The tokens at these places, and no more of their file in this process's memory than before.
+
+    The system keeps the pages that it has read for as long as nobody else needs the room. Left in
+    the map they would count as this process's own, and in the end be as many as the corpus has.
+    """
+    found = tokens[places].astype(np.int64)
+    if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        tokens.base.madvise(mmap.MADV_DONTNEED)
+    return found
+
+
 class Streams:
     """Training order for a state that is carried on: each row reads a part of the text in order.
 
@@ -230,7 +243,7 @@ class Streams:
     def batch(self, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
         starts = self.starts + index % self.epoch * self.window
-        windows = self.tokens[starts[:, None] + np.arange(self.window + 1)].astype(np.int64)
+        windows = _copied(self.tokens, starts[:, None] + np.arange(self.window + 1))
         return windows[:, :-1], windows[:, 1:]
 
 
@@ -279,6 +292,5 @@ class Windows:
         """(tokens_BT, targets_BT) of step `index`: the targets are the tokens shifted by one."""
         places = range(index * self.rows, (index + 1) * self.rows)
         starts = np.array([self._start(place) for place in places])
-        both = starts[:, None] + np.arange(self.window + 1)
-        windows = self.tokens[both].astype(np.int64)
+        windows = _copied(self.tokens, starts[:, None] + np.arange(self.window + 1))
         return windows[:, :-1], windows[:, 1:]
