@@ -3,8 +3,8 @@
 Two texts, one many times as long as the other, are prepared, and the same small model takes the
 same steps on both, each in a process of its own. A process's own memory is what the system
 calls anonymous (RssAnon): all that it made, and nothing that it only reads. The pages of files
-stand beside it (RssFile): tokens that were looked at stay there for as long as nobody else needs
-the room. Both are read every few milliseconds, by another process.
+stand beside it (RssFile): libraries, and what it has mapped of the tokens. Both are read every few
+milliseconds, by another process.
 
 The texts are a few thousand lines again and again, each time in another order and with another
 word in each: a text that is longer and not richer, so that what grows comes from its length.

@@ -1,12 +1,13 @@
 import json
+import os
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from benchmarks.growth import memory_of
 from tokenizer import byte_tokenizer
 from training.corpus import CorpusWriter, Part, Windows, open_corpus
 
@@ -35,13 +36,14 @@ def test_tokens_and_counts_come_back(folder):
         train.tokens[0] = 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux tells a process's pages of files (RssFile)"
+)
 def test_a_long_corpus_takes_no_room_in_memory(tmp_path):
     """64 MB of tokens, of which nearly every page is looked at."""
 
     def in_memory():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssFile"))
+        return memory_of(os.getpid())["RssFile"]
 
     tokens = np.memmap(tmp_path / "train.bin", np.uint16, "w+", shape=(2**25,))
     tokens[::2048] = np.arange(2**14)
