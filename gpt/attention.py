@@ -135,7 +135,7 @@ class Places:
     """Where this call's tokens stand, worked out once and used by every layer.
 
     Without a state the tokens are positions 0..T-1 of their rows. With one, row b continues
-    from its position, and the cache is read as far as the longest row goes.
+    from its position, and everything that the state has room for is looked at, or masked.
 
     Args:
         tokens_BT: The new tokens.
@@ -153,10 +153,8 @@ class Places:
             position_B1 = state["position"].unsqueeze(1)
             self.positions_BT = position_B1 + self.positions_BT
             self.rows_B1 = torch.arange(len(position_B1), device=device).unsqueeze(1)
-            self.read = int(position_B1.max()) + length
-            if len(position_B1) > 1 or length > 1:
-                keys_S = torch.arange(self.read, device=device)
-                self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
+            keys_S = torch.arange(state["keys"].shape[-2], device=device)
+            self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
         if rotary is not None:
             self.cos_BTK, self.sin_BTK = (table_SK[self.positions_BT] for table_SK in rotary)
 
@@ -174,6 +172,11 @@ def init_cache(weight: Tensor, rows: int, depth: int, heads: int, length: int) -
     }
 
 
+def cache_part(state: State, length: int) -> State:
+    """`LanguageModel.part` of a state made by `init_cache`: its first `length` positions."""
+    return {name: state[name][..., :length, :] for name in ("keys", "values")}
+
+
 class Cache:
     """One layer's keys_BHSK and values_BHSK, views into a state made by `init_cache`."""
 
@@ -188,7 +191,7 @@ class Cache:
             kept_BHSK[places.rows_B1, :, places.positions_BT] = new_BHTK.transpose(1, 2).to(
                 kept_BHSK.dtype
             )
-        return self.keys_BHSK[:, :, : places.read], self.values_BHSK[:, :, : places.read]
+        return self.keys_BHSK, self.values_BHSK
 
 
 class Heads(nn.Module):

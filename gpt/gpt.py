@@ -30,6 +30,7 @@ from gpt.attention import (
     Places,
     RMSNorm,
     RotarySelfAttention,
+    cache_part,
     check_sizes,
     init_cache,
     rotary_table,
@@ -144,13 +145,17 @@ class DecoderOnly(LanguageModel):
         weight = self.embedding.weight
         return init_cache(weight, rows, self.depth, self.heads, min(length, self.context))
 
+    def part(self, state: State, length: int) -> State:
+        """Its first `length` positions."""
+        return state | cache_part(state, length)
+
     def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """A state in which each row has its source for a prefix.
 
         What follows is written over the padding before anything looks there.
         """
         state = self.init_state(len(source_BS), self.context)
-        self.features(source_BS, state)
+        self.features(source_BS, self.part(state, source_BS.shape[1]))
         state["position"].copy_(lengths_B)
         return state
 
@@ -412,6 +417,11 @@ class GPT(DecoderOnly):
         if self.ngrams:
             state["tokens"] = state["position"].new_zeros(rows, state["keys"].shape[3])
         return state
+
+    def part(self, state: State, length: int) -> State:
+        """Its first `length` positions."""
+        part = super().part(state, length)
+        return part | {"tokens": state["tokens"][:, :length]} if self.ngrams else part
 
     def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:
         """x_BTD: a vector for what the token is, and for what it is with those before it."""

@@ -38,6 +38,12 @@ def rows(state: State, start: int, stop: int) -> State:
     return {name: tensor[start:stop] for name, tensor in state.items()}
 
 
+def overwrite(state: State, new: State) -> None:
+    """Let `state` hold what `new` does; one row of `new` goes to every row."""
+    for name, tensor in state.items():
+        tensor.copy_(new[name].expand_as(tensor))
+
+
 class Importance(NamedTuple):
     """One kind of choice inside a model, made visible: a map for each layer and head.
 
@@ -122,9 +128,16 @@ class LanguageModel(Model):
         """How many tokens at the end of a window it is trained to predict: evaluation scores no more at once."""
         return self.context
 
+    reads_in_parts: ClassVar[bool] = True
+    """Whether a prompt may be read as `features` of one part of it after the other."""
+
     def init_state(self, rows: int, length: int) -> State:
         """An empty state for `rows` rows of up to `length` tokens each."""
         raise NotImplementedError
+
+    def part(self, state: State, length: int) -> State:  # noqa: ARG002 (for those that grow)
+        """A view of what `length` tokens fill of each row: all that `features` needs to see until then."""
+        return state
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD of each token, from it and those before it.
@@ -264,6 +277,7 @@ class EncoderDecoder(LanguageModel):
     """
 
     learns: ClassVar[tuple[str, ...]] = ("text", "pairs")
+    reads_in_parts: ClassVar[bool] = False
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """All that the decoder has of a source: part of a state, each tensor cut to the source's length.

@@ -1,21 +1,30 @@
 """From logits to the next token, the only copy, and `generate`: the reference that engines are held to.
 
-    p      = softmax(penalised(logits) / temperature)      over the tokens that the filters leave
+    p      = softmax(adjusted(logits) / temperature)       over the tokens that the filters leave
     token  = the first whose cumulative p is above u       u uniform in [0, 1)
 
 u is a hash of (seed, choice, position), not the next draw of a generator. So a row's
 text depends neither on its neighbours in the batch nor on anything sampled before it.
-Steps come in the order of `transformers`: penalties, temperature, top-k, top-p, min-p.
+Steps come in the order of `transformers`: bias, penalties, temperature, top-k, top-p, min-p.
+
+A product of matrices rounds otherwise when a row has neighbours: by a millionth, which can
+only matter where the two likeliest tokens are as near as that. There a greedy choice is made
+from logits that are computed anew, of the row alone, so that it too depends on nothing else.
 """
 
 import dataclasses
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 
 import torch
 from torch import Tensor
 
 from gpt.model import LanguageModel, State, rows
+
+NEAR = 2e-4
+"""Nats between two logits that rounding alone might turn around: it moves one by about 1e-5."""
+
+NOT_A_NUMBER = "the model's logits are not numbers: its weights may be damaged"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +41,7 @@ class Sampling:
         presence_penalty: Taken from the logits of tokens in the text so far (as OpenAI defines it).
         frequency_penalty: The same, once for each time the token is in the text so far.
         seed: Where the random stream starts.
+        logit_bias: Pairs of a token and what is added to its logit, before all else.
     """
 
     temperature: float = 1.0
@@ -42,6 +52,7 @@ class Sampling:
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     seed: int = 0
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -57,6 +68,12 @@ class Sampling:
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
                 raise ValueError(f"{name} must be between {low} and {high}, not {value}")
+        for token, bias in self.logit_bias:
+            if token < 0 or not -100 <= bias <= 100:
+                raise ValueError(
+                    "logit_bias must be of tokens from 0 on and between -100 and 100, not "
+                    f"{bias} of {token}"
+                )
 
     @property
     def greedy(self) -> bool:
@@ -64,24 +81,38 @@ class Sampling:
         return self.temperature < 1e-5
 
     @property
-    def penalised(self) -> bool:
-        """True where a choice depends on the tokens before it."""
+    def adjusted(self) -> bool:
+        """True where logits are changed: by a bias, or by what has been said."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1, 0, 0)
+        return penalties != (1, 0, 0) or bool(self.logit_bias)
 
 
 class Sampler:
     """Chooses the next token of each row of a batch, each by its own parameters.
 
     What it remembers is a State like a model's: an engine moves a row of both alike.
+
+    Args:
+        size: Number of rows.
+        vocabulary: Number of token ids, V.
+        device: Where the logits are.
+        exact: Sort all tokens of a row whatever its neighbours ask for. A shorter sort is
+            faster, and its sums round otherwise.
     """
 
-    def __init__(self, size: int, vocabulary: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        size: int,
+        vocabulary: int,
+        device: torch.device | str = "cpu",
+        *,
+        exact: bool = False,
+    ) -> None:
         def column(dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, 1, dtype=dtype, device=device)
 
-        self.vocabulary = vocabulary
-        self.samplings = [Sampling()] * size
+        self.vocabulary, self.exact = vocabulary, exact
+        self.samplings = [Sampling(temperature=0)] * size
         self.state: State = {
             "stream": column(torch.long),
             "position": column(torch.long),
@@ -94,6 +125,7 @@ class Sampler:
             "repetition": column(torch.float),
             "presence": column(torch.float),
             "frequency": column(torch.float),
+            "bias": torch.zeros(size, vocabulary, device=device),
             "in_prompt": torch.zeros(size, vocabulary, dtype=torch.bool, device=device),
             "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
         }
@@ -116,7 +148,10 @@ class Sampler:
             ("frequency", sampling.frequency_penalty),
         ):
             self.state[name][row] = value
-        if sampling.penalised:
+        self.state["bias"][row] = 0
+        for token, bias in sampling.logit_bias:
+            self.state["bias"][row, token] = bias
+        if sampling.adjusted:
             self.state["times"][row] = 0
             self.state["in_prompt"][row] = False
             self.state["in_prompt"][row, list(prompt)] = True
@@ -127,36 +162,62 @@ class Sampler:
         for tensor in self.state.values():
             tensor[target] = tensor[source]
 
-    def __call__(self, logits_BV: Tensor, first: int = 0) -> Tensor:
-        """tokens_B: the next token of rows `first` and following, one for each row of logits."""
+    def __call__(
+        self,
+        logits_BV: Tensor,
+        first: int = 0,
+        again: Callable[[int], Tensor] | None = None,
+    ) -> Tensor:
+        """tokens_B: the next token of each row of logits, -1 where a logit is not a number.
+
+        Args:
+            logits_BV: Of rows `first` and following.
+            first: Number of the first row.
+            again: Gives the logits_V of a row computed alone, and is asked where rounding could
+                decide a greedy choice. Without it, it may.
+        """
         last = first + len(logits_BV)
         samplings = self.samplings[first:last]
         drawing = [sampling for sampling in samplings if not sampling.greedy]
-        penalised = any(sampling.penalised for sampling in samplings)
-        if not (drawing or penalised):
-            return logits_BV.argmax(dim=-1)
+        adjusted = any(sampling.adjusted for sampling in samplings)
         state = rows(self.state, first, last)
         if logits_BV.dtype != torch.float64:
             logits_BV = logits_BV.float()
-        if penalised:
-            logits_BV = _penalise(logits_BV, state)
-        tokens_B1 = logits_BV.argmax(dim=-1, keepdim=True)
+        if adjusted:
+            logits_BV = _adjust(logits_BV, state)
+        if again and len(drawing) < len(samplings):
+            logits_BV = self._settled(logits_BV, first, again)
+        best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
         if drawing:
-            logits_BV = (logits_BV - logits_BV.gather(1, tokens_B1)) / state["temperature"]
-            logits_BV = _filter(logits_BV, state, drawing)
+            logits_BV = (logits_BV - best_B1) / state["temperature"]
+            logits_BV = _filter(logits_BV, state, drawing, self.exact)
             cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
             height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
             height_B1 = height_B1 * cumulative_BV[:, -1:]
             drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
             tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
             state["position"] += 1
-        if penalised:
-            state["times"].scatter_add_(1, tokens_B1, torch.ones_like(tokens_B1, dtype=torch.int))
-        return tokens_B1.squeeze(1)
+        if adjusted:
+            chosen_B1 = tokens_B1.clamp(max=self.vocabulary - 1)
+            state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
+        return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
+
+    def _settled(self, logits_BV: Tensor, first: int, again: Callable[[int], Tensor]) -> Tensor:
+        """logits_BV, where rounding could turn a greedy row around those that it has alone."""
+        two_B2 = logits_BV.topk(min(2, self.vocabulary), dim=-1).values
+        near_B = (two_B2[:, 0] - two_B2[:, -1] < NEAR).tolist()
+        for row, sampling in enumerate(self.samplings[first : first + len(near_B)]):
+            if near_B[row] and sampling.greedy and self.vocabulary > 1:
+                number = first + row
+                alone_1V = again(number).to(logits_BV.dtype).unsqueeze(0)
+                logits_BV = logits_BV.clone()  # it may be the caller's
+                logits_BV[row] = _adjust(alone_1V, rows(self.state, number, number + 1))
+        return logits_BV
 
 
-def _penalise(logits_BV: Tensor, state: State) -> Tensor:
-    """logits_BV, lower where a token has been seen (higher, if the penalty is a reward)."""
+def _adjust(logits_BV: Tensor, state: State) -> Tensor:
+    """logits_BV with their bias, then lower where a token has been seen (or higher, as a reward)."""
+    logits_BV = logits_BV + state["bias"]
     seen_BV = state["in_prompt"] | (state["times"] > 0)
     repetition_B1 = state["repetition"].to(logits_BV.dtype)
     repeated_BV = torch.where(logits_BV < 0, logits_BV * repetition_B1, logits_BV / repetition_B1)
@@ -165,7 +226,7 @@ def _penalise(logits_BV: Tensor, state: State) -> Tensor:
     return logits_BV - presence_BV - state["frequency"] * state["times"]
 
 
-def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling]) -> Tensor:
+def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling], exact: bool) -> Tensor:
     """logits_BV, minus infinity where a filter of the row drops the token.
 
     Every filter is a lowest logit to keep: the vocabulary stays in its order, and a row's
@@ -175,7 +236,7 @@ def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling]) -> T
     nucleus = any(sampling.top_p < 1 for sampling in samplings)
     if nucleus or any(sampling.top_k for sampling in samplings):
         most = len(logits_BV[0])
-        if all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
+        if not exact and all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
             most = min(most, max(sampling.top_k for sampling in samplings))
         sorted_BK = logits_BV.topk(most, dim=-1).values
         keep_BK = torch.arange(most, device=logits_BV.device) < state["top_k"]
@@ -216,18 +277,20 @@ def generate(
     stop: Collection[int] = (),
     choice: int = 0,
     first: Sequence[int] = (),
+    begin: int | None = None,
 ) -> Iterator[int]:
     """The tokens that follow `prompt`, one at a time, for one text alone.
 
     Ends after `max_tokens`, when the model's context is full, or at a token in `stop`,
     which is not part of the text and not given. With `first`, the text begins with one of
-    those tokens.
+    those tokens. With `begin`, the prompt is a source sentence, and its translation is written
+    after that token.
 
     A prompt is tokens as the model saw them in training, where every document begins with
     the end of the one before. A ValueError says what is wrong with it.
     """
-    most = room(model, prompt, max_tokens, model.limit)
-    return _generate(model, prompt, most, sampling, stop, choice, first)
+    most = room(model, prompt, max_tokens, model.limit, begin)
+    return _generate(model, prompt, most, sampling, stop, choice, first, begin)
 
 
 def only(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
@@ -239,14 +302,51 @@ def only(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
     return kept_BV
 
 
-def room(model: LanguageModel, prompt: Sequence[int], max_tokens: int, limit: int | None) -> int:
-    """How many tokens can follow `prompt` in `limit` positions: `max_tokens` or fewer, at least 1.
+def opened(
+    model: LanguageModel, prompt_1T: Tensor, length: int, begin: int | None = None
+) -> tuple[State, Tensor]:
+    """A state of one row that has read a prompt, with room for `length` tokens; features_1D of what follows.
+
+    With `begin`, the prompt is a source sentence, and this token begins its translation.
+    """
+    if begin is None:
+        state = model.init_state(1, length)
+        return state, model.read(prompt_1T, model.part(state, prompt_1T.shape[1]))
+    state = model.start(prompt_1T, prompt_1T.new_full((1,), prompt_1T.shape[1]))
+    begin_11 = prompt_1T.new_full((1, 1), begin)
+    return state, model.features(begin_11, model.part(state, prompt_1T.shape[1] + 1))[:, -1]
+
+
+def anew(
+    model: LanguageModel, prompt: Sequence[int], text: Sequence[int], begin: int | None = None
+) -> Tensor:
+    """logits_V of what follows `text` after `prompt`, from nothing but these."""
+    device = next(model.parameters()).device
+    prompt_1T = torch.tensor([list(prompt)], device=device)
+    length = len(prompt) + len(text)
+    state, features_1D = opened(model, prompt_1T, length, begin)
+    if text:
+        text_1T = torch.tensor([list(text)], device=device)
+        features_1D = model.features(text_1T, model.part(state, length + 1))[:, -1]
+    return model.logits(features_1D)[0]
+
+
+def room(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    max_tokens: int,
+    limit: int | None,
+    begin: int | None = None,
+) -> int:
+    """How many tokens can follow `prompt` in `limit` positions: `max_tokens` or fewer.
+
+    With `begin`, the prompt is a source sentence, and the model says how many it has room for.
 
     The last token is predicted, never looked back on: it takes no position. A ValueError
     says why there can be none.
     """
-    if max_tokens < 1:
-        raise ValueError(f"max_tokens must be at least 1, not {max_tokens}")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
     if not len(prompt):
         raise ValueError("the prompt is empty: expected at least one token")
     if min(prompt) < 0 or max(prompt) >= model.vocabulary:
@@ -254,6 +354,17 @@ def room(model: LanguageModel, prompt: Sequence[int], max_tokens: int, limit: in
         raise ValueError(
             f"the prompt has token {wrong}, the model knows 0 to {model.vocabulary - 1}"
         )
+    if begin is not None:
+        places = model.target_room(len(prompt))
+        if len(prompt) > model.context or (places is not None and places < 1):
+            raise ValueError(
+                f"the source sentence is {len(prompt)} tokens long: the model's context of "
+                f"{model.context} has no room for it and a translation"
+            )
+        if places is None:
+            return max_tokens
+        missing = 0 if limit is None or model.limit is None else model.limit - limit
+        return max(0, min(max_tokens, places - missing))
     if limit is None:
         return max_tokens
     if len(prompt) > limit:
@@ -273,21 +384,30 @@ def _generate(
     stop: Collection[int],
     choice: int,
     first: Sequence[int],
+    begin: int | None,
 ) -> Iterator[int]:
+    if max_tokens == 0:
+        return
     device = next(model.parameters()).device
     sampler = Sampler(1, model.vocabulary, device)
     sampler.start(0, sampling, prompt, choice)
-    state = model.init_state(1, len(prompt) + max_tokens - 1)
-    tokens_BT = torch.tensor([list(prompt)], device=device)
-    for step in range(max_tokens):
-        if step == 0:
-            features_BD = model.read(tokens_BT, state)
-        else:
-            features_BD = model.features(tokens_BT, state)[:, -1]
-        next_B = sampler(only(model.logits(features_BD), first))
-        first = ()
-        token = int(next_B)
+    prompt_1T = torch.tensor([list(prompt)], device=device)
+    state, features_1D = opened(model, prompt_1T, len(prompt) + max_tokens - 1, begin)
+    text: list[int] = []
+
+    def again(_: int) -> Tensor:
+        return only(anew(model, prompt, text, begin).unsqueeze(0), () if text else first)[0]
+
+    while True:
+        logits_1V = only(model.logits(features_1D), () if text else first)
+        token = int(sampler(logits_1V, again=again))
+        if token < 0:
+            raise ValueError(NOT_A_NUMBER)
         if token in stop:
             return
         yield token
-        tokens_BT = next_B.unsqueeze(1)
+        text.append(token)
+        if len(text) == max_tokens:
+            return
+        part = model.part(state, len(prompt) + len(text) + (begin is not None))
+        features_1D = model.features(prompt_1T.new_full((1, 1), token), part)[:, -1]

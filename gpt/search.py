@@ -7,7 +7,7 @@ once (Sutskever et al. 2014); with one beam it is greedy. A sum of logarithms on
 without the division short targets would win (Wu et al. 2016).
 """
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 from gpt.model import LanguageModel, State
 
 
-@torch.inference_mode()
 def translate(
     model: LanguageModel,
     sources: Sequence[Sequence[int]],
@@ -26,7 +25,29 @@ def translate(
     beams: int = 1,
     penalty: float = 1.0,
 ) -> list[list[int]]:
+    """What `searching` finds, all at once."""
+    steps = searching(model, sources, begin=begin, end=end, most=most, beams=beams, penalty=penalty)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+@torch.inference_mode()
+def searching(
+    model: LanguageModel,
+    sources: Sequence[Sequence[int]],
+    *,
+    begin: int,
+    end: int,
+    most: int,
+    beams: int = 1,
+    penalty: float = 1.0,
+) -> Generator[None, None, list[list[int]]]:
     """The target found for each source, without `begin` and `end`; none depends on those beside it.
+
+    A step of the search makes every target that is followed one token longer.
 
     Args:
         model: One that translates, in evaluation mode.
@@ -57,8 +78,10 @@ def translate(
     search = _begin([_room(model, length, most) for length in lengths], begin, beams, device)
 
     for length in range(1, int(search["most"].max()) + 1):
+        yield
         last_N1 = search["targets"][:, :, -1:].flatten(0, 1)
-        logits_NV = model.logits(model.features(last_N1, state)[:, -1])
+        part = model.part(state, max(lengths) + length)
+        logits_NV = model.logits(model.features(last_N1, part)[:, -1])
         parents_BN, better_B = _extend(search, logits_NV, length, end, penalty)
         for sentence, target in zip(
             search["sentence"][better_B].tolist(), search["best"][better_B].tolist(), strict=True

@@ -32,6 +32,7 @@ from gpt.attention import (
     CausalSelfAttention,
     Heads,
     Places,
+    cache_part,
     check_sizes,
     importance,
     init_cache,
@@ -213,6 +214,10 @@ class Transformer(EncoderDecoder):
             "source_keys": source["keys"],
             "source_values": source["values"],
         }
+
+    def part(self, state: State, length: int) -> State:
+        """The first `length` positions of what is written, and all of what was read."""
+        return state | cache_part(state, length)
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """source_length_B, and each decoder layer's source_keys_BLHSK and source_values_BLHSK."""

@@ -1,31 +1,40 @@
 """The command line of serving: a text in the terminal, or a server."""
 
+import asyncio
 import contextlib
+import ipaddress
 import logging
+import os
 import secrets
 import socket
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
-from gpt.checkpoint import find_run, open_language_model
-from gpt.cli import MaybeInt, MaybeRun, MaybeText, main
+from gpt.checkpoint import find_run, open_language_model, read_json
+from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText, main
 from gpt.describe import parameters
 from gpt.device import find_device
 from gpt.sampling import Sampling, generate
-from serving.text import Text, read_prompt
+from serving.engine import BUDGET, Engine
+from serving.limits import Deadlines, Limits
+from serving.text import Text, read_prompt, read_source
 from tokenizer import Tokenizer, from_utf8
+
+if TYPE_CHECKING:
+    from serving.api import Catalog
+    from serving.completions import Served
 
 
 @dataclass
 class Sample:
-    """Continue a text in the terminal, as it comes."""
+    """Continue a text in the terminal, as it comes; with a run that translates, translate it."""
 
     run: MaybeRun = None
     """Run directory; without one, the newest in runs/."""
@@ -65,22 +74,24 @@ class Sample:
             repetition_penalty=self.repetition_penalty,
             seed=seed,
         )
-        _, model, tokenizer = open_run(self.run, self.device)
+        path, model, tokenizer = open_run(self.run, self.device)
         prompt = self.prompt
         if prompt is None:
             stdin = sys.stdin
             prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
-        ids, space, first = read_prompt(tokenizer, prompt)
+        source = translates(path)
+        ids, space, first, *_ = (read_source if source else read_prompt)(tokenizer, prompt)
         settle_threads([model])
-        end = {tokenizer.end_of_text}
+        end = tokenizer.end_of_text
+        begin = end if source else None
         for choice in range(self.n):
             text = Text(tokenizer, self.stop, space)
-            tokens = generate(model, ids, self.max_tokens, sampling, end, choice, first)
+            tokens = generate(model, ids, self.max_tokens, sampling, {end}, choice, first, begin)
             if choice:
                 print("-" * 20)
             elif self.seed is None and not sampling.greedy:
                 print(f"seed {seed}: the same text again with --seed {seed}", file=sys.stderr)
-            print(prompt, end="", flush=True)
+            print("" if source else prompt, end="", flush=True)
             for token in tokens:
                 print(text.push(token), end="", flush=True)
                 if text.stopped:
@@ -94,47 +105,159 @@ class Serve:
 
     run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
     """Run directories; without any, the newest in runs/."""
+    watch: MaybePath = None
+    """Serve each run in this folder too, as soon as it has finished."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, without a password."""
+    """Address to listen on; 0.0.0.0 lets other machines in, for which a key is asked."""
     port: int = 8000
     """Port to listen on; 0 takes any free one."""
+    api_key: MaybeText = None
+    """What clients must say to be answered; TINYGPT_API_KEY in the environment when not given, where `ps` does not show it."""
+    without_key: bool = False
+    """Listen on an address that other machines reach, and ask for no key."""
+    origin: UseAppendAction[tuple[str, ...]] = ()
+    """Let web pages of this address ask too (CORS); may be given several times."""
     rows: int = 16
-    """Texts made at once by each model; the others wait."""
+    """Texts made at once by each model."""
+    queue: int = 64
+    """Texts that may wait for a row of each model; more are refused with 429."""
+    context: MaybeInt = None
+    """Positions of a row, prompt and text together; the model's context when not given."""
+    step_tokens: int = BUDGET
+    """Tokens that a step takes in: a longer prompt is read in parts, so that it holds up nobody."""
+    deterministic: bool = False
+    """Give the same text for the same request to the last bit, whatever else is asked: slower."""
+    stall: float = 60.0
+    """Seconds without a step, though there is work, after which /health is red."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps, …"""
+    limits: Limits = field(default_factory=Limits)
+    deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         # FastAPI takes longer to import than a small model to sample from.
-        from serving.api import Served, Server
-        from serving.engine import Engine
-        from serving.service import Service
+        from serving.api import Catalog, create_app
+        from serving.server import Server
 
+        key = self._key()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
+        folders = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
+        names = [folder.resolve().name for folder in folders]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
+        if self.watch and not self.watch.is_dir():
+            raise ValueError(f"--watch {self.watch}: no such folder")
         with bind(self.host, self.port) as listener:
-            models = []
-            for run in self.run or (None,):
-                path, model, tokenizer = open_run(run, self.device)
-                created = int((path / "model.safetensors").stat().st_mtime)
-                service = Service(Engine(model, self.rows))
-                models.append(Served(path.resolve().name, service, tokenizer, created))
-            names = [served.name for served in models]
-            if len(set(names)) < len(names):
-                raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-            settle_threads([served.service.engine.model for served in models])
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}"
+            catalog = Catalog()
 
-            def ready() -> None:
-                body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
-                print(
-                    f"{', '.join(names)} at {address}    try:  curl -N {address}/v1/completions "
-                    f"-H 'Content-Type: application/json' -d '{body}'",
-                    flush=True,
-                )
+            async def load() -> None:
+                for folder in folders:
+                    await catalog.add(await asyncio.to_thread(self._open, folder))
+                catalog.missing = ""
+                print(_invitation(list(catalog.served), address, key), flush=True)
+                while self.watch:
+                    for folder in finished(self.watch):
+                        if folder.resolve().name not in catalog.served:
+                            await self._join(catalog, folder)
+                    await asyncio.sleep(WATCH)
 
-            Server(models, ready).run([listener])
+            app = create_app(catalog, self.limits, key=key, origins=self.origin)
+            server = Server(app, catalog, load, self.deadlines)
+            server.run([listener])
+            if server.failure:
+                raise server.failure
+
+    def _key(self) -> str | None:
+        """The key that clients must say, if any; a ValueError where there must be one."""
+        key = self.api_key or os.environ.get("TINYGPT_API_KEY")
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
+        if not key and not self.without_key and not is_loopback(self.host):
+            raise ValueError(
+                f"--host {self.host} can be reached from other machines: give --api-key KEY, or "
+                "--without-key to let everybody in"
+            )
+        return key
+
+    def _open(self, folder: Path) -> "Served":
+        """Load a run, and say what it will take."""
+        from serving.completions import Served
+        from serving.metrics import Metrics
+        from serving.service import Service
+
+        path, model, tokenizer = open_run(folder, self.device)
+        settle_threads([model])
+        name = path.resolve().name
+        engine = Engine(
+            model,
+            self.rows,
+            self.context,
+            budget=self.step_tokens,
+            deterministic=self.deterministic,
+        )
+        mebibytes = engine.bytes / 2**20
+        print(
+            f"{name}: {parameters(model):,} parameters; {self.rows} rows of {engine.length:,} "
+            f"positions, {mebibytes:,.1f} MiB with the weights",
+            file=sys.stderr,
+        )
+        service = Service(engine, places=self.queue, stall=self.stall, metrics=Metrics(name))
+        created = int((path / "model.safetensors").stat().st_mtime)
+        return Served(name, service, tokenizer, created, translates(path))
+
+    async def _join(self, catalog: "Catalog", folder: Path) -> None:
+        """Serve one more run; one that cannot be is named, and the others go on."""
+        try:
+            await catalog.add(await asyncio.to_thread(self._open, folder))
+            print(f"{folder.resolve().name} is served too", flush=True)
+        except (ValueError, OSError) as error:
+            logging.getLogger(__name__).error("%s", error)
+
+
+WATCH = 2.0
+"""Seconds between two looks at a watched folder."""
+
+
+def finished(folder: Path) -> list[Path]:
+    """The runs in a folder whose training has ended, the oldest first."""
+    found = []
+    for metrics in folder.glob("*/metrics.jsonl"):
+        run = metrics.parent
+        whole = (run / "model.safetensors").exists() and (run / "tokenizer.json").exists()
+        if whole and b'"final_' in metrics.read_bytes()[-4096:]:
+            found.append(run)
+    return sorted(found, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+
+
+def translates(run: Path) -> bool:
+    """Whether a run was trained on pairs of sentences, so that its prompts are source sentences."""
+    file = run / "run.json"
+    return file.exists() and read_json(file).get("task") == "pairs"
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can connect to an address; True for one that there is not."""
+    try:
+        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
+    except OSError:
+        return True  # `bind` says it better
+    return all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for *_, address in found)
+
+
+def _invitation(names: Sequence[str], address: str, key: str | None) -> str:
+    """What is served where, and a command to try it with."""
+    if not names:
+        return f"nothing to serve yet at {address}"
+    body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
+    header = " -H 'Authorization: Bearer KEY'" if key else ""
+    return (
+        f"{', '.join(names)} at {address}    try:  curl -N {address}/v1/completions "
+        f"-H 'Content-Type: application/json'{header} -d '{body}'"
+    )
 
 
 def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:

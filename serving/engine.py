@@ -1,44 +1,118 @@
 """Many texts at once from one model, token by token: synchronous, ids in and ids out.
 
 Continuous batching (Yu et al. 2022, "Orca"): a text joins the batch when a row is free
-and leaves it when it ends, whatever the others do. Rows [0, n) are the live requests; a
-row that ends is replaced by the last one. A slice of a State is a view, so a prompt is
-`features(prompt, rows(state, n, n + 1))` and everyone's next token is
-`features(last, rows(state, 0, n))`: the engine knows nothing else about a model.
+and leaves it when it ends, whatever the others do. Rows [0, n) are the live texts; a row
+that ends is replaced by the last one. A slice of a State is a view, so everyone's next
+token is `features(last, rows(state, 0, n))`: the engine knows nothing else about a model.
+
+A step gives each live text a token and spends what is left of its budget of tokens on the
+prompt at the head of the queue, read in parts in a state of its own (Agrawal et al. 2023):
+a long one holds up nobody. What it leaves there goes to a row for each of its choices.
 """
 
 import dataclasses
+import time
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
+from torch import Tensor
 
-from gpt.model import LanguageModel, rows
-from gpt.sampling import Sampler, Sampling, only, room
+from gpt.model import LanguageModel, State, overwrite, rows
+from gpt.sampling import NOT_A_NUMBER, Sampler, Sampling, anew, only, opened, room
+from gpt.search import searching
 
 Finish = Literal["stop", "length", "error"]
+
+BUDGET = 256
+"""Tokens that a step takes in, of prompts and texts together."""
+PART = 16
+"""Tokens of a prompt that a step reads at least, however many texts are live."""
 
 
 @dataclasses.dataclass(eq=False)
 class Request:
-    """One text to be made. `stop`, `choice`, `first`: as in `generate`."""
+    """One or several texts to be made after a prompt.
+
+    Args:
+        prompt: What is continued; with `begin`, the source sentence of a translation.
+        max_tokens: Most tokens of each text; 0 only reads the prompt.
+        sampling: How they are chosen.
+        stop: Tokens that end a text and are no part of it.
+        n: Number of texts.
+        first: Tokens that a text may begin with; any, if empty.
+        begin: The token after which a translation is written.
+        beams: Translations that are followed at once by a beam search, which chooses the best
+            itself and gives it when it ends: no sampling, one text, ended by the one token in `stop`.
+        logprobs: So many of the likeliest tokens come with each of a text and its own
+            logarithm; None gives neither.
+        score: Give the same of the prompt's tokens.
+    """
 
     prompt: Sequence[int]
     max_tokens: int
     sampling: Sampling
     stop: Collection[int] = ()
-    choice: int = 0
+    n: int = 1
     first: Sequence[int] = ()
+    begin: int | None = None
+    beams: int = 1
+    logprobs: int | None = None
+    score: bool = False
+    began: float | None = dataclasses.field(default=None, init=False)
+    """When the engine began to read the prompt, of `time.perf_counter`."""
+
+
+class Score(NamedTuple):
+    """How likely a token was, by the model alone: before bias, penalties and temperature."""
+
+    logprob: float
+    """In nats."""
+    likeliest: Sequence[tuple[int, float]]
+    """Tokens and theirs, the likeliest first."""
 
 
 class Event(NamedTuple):
-    """What one step brought one request: a token, its end, or both. Nothing follows the end."""
+    """What one step brought one text: a token, its end, or both. Nothing follows the end."""
 
     request: Request
+    choice: int
     token: int | None
     finish: Finish | None = None
+    score: Score | None = None
+    """Of the token."""
+    prompt: Sequence[Score] = ()
+    """Of the prompt's tokens from the second on, with the first event of choice 0."""
     error: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class Live:
+    """A live text: one of a request's choices, and what has been made of it."""
+
+    request: Request
+    choice: int
+    left: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Tokens of prompt and text, that which begins a translation included."""
+        return len(self.request.prompt) + len(self.tokens) + (self.request.begin is not None)
+
+
+@dataclasses.dataclass(eq=False)
+class Reading:
+    """The request at the head of the queue, as far as its prompt is read and its texts are begun."""
+
+    request: Request
+    state: State
+    read: int = 0
+    begun: int = 0
+    logits_1V: Tensor | None = None
+    """Of what follows the prompt, once all is read."""
+    scores: list[Score] = dataclasses.field(default_factory=list)
 
 
 class Engine:
@@ -48,111 +122,338 @@ class Engine:
         model: What makes the texts.
         size: Number of rows: the most texts at once.
         length: The most positions of a row, prompt and text together; the model's limit, if smaller.
+        budget: Tokens that a step takes in.
+        deterministic: Compute every step in one shape, so that a text is the same to the last
+            bit whatever its neighbours do. All rows are computed all the time, to their full length.
     """
 
-    def __init__(self, model: LanguageModel, size: int, length: int | None = None) -> None:
-        if size < 1:
-            raise ValueError(f"an engine needs at least 1 row, not {size}")
+    def __init__(
+        self,
+        model: LanguageModel,
+        size: int,
+        length: int | None = None,
+        *,
+        budget: int = BUDGET,
+        deterministic: bool = False,
+    ) -> None:
+        if size < 1 or budget < 1:
+            raise ValueError(f"an engine needs at least 1 row and token, not {size} and {budget}")
         self.model, self.size = model, size
+        self.budget, self.deterministic = budget, deterministic
         given = [limit for limit in (model.limit, length) if limit is not None]
         self.limit = min(given, default=None)
-        device = next(model.parameters()).device
-        self.state = model.init_state(size, self.limit or model.context)
-        self.empty = model.init_state(1, self.limit or model.context)
-        self.sampler = Sampler(size, model.vocabulary, device)
-        self.last_B1 = torch.zeros(size, 1, dtype=torch.long, device=device)
+        weight = next(model.parameters())
+        self.length = self.limit or model.context
+        self.state = model.init_state(size, self.length)
+        self.empty = model.init_state(1, 1)
+        self.scratch = model.init_state(1, self.length)
+        self.sampler = Sampler(size, model.vocabulary, weight.device, exact=deterministic)
+        self.last_B1 = torch.zeros(size, 1, dtype=torch.long, device=weight.device)
         self.queue: deque[Request] = deque()
-        self.live: list[Request] = []
-        self.left: list[int] = []  # tokens that each live request may still get
+        self.reading: Reading | None = None
+        self.live: list[Live] = []
+        self.searches: dict[Request, Generator[None, None, list[list[int]]]] = {}
+        # Elsewhere a row's own neighbours decide less than the card or the format does.
+        self.certain = weight.device.type == "cpu" and weight.dtype in (
+            torch.float32,
+            torch.float64,
+        )
 
     @property
     def idle(self) -> bool:
         """True when a step would do nothing."""
-        return not (self.queue or self.live)
+        return not (self.queue or self.live or self.searches)
+
+    @property
+    def bytes(self) -> int:
+        """What the weights, the rows and their sampling take in memory, from the beginning on."""
+        tensors = {
+            id(tensor): tensor.nbytes
+            for tensor in (
+                *self.model.state_dict(keep_vars=True).values(),
+                *(buffer for buffer in self.model.buffers()),
+                *self.state.values(),
+                *self.scratch.values(),
+                *self.sampler.state.values(),
+            )
+        }
+        return sum(tensors.values())
+
+    @property
+    def free(self) -> int:
+        """Rows that are free; a search has none, but takes as long as one."""
+        return self.size - len(self.live) - len(self.searches)
 
     def check(self, request: Request) -> int:
-        """How many tokens the request can get; a ValueError says why it can get none."""
-        return room(self.model, request.prompt, request.max_tokens, self.limit)
+        """How many tokens each text can get; a ValueError says why the request can never be served."""
+        most = room(self.model, request.prompt, request.max_tokens, self.limit, request.begin)
+        for token, _ in request.sampling.logit_bias:
+            if token >= self.model.vocabulary:
+                raise ValueError(
+                    f"logit_bias has token {token}, the model knows 0 to "
+                    f"{self.model.vocabulary - 1}"
+                )
+        if request.score and not (self.model.reads_in_parts and request.begin is None):
+            raise ValueError(
+                "there are no logprobs of a prompt that is read as a whole: this model writes only "
+                "what follows"
+            )
+        if request.beams > 1:
+            if request.begin is None:
+                raise ValueError("beams are for models that translate: leave them out")
+            if request.n > 1 or request.logprobs is not None or not request.sampling.greedy:
+                raise ValueError(
+                    "beams give one text, the best: set n to 1, temperature to 0, no logprobs"
+                )
+        return most
 
     def add(self, request: Request) -> None:
         """Queue a request; a ValueError says why it can never be served."""
         self.check(request)
         self.queue.append(request)
 
-    def cancel(self, request: Request) -> None:
-        """Forget a request, wherever it is. No event of it follows; unknown ones are ignored."""
-        if request in self.live:
-            self._leave(self.live.index(request))
-        elif request in self.queue:
+    def cancel(self, request: Request, choice: int | None = None) -> None:
+        """Forget a request or one of its texts, wherever it is. No event of it follows."""
+        for row in reversed(range(len(self.live))):
+            text = self.live[row]
+            if text.request is request and choice in (None, text.choice):
+                self._leave(row)
+        if choice is None:
+            self.searches.pop(request, None)
+        if choice is None and request in self.queue:
             self.queue.remove(request)
+            if self.reading and self.reading.request is request:
+                self.reading = None
 
     @torch.inference_mode()
     def step(self) -> list[Event]:
-        """One token for each live request, then room for one more: its prompt and first token.
-
-        One prompt a step, so that an arrival holds up the others by no more than that.
-        """
+        """One token for each live text; then prompts, as far as the budget of tokens goes."""
         events = self._decode() if self.live else []
-        if self.queue and len(self.live) < self.size:
-            events.append(self._prefill(self.queue.popleft()))
+        events += self._search()
+        left = max(self.budget - len(self.live), PART)
+        while left > 0 and self.queue and self.free > 0:
+            request = self.queue[0]
+            try:
+                # A part's length may depend on the others where its rounding may.
+                left -= self._read(request, self.budget if self.deterministic else left)
+                events += self._begin()
+            except Exception as error:  # the live texts live on
+                begun = self.reading.begun if self.reading else 0
+                events += [_failed(request, choice, error) for choice in range(begun, request.n)]
+                self._next_request()
         return events
+
+    # Texts.
 
     def _decode(self) -> list[Event]:
         count = len(self.live)
         try:
-            features_BTD = self.model.features(self.last_B1[:count], rows(self.state, 0, count))
-            tokens_B = self.sampler(self.model.logits(features_BTD[:, -1]))
-            self.last_B1[:count, 0] = tokens_B
+            width, reach = count, max(text.length for text in self.live)
+            if self.deterministic:
+                width, reach = self.size, self.length
+                self._clear(count)
+            part = self.model.part(rows(self.state, 0, width), reach)
+            features_BTD = self.model.features(self.last_B1[:width], part)
+            logits_BV = self.model.logits(features_BTD[:, -1])
+            tokens_B = self._choose(logits_BV, 0, self.live)
+            self.last_B1[:width, 0] = tokens_B.clamp(min=0)
             tokens = tokens_B.tolist()
+            scores = self._scores(logits_BV[:count], tokens)
         except Exception as error:  # out of memory, say: the queue lives on
-            failed = [Event(request, None, "error", _say(error)) for request in self.live]
-            self.live, self.left = [], []
+            failed = [_failed(text.request, text.choice, error) for text in self.live]
+            self.live = []
             return failed
-        events = [self._event(row, token) for row, token in enumerate(tokens)]
+        events = [self._event(row, tokens[row], scores[row]) for row in range(count)]
         for row in reversed(range(count)):  # from the end: a row that moves has been seen
             if events[row].finish:
                 self._leave(row)
         return events
 
-    def _prefill(self, request: Request) -> Event:
-        row = len(self.live)
-        try:
-            prompt_BT = torch.tensor([list(request.prompt)], device=self.last_B1.device)
-            for name, tensor in self.state.items():
-                tensor[row] = self.empty[name][0]
-            features_BD = self.model.read(prompt_BT, rows(self.state, row, row + 1))
-            self.sampler.start(row, request.sampling, request.prompt, request.choice)
-            logits_BV = only(self.model.logits(features_BD), request.first)
-            token_B = self.sampler(logits_BV, first=row)
-            self.last_B1[row, 0] = token_B[0]
-            token = int(token_B)
-        except Exception as error:  # the live rows live on
-            return Event(request, None, "error", _say(error))
-        self.live.append(request)
-        self.left.append(self.check(request))
-        event = self._event(row, token)
-        if event.finish:
-            self._leave(row)
-        return event
+    def _clear(self, count: int) -> None:
+        """Empty the rows that nobody is in, so that what is computed in them has a place to go."""
+        if count < self.size:
+            idle = rows(self.state, count, self.size)
+            overwrite(self.model.part(idle, 0), self.model.part(self.empty, 0))
 
-    def _event(self, row: int, token: int) -> Event:
-        request = self.live[row]
-        if token in request.stop:
-            return Event(request, None, "stop")
-        self.left[row] -= 1
-        return Event(request, token, None if self.left[row] else "length")
+    def _choose(self, logits_BV: Tensor, first: int, texts: Sequence[Live]) -> Tensor:
+        """tokens_B for these texts, in rows from `first` on, and for as many others as there are logits."""
+
+        def again(row: int) -> Tensor:
+            if row - first >= len(texts):
+                return logits_BV[row - first]
+            text = texts[row - first]
+            request = text.request
+            logits_V = anew(self.model, request.prompt, text.tokens, request.begin)
+            return logits_V if text.tokens else only(logits_V.unsqueeze(0), request.first)[0]
+
+        return self.sampler(logits_BV, first, again if self.certain else None)
+
+    def _scores(self, logits_BV: Tensor, tokens: Sequence[int]) -> list[Score | None]:
+        """Of the token of each live row, where its request asks for it."""
+        asked = [row for row, text in enumerate(self.live) if text.request.logprobs is not None]
+        found: list[Score | None] = [None] * len(self.live)
+        if asked:
+            wanted = [self.live[row].request.logprobs or 0 for row in asked]
+            chosen = [max(tokens[row], 0) for row in asked]
+            for row, score in zip(asked, _scored(logits_BV[asked], chosen, wanted), strict=True):
+                found[row] = score
+        return found
+
+    def _event(
+        self, row: int, token: int, score: Score | None, prompt: Sequence[Score] = ()
+    ) -> Event:
+        """What happened to a row; its text grows by the token."""
+        text = self.live[row]
+        if token < 0:
+            return _failed(text.request, text.choice, ValueError(NOT_A_NUMBER))
+        if token in text.request.stop:
+            return Event(text.request, text.choice, None, "stop", None, prompt)
+        text.tokens.append(token)
+        finish: Finish | None = "length" if len(text.tokens) == text.left else None
+        return Event(text.request, text.choice, token, finish, score, prompt)
 
     def _leave(self, row: int) -> None:
         """Free a row: the last one takes its place."""
         last = len(self.live) - 1
         if row != last:
-            for tensor in (*self.state.values(), self.last_B1):
-                tensor[row] = tensor[last]
+            self._copy(self._row(last), row, self.live[last].length)
+            self.last_B1[row] = self.last_B1[last]
             self.sampler.move(last, row)
-            self.live[row], self.left[row] = self.live[last], self.left[last]
+            self.live[row] = self.live[last]
         self.live.pop()
-        self.left.pop()
+
+    def _row(self, row: int) -> State:
+        return rows(self.state, row, row + 1)
+
+    def _copy(self, source: State, row: int, length: int) -> None:
+        """Let a row hold what `source` does of so many tokens, and nothing else."""
+        overwrite(self.model.part(self._row(row), length), self.model.part(source, length))
+
+    # Prompts.
+
+    def _read(self, request: Request, most: int) -> int:
+        """Read on in the prompt at the head of the queue, up to so many tokens; how many it was."""
+        if self.reading is None:
+            overwrite(self.model.part(self.scratch, 0), self.model.part(self.empty, 0))
+            self.reading = Reading(request, self.scratch)
+            request.began = time.perf_counter()
+        reading, prompt = self.reading, request.prompt
+        if reading.logits_1V is not None:
+            return 0
+        if request.beams > 1:
+            self._begin_search(request)
+            return len(prompt)
+        device = self.last_B1.device
+        if request.begin is not None or not self.model.reads_in_parts:
+            prompt_1T = torch.tensor([list(prompt)], device=device)
+            reading.state, features_1D = opened(self.model, prompt_1T, self.length, request.begin)
+            reading.read = len(prompt)
+        else:
+            start = reading.read
+            reading.read = min(start + most, len(prompt))
+            part_1T = torch.tensor([list(prompt[start : reading.read])], device=device)
+            state = self.model.part(reading.state, reading.read)
+            features_1TD = self.model.features(part_1T, state)
+            if request.score:
+                self._score_prompt(reading, features_1TD, start)
+            features_1D = features_1TD[:, -1]
+            most = reading.read - start
+        if reading.read == len(prompt):
+            reading.logits_1V = self.model.logits(features_1D)
+        return most
+
+    def _score_prompt(self, reading: Reading, features_1TD: Tensor, start: int) -> None:
+        """Score the prompt's tokens that these features, of those from `start` on, predict."""
+        request = reading.request
+        follow = request.prompt[start + 1 : start + features_1TD.shape[1] + 1]
+        if follow:
+            logits_TV = self.model.logits(features_1TD[0, : len(follow)])
+            wanted = [request.logprobs or 0] * len(follow)
+            reading.scores += _scored(logits_TV, follow, wanted)
+
+    def _begin(self) -> list[Event]:
+        """Let the texts of a prompt that is read begin, as far as there are rows."""
+        reading = self.reading
+        if reading is None or reading.logits_1V is None:
+            return []
+        request, events = reading.request, []
+        most = self.check(request)
+        while reading.begun < request.n and self.free > 0:
+            row, choice = len(self.live), reading.begun
+            prompt = reading.scores if choice == 0 else ()
+            if most == 0:
+                reading.begun += 1
+                events.append(Event(request, choice, None, "length", None, prompt))
+                continue
+            text = Live(request, choice, most)
+            self._copy(reading.state, row, text.length)
+            self.sampler.start(row, request.sampling, request.prompt, choice)
+            token_B = self._choose(only(reading.logits_1V, request.first), row, [text])
+            self.last_B1[row] = token_B.clamp(min=0)
+            token, score = int(token_B), None
+            if request.logprobs is not None:
+                (score,) = _scored(reading.logits_1V, [max(token, 0)], [request.logprobs])
+            reading.begun += 1
+            self.live.append(text)
+            event = self._event(row, token, score, prompt)
+            if event.finish:
+                self._leave(row)
+            events.append(event)
+        if reading.begun == request.n:
+            self._next_request()
+        return events
+
+    # Searches.
+
+    def _begin_search(self, request: Request) -> None:
+        assert request.begin is not None
+        (end,) = request.stop
+        self.searches[request] = searching(
+            self.model,
+            [request.prompt],
+            begin=request.begin,
+            end=end,
+            most=self.check(request),
+            beams=request.beams,
+        )
+        self._next_request()
+
+    def _search(self) -> list[Event]:
+        """Go on with each search by a step."""
+        events = []
+        for request, steps in list(self.searches.items()):
+            try:
+                next(steps)
+            except StopIteration as done:
+                (tokens,) = done.value
+                events += [Event(request, 0, token) for token in tokens]
+                whole = len(tokens) < self.check(request)
+                events.append(Event(request, 0, None, "stop" if whole else "length"))
+                del self.searches[request]
+            except Exception as error:  # the others go on
+                events.append(_failed(request, 0, error))
+                del self.searches[request]
+        return events
+
+    def _next_request(self) -> None:
+        self.queue.popleft()
+        self.reading = None
 
 
-def _say(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _scored(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> list[Score]:
+    """Each row's token and as many of the likeliest as are wanted of it."""
+    logs_NV = logits_NV.float().log_softmax(dim=-1)
+    places_N1 = torch.tensor(tokens, device=logs_NV.device).unsqueeze(1)
+    chosen = logs_NV.gather(1, places_N1).squeeze(1).tolist()
+    most = min(max(wanted), logs_NV.shape[-1])
+    values_NK, tokens_NK = logs_NV.topk(most, dim=-1)
+    likeliest = zip(tokens_NK.tolist(), values_NK.tolist(), strict=True)
+    return [
+        Score(logprob, list(zip(ids[:count], values[:count], strict=True)))
+        for logprob, (ids, values), count in zip(chosen, likeliest, wanted, strict=True)
+    ]
+
+
+def _failed(request: Request, choice: int, error: Exception) -> Event:
+    message = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+    return Event(request, choice, None, "error", error=message)

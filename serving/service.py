@@ -1,61 +1,140 @@
 """Between the event loop and the engine: one thread owns the engine, and the loop never waits for it.
 
 Whatever asyncio wants of the engine goes through a queue as a function to call between
-two steps; whatever a step brings wakes the event loop once, with all of it.
+two steps; whatever a step brings wakes the event loop once, with all of it. More texts
+than there are rows and places to wait in are refused at once, with the time after which
+to ask again.
 """
 
 import asyncio
 import contextlib
 import logging
+import math
 import queue
 import threading
+import time
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
 from serving.engine import Engine, Event, Request
+from serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
 
+RECENT = 32
+"""Texts whose ends say how fast places become free."""
+LONGEST_WAIT = 60
+"""Seconds after which a refused client is asked to come again, at most."""
+
 
 class UnavailableError(Exception):
-    """The service takes no requests: it is closed, or its engine has failed."""
+    """The service takes no requests: it is starting or closing, or its engine has failed."""
+
+
+class BusyError(Exception):
+    """There is no place to wait in; there may be in `seconds`."""
+
+    def __init__(self, message: str, seconds: int) -> None:
+        super().__init__(message)
+        self.seconds = seconds
 
 
 class Inbox:
     """The events of some requests, as lists of all that came since the last look, until all have ended."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
-        self.open = set(requests)
+        self.open = {request: set(range(request.n)) for request in requests}
+        self.arrived = time.perf_counter()
+        self.before: dict[tuple[Request, int], float] = {}
+        """When each text got its last token."""
         self._events: list[Event] = []
         self._filled = asyncio.Event()
+
+    @property
+    def texts(self) -> int:
+        """How many have not ended."""
+        return sum(map(len, self.open.values()))
 
     def put(self, event: Event) -> None:
         """Take an event in, on the event loop."""
         self._events.append(event)
         self._filled.set()
 
+    def drop(self, request: Request, choice: int | None = None) -> None:
+        """Wait no longer for a text, or for all of a request's."""
+        if choice is None:
+            self.open.pop(request, None)
+        elif request in self.open:
+            self.open[request].discard(choice)
+            if not self.open[request]:
+                del self.open[request]
+
     async def __aiter__(self) -> AsyncIterator[list[Event]]:
-        while self.open:
+        while self.open or self._events:
             await self._filled.wait()
             self._filled.clear()
             events, self._events = self._events, []
-            self.open.difference_update(event.request for event in events if event.finish)
             yield events
 
 
 class Service:
-    """Runs an engine for the event loop that `start` is called on."""
+    """Runs an engine for the event loop that `start` is called on.
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    Args:
+        engine: Nobody else may touch it from `start` on.
+        places: Texts that may wait for a row.
+        stall: Seconds without a step, while there is work, after which it counts as hung.
+        metrics: Where to count.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        *,
+        places: int = 64,
+        stall: float = 60.0,
+        metrics: Metrics | None = None,
+    ) -> None:
+        if places < 0:
+            raise ValueError(f"the places to wait in must be at least 0, not {places}")
+        self.engine, self.places, self.stall = engine, places, stall
+        self.metrics = metrics or Metrics("")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._inboxes: dict[Request, Inbox] = {}
+        self._quiet = asyncio.Event()
+        self._quiet.set()
         self._refusal = "the server is starting"
+        self.failed = False
+        """True when the engine has raised what no request is to blame for."""
+        self._stepped = time.monotonic()
+        self._ends: deque[float] = deque(maxlen=RECENT)
+        self.metrics.watch(lambda: self.running, lambda: self.waiting)
 
     @property
     def ready(self) -> bool:
         """True while requests are taken."""
         return not self._refusal
+
+    @property
+    def stalled(self) -> bool:
+        """True when the engine has not finished a step for too long, though there is work."""
+        return bool(self._inboxes) and time.monotonic() - self._stepped > self.stall
+
+    @property
+    def texts(self) -> int:
+        """How many are queued or live."""
+        return sum(inbox.texts for inbox in set(self._inboxes.values()))
+
+    @property
+    def running(self) -> int:
+        """How many have a row."""
+        return len(self.engine.live)
+
+    @property
+    def waiting(self) -> int:
+        """How many wait for one."""
+        return max(0, self.texts - self.running)
 
     async def start(self) -> None:
         """Begin to take requests."""
@@ -63,26 +142,61 @@ class Service:
         self._refusal = ""
         self._thread.start()
 
+    async def drain(self, seconds: float) -> None:
+        """Take no more requests, and wait so long for the others to end."""
+        if self.ready:
+            self._refusal = "the server is shutting down"
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._quiet.wait(), seconds)
+
     async def close(self) -> None:
         """End every request with an error event and the thread with its current step."""
-        if self.ready:
+        if self._thread.is_alive():
             self._end("the server is shutting down")
             self._calls.put(None)
             await asyncio.to_thread(self._thread.join)
 
     def check(self, requests: Sequence[Request]) -> None:
-        """A ValueError says why one can never be served, UnavailableError why none can be now."""
+        """Whether they can be served.
+
+        A ValueError says why one can never be, UnavailableError why none can be now, BusyError
+        that there is no place.
+        """
         if not self.ready:
             raise UnavailableError(self._refusal)
         for request in requests:
             self.engine.check(request)
+        wanted, most = sum(request.n for request in requests), self.engine.size + self.places
+        if wanted > most:
+            raise ValueError(f"{wanted} texts are asked for, and there is room for {most}")
+        if self.texts + wanted > most:
+            raise BusyError(
+                f"{self.running} texts are being made and {self.waiting} wait: "
+                f"there is no room for {wanted} more",
+                self._patience(),
+            )
+
+    def _patience(self) -> int:
+        """Seconds until about half of those that wait have been let in, as fast as texts end now."""
+        if len(self._ends) < 2:
+            return 1
+        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return min(LONGEST_WAIT, max(1, math.ceil(pace * self.places / 2)))
 
     @contextlib.asynccontextmanager
     async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Inbox]:
-        """Queue some requests; on leaving, for whatever reason, cancel those that have not ended."""
+        """Queue some requests; on leaving, for whatever reason, cancel those that have not ended.
+
+        What `check` raises, this does.
+        """
         self.check(requests)
+        if not self._inboxes:
+            self._stepped = time.monotonic()
+            self._quiet.clear()
         inbox = Inbox(requests)
         self._inboxes.update(dict.fromkeys(requests, inbox))
+        for request in requests:
+            self.metrics.arrived(len(request.prompt))
         self._calls.put(lambda: self._add(requests))
         try:
             yield inbox
@@ -90,26 +204,55 @@ class Service:
             for request in requests:
                 self.cancel(request)
 
-    def cancel(self, request: Request) -> None:
-        """Let the engine drop a request before its next step; no event of it follows."""
-        if inbox := self._inboxes.pop(request, None):
-            inbox.open.discard(request)
-            self._calls.put(lambda: self.engine.cancel(request))
+    def cancel(self, request: Request, choice: int | None = None) -> None:
+        """Let the engine drop a request or one of its texts before its next step; no event of it follows."""
+        inbox = self._inboxes.get(request)
+        if inbox:
+            inbox.drop(request, choice)
+            self._calls.put(lambda: self.engine.cancel(request, choice))
+            self._tidy(request, inbox)
 
     # On the event loop.
 
+    def _tidy(self, request: Request, inbox: Inbox) -> None:
+        """Forget a request of which nothing more will come."""
+        if request not in inbox.open:
+            self._inboxes.pop(request, None)
+        if not self._inboxes:
+            self._quiet.set()
+
     def _deliver(self, events: list[Event]) -> None:
+        now = time.perf_counter()
         for event in events:
-            # One that was cancelled while the step ran has no inbox any more.
+            # One that was cancelled while the step ran has no inbox any more, or no place in it.
             inbox = self._inboxes.get(event.request)
+            if inbox is None or event.choice not in inbox.open[event.request]:
+                continue
+            self._measure(event, inbox, now)
             if event.finish:
-                self._inboxes.pop(event.request, None)
-            if inbox:
-                inbox.put(event)
+                self._ends.append(now)
+                inbox.drop(event.request, event.choice)
+            inbox.put(event)
+            self._tidy(event.request, inbox)
+
+    def _measure(self, event: Event, inbox: Inbox, now: float) -> None:
+        key = event.request, event.choice
+        if event.token is not None:
+            self.metrics.token(inbox.arrived, inbox.before.get(key), now)
+            inbox.before[key] = now
+        if event.finish:
+            began = event.request.began
+            self.metrics.ended(event.finish, inbox.arrived, began or now, now)
 
     def _end(self, refusal: str) -> None:
         self._refusal = refusal
-        self._deliver([Event(request, None, "error", refusal) for request in self._inboxes])
+        self._deliver(
+            [
+                Event(request, choice, None, "error", error=refusal)
+                for request, inbox in self._inboxes.items()
+                for choice in sorted(inbox.open[request])
+            ]
+        )
 
     # On the engine's thread.
 
@@ -126,7 +269,9 @@ class Service:
                         return
                     call()
                 events = self.engine.step()
+                self._stepped = time.monotonic()
                 self._loop.call_soon_threadsafe(self._deliver, events)
         except Exception:
             logger.exception("the engine has failed")
+            self.failed = True
             self._loop.call_soon_threadsafe(self._end, "the engine has failed: see the log")

@@ -4,7 +4,7 @@ import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from tokenizer import Tokenizer
+from tokenizer import END_OF_TEXT, Tokenizer
 
 
 class PromptTokens(NamedTuple):
@@ -14,6 +14,10 @@ class PromptTokens(NamedTuple):
     space: str = ""
     first: Sequence[int] = ()
     """The tokens to choose the first one from, where there is a choice to be made."""
+    text: str = ""
+    """What the tokens were read from."""
+    begins: bool = False
+    """Whether the first token is the end-of-text before a document, which is in no text."""
 
 
 def read_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
@@ -25,7 +29,31 @@ def read_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
     spaced = _beginning_with_space(tokenizer) if text.endswith(" ") else ()
     space = " " if len(spaced) > 1 else ""
     ids = tokenizer.encode(text.removesuffix(space))
-    return PromptTokens([tokenizer.end_of_text, *ids], space, spaced if space else ())
+    return PromptTokens(
+        [tokenizer.end_of_text, *ids], space, spaced if space else (), text, begins=True
+    )
+
+
+def read_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
+    """The tokens of a sentence to translate, as in training; a ValueError if there are none.
+
+    A translation's first word has a space before it, which is left out.
+    """
+    ids = tokenizer.encode(text)
+    if not ids:
+        raise ValueError("the prompt is empty: expected a sentence to translate")
+    return PromptTokens(ids, " ", text=text)
+
+
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """A token for people to read: its text, or its bytes where they are only a part of a character."""
+    if token == tokenizer.end_of_text:
+        return END_OF_TEXT
+    data = tokenizer.token_bytes(token)
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
 
 
 @functools.cache
@@ -46,6 +74,10 @@ class Text:
         if "" in stops:
             raise ValueError("a stop string is empty: expected at least one character")
         self.stopped = False
+        self.seen = 0
+        """Characters of the tokens so far, of those that are whole."""
+        self.sure = 0
+        """Characters of the text that have been given."""
         self._stream = tokenizer.stream()
         self._stops = stops
         self._space = space  # of the prompt: the first token repeats it
@@ -57,22 +89,26 @@ class Text:
 
     def flush(self) -> str:
         """What was held back, once no token will follow."""
-        text = self._pass(self._stream.flush()) + self._held
-        self._held = ""
+        text = self._pass(self._stream.flush())
+        self.sure += len(self._held)
+        text, self._held = text + self._held, ""
         return text
 
     def _pass(self, new: str) -> str:
         if self.stopped:
             return ""
-        text = self._held + new.removeprefix(self._space)
+        new = new.removeprefix(self._space)
         self._space = ""
+        self.seen += len(new)
+        text = self._held + new
         found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
         if found:
             self.stopped, self._held = True, ""
-            start, _ = min(found, key=lambda match: (sum(match), match[0]))
-            return text[:start]
-        sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-        self._held = text[sure:]
+            sure, _ = min(found, key=lambda match: (sum(match), match[0]))
+        else:
+            sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
+            self._held = text[sure:]
+        self.sure += sure
         return text[:sure]
 
 

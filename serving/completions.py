@@ -1,0 +1,426 @@
+"""One completion: what a client may ask for, and the answer as its tokens come.
+
+Nothing that a client sends is ignored: what is unknown, or cannot be, is refused by its name.
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import secrets
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+
+from gpt.sampling import Sampling
+from serving import engine
+from serving.engine import Score
+from serving.limits import Limits
+from serving.service import Service, UnavailableError
+from serving.text import PromptTokens, Text, read_prompt, read_source, token_text
+from tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+LONGEST = 65_536
+"""Tokens of a prompt for a model whose context has no end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Served:
+    """A run behind the API, under the name that clients give as `model`."""
+
+    name: str
+    service: Service
+    tokenizer: Tokenizer
+    created: int
+    translates: bool = False
+    """Whether a prompt is a source sentence."""
+
+
+class ApiError(Exception):
+    """An answer other than success."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> bytes:
+        """OpenAI's error object."""
+        kinds = {401: "authentication_error", 429: "rate_limit_error"}
+        kind = "invalid_request_error" if self.status < 500 else "server_error"
+        kind = kinds.get(self.status, kind)
+        return to_json(
+            {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
+        )
+
+
+def to_json(value: object) -> bytes:
+    """JSON without a needless byte."""
+    # A lone surrogate can only come back in a complaint about it.
+    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+
+
+# The request.
+
+
+def _prompts(value: object) -> list[str] | list[list[int]]:
+    """A list of texts or a list of ids, whichever of the four forms came."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            return value
+    raise ValueError("expected a text, a list of texts, token ids or a list of token ids")
+
+
+def _stops(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("expected a text or a list of texts, none of them empty")
+    return stops
+
+
+def _biases(value: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object of token ids and numbers between -100 and 100")
+    found = []
+    for token, bias in value.items():
+        number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (isinstance(token, str) and token.isascii() and token.isdecimal() and number):
+            raise ValueError("expected token ids, each with a number between -100 and 100")
+        found.append((int(token[:12]), float(bias)))
+    return tuple(found)
+
+
+Prompt = str | list[str] | list[int] | list[list[int]]
+
+
+class Strict(BaseModel):
+    """No unknown fields, no NaN, no text where a number belongs; null is the default."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: item for name, item in value.items() if item is not None}
+        return value
+
+
+class StreamOptions(Strict):
+    """What a stream tells besides the text."""
+
+    include_usage: bool = Field(False, description="end with a chunk that counts the tokens")
+
+
+class Completion(Strict):
+    """OpenAI's completion request, with top_k, min_p, repetition_penalty and beams beside its own fields."""
+
+    model: str | None = Field(None, description="a name from /v1/models; default: the first")
+    prompt: Annotated[Any, PlainValidator(_prompts, json_schema_input_type=Prompt)] = Field(
+        description="a text begins a document, or is what a translator translates; ids are taken as they are"
+    )
+    max_tokens: int = Field(
+        16, ge=0, description="a text also ends where the model's context is full"
+    )
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Annotated[Any, PlainValidator(_biases, json_schema_input_type=dict[str, float])] = (
+        Field((), description="token ids, and what is added to their logits: -100 to 100")
+    )
+    seed: int | None = Field(None, description="the same seed gives the same text; default: random")
+    n: int = Field(1, ge=1, description="texts for each prompt")
+    best_of: int | None = Field(None, description="nothing but n")
+    beams: int = Field(1, ge=1, description="of a translator: search among so many; greedy if 1")
+    stop: Annotated[Any, PlainValidator(_stops, json_schema_input_type=str | list[str])] = Field(
+        (), description="the text ends before the first of these"
+    )
+    logprobs: int | None = Field(None, ge=0, description="so many of the likeliest tokens, too")
+    echo: bool = Field(False, description="begin with the prompt")
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    user: str | None = Field(None, description="of no effect, as in OpenAI's API")
+    suffix: str | None = Field(None, description="refused: a model that writes on cannot fill in")
+
+    @model_validator(mode="after")
+    def _fits(self) -> "Completion":
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options has no meaning without stream: true")
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of must be n, {self.n}, or left out, not {self.best_of}")
+        if self.suffix:
+            raise ValueError("suffix is not possible: these models only write on; leave it out")
+        self.sampling(0)
+        return self
+
+    def sampling(self, seed: int) -> Sampling:
+        """Its sampling parameters; `seed` where it has none."""
+        names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
+        values = {name: getattr(self, name) for name in names}
+        if self.beams > 1 and "temperature" not in self.model_fields_set:
+            values["temperature"] = 0.0  # a search draws nothing
+        return Sampling(**values, seed=seed if self.seed is None else self.seed)
+
+    def check(self, limits: Limits) -> None:
+        """An ApiError says which limit it does not keep."""
+        for name, asked, most in (
+            ("max_tokens", self.max_tokens, limits.max_tokens),
+            ("n", len(self.prompt) * self.n, limits.max_texts),
+            ("stop", len(self.stop), limits.max_stops),
+            ("stop", max(map(len, self.stop), default=0), limits.max_stop_length),
+            ("logprobs", self.logprobs or 0, limits.max_logprobs),
+            ("beams", self.beams, limits.max_beams),
+        ):
+            if asked > most:
+                what = {
+                    "n": f"{len(self.prompt)} prompts with n = {self.n} are {asked} texts",
+                    "stop": f"{asked} stop strings or characters of one",
+                }.get(name, f"{name} = {asked}")
+                raise ApiError(400, f"{what}: this server allows {most}", name)
+
+
+# The answer.
+
+
+class Token(dict[str, Any]):
+    """A token with its logprobs, as OpenAI's four lists have it."""
+
+
+@dataclasses.dataclass
+class Choice:
+    """One of the texts that a request asked for, as far as it has come."""
+
+    index: int
+    text: Text
+    prompt: PromptTokens
+    before: str
+    """What is echoed in front of the text."""
+    begun: bool = False
+    tokens: int = 0
+    finish: str | None = None
+    waiting: list[Token] = dataclasses.field(default_factory=list)
+    """Tokens whose text is not certain yet."""
+
+
+@dataclasses.dataclass
+class News:
+    """What one chunk tells of one choice."""
+
+    choice: Choice
+    text: str = ""
+    tokens: list[Token] = dataclasses.field(default_factory=list)
+
+    def to_json(self, logprobs: bool) -> bytes:
+        """One of the `choices` of a chunk or an answer."""
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+            self.choice.index,
+            to_json(self.text),
+            to_json(_lists(self.tokens)) if logprobs else b"null",
+            to_json(self.choice.finish),
+        )
+
+
+def _lists(tokens: Sequence[Token]) -> dict[str, list[Any]]:
+    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+    return {name: [token[name] for token in tokens] for name in names}
+
+
+class Answer:
+    """The texts for one completion request; an ApiError or ValueError says why there can be none."""
+
+    def __init__(
+        self, served: Served, completion: Completion, prompts: Sequence[PromptTokens]
+    ) -> None:
+        self.served, self.completion = served, completion
+        self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+        self.choices: dict[tuple[engine.Request, int], Choice] = {}
+        self.requests: list[engine.Request] = []
+        end = served.tokenizer.end_of_text
+        for prompt in prompts:
+            # Drawn for each prompt: the same prompt twice without a seed is two different texts.
+            request = engine.Request(
+                prompt.ids,
+                completion.max_tokens,
+                completion.sampling(secrets.randbits(63)),
+                {end},
+                completion.n,
+                prompt.first,
+                begin=end if served.translates else None,
+                beams=completion.beams,
+                logprobs=completion.logprobs,
+                score=completion.echo and completion.logprobs is not None,
+            )
+            self.requests.append(request)
+            for number in range(completion.n):
+                text = Text(served.tokenizer, completion.stop, prompt.space)
+                before = prompt.text if completion.echo else ""
+                choice = Choice(len(self.choices), text, prompt, before)
+                self.choices[request, number] = choice
+        served.service.check(self.requests)
+        self.head = {
+            "id": f"cmpl-{uuid.uuid4().hex}",
+            "object": "text_completion",
+            "created": int(time.time()),
+            "model": served.name,
+        }
+
+    @property
+    def usage(self) -> dict[str, int]:
+        """Tokens that the model read and made, end-of-text in front of a prompt counted, at the end not."""
+        made = sum(choice.tokens for choice in self.choices.values())
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": made,
+            "total_tokens": self.prompt_tokens + made,
+        }
+
+    async def parts(self) -> AsyncGenerator[list[News]]:
+        """What is new about the choices, as often as there is news."""
+        service = self.served.service
+        async with service.submit(self.requests) as inbox:
+            scores: dict[engine.Request, Sequence[Score]] = {}
+            async for events in inbox:
+                news: dict[int, News] = {}
+                for event in events:
+                    choice = self.choices[event.request, event.choice]
+                    if choice.finish:  # by a stop string, while the engine went on
+                        continue
+                    if event.finish == "error":
+                        if not service.ready:
+                            raise UnavailableError(event.error)
+                        logger.error("a request has failed: %s", event.error)
+                        raise ApiError(500, "the model failed on this request")
+                    if event.choice == 0 and not choice.begun:
+                        scores[event.request] = event.prompt
+                    part = news.setdefault(choice.index, News(choice))
+                    self._read(part, event, scores.get(event.request, ()))
+                    if choice.text.stopped:
+                        service.cancel(event.request, event.choice)
+                yield [p for p in news.values() if p.text or p.tokens or p.choice.finish]
+
+    def _read(self, news: News, event: engine.Event, scores: Sequence[Score]) -> None:
+        """Add what an event tells to what is new about its choice."""
+        choice = news.choice
+        if not choice.begun:
+            choice.begun = True
+            news.text += choice.before
+            if self.completion.echo and self.completion.logprobs is not None:
+                news.tokens += self._prompt_tokens(choice.prompt, scores)
+        if event.token is not None:
+            choice.tokens += 1
+            offset = len(choice.before) + choice.text.seen
+            news.text += choice.text.push(event.token)
+            if event.score:
+                choice.waiting.append(self._token(event.token, event.score, offset))
+        if event.finish:
+            news.text += choice.text.flush()
+        choice.finish = "stop" if choice.text.stopped else event.finish
+        sure = len(choice.before) + choice.text.sure
+        whole = bool(choice.finish) and not choice.text.stopped
+        while choice.waiting and (whole or choice.waiting[0]["text_offset"] < sure):
+            news.tokens.append(choice.waiting.pop(0))
+
+    def _prompt_tokens(self, prompt: PromptTokens, scores: Sequence[Score]) -> list[Token]:
+        """The tokens of the prompt; the very first was predicted by nothing."""
+        found, stream, offset = [], self.served.tokenizer.stream(), 0
+        for token, score in zip(prompt.ids, (None, *scores), strict=True):
+            found.append(self._token(token, score, offset))
+            offset += len(stream.push(token))
+        return found[1:] if prompt.begins else found
+
+    def _token(self, token: int, score: Score | None, offset: int) -> Token:
+        """How likely a token and its rivals were, in words."""
+        tokenizer = self.served.tokenizer
+        likeliest = None
+        if score:
+            likeliest = {token_text(tokenizer, one): logprob for one, logprob in score.likeliest}
+        return Token(
+            tokens=token_text(tokenizer, token),
+            token_logprobs=score.logprob if score else None,
+            top_logprobs=likeliest,
+            text_offset=offset,
+        )
+
+    async def whole(self) -> bytes:
+        """The answer that is not streamed."""
+        all_news = [News(choice) for choice in self.choices.values()]
+        async with contextlib.aclosing(self.parts()) as parts:
+            async for some in parts:
+                for news in some:
+                    all_news[news.choice.index].text += news.text
+                    all_news[news.choice.index].tokens += news.tokens
+        logprobs = self.completion.logprobs is not None
+        choices = b",".join(news.to_json(logprobs) for news in all_news)
+        head, usage = to_json(self.head)[:-1], to_json(self.usage)
+        return head + b',"choices":[' + choices + b'],"usage":' + usage + b"}"
+
+    async def stream(self, include_usage: bool) -> AsyncIterator[bytes]:
+        """The answer as server-sent events. A fault is an event too, and the stream ends as it should."""
+        # All that the chunks have in common is written once.
+        head = b"data: " + to_json(self.head)[:-1] + b',"choices":['
+        end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        logprobs = self.completion.logprobs is not None
+        try:
+            async with contextlib.aclosing(self.parts()) as parts:
+                async for some in parts:
+                    if some:
+                        yield b"".join(head + news.to_json(logprobs) + end for news in some)
+            if include_usage:
+                yield head + b'],"usage":' + to_json(self.usage) + b"}\n\n"
+        except (ApiError, UnavailableError) as error:
+            yield b"data: " + api_error(error).body() + b"\n\n"
+        yield b"data: [DONE]\n\n"
+
+
+def api_error(error: ApiError | UnavailableError) -> ApiError:
+    """As OpenAI would say it."""
+    if isinstance(error, ApiError):
+        return error
+    return ApiError(503, str(error), headers={"retry-after": "1"})
+
+
+def prompts_of(served: Served, completion: Completion, limits: Limits) -> list[PromptTokens]:
+    """The tokens of each prompt; a ValueError says what is wrong with one."""
+    tokenizer = served.tokenizer
+    read = read_source if served.translates else read_prompt
+    found = []
+    for prompt in completion.prompt:
+        if isinstance(prompt, str):
+            found.append(read(tokenizer, prompt))
+        else:
+            wrong = [token for token in prompt if not 0 <= token < tokenizer.vocabulary]
+            if wrong:
+                raise ValueError(
+                    f"the prompt has token {wrong[0]}, the model knows 0 to "
+                    f"{tokenizer.vocabulary - 1}"
+                )
+            text = tokenizer.decode(prompt) if completion.echo else ""
+            found.append(PromptTokens(prompt, text=text))
+        most = limits.max_prompt or served.service.engine.limit or LONGEST
+        if len(found[-1].ids) > most:
+            raise ValueError(
+                f"the prompt is {len(found[-1].ids)} tokens long, this server takes {most}: "
+                f"shorten it by {len(found[-1].ids) - most}"
+            )
+    return found

@@ -1,0 +1,66 @@
+"""What one client may ask of a server, and how long it may take: the options of `serve`."""
+
+from dataclasses import dataclass
+
+from gpt.cli import MaybeInt
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Of a request; one that asks for more is refused with a message that says how much may be."""
+
+    max_prompt: MaybeInt = None
+    """Tokens of a prompt; as many as the model's context holds when not given, 65,536 where that has no end."""
+    max_tokens: int = 65_536
+    """Tokens of a text."""
+    max_texts: int = 128
+    """Texts of a request: its prompts times `n`."""
+    max_stops: int = 4
+    """Stop strings."""
+    max_stop_length: int = 256
+    """Characters of a stop string."""
+    max_logprobs: int = 5
+    """Likeliest tokens that are told beside each."""
+    max_beams: int = 16
+    """Translations followed at once by a beam search."""
+    max_body: int = 4 * 2**20
+    """Bytes of a request's body."""
+
+    def described(self) -> str:
+        """For the documentation, in Markdown."""
+        prompt = self.max_prompt or "as many as the model's context holds"
+        lines = {
+            "tokens of a prompt": prompt,
+            "max_tokens": self.max_tokens,
+            "texts of a request (prompts times n)": self.max_texts,
+            "stop strings": f"{self.max_stops}, of {self.max_stop_length} characters each",
+            "logprobs": self.max_logprobs,
+            "beams": self.max_beams,
+            "bytes of a body": self.max_body,
+        }
+        return "\n".join(f"- {name}: {most}" for name, most in lines.items())
+
+
+@dataclass(frozen=True)
+class Deadlines:
+    """For clients; and for texts, when the server is told to stop."""
+
+    head_timeout: float = 10.0
+    """Seconds that a client may take from a connection, or a request's first byte, to the end of its head."""
+    body_timeout: float = 30.0
+    """Seconds that it may take from there to the end of its body."""
+    idle_timeout: float = 30.0
+    """Seconds between two requests of a connection."""
+    max_connections: int = 1024
+    """Open connections."""
+    grace: float = 30.0
+    """Seconds that texts have to end in when the server is told to stop."""
+
+    def __post_init__(self) -> None:
+        for name in ("head_timeout", "body_timeout", "idle_timeout"):
+            if not 0 < getattr(self, name) < 1e6:
+                raise ValueError(
+                    f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}"
+                )
+        if not 0 <= self.grace < 1e6:
+            raise ValueError(f"--grace must be at least 0, not {self.grace}")

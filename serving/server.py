@@ -1,0 +1,166 @@
+"""The server around the application: deadlines for slow clients, loading, an orderly end.
+
+uvicorn waits for a request's head and body for ever, so its protocol is given deadlines
+here. Models are loaded while it already listens, and answers that it is loading. SIGTERM or
+Ctrl-C lets the texts end, for a while, before it leaves.
+"""
+
+import asyncio
+import json
+import logging
+import signal
+import socket
+from collections.abc import Awaitable, Callable
+from types import FrameType
+
+import h11
+import uvicorn
+from starlette.types import ASGIApp
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+from serving.api import Catalog
+from serving.limits import Deadlines
+
+logger = logging.getLogger(__name__)
+
+FLUSH = 5
+"""Seconds that a stopping server gives slow clients to take what was already written for them."""
+
+
+def _plain(status: str, message: str) -> bytes:
+    """A whole answer, where the application is not asked."""
+    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+    data = json.dumps({"error": body}).encode()
+    head = (
+        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        f"retry-after: 1\r\ncontent-length: {len(data)}\r\n\r\n"
+    )
+    return head.encode() + data
+
+
+def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
+    """The protocol of uvicorn, which closes a connection that takes too long to ask, or is one too many."""
+
+    class Protocol(H11Protocol):
+        deadline: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            if len(self.connections) > deadlines.max_connections:
+                self.refuse("503 Service Unavailable", "too many connections: try again later")
+            else:
+                self.expect("head", deadlines.head_timeout)
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self.relax()
+            super().connection_lost(exc)
+
+        def data_received(self, data: bytes) -> None:
+            if self.transport.is_closing():
+                return
+            before = self.conn.their_state
+            if before is h11.IDLE and self.deadline is None:
+                self.expect("head", deadlines.head_timeout)
+            super().data_received(data)
+            now = self.conn.their_state
+            if now is h11.SEND_BODY and before is not h11.SEND_BODY:
+                self.expect("body", deadlines.body_timeout)
+            elif now is not h11.SEND_BODY and now is not h11.IDLE:
+                self.relax()
+
+        def on_response_complete(self) -> None:
+            self.relax()
+            super().on_response_complete()
+
+        def expect(self, what: str, seconds: float) -> None:
+            self.relax()
+            message = f"the {what} of the request did not end within {seconds:g} s"
+            self.deadline = self.loop.call_later(
+                seconds, self.refuse, "408 Request Timeout", message
+            )
+
+        def relax(self) -> None:
+            if self.deadline:
+                self.deadline.cancel()
+                self.deadline = None
+
+        def refuse(self, status: str, message: str) -> None:
+            """Say why, unless an answer has begun, and close."""
+            self.relax()
+            if (
+                self.cycle is None
+                or self.cycle.response_complete
+                or not self.cycle.response_started
+            ):
+                self.transport.write(_plain(status, message))
+            self.transport.close()
+
+        def send_400_response(self, msg: str) -> None:
+            self.refuse("400 Bad Request", msg)
+
+    return Protocol
+
+
+class Server(uvicorn.Server):
+    """uvicorn, with what it serves loaded behind it and brought to an end before it.
+
+    Args:
+        app: The application of `create_app`.
+        catalog: What it serves.
+        load: Fills the catalog, and may go on doing so; runs while the server answers.
+        deadlines: For clients, and for texts when it ends.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        catalog: Catalog,
+        load: Callable[[], Awaitable[None]],
+        deadlines: Deadlines | None = None,
+    ) -> None:
+        self.deadlines = deadlines or Deadlines()
+        config = uvicorn.Config(
+            app,
+            http=protocol_with(self.deadlines),
+            log_config=None,
+            ws="none",
+            server_header=False,
+            timeout_keep_alive=round(self.deadlines.idle_timeout),
+            timeout_graceful_shutdown=FLUSH,
+        )
+        super().__init__(config)
+        self.catalog, self.load = catalog, load
+        self.failure: BaseException | None = None
+        """What loading has failed with."""
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to load once clients can connect."""
+        await super().startup(sockets)
+        self.loading = asyncio.create_task(self._load())
+
+    async def _load(self) -> None:
+        try:
+            await self.load()
+        except Exception as error:
+            self.failure, self.should_exit = error, True
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Let the texts end, then end them, before uvicorn waits for the answers that wait for them."""
+        self.loading.cancel()
+        await asyncio.wait({self.loading})
+        services = [served.service for served in self.catalog.served.values()]
+        drains = [asyncio.create_task(s.drain(self.deadlines.grace)) for s in services]
+        while drains and not self.force_exit:
+            _, waiting = await asyncio.wait(drains, timeout=0.05)
+            drains = list(waiting)
+        for drain in drains:
+            drain.cancel()
+        for service in services:
+            await service.close()
+        await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
+        """Leave with exit code 0: a server that was told to stop has done what it was told."""
+        # SIGTERM may well come twice: make hands on what the terminal or a supervisor sent to both.
+        self.force_exit = self.should_exit and sig == signal.SIGINT
+        self.should_exit = True
