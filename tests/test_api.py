@@ -14,8 +14,11 @@ import torch
 from gpt import GPT, MODELS
 from gpt.model import EncoderDecoder
 from gpt.sampling import Sampling, generate
-from serving.api import MAX_CHOICES, Served, Server
+from serving.api import Catalog, create_app
+from serving.completions import Served
 from serving.engine import Engine
+from serving.limits import Deadlines, Limits
+from serving.server import Server
 from serving.service import Service
 from serving.text import read_prompt
 from tokenizer import byte_tokenizer
@@ -40,13 +43,22 @@ def model():
 class Running:
     """A server on a real socket, in a thread, with its engine in sight."""
 
-    def __init__(self, model, rows):
-        self.engine = Engine(model, rows)
-        self.service = Service(self.engine)
+    def __init__(
+        self, model, rows, *, places=150, limits=None, deadlines=None, key=None, **options
+    ):
+        self.engine = Engine(model, rows, **options)
+        self.service = Service(self.engine, places=places)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = "http://{}:{}".format(*self.listener.getsockname())
-        ready = threading.Event()
-        self.server = Server([Served("tiny", self.service, TOKENIZER, 1)], ready.set)
+        self.catalog, ready = Catalog(), threading.Event()
+
+        async def load():
+            await self.catalog.add(Served("tiny", self.service, TOKENIZER, 1))
+            self.catalog.missing = ""
+            ready.set()
+
+        app = create_app(self.catalog, limits, key=key)
+        self.server = Server(app, self.catalog, load, deadlines or Deadlines(grace=0))
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
         assert ready.wait(DEADLINE)
@@ -248,22 +260,32 @@ PROMPT = b'{"prompt": "a", '
         (PROMPT + b'"frequency_penalty": -3}', "frequency_penalty must be between -2 and 2"),
         (PROMPT + b'"seed": 9223372036854775808}', "seed must be between"),
         (PROMPT + b'"seed": 1' + b"0" * 400 + b"}", "seed"),
-        (PROMPT + b'"max_tokens": 0}', "max_tokens"),
+        (PROMPT + b'"max_tokens": -1}', "max_tokens"),
+        (PROMPT + b'"max_tokens": 65537}', "max_tokens = 65537: this server allows 65536"),
         (PROMPT + b'"max_tokens": 1' + b"0" * 99 + b"}", "max_tokens"),
         (PROMPT + b'"n": 0}', "n: "),
-        (PROMPT + b'"n": 129}', "n: "),
-        (b'{"prompt": ["a", "b"], "n": 65}', "2 prompts with n = 65 are more than 128 texts"),
-        (PROMPT + b'"stop": ["1", "2", "3", "4", "5"]}', "stop: expected at most 4"),
-        (PROMPT + b'"stop": ""}', "stop: expected at most 4 texts of 1 to 256"),
+        (PROMPT + b'"n": 129}', "1 prompts with n = 129 are 129 texts: this server allows 128"),
+        (b'{"prompt": ["a", "b"], "n": 65}', "2 prompts with n = 65 are 130 texts"),
+        (PROMPT + b'"stop": ["1", "2", "3", "4", "5"]}', "this server allows 4"),
+        (PROMPT + b'"stop": "' + b"a" * 257 + b'"}', "this server allows 256"),
+        (PROMPT + b'"stop": ""}', "stop: expected a text or a list of texts, none of them empty"),
         (PROMPT + b'"stop": [1]}', "stop: expected a text"),
         (PROMPT + b'"stream": "yes"}', "stream"),
         (PROMPT + b'"stream_options": {"include_usage": true}}', "without stream: true"),
         (PROMPT + b'"stream": true, "stream_options": {"x": 1}}', "'stream_options.x'"),
-        (PROMPT + b'"logprobs": 0}', "logprobs: not supported"),
-        (PROMPT + b'"echo": true}', "echo: not supported"),
-        (PROMPT + b'"best_of": 2}', "best_of: not supported"),
-        (PROMPT + b'"suffix": "x"}', "suffix: not supported"),
-        (PROMPT + b'"logit_bias": {"5": 1}}', "logit_bias: not supported"),
+        (PROMPT + b'"logprobs": 6}', "logprobs = 6: this server allows 5"),
+        (PROMPT + b'"logprobs": true}', "logprobs"),
+        (PROMPT + b'"echo": 1}', "echo"),
+        (PROMPT + b'"best_of": 2}', "best_of must be n, 1, or left out, not 2"),
+        (PROMPT + b'"suffix": "x"}', "suffix is not possible"),
+        (PROMPT + b'"logit_bias": [5]}', "logit_bias: expected an object"),
+        (PROMPT + b'"logit_bias": {"5": 101}}', "logit_bias must be"),
+        (PROMPT + b'"logit_bias": {"5": NaN}}', "logit_bias"),
+        (PROMPT + b'"logit_bias": {"a": 1}}', "logit_bias: expected token ids"),
+        (PROMPT + b'"logit_bias": {"257": 1}}', "logit_bias has token 257, the model knows 0 to"),
+        (PROMPT + b'"logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
+        (PROMPT + b'"beams": 2}', "beams are for models that translate"),
+        (PROMPT + b'"beams": 17}', "beams = 17: this server allows 16"),
         (PROMPT + b'"temprature": 1}', "unknown field 'temprature'"),
         (PROMPT + b'"' + b"x" * 100_000 + b'": 1}', "unknown field"),
     ],
@@ -313,11 +335,12 @@ def test_a_body_that_is_not_called_json_is_refused_with_the_header_to_send(serve
     assert "Content-Type: application/json" in answer.json()["error"]["message"]
 
 
-def test_null_means_the_default_and_neutral_values_of_what_is_not_built_are_taken(served):
+def test_null_means_the_default_and_neutral_values_are_taken(served):
     nulls = dict.fromkeys(["temperature", "n", "stop", "stream", "logprobs", "suffix", "best_of"])
     assert served.post(prompt="a", echo=False, logit_bias={}, **nulls).status_code == 200
     assert served.post(prompt="a", temperature=1, top_p=1, min_p=0).status_code == 200
-    assert served.post(prompt="a", max_tokens=1, n=MAX_CHOICES).status_code == 200
+    assert served.post(prompt="a", suffix="", best_of=1, user="x").status_code == 200
+    assert served.post(prompt="a", max_tokens=1, n=Limits.max_texts).status_code == 200
 
 
 def test_a_streamed_text_is_the_unstreamed_text(served):
@@ -392,12 +415,12 @@ def test_a_client_that_leaves_frees_its_rows_and_its_places_in_the_queue(
 
     def watched_step():
         events = step()
-        if engine.live and len(engine.queue) == 2:
+        if engine.live and engine.reading and engine.reading.begun == 1:
             busy.set()
         return events
 
-    def watched_cancel(request):
-        cancel(request)
+    def watched_cancel(request, choice):
+        cancel(request, choice)
         if engine.idle:
             freed.set()
 
@@ -444,6 +467,7 @@ def test_health_is_red_once_the_engine_is_gone(alone, monkeypatch):
     assert (answer.status_code, answer.json()["error"]["type"]) == (503, "server_error")
     assert alone.post(prompt="a", stream=True).status_code == 503
     assert alone.http.get("/health").status_code == 503
+    assert alone.http.get("/ready").status_code == 503
 
 
 def test_a_closing_server_answers_503_to_who_waits_for_a_whole_text(model, monkeypatch):

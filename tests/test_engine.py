@@ -2,13 +2,17 @@ import random
 
 import pytest
 import torch
+from test_contract import VARIANTS
 from torch import nn
 
-from gpt import GPT, LanguageModel
+from gpt import LanguageModel
+from gpt.checkpoint import build
 from gpt.sampling import Sampling, generate
+from gpt.search import translate
 from serving.engine import Engine, Request
 
-VOCABULARY = 30
+VOCABULARY, CONTEXT = 30, 48
+RUNGS = {variant: name for variant, (name, _) in VARIANTS.items() if variant == name}
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +34,7 @@ class Recurrent(LanguageModel):
         self.unembedding = nn.Linear(24, VOCABULARY)
 
     def init_state(self, rows, length):
-        return {"hidden": torch.ones(rows, 24, dtype=torch.float64)}
+        return {"hidden": torch.ones(rows, 24, dtype=self.embedding.weight.dtype)}
 
     def features(self, tokens_BT, state=None):
         hidden_BD = (
@@ -43,103 +47,346 @@ class Recurrent(LanguageModel):
             state["hidden"].copy_(steps[-1])
         return torch.stack(steps, 1)
 
-    def logits(self, features_BTD):
-        return self.unembedding(features_BTD)
 
-
-def make(kind):
+def make(name, dtype=torch.float64):
+    """A model whose next token can be any, and depends on all before."""
     torch.manual_seed(0)
-    model = Recurrent() if kind == "recurrent" else GPT(VOCABULARY, 48, width=16, depth=2, heads=2)
-    model = model.double().eval()
+    if name == "recurrent":
+        model = Recurrent()
+    else:
+        variant, own = VARIANTS[name]
+        model = build(variant, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
     for parameter in model.parameters():
         if parameter.ndim > 1:
-            nn.init.normal_(parameter, std=4 * parameter.shape[-1] ** -0.5)
-    return model
+            nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
+    return model.to(dtype).eval()
 
 
-def run(engine, texts, ends):
-    for request, token, finish, error in engine.step():
-        assert not error
-        assert request not in ends, "an event after the end"
-        if token is not None:
-            texts.setdefault(request, []).append(token)
-        if finish:
-            ends[request] = finish
+class Watch:
+    """What an engine has given so far, held to what events must be."""
+
+    def __init__(self, engine):
+        self.engine = engine
+        self.texts, self.ends, self.scores, self.prompts = {}, {}, {}, {}
+
+    def step(self):
+        for event in self.engine.step():
+            key = event.request, event.choice
+            assert key not in self.ends, "an event after the end"
+            assert not event.error
+            if event.prompt:
+                assert key not in self.texts
+                self.prompts[event.request] = event.prompt
+            if event.token is not None:
+                self.texts.setdefault(key, []).append(event.token)
+                self.scores.setdefault(key, []).append(event.score)
+            if event.finish:
+                self.ends[key] = event.finish
+
+    def run(self):
+        while not self.engine.idle:
+            self.step()
+        assert not self.engine.live
+        assert not self.engine.queue
+        assert not self.engine.searches
+        assert self.engine.reading is None
+        assert self.engine.step() == []
+        return self
+
+    def text(self, request, choice=0):
+        return self.texts.get((request, choice), [])
 
 
-@pytest.mark.parametrize("kind", ["gpt", "recurrent"])
-@pytest.mark.parametrize("size", [1, 3, 8])
-def test_every_text_equals_the_reference_under_random_arrivals_and_cancellations(kind, size):
-    model = make(kind)
-    engine = Engine(model, size)
-    dice = random.Random(size)
-    requests, cancelled, texts, ends = [], set(), {}, {}
-    for i in range(120):
-        prompt = [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 40))]
-        sampling = dice.choice(
-            [Sampling(0.0), Sampling(seed=i), Sampling(0.8, 5, 0.9, 0.02, 1.2, 0.5, 0.5, seed=i)]
+def alone(model, request, choice=0):
+    """What the reference makes of a request."""
+    return list(
+        generate(
+            model,
+            request.prompt,
+            request.max_tokens,
+            request.sampling,
+            request.stop,
+            choice,
+            request.first,
+            request.begin,
         )
-        requests.append(
-            Request(
-                prompt,
-                dice.randint(1, 30),
-                sampling,
-                {dice.randrange(VOCABULARY)},
-                i % 3,
-                dice.sample(range(VOCABULARY), 4) if i % 4 == 0 else (),
-            )
+    )
+
+
+def arrivals(engine, dice, count, sampling):
+    """Requests of every kind come at random times, a third of them goes again; all that is left ends."""
+    watch, requests, cancelled = Watch(engine), [], set()
+    for i in range(count):
+        request = Request(
+            [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 40))],
+            dice.randint(1, 30),
+            sampling(i),
+            {dice.randrange(VOCABULARY)},
+            n=dice.choice([1, 1, 1, 2, 3]),
+            first=dice.sample(range(VOCABULARY), 4) if i % 4 == 0 else (),
         )
-        engine.add(requests[-1])
-        for _ in range(dice.choice([0, 0, 1, 5])):
-            run(engine, texts, ends)
-        if dice.random() < 0.3:
+        requests.append(request)
+        engine.add(request)
+        for _ in range(dice.choice([0, 0, 1, 5, 20])):
+            watch.step()
+        if dice.random() < 0.34:
             unlucky = dice.choice(requests[-8:])
             engine.cancel(unlucky)
-            if unlucky not in ends:
-                cancelled.add(unlucky)
-                ends[unlucky] = "cancelled"
-    while not engine.idle:
-        run(engine, texts, ends)
-    assert not engine.live
-    assert not engine.queue
-    assert engine.step() == []
-    assert len(cancelled) > 10
-    assert {"stop", "length"} <= set(ends.values())
+            left = {(unlucky, choice) for choice in range(unlucky.n)} - watch.ends.keys()
+            cancelled |= left
+            watch.ends.update(dict.fromkeys(left, "cancelled"))
+    watch.run()
+    assert len({request for request, _ in cancelled}) > count // 8
+    assert {"stop", "length"} <= set(watch.ends.values())
+    return watch, requests, cancelled
+
+
+def some_sampling(i):
+    return [Sampling(0.0), Sampling(seed=i), Sampling(0.8, 5, 0.9, 0.02, 1.2, 0.5, 0.5, seed=i)][
+        i % 3
+    ]
+
+
+@pytest.mark.parametrize("name", ["gpt", "recurrent", "transformer", "gpt-ngrams"])
+@pytest.mark.parametrize(("size", "budget"), [(1, 5), (3, 100), (8, 16)])
+def test_every_text_equals_the_reference_under_random_arrivals_and_cancellations(
+    name, size, budget
+):
+    model = make(name)
+    engine = Engine(model, size, budget=budget)
+    watch, requests, cancelled = arrivals(engine, random.Random(size), 100, some_sampling)
     for request in requests:
-        reference = list(
-            generate(
-                model,
-                request.prompt,
-                request.max_tokens,
-                request.sampling,
-                request.stop,
-                request.choice,
-                request.first,
-            )
-        )
-        assert not request.first or not reference or reference[0] in request.first
-        text = texts.get(request, [])
-        if request in cancelled:
-            assert text == reference[: len(text)]
-        else:
-            assert text == reference
-            # the last token there was room for, or one more that was a stop
-            room = 49 - len(request.prompt) if kind == "gpt" else request.max_tokens
-            full = len(text) == min(request.max_tokens, room)
-            assert ends[request] == ("length" if full else "stop")
+        for choice in range(request.n):
+            reference = alone(model, request, choice)
+            assert not request.first or not reference or reference[0] in request.first
+            text = watch.text(request, choice)
+            if (request, choice) in cancelled:
+                assert text == reference[: len(text)]
+            else:
+                assert text == reference
+                # the last token there was room for, or one more that was a stop
+                room = request.max_tokens
+                if model.limit:
+                    room = min(room, model.limit + 1 - len(request.prompt))
+                full = len(text) == room
+                assert watch.ends[request, choice] == ("length" if full else "stop")
 
 
-def test_an_arrival_costs_the_others_one_prompt_and_no_token():
-    engine = Engine(make("gpt"), 4)
+@pytest.mark.parametrize("name", RUNGS)
+def test_greedy_texts_in_float32_are_the_same_whatever_the_load(name):
+    model = make(name, torch.float32)
+    engine = Engine(model, 6, budget=21)
+    watch, requests, cancelled = arrivals(
+        engine, random.Random(1), 300, lambda _: Sampling(temperature=0)
+    )
+    for request in requests:
+        if (request, 0) not in cancelled:
+            assert watch.text(request) == alone(model, request)
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_deterministic_engine_gives_sampled_texts_to_the_last_bit(name):
+    model = make(name, torch.float32)
+
+    def engine():
+        return Engine(model, 4, budget=16, deterministic=True)
+
+    watch, requests, cancelled = arrivals(engine(), random.Random(2), 60, some_sampling)
+    for request in requests:
+        request.logprobs = 2
+        again = engine()
+        again.add(request)
+        solo = Watch(again).run()
+        for choice in range(request.n):
+            if (request, choice) not in cancelled:
+                assert watch.text(request, choice) == solo.text(request, choice)
+
+
+def test_a_deterministic_engine_gives_the_same_logprobs_to_the_last_bit():
+    model = make("gpt", torch.float32)
+    dice = random.Random(3)
+
+    def requests():
+        prompts = [[dice.randrange(VOCABULARY) for _ in range(20)] for _ in range(12)]
+        return [Request(prompt, 20, Sampling(seed=1), logprobs=3) for prompt in prompts]
+
+    together = requests()
+    engine = Engine(model, 5, budget=8, deterministic=True)
+    for request in together:
+        engine.add(request)
+    crowd = Watch(engine).run()
+    for request in together:
+        engine = Engine(model, 5, budget=8, deterministic=True)
+        engine.add(request)
+        assert Watch(engine).run().scores[request, 0] == crowd.scores[request, 0]
+
+
+def test_a_long_prompt_costs_the_others_no_token_and_no_more_than_the_budget(monkeypatch):
+    model = make("gpt")
+    engine = Engine(model, 4, budget=20)
     first = Request([1], 40, Sampling())
     engine.add(first)
     engine.step()
+    engine.add(Request([2] * 45, 3, Sampling()))
+    read = []
+    features = type(model).features
+
+    def watched(self, tokens_BT, state=None):
+        read.append(tokens_BT.numel())
+        return features(self, tokens_BT, state)
+
+    monkeypatch.setattr(type(model), "features", watched)
     for _ in range(3):
-        engine.add(Request([1, 2, 3], 40, Sampling()))
-    for live in (2, 3, 4):
+        read.clear()
         events = engine.step()
         assert [event.request for event in events].count(first) == 1
-        assert len(engine.live) == live
+        assert sum(read) <= 20
+    assert len(engine.live) == 2
+
+
+def test_choices_share_one_reading_of_the_prompt(monkeypatch):
+    model = make("gpt")
+    engine = Engine(model, 3)
+    request = Request([5] * 30, 4, Sampling(seed=1), n=8)
+    engine.add(request)
+    read = []
+    features = type(model).features
+
+    def watched(self, tokens_BT, state=None):
+        read.append(tokens_BT.shape[1])
+        return features(self, tokens_BT, state)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(model), "features", watched)
+        watch = Watch(engine).run()
+    assert sorted(read)[-2:] == [1, 30]
+    for choice in range(8):
+        assert watch.text(request, choice) == alone(model, request, choice)
+
+
+def test_a_text_of_a_request_can_be_cancelled_alone():
+    model = make("gpt")
+    engine = Engine(model, 3)
+    request = Request([5], 10, Sampling(seed=1), n=3)
+    engine.add(request)
+    watch = Watch(engine)
+    watch.step()
+    engine.cancel(request, 1)
+    watch.run()
+    assert len(watch.text(request, 1)) == 1
+    for choice in (0, 2):
+        assert watch.text(request, choice) == alone(model, request, choice)
+
+
+@pytest.mark.parametrize("name", ["gpt", "lstm", "mlp"])
+def test_logprobs_are_those_of_one_pass_over_the_whole_text(name):
+    model = make(name)
+    engine = Engine(model, 3, budget=7)
+    prompts = [[1, 2, 3], [4] * 20, [7]]
+    requests = [
+        Request(prompt, 6, Sampling(0.5, repetition_penalty=1.3, seed=3), logprobs=4, score=True)
+        for prompt in prompts
+    ]
+    for request in requests:
+        engine.add(request)
+    watch = Watch(engine).run()
+    for request in requests:
+        ids = [*request.prompt, *watch.text(request)]
+        logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
+        scores = [*watch.prompts.get(request, ()), *watch.scores[request, 0]]
+        assert len(scores) == len(ids) - 1
+        for place, score in enumerate(scores):
+            assert score.logprob == pytest.approx(float(logs_TV[place, ids[place + 1]]), abs=1e-5)
+            values, tokens = logs_TV[place].topk(4)
+            assert [token for token, _ in score.likeliest] == tokens.tolist()
+            assert [log for _, log in score.likeliest] == pytest.approx(values.tolist(), abs=1e-5)
+
+
+def test_no_token_at_all_scores_a_prompt():
+    model = make("gpt")
+    engine = Engine(model, 2)
+    request = Request([1, 2, 3], 0, Sampling(), logprobs=0, score=True)
+    engine.add(request)
+    watch = Watch(engine).run()
+    assert watch.ends == {(request, 0): "length"}
+    assert len(watch.prompts[request]) == 2
+    with pytest.raises(ValueError, match="read as a whole"):
+        Engine(make("transformer"), 1).add(request)
+
+
+def test_a_bias_bans_and_forces_tokens():
+    model = make("gpt")
+    engine = Engine(model, 2)
+    banned = Request([1], 20, Sampling(seed=1, logit_bias=((3, -100), (4, -100))))
+    forced = Request([1], 5, Sampling(0.0, logit_bias=((9, 100),)))
+    plain = Request([1], 20, Sampling(seed=1))
+    for request in (banned, forced, plain):
+        engine.add(request)
+    watch = Watch(engine).run()
+    assert not {3, 4} & set(watch.text(banned))
+    assert watch.text(forced) == [9] * 5
+    assert watch.text(plain) == alone(model, plain)
+    with pytest.raises(ValueError, match="logit_bias has token 30, the model knows 0 to 29"):
+        engine.add(Request([1], 5, Sampling(logit_bias=((30, 1.0),))))
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt2", "transformer", "seq2seq", "attention"])
+def test_a_translator_writes_what_the_search_finds(name):
+    model = make(name)
+    engine = Engine(model, 3)
+    dice, end = random.Random(4), 0
+    sources = [[dice.randrange(1, VOCABULARY) for _ in range(dice.randint(1, 20))] for _ in range(9)]
+    greedy, wide = {}, {}
+    for source in sources:
+        wide[tuple(source)] = Request(source, 12, Sampling(0.0), {end}, begin=end, beams=3)
+        greedy[tuple(source)] = Request(source, 12, Sampling(0.0), {end}, begin=end)
+        engine.add(wide[tuple(source)])
+        engine.add(greedy[tuple(source)])
+    watch = Watch(engine).run()
+    for beams, requests in ((1, greedy), (3, wide)):
+        for source in sources:
+            request = requests[tuple(source)]
+            (found,) = translate(model, [source], begin=end, end=end, most=12, beams=beams)
+            assert watch.text(request) == found
+            if beams == 1:
+                assert alone(model, request) == found
+            assert watch.ends[request, 0] == ("length" if len(found) == 12 else "stop")
+
+
+def test_what_beams_cannot_do_is_refused():
+    request = Request([1, 2], 5, Sampling(0.0), {0}, beams=2)
+    with pytest.raises(ValueError, match="beams are for models that translate"):
+        Engine(make("gpt"), 1).add(request)
+    with pytest.raises(ValueError, match="one text, the best"):
+        Engine(make("gpt"), 1).add(Request([1, 2], 5, Sampling(), {0}, begin=0, beams=2))
+    with pytest.raises(ValueError, match="source sentence is 48 tokens long"):
+        Engine(make("gpt"), 1).add(Request([1] * 48, 5, Sampling(), {0}, begin=0))
+
+
+def test_a_cancelled_request_leaves_nothing_wherever_it_is():
+    model = make("transformer")
+    engine = Engine(model, 2)
+    translating = Request([1] * 5, 20, Sampling(0.0), {0}, begin=0, beams=2)
+    engine.add(translating)
+    engine.step()
+    engine.cancel(translating)
+    assert engine.idle
+    engine = Engine(make("gpt"), 2, budget=16)
+    live, reading, queued = (Request([i] * 40, 8, Sampling()) for i in (1, 2, 3))
+    engine.add(live)
+    for _ in range(3):
+        engine.step()
+    engine.add(reading)
+    engine.add(queued)
+    engine.step()
+    assert (len(engine.live), engine.reading.request) == (1, reading)
+    for request in (reading, queued, live):
+        engine.cancel(request)
+        engine.cancel(request)
+    assert engine.idle
+    again = Request([2] * 40, 8, Sampling(seed=1))
+    engine.add(again)
+    assert Watch(engine).run().text(again) == alone(engine.model, again)
 
 
 def test_a_request_that_fails_fails_alone():
@@ -153,22 +400,42 @@ def test_a_request_that_fails_fails_alone():
     bad.prompt = [VOCABULARY]  # after the check, as a fault of the device would be
     texts, failed = {}, []
     while not engine.idle:
-        for request, token, _, error in engine.step():
-            texts.setdefault(request, []).append(token)
-            if error:
-                failed.append(request)
+        for event in engine.step():
+            texts.setdefault(event.request, []).append(event.token)
+            if event.error:
+                failed.append(event.request)
     assert failed == [bad]
-    assert texts[good] == list(generate(model, [1], 10, Sampling(0.0)))[1:]
-    assert texts[queued] == list(generate(model, [3], 10, Sampling(0.0)))
+    assert texts[good] == alone(model, good)[1:]
+    assert texts[queued] == alone(model, queued)
+
+
+@pytest.mark.parametrize("sampling", [Sampling(0.0), Sampling(), Sampling(presence_penalty=1)])
+def test_logits_that_are_no_numbers_fail_their_text_alone(sampling):
+    model = make("gpt")
+    with torch.no_grad():
+        model.embedding.weight[7] = torch.nan
+    engine = Engine(model, 3)
+    good, bad = Request([1], 10, Sampling(0.0, logit_bias=((7, -100),))), Request([7], 10, sampling)
+    engine.add(good)
+    engine.add(bad)
+    texts, errors = {}, {}
+    while not engine.idle:
+        for event in engine.step():
+            if event.error:
+                errors[event.request] = event.error
+            texts.setdefault(event.request, []).append(event.token)
+    assert list(errors) == [bad]
+    assert "not numbers" in errors[bad]
+    assert texts[good] == alone(model, good)
 
 
 def test_a_step_that_fails_ends_the_live_requests_and_serves_the_next(monkeypatch):
     model = make("gpt")
     engine = Engine(model, 2)
-    requests = [Request([i], 10, Sampling(0.0)) for i in (1, 2, 3)]
+    requests = [Request([i], 10, Sampling(0.0)) for i in (1, 2)]
     for request in requests:
         engine.add(request)
-    engine.step(), engine.step()
+    engine.step()
 
     def fault(features_BTD):
         raise MemoryError("no more")
@@ -180,20 +447,26 @@ def test_a_step_that_fails_ends_the_live_requests_and_serves_the_next(monkeypatc
     assert "MemoryError: no more" in events[0].error
     assert engine.idle
     engine.add(requests[0])
-    tokens = []
-    while not engine.idle:
-        tokens += [event.token for event in engine.step()]
-    assert tokens == list(generate(model, [1], 10, Sampling(0.0)))
+    assert Watch(engine).run().text(requests[0]) == alone(model, requests[0])
 
 
 def test_rows_may_be_shorter_than_the_model_allows():
     engine = Engine(make("gpt"), 2, length=10)
     with pytest.raises(ValueError, match=r"11 tokens long, .* holds 10: shorten it by 1"):
         engine.add(Request([1] * 11, 5, Sampling()))
-    engine.add(Request([1] * 8, 5, Sampling()))
-    events = []
-    while not engine.idle:
-        events += engine.step()
-    assert [event.finish for event in events] == [None, None, "length"]
-    with pytest.raises(ValueError, match="at least 1 row, not 0"):
+    request = Request([1] * 8, 5, Sampling())
+    engine.add(request)
+    watch = Watch(engine).run()
+    assert len(watch.text(request)) == 3
+    assert watch.ends[request, 0] == "length"
+    with pytest.raises(ValueError, match="at least 1 row"):
         Engine(make("gpt"), 0)
+
+
+def test_memory_is_what_the_engine_says():
+    model = make("gpt", torch.float32)
+    weights = sum(p.numel() * 4 for p in model.parameters())
+    small, large = Engine(model, 1).bytes, Engine(model, 11).bytes
+    cache = 2 * 2 * CONTEXT * 32 * 4  # keys and values, layers, positions, width, bytes
+    assert 10 * cache < large - small < 10 * cache + 10 * 16 * VOCABULARY + 10 * 200
+    assert weights + cache < small < weights + 3 * cache + 10_000
