@@ -31,6 +31,7 @@ from serving.completions import (
 from serving.limits import Limits
 from serving.metrics import exposition
 from serving.service import BusyError, UnavailableError
+from tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
@@ -217,16 +218,24 @@ def create_app(
             headers={"cache-control": "no-cache"},
         )
 
+    @app.get("/tokenizer_info", response_class=Response)
+    async def tokenizer_info(model: str | None = None) -> Response:
+        """The special tokens, as evaluation harnesses ask for them: there is one."""
+        vocabulary = catalog.find(model).tokenizer.vocabulary
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        return _response(to_json({**names, "vocab_size": vocabulary}))
+
     @app.post("/tokenize", response_class=Response)
     async def tokenize(body: Tokenize) -> Response:
-        """The tokens of a text."""
+        """The tokens of a text; `<|endoftext|>` means its token where it stands alone."""
         served = catalog.find(body.model)
+        end = served.tokenizer.end_of_text
         try:
             ids = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
         begins = body.add_special_tokens and not served.translates
-        ids = [served.tokenizer.end_of_text] * begins + ids
+        ids = [end] * begins + ([end] if body.prompt == END_OF_TEXT else ids)
         length = served.service.engine.limit
         return _response(to_json({"count": len(ids), "max_model_len": length, "tokens": ids}))
 

@@ -327,12 +327,12 @@ class Answer:
             news.text += choice.before
             if self.completion.echo and self.completion.logprobs is not None:
                 news.tokens += self._prompt_tokens(choice.prompt, scores)
+        if event.score:
+            offset = len(choice.before) + choice.text.seen
+            choice.waiting.append(self._token(event.score.token, event.score, offset))
         if event.token is not None:
             choice.tokens += 1
-            offset = len(choice.before) + choice.text.seen
             news.text += choice.text.push(event.token)
-            if event.score:
-                choice.waiting.append(self._token(event.token, event.score, offset))
         if event.finish:
             news.text += choice.text.flush()
         choice.finish = "stop" if choice.text.stopped else event.finish

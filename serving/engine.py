@@ -67,6 +67,7 @@ class Request:
 class Score(NamedTuple):
     """How likely a token was, by the model alone: before bias, penalties and temperature."""
 
+    token: int
     logprob: float
     """In nats."""
     likeliest: Sequence[tuple[int, float]]
@@ -81,7 +82,7 @@ class Event(NamedTuple):
     token: int | None
     finish: Finish | None = None
     score: Score | None = None
-    """Of the token."""
+    """Of the token, or of the one in `stop` that was the end."""
     prompt: Sequence[Score] = ()
     """Of the prompt's tokens from the second on, with the first event of choice 0."""
     error: str = ""
@@ -307,7 +308,7 @@ class Engine:
         if token < 0:
             return _failed(text.request, text.choice, ValueError(NOT_A_NUMBER))
         if token in text.request.stop:
-            return Event(text.request, text.choice, None, "stop", None, prompt)
+            return Event(text.request, text.choice, None, "stop", score, prompt)
         text.tokens.append(token)
         finish: Finish | None = "length" if len(text.tokens) == text.left else None
         return Event(text.request, text.choice, token, finish, score, prompt)
@@ -449,8 +450,10 @@ def _scored(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> 
     values_NK, tokens_NK = logs_NV.topk(most, dim=-1)
     likeliest = zip(tokens_NK.tolist(), values_NK.tolist(), strict=True)
     return [
-        Score(logprob, list(zip(ids[:count], values[:count], strict=True)))
-        for logprob, (ids, values), count in zip(chosen, likeliest, wanted, strict=True)
+        Score(token, logprob, list(zip(ids[:count], values[:count], strict=True)))
+        for token, logprob, (ids, values), count in zip(
+            tokens, chosen, likeliest, wanted, strict=True
+        )
     ]
 
 
