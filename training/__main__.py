@@ -143,6 +143,8 @@ class Eval:
     """Split to score; when not given, validation of the run's own corpus, else the first there is of test, validation, train."""
     stride: MaybeInt = None
     """Tokens that each window scores; as many as the model can when not given. A smaller one is slower and gives every token more context."""
+    context: MaybeInt = None
+    """Tokens of a window; the model's context when not given."""
     beams: MaybeInt = None
     """Translations followed at once by a beam search; when not given, the likeliest word is always taken."""
     device: str = "auto"
@@ -171,7 +173,7 @@ class Eval:
         wanted = self.split or next(name for name in names if name in task.splits)
         if wanted not in task.splits:
             raise ValueError(f"no split is named {wanted!r}; there are {', '.join(task.splits)}")
-        asked = {"stride": self.stride, "beams": self.beams}
+        asked = {"stride": self.stride, "context": self.context, "beams": self.beams}
         options = {name: value for name, value in asked.items() if value is not None}
         for name in options.keys() - task.options:
             raise ValueError(f"--{name} has no meaning in the task {trained.task}: leave it out")

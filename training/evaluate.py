@@ -125,31 +125,38 @@ def evaluate(
     words: int,
     bytes: int,  # noqa: A002 (the unit's own name)
     stride: int | None = None,
+    context: int | None = None,
     precision: str = "auto",
     carry: bool = False,
 ) -> Score:
     """Score a sequence of token ids; its first token is context only.
 
     Args:
-        model: On its device; its `context` is the length of a window.
+        model: On its device.
         tokens: (N,) ids.
         words: Words and line ends of the text.
         bytes: Bytes of the text in UTF-8.
         stride: Tokens scored by each window after the first; when None, all that the model is
             trained to predict of one.
+        context: Length of a window; when None, the model's own.
         precision: As in `Run`.
         carry: Read all of it with one state, whatever the context.
     """
     if carry:
-        if stride is not None:
-            raise ValueError("--stride cuts a text into windows; this run carries its state on")
+        if (stride, context) != (None, None):
+            raise ValueError(
+                "--stride and --context cut a text into windows; this run carries its state on"
+            )
         nats, count = _carried(model, tokens, precision)
         return Score(nats, count, words, bytes, count, count)
-    context = model.context
-    stride = model.scorable if stride is None else stride
-    if not 1 <= stride <= model.scorable:
+    context = model.context if context is None else context
+    if not 1 <= context <= model.context:
+        raise ValueError(f"--context must be between 1 and {model.context}, not {context}")
+    scorable = max(1, context * model.scorable // model.context)
+    stride = scorable if stride is None else stride
+    if not 1 <= stride <= scorable:
         raise ValueError(
-            f"--stride must be between 1 and {model.scorable}, which is what the model is trained "
+            f"--stride must be between 1 and {scorable}, which is what the model is trained "
             f"to predict of a window of {context}, not {stride}"
         )
     if len(tokens) < 2:

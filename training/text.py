@@ -32,7 +32,7 @@ class Text(Task):
     """
 
     kind: ClassVar[str] = "text"
-    options: ClassVar[frozenset[str]] = frozenset({"stride"})
+    options: ClassVar[frozenset[str]] = frozenset({"stride", "context"})
     foreign: ClassVar[frozenset[str]] = frozenset({"languages"})
 
     def __init__(self, run: Run, corpus: Corpus, to_train: bool = True) -> None:
@@ -92,6 +92,7 @@ class Text(Task):
             words=part.words,
             bytes=part.bytes if lossless else 0,
             stride=options.get("stride"),
+            context=options.get("context"),
             precision=self.run.precision,
             carry=self.run.carry,
         )
