@@ -4,7 +4,6 @@ Every error has OpenAI's shape, {"error": {"message", "type", "param", "code"}}.
 """
 
 import asyncio
-import contextlib
 import hmac
 import logging
 from collections.abc import Coroutine, Mapping, Sequence
@@ -92,14 +91,20 @@ class Detokenize(Strict):
 
 
 class EventStream(StreamingResponse):
-    """Server-sent events; what makes them is closed as soon as the client is gone."""
+    """An answer as server-sent events; it is closed as soon as the client is gone."""
 
     media_type = "text/event-stream"
 
-    async def stream_response(self, send: Send) -> None:
-        """Starlette cancels this when the client leaves, maybe while the generator is at rest."""
-        async with contextlib.aclosing(self.body_iterator):  # type: ignore[type-var]
-            await super().stream_response(send)
+    def __init__(self, answer: Answer, *, include_usage: bool) -> None:
+        super().__init__(answer.stream(include_usage), headers={"cache-control": "no-cache"})
+        self.answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Starlette cancels this when the client leaves, maybe before the first event."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.answer.close()
 
 
 async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
@@ -210,13 +215,14 @@ def create_app(
             answer = Answer(served, completion, prompts)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
-        if not completion.stream:
+        if completion.stream:
+            options = completion.stream_options
+            usage = options is not None and options.include_usage
+            return EventStream(answer, include_usage=usage)
+        try:
             return await _unless_left(request, answer.whole())
-        options = completion.stream_options
-        return EventStream(
-            answer.stream(include_usage=options is not None and options.include_usage),
-            headers={"cache-control": "no-cache"},
-        )
+        finally:
+            answer.close()
 
     @app.get("/tokenizer_info", response_class=Response)
     async def tokenizer_info(model: str | None = None) -> Response:

@@ -247,7 +247,10 @@ def _lists(tokens: Sequence[Token]) -> dict[str, list[Any]]:
 
 
 class Answer:
-    """The texts for one completion request; an ApiError or ValueError says why there can be none."""
+    """The texts for one completion request, which are made from now on until `close`.
+
+    What `Service.admit` raises says why there are none.
+    """
 
     def __init__(
         self, served: Served, completion: Completion, prompts: Sequence[PromptTokens]
@@ -277,7 +280,7 @@ class Answer:
                 before = prompt.text if completion.echo else ""
                 choice = Choice(len(self.choices), text, prompt, before)
                 self.choices[request, number] = choice
-        served.service.check(self.requests)
+        self.inbox = served.service.admit(self.requests)
         self.head = {
             "id": f"cmpl-{uuid.uuid4().hex}",
             "object": "text_completion",
@@ -295,29 +298,32 @@ class Answer:
             "total_tokens": self.prompt_tokens + made,
         }
 
+    def close(self) -> None:
+        """Give up what has not ended."""
+        self.served.service.release(self.inbox)
+
     async def parts(self) -> AsyncGenerator[list[News]]:
         """What is new about the choices, as often as there is news."""
         service = self.served.service
-        async with service.submit(self.requests) as inbox:
-            scores: dict[engine.Request, Sequence[Score]] = {}
-            async for events in inbox:
-                news: dict[int, News] = {}
-                for event in events:
-                    choice = self.choices[event.request, event.choice]
-                    if choice.finish:  # by a stop string, while the engine went on
-                        continue
-                    if event.finish == "error":
-                        if not service.ready:
-                            raise UnavailableError(event.error)
-                        logger.error("a request has failed: %s", event.error)
-                        raise ApiError(500, "the model failed on this request")
-                    if event.choice == 0 and not choice.begun:
-                        scores[event.request] = event.prompt
-                    part = news.setdefault(choice.index, News(choice))
-                    self._read(part, event, scores.get(event.request, ()))
-                    if choice.text.stopped:
-                        service.cancel(event.request, event.choice)
-                yield [p for p in news.values() if p.text or p.tokens or p.choice.finish]
+        scores: dict[engine.Request, Sequence[Score]] = {}
+        async for events in self.inbox:
+            news: dict[int, News] = {}
+            for event in events:
+                choice = self.choices[event.request, event.choice]
+                if choice.finish:  # by a stop string, while the engine went on
+                    continue
+                if event.finish == "error":
+                    if not service.ready:
+                        raise UnavailableError(event.error)
+                    logger.error("a request has failed: %s", event.error)
+                    raise ApiError(500, "the model failed on this request")
+                if event.choice == 0 and not choice.begun:
+                    scores[event.request] = event.prompt
+                part = news.setdefault(choice.index, News(choice))
+                self._read(part, event, scores.get(event.request, ()))
+                if choice.text.stopped:
+                    service.cancel(event.request, event.choice)
+            yield [p for p in news.values() if p.text or p.tokens or p.choice.finish]
 
     def _read(self, news: News, event: engine.Event, scores: Sequence[Score]) -> None:
         """Add what an event tells to what is new about its choice."""

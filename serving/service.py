@@ -170,6 +170,7 @@ class Service:
         if wanted > most:
             raise ValueError(f"{wanted} texts are asked for, and there is room for {most}")
         if self.texts + wanted > most:
+            self.metrics.refused.inc()
             raise BusyError(
                 f"{self.running} texts are being made and {self.waiting} wait: "
                 f"there is no room for {wanted} more",
@@ -183,9 +184,8 @@ class Service:
         pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
         return min(LONGEST_WAIT, max(1, math.ceil(pace * self.places / 2)))
 
-    @contextlib.asynccontextmanager
-    async def submit(self, requests: Sequence[Request]) -> AsyncIterator[Inbox]:
-        """Queue some requests; on leaving, for whatever reason, cancel those that have not ended.
+    def admit(self, requests: Sequence[Request]) -> Inbox:
+        """Queue some requests, for whose events to wait in the inbox; `release` it in any case.
 
         What `check` raises, this does.
         """
@@ -198,11 +198,12 @@ class Service:
         for request in requests:
             self.metrics.arrived(len(request.prompt))
         self._calls.put(lambda: self._add(requests))
-        try:
-            yield inbox
-        finally:
-            for request in requests:
-                self.cancel(request)
+        return inbox
+
+    def release(self, inbox: Inbox) -> None:
+        """Cancel what has not ended."""
+        for request in list(inbox.open):
+            self.cancel(request)
 
     def cancel(self, request: Request, choice: int | None = None) -> None:
         """Let the engine drop a request or one of its texts before its next step; no event of it follows."""

@@ -335,7 +335,9 @@ def test_a_translator_writes_what_the_search_finds(name):
     model = make(name)
     engine = Engine(model, 3)
     dice, end = random.Random(4), 0
-    sources = [[dice.randrange(1, VOCABULARY) for _ in range(dice.randint(1, 20))] for _ in range(9)]
+    sources = [
+        [dice.randrange(1, VOCABULARY) for _ in range(dice.randint(1, 20))] for _ in range(9)
+    ]
     greedy, wide = {}, {}
     for source in sources:
         wide[tuple(source)] = Request(source, 12, Sampling(0.0), {end}, begin=end, beams=3)

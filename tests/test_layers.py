@@ -19,7 +19,8 @@ HEAVY = {
     "sacrebleu": "training/translation.py",
     "tokenizers": "tokenizer/__init__.py",
     "fastapi": "serving/api.py",
-    "uvicorn": "serving/api.py",
+    "uvicorn": "serving/server.py",
+    "prometheus_client": "serving/metrics.py",
     "safetensors": "gpt/checkpoint.py",
     "matplotlib": "training/plot.py",
 }

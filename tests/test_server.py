@@ -247,7 +247,11 @@ def test_a_key_is_asked_for_everywhere_but_for_health(start):
     server = start(key="sésame".encode().hex())
     key = {"authorization": "Bearer " + "sésame".encode().hex()}
     for path in ("/v1/models", "/docs", "/metrics", "/ready", "/nowhere"):
-        for headers in ({}, {"authorization": "Bearer x"}, {"authorization": key["authorization"][7:]}):
+        for headers in (
+            {},
+            {"authorization": "Bearer x"},
+            {"authorization": key["authorization"][7:]},
+        ):
             answer = server.http.get(path, headers=headers)
             assert answer.status_code == 401
             assert answer.json()["error"]["code"] == "invalid_api_key"
