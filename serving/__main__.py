@@ -134,6 +134,13 @@ class Serve:
     limits: Limits = field(default_factory=Limits)
     deadlines: Deadlines = field(default_factory=Deadlines)
 
+    def __post_init__(self) -> None:
+        for name, least in (("rows", 1), ("queue", 0), ("step_tokens", 1), ("context", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} must be at least {least}, not {value}")
+
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         # FastAPI takes longer to import than a small model to sample from.

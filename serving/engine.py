@@ -27,8 +27,8 @@ Finish = Literal["stop", "length", "error"]
 
 BUDGET = 256
 """Tokens that a step takes in, of prompts and texts together."""
-PART = 16
-"""Tokens of a prompt that a step reads at least, however many texts are live."""
+PART = 64
+"""Tokens that a prompt counts for at least: reading the weights takes its time for the shortest too."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -231,12 +231,13 @@ class Engine:
         """One token for each live text; then prompts, as far as the budget of tokens goes."""
         events = self._decode() if self.live else []
         events += self._search()
-        left = max(self.budget - len(self.live), PART)
+        left = max(self.budget - len(self.live), 1)
         while left > 0 and self.queue and self.free > 0:
             request = self.queue[0]
             try:
                 # A part's length may depend on the others where its rounding may.
-                left -= self._read(request, self.budget if self.deterministic else left)
+                read = self._read(request, self.budget if self.deterministic else left)
+                left -= max(read, PART)
                 events += self._begin()
             except Exception as error:  # the live texts live on
                 begun = self.reading.begun if self.reading else 0
@@ -333,7 +334,7 @@ class Engine:
     # Prompts.
 
     def _read(self, request: Request, most: int) -> int:
-        """Read on in the prompt at the head of the queue, up to so many tokens; how many it was."""
+        """Read on in the prompt at the head of the queue, up to so many tokens; how many were read."""
         if self.reading is None:
             overwrite(self.model.part(self.scratch, 0), self.model.part(self.empty, 0))
             self.reading = Reading(request, self.scratch)
@@ -345,12 +346,12 @@ class Engine:
             self._begin_search(request)
             return len(prompt)
         device = self.last_B1.device
+        start = reading.read
         if request.begin is not None or not self.model.reads_in_parts:
             prompt_1T = torch.tensor([list(prompt)], device=device)
             reading.state, features_1D = opened(self.model, prompt_1T, self.length, request.begin)
             reading.read = len(prompt)
         else:
-            start = reading.read
             reading.read = min(start + most, len(prompt))
             part_1T = torch.tensor([list(prompt[start : reading.read])], device=device)
             state = self.model.part(reading.state, reading.read)
@@ -358,10 +359,9 @@ class Engine:
             if request.score:
                 self._score_prompt(reading, features_1TD, start)
             features_1D = features_1TD[:, -1]
-            most = reading.read - start
         if reading.read == len(prompt):
             reading.logits_1V = self.model.logits(features_1D)
-        return most
+        return reading.read - start
 
     def _score_prompt(self, reading: Reading, features_1TD: Tensor, start: int) -> None:
         """Score the prompt's tokens that these features, of those from `start` on, predict."""

@@ -107,7 +107,18 @@ WRONG = {
     "an empty stop": (["sample", "runs/tiny", "--stop", ""], "a stop string is empty"),
     "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),
     "a host": (["serve", "runs/tiny", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
-    "rows": (["serve", "runs/tiny", "--port", "0", "--rows", "0"], "at least 1 row"),
+    "rows": (
+        ["serve", "runs/tiny", "--port", "0", "--rows", "0"],
+        "--rows must be at least 1, not 0",
+    ),
+    "a queue": (["serve", "runs/tiny", "--queue", "-1"], "--queue must be at least 0, not -1"),
+    "a deadline": (["serve", "runs/tiny", "--grace", "-1"], "--grace must be at least 0"),
+    "no key": (
+        ["serve", "runs/tiny", "--host", "0.0.0.0", "--port", "0"],
+        "--host 0.0.0.0 can be reached from other machines: give --api-key KEY",
+    ),
+    "a key": (["serve", "runs/tiny", "--api-key", "a b"], "--api-key must be printable ASCII"),
+    "a folder": (["serve", "--watch", "absent"], "--watch absent: no such folder"),
     "twice": (["serve", "runs/tiny", "runs/tiny", "--port", "0"], "two runs have one name"),
 }
 
@@ -202,8 +213,10 @@ def test_serve_prints_a_command_that_works_as_it_stands(here):
         server.process.send_signal(signal.SIGINT)
         _, log = server.process.communicate(timeout=DEADLINE)
         assert server.process.returncode == 0
-        assert log.count("\n") == 1, "one line for one request, and nothing else"
-        assert '"POST /v1/completions HTTP/1.1" 200' in log
+        about, request = log.splitlines()  # of the model, and of the one request
+        assert about.startswith("tiny: ")
+        assert "16 rows of 64 positions" in about
+        assert '"POST /v1/completions HTTP/1.1" 200' in request
 
 
 def test_several_runs_are_chosen_by_their_names(here, tmp_path):
@@ -218,6 +231,41 @@ def test_several_runs_are_chosen_by_their_names(here, tmp_path):
     assert answer["usage"]["completion_tokens"] == 32
 
 
+def test_a_run_that_finishes_is_served_too(here, tmp_path):
+    with Serving(here, "--watch", str(tmp_path)) as server:
+        assert server.line.startswith("nothing to serve yet at ")
+        assert httpx.get(f"{server.address}/v1/models").json()["data"] == []
+        save(tmp_path / "new", 8)
+        assert httpx.get(f"{server.address}/v1/models").json()["data"] == []
+        (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1, "final_loss": 2.0}\n')
+        assert server.process.stdout.readline() == "new is served too\n"
+        body = {"model": "new", "prompt": "", "max_tokens": 1}
+        assert httpx.post(f"{server.address}/v1/completions", json=body).status_code == 200
+
+
+def test_a_key_from_the_environment_is_asked_for(here, monkeypatch):
+    monkeypatch.setenv("TINYGPT_API_KEY", "sesame")
+    with Serving(here, "--host", "0.0.0.0") as server:
+        port = server.address.rpartition(":")[2]
+        url = f"http://127.0.0.1:{port}/v1/models"
+        assert httpx.get(url).status_code == 401
+        assert httpx.get(url, headers={"authorization": "Bearer sesame"}).status_code == 200
+        server.process.terminate()
+        out, log = server.process.communicate(timeout=DEADLINE)
+        assert "sesame" not in server.line + out + log
+
+
+def test_a_damaged_run_ends_a_server_with_one_line(tmp_path):
+    save(tmp_path / "run", 8)
+    file = tmp_path / "run" / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    done = serving(tmp_path, "serve", "run", "--port", "0")
+    assert done.returncode == 2
+    assert done.stdout == b""
+    assert done.stderr.startswith(b"python -m serving: run/model.safetensors: damaged")
+    assert done.stderr.count(b"\n") == 1
+
+
 def test_a_port_in_use_is_one_line(here, mistaken):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = mistaken(here, "serve", "--port", str(taken.getsockname()[1]))
@@ -229,7 +277,7 @@ def test_sigterm_brings_open_streams_to_their_end_and_exits(here, tmp_path):
     save(tmp_path / "long", 20_000)
     body = {"prompt": "", "temperature": 0, "max_tokens": 20_000, "stream": True}
     with (
-        Serving(here, str(tmp_path / "long"), "--rows", "2") as server,
+        Serving(here, str(tmp_path / "long"), "--rows", "2", "--grace", "0.2") as server,
         httpx.Client(timeout=DEADLINE) as client,
         contextlib.ExitStack() as stack,
     ):
