@@ -91,27 +91,13 @@ class Sampler:
     """Chooses the next token of each row of a batch, each by its own parameters.
 
     What it remembers is a State like a model's: an engine moves a row of both alike.
-
-    Args:
-        size: Number of rows.
-        vocabulary: Number of token ids, V.
-        device: Where the logits are.
-        exact: Sort all tokens of a row whatever its neighbours ask for. A shorter sort is
-            faster, and its sums round otherwise.
     """
 
-    def __init__(
-        self,
-        size: int,
-        vocabulary: int,
-        device: torch.device | str = "cpu",
-        *,
-        exact: bool = False,
-    ) -> None:
+    def __init__(self, size: int, vocabulary: int, device: torch.device | str = "cpu") -> None:
         def column(dtype: torch.dtype) -> Tensor:
             return torch.zeros(size, 1, dtype=dtype, device=device)
 
-        self.vocabulary, self.exact = vocabulary, exact
+        self.vocabulary = vocabulary
         self.samplings = [Sampling(temperature=0)] * size
         self.state: State = {
             "stream": column(torch.long),
@@ -190,7 +176,7 @@ class Sampler:
         best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
         if drawing:
             logits_BV = (logits_BV - best_B1) / state["temperature"]
-            logits_BV = _filter(logits_BV, state, drawing, self.exact)
+            logits_BV = _filter(logits_BV, state, drawing)
             cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
             height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
             height_B1 = height_B1 * cumulative_BV[:, -1:]
@@ -226,7 +212,7 @@ def _adjust(logits_BV: Tensor, state: State) -> Tensor:
     return logits_BV - presence_BV - state["frequency"] * state["times"]
 
 
-def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling], exact: bool) -> Tensor:
+def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling]) -> Tensor:
     """logits_BV, minus infinity where a filter of the row drops the token.
 
     Every filter is a lowest logit to keep: the vocabulary stays in its order, and a row's
@@ -236,7 +222,7 @@ def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling], exac
     nucleus = any(sampling.top_p < 1 for sampling in samplings)
     if nucleus or any(sampling.top_k for sampling in samplings):
         most = len(logits_BV[0])
-        if not exact and all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
+        if all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
             most = min(most, max(sampling.top_k for sampling in samplings))
         sorted_BK = logits_BV.topk(most, dim=-1).values
         keep_BK = torch.arange(most, device=logits_BV.device) < state["top_k"]
@@ -312,7 +298,10 @@ def opened(
     if begin is None:
         state = model.init_state(1, length)
         return state, model.read(prompt_1T, model.part(state, prompt_1T.shape[1]))
-    state = model.start(prompt_1T, prompt_1T.new_full((1,), prompt_1T.shape[1]))
+    state = model.init_state(1, model.context)
+    started = model.start(prompt_1T, prompt_1T.new_full((1,), prompt_1T.shape[1]))
+    for name, tensor in started.items():  # as long as the source, where there is room for more
+        state[name][tuple(slice(size) for size in tensor.shape)] = tensor
     begin_11 = prompt_1T.new_full((1, 1), begin)
     return state, model.features(begin_11, model.part(state, prompt_1T.shape[1] + 1))[:, -1]
 

@@ -126,7 +126,7 @@ class Serve:
     step_tokens: int = BUDGET
     """Tokens that a step takes in: a longer prompt is read in parts, so that it holds up nobody."""
     deterministic: bool = False
-    """Give the same text for the same request to the last bit, whatever else is asked: slower."""
+    """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
     stall: float = 60.0
     """Seconds without a step, though there is work, after which /health is red."""
     device: str = "auto"

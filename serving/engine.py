@@ -124,8 +124,8 @@ class Engine:
         size: Number of rows: the most texts at once.
         length: The most positions of a row, prompt and text together; the model's limit, if smaller.
         budget: Tokens that a step takes in.
-        deterministic: Compute every step in one shape, so that a text is the same to the last
-            bit whatever its neighbours do. All rows are computed all the time, to their full length.
+        deterministic: Compute every text by itself, so that it is the same to the last bit
+            whoever else is there. Many texts then take as long as one after the other.
     """
 
     def __init__(
@@ -148,7 +148,7 @@ class Engine:
         self.state = model.init_state(size, self.length)
         self.empty = model.init_state(1, 1)
         self.scratch = model.init_state(1, self.length)
-        self.sampler = Sampler(size, model.vocabulary, weight.device, exact=deterministic)
+        self.sampler = Sampler(size, model.vocabulary, weight.device)
         self.last_B1 = torch.zeros(size, 1, dtype=torch.long, device=weight.device)
         self.queue: deque[Request] = deque()
         self.reading: Reading | None = None
@@ -249,18 +249,21 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         count = len(self.live)
+        width = 1 if self.deterministic else count
+        tokens: list[int] = []
+        scores: list[Score | None] = []
         try:
-            width, reach = count, max(text.length for text in self.live)
-            if self.deterministic:
-                width, reach = self.size, self.length
-                self._clear(count)
-            part = self.model.part(rows(self.state, 0, width), reach)
-            features_BTD = self.model.features(self.last_B1[:width], part)
-            logits_BV = self.model.logits(features_BTD[:, -1])
-            tokens_B = self._choose(logits_BV, 0, self.live)
-            self.last_B1[:width, 0] = tokens_B.clamp(min=0)
-            tokens = tokens_B.tolist()
-            scores = self._scores(logits_BV[:count], tokens)
+            for first in range(0, count, width):
+                texts = self.live[first : first + width]
+                reach = max(text.length for text in texts)
+                part = self.model.part(rows(self.state, first, first + width), reach)
+                last_B1 = self.last_B1[first : first + width]
+                features_BTD = self.model.features(last_B1, part)
+                logits_BV = self.model.logits(features_BTD[:, -1])
+                tokens_B = self._choose(logits_BV, first, texts)
+                last_B1[:, 0] = tokens_B.clamp(min=0)
+                tokens += tokens_B.tolist()
+                scores += self._scores(logits_BV, texts, tokens[first:])
         except Exception as error:  # out of memory, say: the queue lives on
             failed = [_failed(text.request, text.choice, error) for text in self.live]
             self.live = []
@@ -271,18 +274,10 @@ class Engine:
                 self._leave(row)
         return events
 
-    def _clear(self, count: int) -> None:
-        """Empty the rows that nobody is in, so that what is computed in them has a place to go."""
-        if count < self.size:
-            idle = rows(self.state, count, self.size)
-            overwrite(self.model.part(idle, 0), self.model.part(self.empty, 0))
-
     def _choose(self, logits_BV: Tensor, first: int, texts: Sequence[Live]) -> Tensor:
-        """tokens_B for these texts, in rows from `first` on, and for as many others as there are logits."""
+        """tokens_B for these texts, in rows from `first` on."""
 
         def again(row: int) -> Tensor:
-            if row - first >= len(texts):
-                return logits_BV[row - first]
             text = texts[row - first]
             request = text.request
             logits_V = anew(self.model, request.prompt, text.tokens, request.begin)
@@ -290,12 +285,14 @@ class Engine:
 
         return self.sampler(logits_BV, first, again if self.certain else None)
 
-    def _scores(self, logits_BV: Tensor, tokens: Sequence[int]) -> list[Score | None]:
-        """Of the token of each live row, where its request asks for it."""
-        asked = [row for row, text in enumerate(self.live) if text.request.logprobs is not None]
-        found: list[Score | None] = [None] * len(self.live)
+    def _scores(
+        self, logits_BV: Tensor, texts: Sequence[Live], tokens: Sequence[int]
+    ) -> list[Score | None]:
+        """Of the token of each text, where its request asks for it."""
+        asked = [row for row, text in enumerate(texts) if text.request.logprobs is not None]
+        found: list[Score | None] = [None] * len(texts)
         if asked:
-            wanted = [self.live[row].request.logprobs or 0 for row in asked]
+            wanted = [texts[row].request.logprobs or 0 for row in asked]
             chosen = [max(tokens[row], 0) for row in asked]
             for row, score in zip(asked, _scored(logits_BV[asked], chosen, wanted), strict=True):
                 found[row] = score

@@ -208,7 +208,7 @@ def test_generation_ends_at_a_stop_token_at_max_tokens_and_at_the_context():
         ([], 5, "the prompt is empty"),
         ([1, 40], 5, "token 40, the model knows 0 to 39"),
         ([-1], 5, "token -1"),
-        ([1], 0, "max_tokens must be at least 1, not 0"),
+        ([1], -1, "max_tokens must be at least 0, not -1"),
     ],
 )
 def test_a_prompt_that_cannot_be_continued_is_refused_before_the_first_token(
