@@ -318,7 +318,7 @@ def test_echo_and_logprobs_are_those_of_the_model(start, model):  # noqa: F811
     assert {len(values) for values in logprobs.values()} == {count}
     assert logprobs["tokens"][:3] == ["a", "bytes:\\xc3", "bytes:\\xa9"]
     assert logprobs["text_offset"][:4] == [0, 1, 1, 2]
-    logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
+    logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1).detach()
     for place, token in enumerate(ids[1:]):
         assert logprobs["token_logprobs"][place] == pytest.approx(
             float(logs_TV[place, token]), abs=1e-4
@@ -335,7 +335,7 @@ def test_logprobs_of_ids_are_what_evaluation_harnesses_read(start, model):  # no
     ids = [5, 9, 100, 7]
     body = {"prompt": ids, "max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
     logprobs = start().post(**body).json()["choices"][0]["logprobs"]
-    logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1)
+    logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1).detach()
     assert logprobs["token_logprobs"][0] is None
     assert logprobs["top_logprobs"][0] is None
     expected = [float(logs_TV[i, ids[i + 1]]) for i in range(3)]
