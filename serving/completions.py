@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -333,12 +334,13 @@ class Answer:
             news.text += choice.before
             if self.completion.echo and self.completion.logprobs is not None:
                 news.tokens += self._prompt_tokens(choice.prompt, scores)
-        if event.score:
-            offset = len(choice.before) + choice.text.seen
-            choice.waiting.append(self._token(event.score.token, event.score, offset))
+        seen = choice.text.seen
         if event.token is not None:
             choice.tokens += 1
             news.text += choice.text.push(event.token)
+        if event.score:
+            place = len(choice.before) + seen, len(choice.before) + choice.text.seen
+            choice.waiting.append(self._token(event.score.token, event.score, place))
         if event.finish:
             news.text += choice.text.flush()
         choice.finish = "stop" if choice.text.stopped else event.finish
@@ -349,23 +351,27 @@ class Answer:
 
     def _prompt_tokens(self, prompt: PromptTokens, scores: Sequence[Score]) -> list[Token]:
         """The tokens of the prompt; the very first was predicted by nothing."""
-        found, stream, offset = [], self.served.tokenizer.stream(), 0
+        found, stream, seen = [], self.served.tokenizer.stream(), 0
         for token, score in zip(prompt.ids, (None, *scores), strict=True):
-            found.append(self._token(token, score, offset))
-            offset += len(stream.push(token))
+            end = seen + len(stream.push(token))
+            found.append(self._token(token, score, (seen, end)))
+            seen = end
         return found[1:] if prompt.begins else found
 
-    def _token(self, token: int, score: Score | None, offset: int) -> Token:
-        """How likely a token and its rivals were, in words."""
+    def _token(self, token: int, score: Score | None, place: tuple[int, int]) -> Token:
+        """How likely a token and its rivals were, in words; `place` is the text's length before it and after."""
         tokenizer = self.served.tokenizer
+        text, (before, after) = token_text(tokenizer, token), place
+        # A token that is text stands at the end, behind what it shows of the bytes before it.
+        whole = tokenizer.token_bytes(token) == text.encode()
         likeliest = None
         if score:
             likeliest = {token_text(tokenizer, one): logprob for one, logprob in score.likeliest}
         return Token(
-            tokens=token_text(tokenizer, token),
+            tokens=text,
             token_logprobs=score.logprob if score else None,
             top_logprobs=likeliest,
-            text_offset=offset,
+            text_offset=max(0, after - len(text)) if whole else before,
         )
 
     async def whole(self) -> bytes:
@@ -423,7 +429,8 @@ def prompts_of(served: Served, completion: Completion, limits: Limits) -> list[P
                 )
             text = tokenizer.decode(prompt) if completion.echo else ""
             found.append(PromptTokens(prompt, text=text))
-        most = limits.max_prompt or served.service.engine.limit or LONGEST
+        ends = served.service.engine.limit is not None  # then the engine says it better
+        most = limits.max_prompt or (math.inf if ends else LONGEST)
         if len(found[-1].ids) > most:
             raise ValueError(
                 f"the prompt is {len(found[-1].ids)} tokens long, this server takes {most}: "
