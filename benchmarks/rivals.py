@@ -77,7 +77,8 @@ class Transformers:
             bos_token_id=None,
             eos_token_id=None,
         )
-        self.model: Any = GPT2LMHeadModel(config).eval()
+        theirs: Any = GPT2LMHeadModel(config)
+        self.model = theirs.eval()
         state = {
             f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (
                 tensor.T if tensor.ndim == 2 and name.startswith("h.") else tensor
@@ -165,9 +166,10 @@ class LlamaCpp:
         return int(np.ctypeslib.as_array(logits, (self.vocabulary,)).argmax())
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
-def _silence(level: int, text: bytes, data: object) -> None:
-    """What llama.cpp says, it says to nobody."""
+_silence = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+    lambda level, text, data: None  # noqa: ARG005
+)
+"""What llama.cpp says, it says to nobody."""
 
 
 def write_gguf(model: GPT2, path: Path, kind: str) -> None:
@@ -218,8 +220,10 @@ class Size:
     def build(self) -> GPT2:
         """The model; the same every time."""
         torch.manual_seed(0)
-        sizes = {"width": self.width, "depth": self.depth, "heads": self.heads}
-        return GPT2(self.vocabulary, self.context, **sizes).eval()
+        model = GPT2(
+            self.vocabulary, self.context, width=self.width, depth=self.depth, heads=self.heads
+        )
+        return model.eval()
 
 
 SIZES = {

@@ -252,7 +252,7 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
     except OSError:
         return True  # `bind` says it better
-    return all(ipaddress.ip_address(address[0].split("%")[0]).is_loopback for *_, address in found)
+    return all(ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found)
 
 
 def _invitation(names: Sequence[str], address: str, key: str | None) -> str:

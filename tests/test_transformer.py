@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.attention import CausalSelfAttention, Places, importance, source_mask
+from gpt.attention import CausalSelfAttention, Places, importance, init_cache, source_mask
 from gpt.transformer import Attention, Transformer, sinusoids
 
 
@@ -19,7 +19,7 @@ def build(**own: int) -> Transformer:
 
 def causal_mask(length: int) -> Tensor:
     """The mask that cached attention uses."""
-    state = {"position": torch.zeros(1, dtype=torch.long)}
+    state = init_cache(torch.zeros(1, 8), 1, 1, 2, length)
     return Places(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
 
 
