@@ -15,8 +15,10 @@ import numpy as np
 import torch
 
 from gpt.gpt import GPT2
+from gpt.int8 import DType, converted
 from gpt.sampling import Sampling
-from serving.engine import Engine, Request
+from serving.compiled import Compiler
+from serving.engine import Engine, Request, ahead
 
 Prompts = Sequence[Sequence[int]]
 
@@ -46,8 +48,11 @@ def weights_of(model: GPT2) -> dict[str, Any]:
 class Ours:
     """The engine, in this process."""
 
-    def __init__(self, model: GPT2, rows: int, **options: Any) -> None:  # noqa: ANN401 (the engine's)
-        self.engine = Engine(model, rows, **options)
+    def __init__(self, model: GPT2, rows: int, dtype: DType) -> None:
+        self.engine = Engine(converted(model, dtype), rows, ahead=ahead(model))
+        compiler = Compiler()
+        compiler.add(self.engine, torch.get_num_threads())
+        compiler.wait()
 
     def many(self, prompts: Prompts, tokens: int) -> list[list[int]]:
         """The tokens of each text."""
@@ -179,7 +184,7 @@ def write_gguf(model: GPT2, path: Path, kind: str) -> None:
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(model.context)
     writer.add_embedding_length(model.width)
-    writer.add_feed_forward_length(model.blocks[0].mlp.up.out_features)  # type: ignore[union-attr]
+    writer.add_feed_forward_length(len(weights_of(model)["h.0.mlp.c_fc.weight"]))
     writer.add_block_count(model.depth)
     writer.add_head_count(model.heads)
     writer.add_layer_norm_eps(1e-5)

@@ -68,7 +68,7 @@ def rival(name: str, model: GPT2, threads: int) -> Any:  # noqa: ANN401 (whoever
         return Transformers(model)
     if name.startswith("llama.cpp"):
         return LlamaCpp(model, name.split()[-1].upper(), threads, rows=8)
-    return Ours(model, 8, dtype=name.split()[-1])
+    return Ours(model, 8, "int8" if name.endswith("int8") else "float32")
 
 
 def compete(pipe: Connection, name: str, size: Size, threads: int) -> None:

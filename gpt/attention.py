@@ -152,7 +152,7 @@ class Places:
         if state is not None:
             position_B1 = state["position"].unsqueeze(1)
             self.positions_BT = position_B1 + self.positions_BT
-            self.rows_B1 = torch.arange(len(position_B1), device=device).unsqueeze(1)
+            self.rows_B1 = torch.arange(position_B1.shape[0], device=device).unsqueeze(1)
             keys_S = torch.arange(state["keys"].shape[-2], device=device)
             self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
         if rotary is not None:
@@ -178,20 +178,22 @@ def cache_part(state: State, length: int) -> State:
 
 
 class Cache:
-    """One layer's keys_BHSK and values_BHSK, views into a state made by `init_cache`."""
+    """One layer's keys and values, in a state made by `init_cache`."""
 
     def __init__(self, state: State, layer: int) -> None:
-        self.keys_BHSK, self.values_BHSK = state["keys"][:, layer], state["values"][:, layer]
+        self.keys_BLHSK, self.values_BLHSK, self.layer = state["keys"], state["values"], layer
 
     def extend(
         self, keys_BHTK: Tensor, values_BHTK: Tensor, places: Places
     ) -> tuple[Tensor, Tensor]:
         """Write the new keys and values in their places; return all that may be attended to."""
-        for kept_BHSK, new_BHTK in ((self.keys_BHSK, keys_BHTK), (self.values_BHSK, values_BHTK)):
-            kept_BHSK[places.rows_B1, :, places.positions_BT] = new_BHTK.transpose(1, 2).to(
-                kept_BHSK.dtype
-            )
-        return self.keys_BHSK, self.values_BHSK
+        # All of the state is indexed at once, by tensors: a compiler then writes in place, where it
+        # would copy what is written to through a view.
+        layer_11 = places.rows_B1.new_full((1, 1), self.layer)
+        where = (places.rows_B1, layer_11, slice(None), places.positions_BT)
+        self.keys_BLHSK[where] = keys_BHTK.transpose(1, 2).to(self.keys_BLHSK.dtype)
+        self.values_BLHSK[where] = values_BHTK.transpose(1, 2).to(self.values_BLHSK.dtype)
+        return self.keys_BLHSK[:, self.layer], self.values_BLHSK[:, self.layer]
 
 
 class Heads(nn.Module):
@@ -225,6 +227,12 @@ class Heads(nn.Module):
         causal: bool = False,
     ) -> Tensor:
         """x_BTD: what all heads found, as `importance` weighs it, through the output matrix."""
+        if mask_B1TS is not None and torch.compiler.is_compiling() and queries_BHTK.shape[2] == 1:
+            # One query: loops that a compiler fuses, where the kernel's blocks would be all but empty.
+            scores_BHS = (queries_BHTK * keys_BHSK).sum(-1) / keys_BHSK.shape[-1] ** 0.5
+            weights_BHS = scores_BHS.masked_fill(~mask_B1TS[:, :, 0], -torch.inf).softmax(-1)
+            mixed_BHK = (weights_BHS.unsqueeze(-1) * values_BHSK).sum(-2)
+            return self.output(mixed_BHK.flatten(1).unsqueeze(1))
         mixed_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
             keys_BHSK,

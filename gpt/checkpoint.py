@@ -28,6 +28,13 @@ RUNS = Path("runs")
 """Where runs are written, and looked for when none is named."""
 
 
+def cache() -> Path:
+    """Where what can be made again is kept: TINYGPT_CACHE, or the user's cache folder."""
+    if root := os.environ.get("TINYGPT_CACHE"):
+        return Path(root)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygpt"
+
+
 def write_atomically(path: Path, text: str) -> None:
     """Put `text` in `path`, or leave what was there."""
     beside = path.with_name(path.name + ".part")

@@ -312,7 +312,7 @@ class NGrams(nn.Module):
 
         def back(distance: int) -> Tensor:
             """tokens_BT so many places before each."""
-            there_BT = (positions_BT - distance).clamp(min=0).expand(len(seen_BS), -1)
+            there_BT = (positions_BT - distance).clamp(min=0).expand(seen_BS.shape[0], -1)
             return seen_BS.gather(1, there_BT) * (positions_BT >= distance)
 
         pairs_BT = back(1) * self.vocabulary + back(0)

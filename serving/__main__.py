@@ -4,25 +4,28 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
+import math
 import os
 import secrets
 import socket
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
-from gpt.checkpoint import find_run, open_language_model, read_json
+from gpt.checkpoint import find_run, load_tensors, open_language_model, read_json
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText, main
 from gpt.describe import parameters
 from gpt.device import find_device
+from gpt.int8 import DType, converted
 from gpt.sampling import Sampling, generate
-from serving.engine import BUDGET, Engine
+from serving.engine import BUDGET, Engine, Step, ahead
 from serving.limits import Deadlines, Limits
 from serving.text import Text, read_prompt, read_source
 from tokenizer import Tokenizer, from_utf8
@@ -81,7 +84,7 @@ class Sample:
             prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
         source = translates(path)
         ids, space, first, *_ = (read_source if source else read_prompt)(tokenizer, prompt)
-        settle_threads([model])
+        torch.set_num_threads(fastest_threads(model))
         end = tokenizer.end_of_text
         begin = end if source else None
         for choice in range(self.n):
@@ -125,6 +128,12 @@ class Serve:
     """Positions of a row, prompt and text together; the model's context when not given."""
     step_tokens: int = BUDGET
     """Tokens that a step takes in: a longer prompt is read in parts, so that it holds up nobody."""
+    dtype: DType = "float32"
+    """What to compute with: int8, for a CPU, takes a quarter of the memory and time, and says what that costs in perplexity."""
+    threads: MaybeInt = None
+    """Cores for each model's products; measured when not given."""
+    compile: bool = True
+    """Compile each model's steps in the background, on a CPU with a C++ compiler; until then it answers without."""
     deterministic: bool = False
     """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
     stall: float = 60.0
@@ -135,7 +144,13 @@ class Serve:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 1), ("queue", 0), ("step_tokens", 1), ("context", 1)):
+        for name, least in (
+            ("rows", 1),
+            ("queue", 0),
+            ("step_tokens", 1),
+            ("context", 1),
+            ("threads", 1),
+        ):
             value = getattr(self, name)
             if value is not None and value < least:
                 option = name.replace("_", "-")
@@ -145,9 +160,11 @@ class Serve:
         """Serve until SIGTERM or Ctrl-C."""
         # FastAPI takes longer to import than a small model to sample from.
         from serving.api import Catalog, create_app
+        from serving.compiled import Compiler
         from serving.server import Server
 
         key = self._key()
+        self.compiler = Compiler()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         folders = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
@@ -174,7 +191,10 @@ class Serve:
 
             app = create_app(catalog, self.limits, key=key, origins=self.origin)
             server = Server(app, catalog, load, self.deadlines)
-            server.run([listener])
+            try:
+                server.run([listener])
+            finally:
+                self.compiler.close()
             if server.failure:
                 raise server.failure
 
@@ -197,22 +217,33 @@ class Serve:
         from serving.service import Service
 
         path, model, tokenizer = open_run(folder, self.device)
-        settle_threads([model])
         name = path.resolve().name
+        before = measured(model, path) if self.dtype != "float32" else None
+        model = converted(model, self.dtype)
+        threads = self.threads or fastest_threads(model)
+        torch.set_num_threads(threads)
         engine = Engine(
             model,
             self.rows,
             self.context,
             budget=self.step_tokens,
             deterministic=self.deterministic,
+            ahead=1 if self.deterministic else ahead(model),
         )
         mebibytes = engine.bytes / 2**20
         print(
-            f"{name}: {parameters(model):,} parameters; {self.rows} rows of {engine.length:,} "
-            f"positions, {mebibytes:,.1f} MiB with the weights",
+            f"{name}: {parameters(model):,} parameters in {self.dtype}; {self.rows} rows of "
+            f"{engine.length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
             file=sys.stderr,
         )
-        service = Service(engine, places=self.queue, stall=self.stall, metrics=Metrics(name))
+        if self.dtype != "float32":
+            after = measured(model, path, before.tokens) if before else None
+            print(f"{name}: {cost(self.dtype, before, after)}", file=sys.stderr)
+        service = Service(
+            engine, places=self.queue, stall=self.stall, metrics=Metrics(name), threads=threads
+        )
+        if self.compile:
+            self.compiler.add(engine, threads)
         created = int((path / "model.safetensors").stat().st_mtime)
         return Served(name, service, tokenizer, created, translates(path))
 
@@ -227,6 +258,10 @@ class Serve:
 
 WATCH = 2.0
 """Seconds between two looks at a watched folder."""
+TRIALS = 4
+"""Times that a token is made with each number of threads."""
+MEASURING = 0.5
+"""Seconds for what a format costs, before and after."""
 
 
 def finished(folder: Path) -> list[Path]:
@@ -252,7 +287,9 @@ def is_loopback(host: str) -> bool:
         found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
     except OSError:
         return True  # `bind` says it better
-    return all(ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found)
+    return all(
+        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found
+    )
 
 
 def _invitation(names: Sequence[str], address: str, key: str | None) -> str:
@@ -280,13 +317,73 @@ def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokeni
     return path, model, tokenizer
 
 
-def settle_threads(models: Sequence[LanguageModel]) -> None:
-    """One thread for small models: their products are over before a second one has joined in.
+def fastest_threads(model: LanguageModel) -> int:
+    """With how many threads a token takes least, by trying; of nearly equal ones the fewest.
 
-    On a machine with other work, waiting for it can take a hundred times as long as the product.
+    The products of small models are over before a second thread has joined in, and the cores
+    that are left answer clients.
     """
-    if all(parameters(model) < 10_000_000 for model in models):
-        torch.set_num_threads(1)
+    most, step = torch.get_num_threads(), Step(model)
+    device = next(model.parameters()).device
+    counts = sorted({1, *(count for count in (2, 4, 8, 16, 32) if count < most), most})
+    if device.type != "cpu" or most == 1:
+        return most
+    seconds = dict.fromkeys(counts, math.inf)
+    with torch.inference_mode():
+        for _ in range(TRIALS):
+            for count in counts:
+                torch.set_num_threads(count)
+                for _ in range(2):  # the first time, threads come and go
+                    state, last_B1 = model.init_state(1, 1), torch.zeros(1, 1, dtype=torch.long)
+                    begun = time.perf_counter()
+                    step(last_B1, model.part(state, 1))
+                    took = time.perf_counter() - begun
+                seconds[count] = min(seconds[count], took)
+    torch.set_num_threads(most)
+    return next(count for count in counts if seconds[count] < 1.15 * min(seconds.values()))
+
+
+class Measured(NamedTuple):
+    """A loss over the first of a run's own validation tokens."""
+
+    tokens: int
+    loss: float
+    """In nats."""
+
+
+def measured(model: LanguageModel, run: Path, tokens: int = 0) -> Measured | None:
+    """How well a model predicts a run's validation tokens: so many, or as many as fit in `MEASURING` seconds.
+
+    None where the run has none.
+    """
+    file = run / "validation.safetensors"
+    if not file.exists():
+        return None
+    ids_N = load_tensors(file)["tokens"].long()
+    nats, count, begun = 0.0, 0, time.monotonic()
+    with torch.inference_mode():
+        for ids in ids_N.split(model.context + 1):
+            if len(ids) < 2 or (
+                count >= tokens if tokens else time.monotonic() > begun + MEASURING
+            ):
+                break
+            ids_1T = ids.unsqueeze(0).to(next(model.parameters()).device)
+            nll_1T = model.nll(ids_1T[:, :-1], ids_1T[:, 1:])
+            nats, count = nats + nll_1T.double().sum().item(), count + len(ids) - 1
+    return Measured(count, nats / count) if count else None
+
+
+def cost(dtype: str, before: Measured | None, after: Measured | None) -> str:
+    """What a format costs, in words."""
+    if before is None or after is None:
+        return (
+            f"what {dtype} costs in perplexity is not known: the run has no validation.safetensors"
+        )
+    old, new = math.exp(before.loss), math.exp(after.loss)
+    return (
+        f"{dtype}: perplexity {new:.3f} instead of {old:.3f} ({new / old - 1:+.2%}) on "
+        f"{after.tokens:,} of the run's validation tokens"
+    )
 
 
 def bind(host: str, port: int) -> socket.socket:

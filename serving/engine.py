@@ -13,14 +13,15 @@ a long one holds up nobody. What it leaves there goes to a row for each of its c
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from gpt.int8 import exact
 from gpt.model import LanguageModel, State, overwrite, rows
-from gpt.sampling import NOT_A_NUMBER, Sampler, Sampling, anew, only, opened, room
+from gpt.sampling import NEAR, NOT_A_NUMBER, Sampler, Sampling, anew, only, opened, room
 from gpt.search import searching
 
 Finish = Literal["stop", "length", "error"]
@@ -29,6 +30,8 @@ BUDGET = 256
 """Tokens that a step takes in, of prompts and texts together."""
 PART = 64
 """Tokens that a prompt counts for at least: reading the weights takes its time for the shortest too."""
+REACH = 32
+"""Positions are looked at in multiples of this, so that a view of them serves many steps."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -116,6 +119,40 @@ class Reading:
     scores: list[Score] = dataclasses.field(default_factory=list)
 
 
+Kind = Literal["row", "rows", "prompt"]
+"""What is computed at once: a step of one row, of several, or a part of a prompt."""
+
+
+class Prompt(nn.Module):
+    """What a model does for a part of a prompt: as it is, or to be compiled."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens_1T: Tensor, state: State) -> tuple[Tensor]:
+        """features_1TD; the state goes on."""
+        return (self.model.features(tokens_1T, state),)
+
+
+class Step(nn.Module):
+    """What a model does for one more token of each row: as it is, or to be compiled."""
+
+    def __init__(self, model: LanguageModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, last_B1: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        """logits_BV, the likeliest tokens_B, and the margin_B in nats by which they lead.
+
+        The state goes on, and the likeliest tokens are written to last_B1: the step can be taken again.
+        """
+        logits_BV = self.model.logits(self.model.features(last_B1, state)[:, -1])
+        two_B2, tokens_B2 = logits_BV.topk(min(2, self.model.vocabulary), dim=-1)
+        last_B1.copy_(tokens_B2[:, :1])
+        return logits_BV, tokens_B2[:, 0], (two_B2[:, 0] - two_B2[:, -1]).float()
+
+
 class Engine:
     """A model, and the requests that are queued for it or live in its rows.
 
@@ -126,6 +163,8 @@ class Engine:
         budget: Tokens that a step takes in.
         deterministic: Compute every text by itself, so that it is the same to the last bit
             whoever else is there. Many texts then take as long as one after the other.
+        ahead: Tokens that each text gets in a step where all are greedy, before any is looked at.
+            For models so small that looking takes as long as the token.
     """
 
     def __init__(
@@ -136,11 +175,14 @@ class Engine:
         *,
         budget: int = BUDGET,
         deterministic: bool = False,
+        ahead: int = 1,
     ) -> None:
-        if size < 1 or budget < 1:
-            raise ValueError(f"an engine needs at least 1 row and token, not {size} and {budget}")
+        if size < 1 or budget < 1 or ahead < 1:
+            raise ValueError(
+                f"an engine needs at least 1 row, token and step, not {size}, {budget} and {ahead}"
+            )
         self.model, self.size = model, size
-        self.budget, self.deterministic = budget, deterministic
+        self.budget, self.deterministic, self.ahead = budget, deterministic, ahead
         given = [limit for limit in (model.limit, length) if limit is not None]
         self.limit = min(given, default=None)
         weight = next(model.parameters())
@@ -154,11 +196,16 @@ class Engine:
         self.reading: Reading | None = None
         self.live: list[Live] = []
         self.searches: dict[Request, Generator[None, None, list[list[int]]]] = {}
+        step = Step(model)
+        self.parts: dict[Kind, Callable[[Tensor, State], Sequence[Tensor]]] = {
+            "row": step,
+            "rows": step,
+            "prompt": Prompt(model),
+        }
+        """What computes each; a compiled one may take its place at any time, from any thread."""
         # Elsewhere a row's own neighbours decide less than the card or the format does.
-        self.certain = weight.device.type == "cpu" and weight.dtype in (
-            torch.float32,
-            torch.float64,
-        )
+        self.certain = exact(model)
+        self._part: tuple[tuple[int, int, int], State] = ((0, 0, 0), self.empty)
 
     @property
     def idle(self) -> bool:
@@ -250,32 +297,93 @@ class Engine:
     def _decode(self) -> list[Event]:
         count = len(self.live)
         width = 1 if self.deterministic else count
-        tokens: list[int] = []
-        scores: list[Score | None] = []
+        events: list[Event] = []
         try:
             for first in range(0, count, width):
                 texts = self.live[first : first + width]
-                reach = max(text.length for text in texts)
-                part = self.model.part(rows(self.state, first, first + width), reach)
-                last_B1 = self.last_B1[first : first + width]
-                features_BTD = self.model.features(last_B1, part)
-                logits_BV = self.model.logits(features_BTD[:, -1])
-                tokens_B = self._choose(logits_BV, first, texts)
-                last_B1[:, 0] = tokens_B.clamp(min=0)
-                tokens += tokens_B.tolist()
-                scores += self._scores(logits_BV, texts, tokens[first:])
+                if all(_plain(text.request) for text in texts):
+                    events += self._likeliest(first, texts)
+                else:
+                    events += self._sampled(first, texts)
         except Exception as error:  # out of memory, say: the queue lives on
             failed = [_failed(text.request, text.choice, error) for text in self.live]
             self.live = []
             return failed
-        events = [self._event(row, tokens[row], scores[row]) for row in range(count)]
+        ended = {(event.request, event.choice) for event in events if event.finish}
         for row in reversed(range(count)):  # from the end: a row that moves has been seen
-            if events[row].finish:
+            if ended and (self.live[row].request, self.live[row].choice) in ended:
                 self._leave(row)
         return events
 
+    def _step(self, first: int, count: int, reach: int) -> Sequence[Tensor]:
+        """One step of some rows that hold up to `reach` tokens with the one that is fed."""
+        reach = min(-(-reach // REACH) * REACH, self.length)
+        key = first, count, reach
+        if self._part[0] != key:
+            own = rows(self.state, first, first + count)
+            self._part = key, self.model.part(own, reach)
+        step = self.parts["rows" if count > 1 else "row"]
+        return step(self.last_B1[first : first + count], self._part[1])
+
+    def _sampled(self, first: int, texts: Sequence[Live]) -> list[Event]:
+        """The next token of these texts, in rows from `first` on."""
+        reach = max(text.length for text in texts)
+        logits_BV = self._step(first, len(texts), reach)[0]
+        tokens_B = self._choose(logits_BV, first, texts)
+        self.last_B1[first : first + len(texts), 0] = tokens_B.clamp(min=0)
+        tokens = tokens_B.tolist()
+        scores = self._scores(logits_BV, texts, tokens)
+        return [
+            self._event(first + row, token, score)
+            for row, (token, score) in enumerate(zip(tokens, scores, strict=True))
+        ]
+
+    def _likeliest(self, first: int, texts: Sequence[Live]) -> list[Event]:
+        """The next tokens of these texts where each is the likeliest one, for some steps."""
+        reach = max(text.length for text in texts)
+        left = max(text.left - len(text.tokens) for text in texts)
+        room = left if self.limit is None else self.length - reach + 1
+        taken = [
+            self._step(first, len(texts), reach + number)[1:]
+            for number in range(min(self.ahead, left, room))
+        ]
+        tokens_NB = torch.stack([tokens_B for tokens_B, _ in taken]).tolist()
+        margins_NB = torch.stack([margin_B for _, margin_B in taken])
+        least = NEAR if self.certain and self.model.vocabulary > 1 else 0
+        # Not `<`: a margin may be no number.
+        doubts_NB = (~(margins_NB >= least)).tolist()
+        events = []
+        for row, text in enumerate(texts, first):
+            for tokens_B, doubts_B in zip(tokens_NB, doubts_NB, strict=True):
+                token, doubt = tokens_B[row - first], doubts_B[row - first]
+                settled = self._settled(text) if doubt else token
+                events.append(self._event(row, settled, None))
+                if events[-1].finish:
+                    break
+                if settled != token:
+                    self._mend(row, text)
+                    break
+        return events
+
+    def _settled(self, text: Live) -> int:
+        """The likeliest token after a text, computed of it alone; -1 where there is none."""
+        request = text.request
+        logits_V = anew(self.model, request.prompt, text.tokens, request.begin)
+        return int(logits_V.argmax()) if bool(logits_V.max().isfinite()) else -1
+
+    def _mend(self, row: int, text: Live) -> None:
+        """Let a row be where its text is, after steps that took it elsewhere."""
+        device, request = self.last_B1.device, text.request
+        prompt_1T = torch.tensor([list(request.prompt)], device=device)
+        state, _ = opened(self.model, prompt_1T, self.length, request.begin)
+        if text.tokens[:-1]:
+            text_1T = torch.tensor([text.tokens[:-1]], device=device)
+            self.model.features(text_1T, self.model.part(state, text.length))
+        self._copy(state, row, text.length)
+        self.last_B1[row] = text.tokens[-1]
+
     def _choose(self, logits_BV: Tensor, first: int, texts: Sequence[Live]) -> Tensor:
-        """tokens_B for these texts, in rows from `first` on."""
+        """tokens_B for these texts, in rows from `first` on, each by its own parameters."""
 
         def again(row: int) -> Tensor:
             text = texts[row - first]
@@ -352,7 +460,10 @@ class Engine:
             reading.read = min(start + most, len(prompt))
             part_1T = torch.tensor([list(prompt[start : reading.read])], device=device)
             state = self.model.part(reading.state, reading.read)
-            features_1TD = self.model.features(part_1T, state)
+            if part_1T.shape[1] > 1:
+                (features_1TD,) = self.parts["prompt"](part_1T, state)
+            else:
+                features_1TD = self.model.features(part_1T, state)
             if request.score:
                 self._score_prompt(reading, features_1TD, start)
             features_1D = features_1TD[:, -1]
@@ -452,6 +563,19 @@ def _scored(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> 
             tokens, chosen, likeliest, wanted, strict=True
         )
     ]
+
+
+def ahead(model: LanguageModel) -> int:
+    """How many steps to take before their tokens are looked at: several, for the smallest on a CPU."""
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    on_cpu = next(model.parameters()).device.type == "cpu"
+    return 4 if on_cpu and weights < 3_000_000 else 1
+
+
+def _plain(request: Request) -> bool:
+    """Whether nothing but the likeliest token is asked for."""
+    sampling = request.sampling
+    return sampling.greedy and not sampling.adjusted and request.logprobs is None
 
 
 def _failed(request: Request, choice: int, error: Exception) -> Event:

@@ -16,6 +16,8 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 
+import torch
+
 from serving.engine import Engine, Event, Request
 from serving.metrics import Metrics
 
@@ -85,6 +87,7 @@ class Service:
         places: Texts that may wait for a row.
         stall: Seconds without a step, while there is work, after which it counts as hung.
         metrics: Where to count.
+        threads: Cores for the engine's products; torch's own choice when None.
     """
 
     def __init__(
@@ -94,10 +97,12 @@ class Service:
         places: int = 64,
         stall: float = 60.0,
         metrics: Metrics | None = None,
+        threads: int | None = None,
     ) -> None:
         if places < 0:
             raise ValueError(f"the places to wait in must be at least 0, not {places}")
         self.engine, self.places, self.stall = engine, places, stall
+        self.threads = threads
         self.metrics = metrics or Metrics("")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -262,6 +267,8 @@ class Service:
             self.engine.add(request)
 
     def _run(self) -> None:
+        if self.threads:
+            torch.set_num_threads(self.threads)  # of this thread: other engines have their own
         try:
             while True:
                 while self.engine.idle or not self._calls.empty():

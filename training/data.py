@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import logging
-import os
 import platform
 import re
 import shutil
@@ -37,6 +36,7 @@ import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm
 
+from gpt.checkpoint import cache
 from tokenizer import WORDS, Tokenizer, from_utf8
 from training.corpus import (
     FILE,
@@ -185,13 +185,6 @@ def prepare(
             )
             writer.close(description, reader.languages if reader else None)
     return open_corpus(directory, pairs)
-
-
-def cache() -> Path:
-    """Where prepared tokens are kept: TINYGPT_CACHE, or the user's cache folder."""
-    if root := os.environ.get("TINYGPT_CACHE"):
-        return Path(root)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygpt"
 
 
 def _prepared(source: Source, tokenizer: Tokenizer | None, pairs: bool) -> Corpus:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from gpt import LanguageModel
-from gpt.checkpoint import save_config
+from gpt.checkpoint import save_config, save_tensors
 from gpt.describe import parameters
 from gpt.device import describe
 from tokenizer import Tokenizer
@@ -60,6 +60,9 @@ def begin(run: Run, directory: Path, world: World = ALONE) -> Trainer:
     directory.mkdir(parents=True, exist_ok=True)
     if task.tokenizer:
         task.tokenizer.save(directory / "tokenizer.json")
+    if task.held_out is not None:
+        tokens = torch.from_numpy(task.held_out.astype("int32"))
+        save_tensors(directory / "validation.safetensors", {"tokens": tokens})
     save_config(directory, run.model, configuration(run, task.given))
     save_run(run, directory, facts(trainer))
     return trainer

@@ -55,6 +55,8 @@ class Task:
     """What made the tokens, if it is about tokens."""
     row: int | None = None
     """Tokens of a row, where all rows are of one length."""
+    held_out: NDArray[Any] | None = None
+    """The first tokens of the validation split, where it is one text: they stay with the run."""
 
     @classmethod
     def expects(cls, run: Run) -> dict[str, Any]:

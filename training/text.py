@@ -18,6 +18,8 @@ from training.evaluate import compressors, estimate, evaluate, scoring
 from training.presets import Run
 from training.task import Batch, Report, Task
 
+HELD_OUT = 2**14
+"""Validation tokens that stay with a run, for a server to measure on what a number format costs."""
 COMPRESSED = 2**24
 """Bytes of text up to which general compressors are run beside the model."""
 
@@ -47,6 +49,8 @@ class Text(Task):
         ]
         self.given = {"vocabulary": self.tokenizer.vocabulary, "context": run.window}
         self.row = run.window
+        if self.kind == "text":
+            self.held_out = corpus.splits["validation"].tokens[:HELD_OUT]
         if to_train:
             order = Streams if run.carry else Windows
             self.order = order(corpus.splits["train"].tokens, run.window, run.batch, run.seed)

@@ -1,0 +1,249 @@
+"""Steps compiled for this machine, made in the background and swapped in when they are ready.
+
+An engine answers at once, with its model as it is. Meanwhile a process of its own, at low
+priority, traces one step of one row and one of any number of rows, lets TorchInductor
+write C++ for them and compiles that (Ansel et al. 2024, "PyTorch 2"); how far the rows
+reach stays open. What comes out knows no weights: it is given those of the engine's model,
+is compared with it once, and then takes its place. It is kept in the user's cache, under
+a name that says what it is for, so that the next server has it from the beginning on.
+"""
+
+import contextlib
+import copy
+import hashlib
+import logging
+import os
+import pickle
+import platform
+import queue
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gpt.checkpoint import cache
+from gpt.model import LanguageModel, State, rows
+from serving.engine import Engine, Kind, Prompt, Step
+
+logger = logging.getLogger(__name__)
+
+SHORTEST = 16
+"""Positions below which there is nothing to win, and too little to tell what varies."""
+TOLERANCE = 0.02
+"""Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
+
+
+def compiler() -> str | None:
+    """The C++ compiler that would be used, if there is one."""
+    wanted = (os.environ.get("CXX"), "g++", "clang++")
+    return next((path for name in wanted if name and (path := shutil.which(name))), None)
+
+
+def whole(model: LanguageModel, kind: Kind) -> nn.Module:
+    """What is compiled, as it is."""
+    return Prompt(model) if kind == "prompt" else Step(model)
+
+
+class Compiled:
+    """Compiled code from a file, with the weights of a model.
+
+    Args:
+        path: Made by `compile_part`.
+        part: Whose weights it uses; they must live as long, and stay where they are.
+    """
+
+    def __init__(self, path: Path, part: nn.Module) -> None:
+        package: Any = torch._inductor.aoti_load_package(str(path))
+        self._weights = {
+            **dict(part.named_parameters(remove_duplicate=False)),
+            **dict(part.named_buffers(remove_duplicate=False)),
+        }
+        wanted = {name: self._weights[name] for name in package.get_constant_fqns()}
+        package.load_constants(wanted, check_full_update=True, user_managed=True)
+        self._run = package.loader.run
+
+    def __call__(self, tokens_BT: Tensor, state: State) -> Sequence[Tensor]:
+        """As of the part."""
+        return self._run([tokens_BT, *state.values()])
+
+
+def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Tensor, State]]:
+    """Two inputs as an engine gives them, that differ in every size that may."""
+    most = 3 if kind == "rows" else 1
+    state = model.init_state(most, length)
+    found = []
+    for more in (0, 1):
+        count = 2 + more if kind == "rows" else 1
+        tokens_BT = torch.zeros(count, 2 + more if kind == "prompt" else 1, dtype=torch.long)
+        found.append((tokens_BT, model.part(rows(state, 0, count), length // 2 + more)))
+    return found
+
+
+def traced(model: LanguageModel, length: int, kind: Kind) -> torch.export.ExportedProgram:
+    """A part of a model, of which only the structure matters, for rows of so many positions."""
+    given, other = examples(model, length, kind)
+
+    def open_ones(one: Tensor, two: Tensor) -> dict[int, Any]:
+        sizes = enumerate(zip(one.shape, two.shape, strict=True))
+        return {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in sizes if a != b}
+
+    (tokens_BT, state), (other_BT, other_state) = given, other
+    states = {name: open_ones(state[name], other_state[name]) for name in state}
+    with torch.no_grad():
+        return torch.export.export(
+            whole(model, kind),
+            given,
+            dynamic_shapes=(open_ones(tokens_BT, other_BT), states),
+            strict=False,
+        )
+
+
+def compile_part(program: torch.export.ExportedProgram, path: Path) -> None:
+    """Write what was traced as machine code, without weights, to a file."""
+    torch._inductor.aoti_compile_and_package(
+        program,
+        package_path=str(path),
+        inductor_configs={"aot_inductor.package_constants_in_so": False},
+    )
+
+
+class Job:
+    """What is to be compiled for an engine: the same work has the same name."""
+
+    def __init__(self, engine: Engine, kind: Kind, threads: int) -> None:
+        self.engine, self.kind = engine, kind
+        structure = _skeleton(engine.model)
+        self.work = pickle.dumps((structure, engine.length, kind, threads))
+        package = Path(__file__).parents[1]
+        sources = sorted([*package.glob("gpt/*.py"), *package.glob("serving/*.py")])
+        parts = [self.work, torch.__version__.encode(), _processor().encode()]
+        parts += [source.read_bytes() for source in sources]
+        self.path = cache() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
+
+    def load(self) -> Compiled:
+        """The compiled part, compared with the model's own; a ValueError says that it is another."""
+        part = whole(self.engine.model, self.kind)
+        compiled = Compiled(self.path, part)
+        found = []
+        with torch.inference_mode():
+            for run in (part, compiled):
+                inputs = examples(self.engine.model, self.engine.length, self.kind)[0]
+                found.append([run(*inputs)[0].float() for _ in range(2)][1])
+        wanted, got = found
+        off = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+        if not off <= TOLERANCE:
+            raise ValueError(f"it is off by {off:.1%}")
+        return compiled
+
+
+def _skeleton(model: LanguageModel) -> LanguageModel:
+    """The model without the contents of its tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    hollow = {id(tensor): _hollow(tensor) for tensor in tensors}
+    return copy.deepcopy(model, hollow)
+
+
+def _hollow(tensor: Tensor) -> Tensor:
+    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+    return torch.nn.Parameter(empty, False) if isinstance(tensor, torch.nn.Parameter) else empty
+
+
+def _processor() -> str:
+    """What code is compiled for."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.platform() + platform.processor()
+    return "\n".join(line for line in lines[:40] if line.startswith(("model name", "flags")))
+
+
+class Compiler:
+    """Compiles for engines in the background, one job after the other."""
+
+    def __init__(self) -> None:
+        self._jobs: queue.Queue[tuple[Engine, Kind, int]] = queue.Queue()
+        self._child: subprocess.Popen[bytes] | None = None
+        self._closed = False
+        threading.Thread(target=self._work, name="compiler", daemon=True).start()
+
+    def add(self, engine: Engine, threads: int) -> None:
+        """Let an engine's steps become compiled ones, for so many cores."""
+        on_cpu = engine.last_B1.device.type == "cpu"
+        if not on_cpu or engine.length < SHORTEST or engine.deterministic or not compiler():
+            return
+        kinds: list[Kind] = ["row"]
+        kinds += ["prompt"] if engine.model.reads_in_parts else []
+        kinds += ["rows"] if engine.size > 1 else []
+        for kind in kinds:
+            self._jobs.put((engine, kind, threads))
+
+    def wait(self) -> None:
+        """Until all that was added is done."""
+        self._jobs.join()
+
+    def close(self) -> None:
+        """Stop, whatever is being compiled."""
+        self._closed = True
+        if self._child:
+            self._child.terminate()
+
+    def _work(self) -> None:
+        while True:
+            work = self._jobs.get()
+            if not self._closed:
+                job = Job(*work)
+                if job.path.exists() or self._compile(job):
+                    self._adopt(job)
+            self._jobs.task_done()
+
+    def _compile(self, job: Job) -> bool:
+        """Whether it worked; what went wrong is logged in a line."""
+        job.path.parent.mkdir(parents=True, exist_ok=True)
+        beside = job.path.with_name(f"{os.getpid()}-{job.path.name}")
+        command = [sys.executable, "-m", "serving.compiled", str(beside)]
+        self._child = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+            start_new_session=True,  # Ctrl-C is for the server
+        )
+        _, complaint = self._child.communicate(job.work)
+        if self._child.returncode == 0 and beside.exists():
+            beside.replace(job.path)
+            return True
+        beside.unlink(missing_ok=True)
+        if not self._closed:
+            lines = complaint.decode(errors="replace").strip().splitlines() or ["no reason given"]
+            logger.info("%s stays uncompiled: %s", job.kind, lines[-1])
+        return False
+
+    def _adopt(self, job: Job) -> None:
+        try:
+            job.engine.parts[job.kind] = job.load()
+        except Exception as error:  # whatever it is, the model itself is there
+            logger.warning("a compiled step cannot be used: %s", error)
+            with contextlib.suppress(OSError):
+                job.path.unlink()
+
+
+def main() -> None:
+    """The life of the process that compiles: work from standard input, the file's path as argument."""
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    os.nice(10)
+    model, length, kind, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    program = traced(model.to_empty(device="cpu"), length, kind)
+    compile_part(program, Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()
