@@ -68,6 +68,12 @@ class Cell(nn.Module):
         self.input = nn.Linear(inputs, self.gates * width)
         self.hidden = nn.Linear(width, self.gates * width, bias=self.hidden_bias)
 
+    def total(self, input_BF: Tensor, hidden_BD: Tensor) -> Tensor:
+        """W x + b + U h, of a cell whose product with the memory has no bias."""
+        if isinstance(self.hidden, nn.Linear):  # one kernel at every step instead of two
+            return torch.addmm(input_BF, hidden_BD, self.hidden.weight.t())
+        return input_BF + self.hidden(hidden_BD)
+
     def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
         """All that decides a step, each of shape BD; nothing in a cell without gates."""
         return ()
@@ -135,7 +141,7 @@ class RNNCell(Cell):
     def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
         """hidden_BD -> hidden_BD."""
         (hidden_BD,) = memory_BD
-        return (torch.addmm(input_BF, hidden_BD, self.hidden.weight.t()).tanh(),)
+        return (self.total(input_BF, hidden_BD).tanh(),)
 
 
 class LSTMCell(Cell):
@@ -153,7 +159,7 @@ class LSTMCell(Cell):
 
     def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """i_BD, f_BD, g_BD and o_BD."""
-        all_BF = torch.addmm(input_BF, hidden_BD, self.hidden.weight.t())
+        all_BF = self.total(input_BF, hidden_BD)
         i_BD, f_BD, g_BD, o_BD = all_BF.chunk(4, dim=-1)
         return i_BD.sigmoid(), f_BD.sigmoid(), g_BD.tanh(), o_BD.sigmoid()
 

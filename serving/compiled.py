@@ -121,8 +121,8 @@ class Job:
         self.engine, self.kind = engine, kind
         structure = _skeleton(engine.model)
         self.work = pickle.dumps((structure, engine.length, kind, threads))
-        package = Path(__file__).parents[1]
-        sources = sorted([*package.glob("gpt/*.py"), *package.glob("serving/*.py")])
+        here = Path(__file__).parent
+        sources = [*sorted(here.parent.glob("gpt/*.py")), here / "engine.py", Path(__file__)]
         parts = [self.work, torch.__version__.encode(), _processor().encode()]
         parts += [source.read_bytes() for source in sources]
         self.path = cache() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"

@@ -7,7 +7,7 @@ from torch import nn
 
 from gpt import LanguageModel
 from gpt.checkpoint import build
-from gpt.sampling import Sampling, generate
+from gpt.sampling import Sampling, anew, generate
 from gpt.search import translate
 from serving.engine import Engine, Request
 
@@ -182,6 +182,71 @@ def test_greedy_texts_in_float32_are_the_same_whatever_the_load(name):
     for request in requests:
         if (request, 0) not in cancelled:
             assert watch.text(request) == alone(model, request)
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_steps_taken_before_their_tokens_are_looked_at_change_no_text(name):
+    model = make(name, torch.float32)
+    engine = Engine(model, 6, budget=21, ahead=4)
+    watch, requests, cancelled = arrivals(
+        engine, random.Random(4), 100, lambda i: Sampling(seed=i, temperature=float(i % 4 == 0))
+    )
+    for request in requests:
+        if (request, 0) not in cancelled and request.sampling.greedy:
+            assert watch.text(request) == alone(model, request)
+
+
+@pytest.mark.parametrize("name", ["gpt", "gpt-ngrams", "lstm", "mlp", "transformer"])
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_a_step_whose_rounding_turned_a_near_tie_around_is_mended(name, ahead):
+    """Every third choice of a row with neighbours is made wrong, by as little as rounding could."""
+    model = make(name, torch.float32)
+    engine = Engine(model, 3, ahead=ahead)
+    step, taken = engine.parts["rows"], [0]
+
+    def rounded(last_B1, state):
+        logits_BV, tokens_B, margin_B = step(last_B1, state)
+        taken[0] += 1
+        if taken[0] % 3 == 0:
+            tokens_B = (tokens_B + 1) % VOCABULARY
+            last_B1.copy_(tokens_B.unsqueeze(1))
+            margin_B = torch.full_like(margin_B, 1e-5)
+        return logits_BV, tokens_B, margin_B
+
+    engine.parts["rows"] = rounded
+    requests = [Request([i, i + 1], 25, Sampling(temperature=0)) for i in range(5)]
+    for request in requests:
+        engine.add(request)
+    watch = Watch(engine).run()
+    assert taken[0] > 9
+    for request in requests:
+        assert watch.text(request) == alone(model, request)
+
+
+@pytest.mark.parametrize("ahead", [1, 4])
+def test_logits_that_are_no_numbers_end_a_text_and_not_its_neighbours(ahead):
+    model = make("gpt", torch.float32)
+    engine = Engine(model, 2, ahead=ahead)
+    poisoned, other = (Request([i], 20, Sampling(temperature=0)) for i in (1, 2))
+    engine.add(poisoned)
+    engine.add(other)
+    engine.step()
+    rows = [text.request for text in engine.live]
+    engine.state["values"][rows.index(poisoned), 0] = torch.nan
+    events = []
+
+    def damaged(model, prompt, text, begin):
+        logits_V = anew(model, prompt, text, begin)
+        return logits_V * torch.nan if prompt == poisoned.prompt else logits_V
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.engine.anew", damaged)  # as weights would be
+        while not engine.idle:
+            events += engine.step()
+    ends = {event.request: event for event in events if event.finish}
+    assert ends[poisoned].finish == "error"
+    assert "not numbers" in ends[poisoned].error
+    assert ends[other].finish == "length"
 
 
 @pytest.mark.parametrize("name", RUNGS)
