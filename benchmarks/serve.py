@@ -40,7 +40,9 @@ from benchmarks.train import Row, add_common_options, machine, report, spread
 from gpt import cli
 from gpt.checkpoint import save_config, save_tensors, weights
 from gpt.gpt import GPT2
+from gpt.int8 import DType, converted
 from gpt.sampling import Sampling
+from serving.__main__ import fastest_threads
 from serving.engine import Engine, Request
 from tokenizer import byte_tokenizer, train_bpe
 from tokenizer.__main__ import Parser
@@ -292,6 +294,18 @@ async def ask(port: int, prompt: Sequence[int], tokens: int, begun: float) -> Ti
     return await client.ended
 
 
+async def settled(port: int, parts: int) -> None:
+    """Wait until a server runs as many parts compiled as its engine does here."""
+    while True:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
+        found = re.search(rb"compiled_parts{[^}]*} (\d+)", await reader.read())
+        writer.close()
+        if found and int(found[1]) >= parts:
+            return
+        await asyncio.sleep(0.2)
+
+
 async def closed_loop(port: int, clients: int, texts: int, tokens: int, vocabulary: int) -> Row:
     """Clients that ask again as soon as they are answered."""
     asked = prompts(texts, PROMPT, vocabulary)
@@ -354,17 +368,21 @@ def served(folder: Path, rows: int, options: Sequence[str]) -> Iterator[tuple[in
         process.wait()
 
 
-def loops(size: str, texts: int, tokens: int, rows: int) -> Row:
+def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     """The engine's closed loops, a server's, and its open ones."""
     shape = SIZES[size]
     result: Row = {"size": size, "texts": texts, "tokens": tokens, "engine": [], "http": []}
-    engine = Engine(shape.build(), rows)
+    threads = fastest_threads(converted(shape.build(), dtype))
+    torch.set_num_threads(threads)
+    engine = Ours(shape.build(), rows, dtype).engine
     for clients in CLIENTS:
         engine_loop(engine, clients, clients, 8)
     with tempfile.TemporaryDirectory() as folder:
         save_run(Path(folder), shape)
-        for port, seconds in served(Path(folder), rows, ["--queue", str(max(CLIENTS))]):
+        options = ["--queue", str(max(CLIENTS)), "--dtype", dtype, "--threads", str(threads)]
+        for port, seconds in served(Path(folder), rows, options):
             result["ready_seconds"] = seconds
+            asyncio.run(settled(port, engine.compiled))
             vocabulary = shape.vocabulary
             for clients in CLIENTS:
                 count = max(texts, 2 * clients)
@@ -444,6 +462,7 @@ def benchmark(
     texts: int,
     tokens: int,
     rows: int,
+    dtype: DType,
 ) -> None:
     """Measure, print the tables, write JSON and, beside it, Markdown."""
     for name, value in (("threads", threads), ("texts", texts), ("tokens", tokens), ("rows", rows)):
@@ -457,7 +476,7 @@ def benchmark(
     if "loops" in only:
         result["bandwidth"] = bandwidth(threads)
         for size in sizes:
-            result["loops"].append(loops(size, texts, tokens, rows))
+            result["loops"].append(loops(size, texts, tokens, rows, dtype))
             tables.append(loops_table(result["loops"][-1], result["bandwidth"]))
     report(result, tables, output)
 
@@ -470,6 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--only", nargs="+", choices=["rivals", "loops"], default=["rivals", "loops"]
     )
+    parser.add_argument("--dtype", choices=["float32", "int8"], default="float32")
     for name, default in (("texts", 32), ("tokens", 64), ("rows", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="%(default)s")
     try:

@@ -218,6 +218,7 @@ class Serve:
 
         path, model, tokenizer = open_run(folder, self.device)
         name = path.resolve().name
+        size = parameters(model)
         before = measured(model, path) if self.dtype != "float32" else None
         model = converted(model, self.dtype)
         threads = self.threads or fastest_threads(model)
@@ -232,7 +233,7 @@ class Serve:
         )
         mebibytes = engine.bytes / 2**20
         print(
-            f"{name}: {parameters(model):,} parameters in {self.dtype}; {self.rows} rows of "
+            f"{name}: {size:,} parameters in {self.dtype}; {self.rows} rows of "
             f"{engine.length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
             file=sys.stderr,
         )

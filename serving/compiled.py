@@ -17,10 +17,10 @@ import pickle
 import platform
 import queue
 import shutil
-import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -235,10 +235,17 @@ class Compiler:
                 job.path.unlink()
 
 
+def _follow(parent: int) -> None:
+    """Do not outlive a server that was killed."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
 def main() -> None:
     """The life of the process that compiles: work from standard input, the file's path as argument."""
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.nice(10)
+    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
     model, length, kind, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
     program = traced(model.to_empty(device="cpu"), length, kind)

@@ -5,12 +5,13 @@ Nothing that a client sends is ignored: what is unknown, or cannot be, is refuse
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import logging
 import math
+import random
 import secrets
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Annotated, Any
 
@@ -26,6 +27,8 @@ from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+SERVER, NUMBERS = secrets.token_hex(8), itertools.count(1)
+"""An answer's name: the system's own random numbers can take half a millisecond."""
 LONGEST = 65_536
 """Tokens of a prompt for a model whose context has no end."""
 
@@ -266,7 +269,7 @@ class Answer:
             request = engine.Request(
                 prompt.ids,
                 completion.max_tokens,
-                completion.sampling(secrets.randbits(63)),
+                completion.sampling(random.getrandbits(63)),
                 {end},
                 completion.n,
                 prompt.first,
@@ -283,7 +286,7 @@ class Answer:
                 self.choices[request, number] = choice
         self.inbox = served.service.admit(self.requests)
         self.head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": f"cmpl-{SERVER}-{next(NUMBERS)}",
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.name,

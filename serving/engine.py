@@ -213,6 +213,11 @@ class Engine:
         return not (self.queue or self.live or self.searches)
 
     @property
+    def compiled(self) -> int:
+        """How many of its parts are not the model itself any more."""
+        return sum(not isinstance(part, nn.Module) for part in self.parts.values())
+
+    @property
     def bytes(self) -> int:
         """What the weights, the rows and their sampling take in memory, from the beginning on."""
         tensors = {

@@ -13,6 +13,9 @@ REGISTRY = CollectorRegistry()
 LABEL = ("model_name",)
 RUNNING = Gauge("tinygpt:num_requests_running", "Texts being made", LABEL, registry=REGISTRY)
 WAITING = Gauge("tinygpt:num_requests_waiting", "Texts that wait", LABEL, registry=REGISTRY)
+COMPILED = Gauge(
+    "tinygpt:compiled_parts", "Parts of the engine that run compiled", LABEL, registry=REGISTRY
+)
 READ = Counter("tinygpt:prompt_tokens", "Tokens of prompts", LABEL, registry=REGISTRY)
 WRITTEN = Counter("tinygpt:generation_tokens", "Tokens of texts", LABEL, registry=REGISTRY)
 ENDED = Counter(
@@ -47,10 +50,13 @@ class Metrics:
         self.first, self.between = FIRST.labels(model), BETWEEN.labels(model)
         self.whole, self.queued = WHOLE.labels(model), QUEUED.labels(model)
 
-    def watch(self, running: Callable[[], int], waiting: Callable[[], int]) -> None:
+    def watch(
+        self, running: Callable[[], int], waiting: Callable[[], int], compiled: Callable[[], int]
+    ) -> None:
         """Ask these whenever somebody looks."""
         self.running.set_function(running)
         self.waiting.set_function(waiting)
+        COMPILED.labels(self.model).set_function(compiled)
 
     def arrived(self, tokens: int) -> None:
         """A request with a prompt of so many tokens."""

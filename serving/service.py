@@ -114,7 +114,7 @@ class Service:
         """True when the engine has raised what no request is to blame for."""
         self._stepped = time.monotonic()
         self._ends: deque[float] = deque(maxlen=RECENT)
-        self.metrics.watch(lambda: self.running, lambda: self.waiting)
+        self.metrics.watch(lambda: self.running, lambda: self.waiting, lambda: self.engine.compiled)
 
     @property
     def ready(self) -> bool:

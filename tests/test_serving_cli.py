@@ -1,19 +1,24 @@
 import contextlib
 import io
 import json
+import math
+import re
 import runpy
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 
 import httpx
+import numpy as np
 import pytest
 import torch
 
 from gpt import GPT
 from gpt.checkpoint import save_config, save_tensors, weights
 from gpt.sampling import Sampling, generate
+from serving.compiled import compiler
 from serving.text import read_prompt
 from tokenizer import byte_tokenizer
 
@@ -112,6 +117,8 @@ WRONG = {
         "--rows must be at least 1, not 0",
     ),
     "a queue": (["serve", "runs/tiny", "--queue", "-1"], "--queue must be at least 0, not -1"),
+    "threads": (["serve", "runs/tiny", "--threads", "0"], "--threads must be at least 1, not 0"),
+    "a format": (["serve", "runs/tiny", "--dtype", "int4"], "--dtype"),
     "a deadline": (["serve", "runs/tiny", "--grace", "-1"], "--grace must be at least 0"),
     "no key": (
         ["serve", "runs/tiny", "--host", "0.0.0.0", "--port", "0"],
@@ -184,6 +191,8 @@ class Serving:
     """`serve` as a process of its own; the line it prints once it is ready."""
 
     def __init__(self, here, *arguments):
+        if "--compile" not in arguments:
+            arguments = *arguments, "--no-compile"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serving", "serve", "--port", "0", *arguments],
             cwd=here,
@@ -217,6 +226,62 @@ def test_serve_prints_a_command_that_works_as_it_stands(here):
         assert about.startswith("tiny: ")
         assert "16 rows of 64 positions" in about
         assert '"POST /v1/completions HTTP/1.1" 200' in request
+
+
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_another_format_says_what_it_costs_and_answers(here, tmp_path, model, dtype):
+    run = shutil.copytree(here / "runs" / "tiny", tmp_path / "run")
+    ids = torch.randint(256, (300,), dtype=torch.int32)
+    save_tensors(run / "validation.safetensors", {"tokens": ids})
+    with Serving(tmp_path, "run", "--dtype", dtype) as server:
+        body = {"prompt": "ab", "max_tokens": 20, "temperature": 0}
+        answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
+        assert answer["usage"]["completion_tokens"] == 20
+        server.process.terminate()
+        _, log = server.process.communicate(timeout=DEADLINE)
+    found = re.search(
+        r"perplexity ([0-9.]+) instead of ([0-9.]+) \(([-+0-9.]+)%\) on (\d+) of", log
+    )
+    new, old, share, count = map(float, found.groups())
+    losses = [
+        model.loss(part[:-1].long().unsqueeze(0), part[1:].long().unsqueeze(0)).item()
+        for part in ids.split(65)
+    ]
+    weights_of_losses = [len(part) - 1 for part in ids.split(65)]
+    wanted = math.exp(float(np.average(losses, weights=weights_of_losses)))
+    assert (old, count) == (pytest.approx(wanted, rel=1e-3), sum(weights_of_losses))
+    assert new == pytest.approx(wanted, rel=0.1)
+    assert share == pytest.approx(100 * (new / old - 1), abs=0.02)
+    assert f"parameters in {dtype}" in log
+
+
+def test_threads_are_what_is_fastest_or_what_is_asked_for(here):
+    with Serving(here, "--threads", "3", "--dtype", "int8") as server:
+        server.process.terminate()
+        _, log = server.process.communicate(timeout=DEADLINE)
+    assert "threads: 3" in log
+    assert "what int8 costs in perplexity is not known" in log
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not compiler(), reason="there is no C++ compiler")
+def test_a_server_answers_at_once_and_then_compiles_itself_while_it_answers(here, tmp_path):
+    def compiled(server):
+        metrics = httpx.get(f"{server.address}/metrics").text
+        return re.search(r"compiled_parts{.*} (\d)", metrics)[1]
+
+    body = {"prompt": "ab", "max_tokens": 60, "temperature": 0}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TINYGPT_CACHE", str(tmp_path))
+        with Serving(here, "--compile") as server:
+            assert compiled(server) == "0"
+            texts = set()
+            while compiled(server) != "3":
+                answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+                texts.add(answer.json()["choices"][0]["text"])
+            answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
+            assert texts == {answer["choices"][0]["text"]}
+        assert len(list((tmp_path / "steps").iterdir())) == 3
 
 
 def test_several_runs_are_chosen_by_their_names(here, tmp_path):

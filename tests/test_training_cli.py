@@ -12,7 +12,7 @@ import sys
 
 import pytest
 
-from gpt.checkpoint import find_run
+from gpt.checkpoint import find_run, load_tensors
 from training.loop import newest_checkpoint
 
 TINY = [
@@ -100,11 +100,15 @@ def test_a_run_says_what_it_does_and_what_comes_next(run):
 
 
 def test_the_run_directory_is_complete(run):
-    directory, _ = run
+    directory, out = run
     assert {path.name for path in directory.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl"),
+        "validation.safetensors",
         "checkpoints",
     }
+    held_out = load_tensors(directory / "validation.safetensors")["tokens"]
+    (there,) = re.findall(r"validation: [0-9,]+ bytes, ([0-9,]+) tokens", out)
+    assert len(held_out) == min(int(there.replace(",", "")), 16_384) > 0
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 7)]
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
