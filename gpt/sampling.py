@@ -13,8 +13,10 @@ from logits that are computed anew, of the row alone, so that it too depends on 
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,6 +89,19 @@ class Sampling:
         return penalties != (1, 0, 0) or bool(self.logit_bias)
 
 
+class Ways(NamedTuple):
+    """What the parameters of some rows have in common; all else about them is in tensors."""
+
+    drawing: bool
+    """One leaves something to chance."""
+    adjusted: bool
+    """One changes logits."""
+    nucleus: bool
+    """One draws with a `top_p`."""
+    most: int
+    """So many of the likeliest tokens must be sorted for what filters; 0 for none."""
+
+
 class Sampler:
     """Chooses the next token of each row of a batch, each by its own parameters.
 
@@ -115,6 +130,10 @@ class Sampler:
             "in_prompt": torch.zeros(size, vocabulary, dtype=torch.bool, device=device),
             "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
         }
+
+        # What never started may be computed with others: as greedy as `samplings` say.
+        for name, value in (("greedy", True), ("temperature", 1), ("top_k", 1)):
+            self.state[name].fill_(value)
 
     def start(self, row: int, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> None:
         """Let `row` begin a new text after `prompt`; `choice` numbers the texts of one seed."""
@@ -163,32 +182,54 @@ class Sampler:
                 decide a greedy choice. Without it, it may.
         """
         last = first + len(logits_BV)
-        samplings = self.samplings[first:last]
-        drawing = [sampling for sampling in samplings if not sampling.greedy]
-        adjusted = any(sampling.adjusted for sampling in samplings)
-        state = rows(self.state, first, last)
+        settle = None
+        if again and any(sampling.greedy for sampling in self.samplings[first:last]):
+            settle = functools.partial(self._settled, first=first, again=again)
+        return self.choose(logits_BV, rows(self.state, first, last), self.ways(first, last), settle)
+
+    def ways(self, first: int, last: int) -> Ways:
+        """What rows [first, last) ask for between them."""
+        drawing = [one for one in self.samplings[first:last] if not one.greedy]
+        nucleus = any(one.top_p < 1 for one in drawing)
+        most = 0
+        if nucleus or any(one.top_k for one in drawing):
+            most = self.vocabulary
+            if all(one.top_k or one.top_p == 1 for one in drawing):
+                largest = max(one.top_k for one in drawing)
+                most = min(most, 2 ** math.ceil(math.log2(largest)))
+        adjusted = any(one.adjusted for one in self.samplings[first:last])
+        return Ways(bool(drawing), adjusted, nucleus, most)
+
+    def choose(
+        self,
+        logits_BV: Tensor,
+        state: State,
+        ways: Ways,
+        settle: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """tokens_B of rows with this part of `self.state`, which goes on; nothing is asked of the device."""
         if logits_BV.dtype != torch.float64:
             logits_BV = logits_BV.float()
-        if adjusted:
+        if ways.adjusted:
             logits_BV = _adjust(logits_BV, state)
-        if again and len(drawing) < len(samplings):
-            logits_BV = self._settled(logits_BV, first, again)
+        if settle:
+            logits_BV = settle(logits_BV)
         best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
-        if drawing:
+        if ways.drawing:
             logits_BV = (logits_BV - best_B1) / state["temperature"]
-            logits_BV = _filter(logits_BV, state, drawing)
+            logits_BV = _filter(logits_BV, state, ways)
             cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
             height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
             height_B1 = height_B1 * cumulative_BV[:, -1:]
             drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
             tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
             state["position"] += 1
-        if adjusted:
+        if ways.adjusted:
             chosen_B1 = tokens_B1.clamp(max=self.vocabulary - 1)
             state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
         return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
 
-    def _settled(self, logits_BV: Tensor, first: int, again: Callable[[int], Tensor]) -> Tensor:
+    def _settled(self, logits_BV: Tensor, *, first: int, again: Callable[[int], Tensor]) -> Tensor:
         """logits_BV, where rounding could turn a greedy row around those that it has alone."""
         two_B2 = logits_BV.topk(min(2, self.vocabulary), dim=-1).values
         near_B = (two_B2[:, 0] - two_B2[:, -1] < NEAR).tolist()
@@ -212,21 +253,17 @@ def _adjust(logits_BV: Tensor, state: State) -> Tensor:
     return logits_BV - presence_BV - state["frequency"] * state["times"]
 
 
-def _filter(logits_BV: Tensor, state: State, samplings: Sequence[Sampling]) -> Tensor:
+def _filter(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
     """logits_BV, minus infinity where a filter of the row drops the token.
 
     Every filter is a lowest logit to keep: the vocabulary stays in its order, and a row's
     sum is the same whatever its neighbours ask for. The largest logit of each row must be 0.
     """
     lowest_B1 = state["log_min_p"].to(logits_BV.dtype)
-    nucleus = any(sampling.top_p < 1 for sampling in samplings)
-    if nucleus or any(sampling.top_k for sampling in samplings):
-        most = len(logits_BV[0])
-        if all(sampling.top_k or sampling.top_p == 1 for sampling in samplings):
-            most = min(most, max(sampling.top_k for sampling in samplings))
-        sorted_BK = logits_BV.topk(most, dim=-1).values
-        keep_BK = torch.arange(most, device=logits_BV.device) < state["top_k"]
-        if nucleus:
+    if ways.most:
+        sorted_BK = logits_BV.topk(ways.most, dim=-1).values
+        keep_BK = torch.arange(ways.most, device=logits_BV.device) < state["top_k"]
+        if ways.nucleus:
             kept_BK = sorted_BK.masked_fill(~keep_BK, -math.inf).softmax(dim=-1)
             keep_BK &= kept_BK.cumsum(dim=-1) - kept_BK < state["top_p"]
             keep_BK[:, 0] = True

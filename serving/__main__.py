@@ -133,7 +133,7 @@ class Serve:
     threads: MaybeInt = None
     """Cores for each model's products; measured when not given."""
     compile: bool = True
-    """Compile each model's steps in the background, on a CPU with a C++ compiler; until then it answers without."""
+    """On a CPU with a C++ compiler, compile each model's steps in the background; on a card, record them as graphs."""
     deterministic: bool = False
     """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
     stall: float = 60.0
@@ -230,6 +230,7 @@ class Serve:
             budget=self.step_tokens,
             deterministic=self.deterministic,
             ahead=1 if self.deterministic else ahead(model),
+            recorded=self.compile and next(model.parameters()).device.type == "cuda",
         )
         mebibytes = engine.bytes / 2**20
         print(

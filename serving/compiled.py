@@ -168,10 +168,11 @@ class Compiler:
     """Compiles for engines in the background, one job after the other."""
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[Engine, Kind, int]] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Engine, Kind, int] | None] = queue.Queue()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
-        threading.Thread(target=self._work, name="compiler", daemon=True).start()
+        self._thread = threading.Thread(target=self._work, name="compiler", daemon=True)
+        self._thread.start()
 
     def add(self, engine: Engine, threads: int) -> None:
         """Let an engine's steps become compiled ones, for so many cores."""
@@ -189,14 +190,15 @@ class Compiler:
         self._jobs.join()
 
     def close(self) -> None:
-        """Stop, whatever is being compiled."""
+        """Stop, whatever is being compiled; a thread that the process' end found in C++ would abort it."""
         self._closed = True
+        self._jobs.put(None)
         if self._child:
             self._child.terminate()
+        self._thread.join()
 
     def _work(self) -> None:
-        while True:
-            work = self._jobs.get()
+        while work := self._jobs.get():
             if not self._closed:
                 job = Job(*work)
                 if job.path.exists() or self._compile(job):
@@ -216,6 +218,8 @@ class Compiler:
             cwd=Path(__file__).parents[1],
             start_new_session=True,  # Ctrl-C is for the server
         )
+        if self._closed:  # meanwhile
+            self._child.terminate()
         _, complaint = self._child.communicate(job.work)
         if self._child.returncode == 0 and beside.exists():
             beside.replace(job.path)

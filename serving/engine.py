@@ -23,6 +23,7 @@ from gpt.int8 import exact
 from gpt.model import LanguageModel, State, overwrite, rows
 from gpt.sampling import NEAR, NOT_A_NUMBER, Sampler, Sampling, anew, only, opened, room
 from gpt.search import searching
+from serving.recorded import Recorder
 
 Finish = Literal["stop", "length", "error"]
 
@@ -165,6 +166,7 @@ class Engine:
             whoever else is there. Many texts then take as long as one after the other.
         ahead: Tokens that each text gets in a step where all are greedy, before any is looked at.
             For models so small that looking takes as long as the token.
+        recorded: Record steps and replay them, with all that is `ahead` for sampled texts too: for a card.
     """
 
     def __init__(
@@ -176,6 +178,7 @@ class Engine:
         budget: int = BUDGET,
         deterministic: bool = False,
         ahead: int = 1,
+        recorded: bool = False,
     ) -> None:
         if size < 1 or budget < 1 or ahead < 1:
             raise ValueError(
@@ -203,6 +206,7 @@ class Engine:
             "prompt": Prompt(model),
         }
         """What computes each; a compiled one may take its place at any time, from any thread."""
+        self.recorder = None if deterministic or not recorded else Recorder(self)
         # Elsewhere a row's own neighbours decide less than the card or the format does.
         self.certain = exact(model)
         self._part: tuple[tuple[int, int, int], State] = ((0, 0, 0), self.empty)
@@ -304,7 +308,9 @@ class Engine:
         width = 1 if self.deterministic else count
         events: list[Event] = []
         try:
-            for first in range(0, count, width):
+            if self.recorder:
+                events += self._replayed(self.recorder)
+            for first in range(0, 0 if self.recorder else count, width):
                 texts = self.live[first : first + width]
                 if all(_plain(text.request) for text in texts):
                     events += self._likeliest(first, texts)
@@ -330,6 +336,34 @@ class Engine:
         step = self.parts["rows" if count > 1 else "row"]
         return step(self.last_B1[first : first + count], self._part[1])
 
+    def _room(self, texts: Sequence[Live]) -> tuple[int, int]:
+        """How far these texts reach with the token that is fed, and how many can follow before one is looked at."""
+        reach = max(text.length for text in texts)
+        left = max(text.left - len(text.tokens) for text in texts)
+        if self.limit is not None:
+            left = min(left, self.length - reach + 1)
+        return reach, min(self.ahead, left)
+
+    def _replayed(self, recorder: Recorder) -> list[Event]:
+        """The next tokens of all texts, from recorded steps."""
+        count = len(self.live)
+        reach, most = self._room(self.live)
+        if any(text.request.logprobs is not None for text in self.live):
+            most = 1
+        ways, taken = self.sampler.ways(0, count), []
+        for number in range(most):
+            logits_BV, tokens_B = recorder(count, reach + number, ways)
+            taken.append(tokens_B.clone())
+        tokens_NB = torch.stack(taken).tolist()
+        scores = self._scores(logits_BV, self.live, tokens_NB[0])
+        events = []
+        for row in range(count):
+            for tokens_B in tokens_NB:
+                events.append(self._event(row, tokens_B[row], scores[row]))
+                if events[-1].finish:
+                    break
+        return events
+
     def _sampled(self, first: int, texts: Sequence[Live]) -> list[Event]:
         """The next token of these texts, in rows from `first` on."""
         reach = max(text.length for text in texts)
@@ -345,13 +379,8 @@ class Engine:
 
     def _likeliest(self, first: int, texts: Sequence[Live]) -> list[Event]:
         """The next tokens of these texts where each is the likeliest one, for some steps."""
-        reach = max(text.length for text in texts)
-        left = max(text.left - len(text.tokens) for text in texts)
-        room = left if self.limit is None else self.length - reach + 1
-        taken = [
-            self._step(first, len(texts), reach + number)[1:]
-            for number in range(min(self.ahead, left, room))
-        ]
+        reach, most = self._room(texts)
+        taken = [self._step(first, len(texts), reach + number)[1:] for number in range(most)]
         tokens_NB = torch.stack([tokens_B for tokens_B, _ in taken]).tolist()
         margins_NB = torch.stack([margin_B for _, margin_B in taken])
         least = NEAR if self.certain and self.model.vocabulary > 1 else 0
@@ -571,10 +600,10 @@ def _scored(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> 
 
 
 def ahead(model: LanguageModel) -> int:
-    """How many steps to take before their tokens are looked at: several, for the smallest on a CPU."""
+    """How many steps to take before their tokens are looked at: several, where looking takes as long."""
     weights = sum(parameter.numel() for parameter in model.parameters())
-    on_cpu = next(model.parameters()).device.type == "cpu"
-    return 4 if on_cpu and weights < 3_000_000 else 1
+    on_card = next(model.parameters()).device.type == "cuda"
+    return 4 if weights < (1_000_000_000 if on_card else 3_000_000) else 1
 
 
 def _plain(request: Request) -> bool:

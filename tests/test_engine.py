@@ -196,6 +196,39 @@ def test_steps_taken_before_their_tokens_are_looked_at_change_no_text(name):
             assert watch.text(request) == alone(model, request)
 
 
+@pytest.mark.parametrize("name", RUNGS)
+@pytest.mark.parametrize(("size", "ahead"), [(1, 1), (6, 3)])
+def test_recorded_steps_of_padded_rows_give_the_texts_of_the_reference(name, size, ahead):
+    """What a card records, here computed anew each time: the same sizes, addresses and idle rows."""
+    model = make(name)
+    engine = Engine(model, size, budget=30, ahead=ahead, recorded=True)
+    watch, requests, cancelled = arrivals(engine, random.Random(6), 60, some_sampling)
+    for request in requests:
+        for choice in range(request.n):
+            if (request, choice) not in cancelled:
+                assert watch.text(request, choice) == alone(model, request, choice)
+    sizes = {rows for rows, _, _ in engine.recorder.recordings}
+    assert sizes == ({1} if size == 1 else {1, 2, 4, 6})
+
+
+def test_recorded_steps_give_logprobs():
+    model = make("gpt")
+    engine = Engine(model, 3, ahead=4, recorded=True)
+    plain = Engine(model, 3)
+    found = []
+    for one in (engine, plain):
+        requests = [Request([i], 9, Sampling(seed=1), logprobs=i or None) for i in range(3)]
+        for request in requests:
+            one.add(request)
+        watch = Watch(one).run()
+        found.append([watch.scores[request, 0] for request in requests])
+    for ours, theirs in zip(*found, strict=True):
+        for score, wanted in zip(ours, theirs, strict=True):
+            assert (score is None) == (wanted is None)
+            assert score is None or score.token == wanted.token
+            assert score is None or score.logprob == pytest.approx(wanted.logprob, abs=1e-9)
+
+
 @pytest.mark.parametrize("name", ["gpt", "gpt-ngrams", "lstm", "mlp", "transformer"])
 @pytest.mark.parametrize("ahead", [1, 4])
 def test_a_step_whose_rounding_turned_a_near_tie_around_is_mended(name, ahead):
