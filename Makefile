@@ -35,8 +35,8 @@ sample: .venv/.installed  ## text from a run: make sample [RUN= PROMPT= TEMPERAT
 serve: .venv/.installed  ## a run over HTTP: make serve [RUN= PORT= ARGS=]
 	$(PY) -m serving serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
 
-bench: .venv/.developed  ## training beside nanoGPT's recipe and transformers: make bench DATA=input.txt [ARGS=]
-	$(PY) -m benchmarks.train $(if $(DATA),--data '$(DATA)') $(ARGS)
+bench: .venv/.developed  ## side by side with others: serving, or with DATA=input.txt training: make bench [DATA= ARGS=]
+	$(PY) -m benchmarks.$(if $(DATA),train --data '$(DATA)',serve) $(ARGS)
 
 test: .venv/.developed  ## all tests but the longest: make test [ARGS=]
 	$(PY) -m pytest $(ARGS)

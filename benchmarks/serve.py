@@ -1,6 +1,6 @@
 """How fast texts are made: by the engine, over HTTP, and by others on the same weights.
 
-Three parts, each a table:
+Parts, each a table or two:
 
 rivals     The engine, `transformers`' generate and llama.cpp, where it is installed, make the
            same greedy texts from the weights of one GPT-2, taking turns in processes of their own,
@@ -9,6 +9,9 @@ closed     So many clients that each ask again as soon as they are answered: the
            then the same through a server.
 open       Clients that come at random, at shares of what the closed loop could do: then a queue
            grows or does not.
+crowd      500 clients at once where there is room for 20 texts: how soon the others are refused,
+           and what it costs those who are served.
+reach      What a token costs after 50 and after 1,000 others.
 
 Tokens are counted from ids or from the usage that a server tells, never from events.
 """
@@ -55,6 +58,9 @@ TASKS = {"one": (1, PROMPT, 128), "eight": (8, PROMPT, 64), "prompt": (1, 256, 1
 """Texts at once, tokens of a prompt, tokens of a text."""
 CLIENTS = (1, 4, 16, 64)
 SHARES = (0.5, 0.8, 1.2)
+CROWD, CROWD_ROWS, CROWD_PLACES = 500, 4, 16
+REACHES = (50, 1000)
+"""Tokens before the one that is timed; the models' context is 1,024."""
 
 
 def prompts(texts: int, length: int, vocabulary: int) -> list[list[int]]:
@@ -189,6 +195,7 @@ class Timing:
     asked: float
     first: float = math.nan
     last: float = math.nan
+    ended: float = math.nan
     tokens: int = 0
     status: int = 200
 
@@ -273,6 +280,7 @@ class Client(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """Read the status and the number of tokens."""
+        self.timing.ended = time.perf_counter() - self.begun
         self.timing.status = int(self.received[9:12] or 0) if not error else 0
         found = re.search(rb'"completion_tokens":(\d+)', self.received)
         self.timing.tokens = int(found[1]) if found else 0
@@ -330,6 +338,92 @@ async def open_loop(port: int, rate: float, texts: int, tokens: int, vocabulary:
         await asyncio.sleep(max(0.0, due - (time.perf_counter() - begun)))
         tasks.append(asyncio.create_task(ask(port, prompt, tokens, begun)))
     return summary(await asyncio.gather(*tasks), rate)
+
+
+async def crowd(port: int, clients: int, tokens: int, vocabulary: int) -> list[Timing]:
+    """All come at once and ask once."""
+    begun = time.perf_counter()
+    asked = prompts(clients, PROMPT, vocabulary)
+    return await asyncio.gather(*(ask(port, prompt, tokens, begun) for prompt in asked))
+
+
+def crowds(size: str, tokens: int, dtype: DType) -> Row:
+    """A crowd that is mostly refused, in turns with as many as there is room for."""
+    shape, room = SIZES[size], CROWD_ROWS + CROWD_PLACES
+    result: Row = {"size": size, "tokens": tokens, "crowd": [], "fitting": []}
+    with tempfile.TemporaryDirectory() as folder:
+        save_run(Path(folder), shape)
+        options = ["--queue", str(CROWD_PLACES), "--dtype", dtype, "--max-connections", "1000"]
+        for port, _ in served(Path(folder), CROWD_ROWS, [*options, "--no-compile"]):
+            for number in range(ROUNDS + 1):
+                for name, clients in (("fitting", room), ("crowd", CROWD)):
+                    timings = asyncio.run(crowd(port, clients, tokens, shape.vocabulary))
+                    row = summary(timings, clients)
+                    refused = [one.ended - one.asked for one in timings if one.status == 429]
+                    row["refusal"] = quantiles(sorted(refused))
+                    result[name] += [row] * (number > 0)  # the first is to warm up
+                print(f"{size}: crowd {number}/{ROUNDS}", flush=True)
+    return result
+
+
+def crowds_table(result: Row) -> str:
+    """The rounds as Markdown."""
+    lines = [
+        f"### {result['size']}: {CROWD} clients at once, room for {CROWD_ROWS + CROWD_PLACES}",
+        "",
+        "| served | refused | failed | refusal p50, p99 | tokens/s | of that without a crowd |",
+        "|---:|---:|---:|---:|---:|---:|",
+    ]
+    for many, few in zip(result["crowd"], result["fitting"], strict=True):
+        times = many["refusal"]
+        lines.append(
+            f"| {many['texts']} | {many['refused']} | {many['failed']} "
+            f"| {1e3 * times['p50']:.0f}, {1e3 * times['p99']:.0f} ms "
+            f"| {many['tokens_per_second']:,.0f} "
+            f"| {many['tokens_per_second'] / few['tokens_per_second']:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def per_token(engine: Engine, before: int, tokens: int) -> float:
+    """Seconds for each of so many tokens of a text alone, after so many others."""
+    engine.add(
+        Request(prompts(1, before, engine.model.vocabulary)[0], tokens + 1, Sampling(temperature=0))
+    )
+    made = 0
+    while not made:
+        made = len(engine.step())
+    begun = time.perf_counter()
+    while not engine.idle:
+        made += len(engine.step())
+    return (time.perf_counter() - begun) / (made - 1)
+
+
+def reaches(size: str, threads: int) -> list[Row]:
+    """A token's time at every reach and in every format."""
+    torch.set_num_threads(threads)
+    found: list[Row] = []
+    dtypes: tuple[DType, ...] = ("float32", "int8")
+    for dtype in dtypes:
+        engine = Ours(SIZES[size].build(), 1, dtype).engine
+        engine.ahead = 1
+        rounds = [[per_token(engine, before, 16) for before in REACHES] for _ in range(ROUNDS + 1)]
+        found.append({"size": size, "dtype": dtype, "seconds": rounds[1:]})
+    return found
+
+
+def reaches_table(rows: Sequence[Row]) -> str:
+    """Medians, and the last as a multiple of the first."""
+    lines = ["### A token after others, one text", ""]
+    lines.append("| | " + " | ".join(f"after {reach:,}" for reach in REACHES) + " | ratio |")
+    lines.append("|---|" + "---:|" * (len(REACHES) + 1))
+    for row in rows:
+        columns = list(zip(*row["seconds"], strict=True))
+        cells = [f"{1e3 * statistics.median(column):.2f} ms" for column in columns]
+        ratios = [seconds[-1] / seconds[0] for seconds in row["seconds"]]
+        cells.append(spread(ratios, "{:.2f}".format))
+        lines.append(f"| {row['size']}, {row['dtype']} | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def save_run(folder: Path, size: Size) -> None:
@@ -478,7 +572,16 @@ def benchmark(
         for size in sizes:
             result["loops"].append(loops(size, texts, tokens, rows, dtype))
             tables.append(loops_table(result["loops"][-1], result["bandwidth"]))
+    if "crowd" in only:
+        result["crowds"] = [crowds(size, tokens, dtype) for size in sizes]
+        tables += map(crowds_table, result["crowds"])
+    if "reach" in only:
+        result["reaches"] = [row for size in sizes for row in reaches(size, threads)]
+        tables.append(reaches_table(result["reaches"]))
     report(result, tables, output)
+
+
+PARTS = ["rivals", "loops", "crowd", "reach"]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -486,9 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser: argparse.ArgumentParser = Parser(prog=PROG, description="How fast texts are made.")
     add_common_options(parser, "serve.json")
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
-    parser.add_argument(
-        "--only", nargs="+", choices=["rivals", "loops"], default=["rivals", "loops"]
-    )
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--dtype", choices=["float32", "int8"], default="float32")
     for name, default in (("texts", 32), ("tokens", 64), ("rows", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="%(default)s")

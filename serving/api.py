@@ -34,6 +34,9 @@ from tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
 
+SHORT = 4096
+"""Characters or ids of prompts below which to read them takes no longer than to ask a thread to."""
+
 
 class Catalog:
     """The runs that are served, by name; the first is the default. More may come while it serves."""
@@ -210,8 +213,12 @@ def create_app(
         served = catalog.find(completion.model)
         completion.check(limits)
         try:
-            # In a thread: a text of megabytes would hold up the other streams.
-            prompts = await asyncio.to_thread(prompts_of, served, completion, limits)
+            served.service.find_room(len(completion.prompt) * completion.n)
+            # A text of megabytes would hold up the other streams.
+            if sum(map(len, completion.prompt)) < SHORT:
+                prompts = prompts_of(served, completion, limits)
+            else:
+                prompts = await asyncio.to_thread(prompts_of, served, completion, limits)
             answer = Answer(served, completion, prompts)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error

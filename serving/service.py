@@ -161,17 +161,15 @@ class Service:
             self._calls.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def check(self, requests: Sequence[Request]) -> None:
-        """Whether they can be served.
+    def find_room(self, wanted: int) -> None:
+        """Whether so many texts could be taken now: to be asked before their prompts are looked at.
 
-        A ValueError says why one can never be, UnavailableError why none can be now, BusyError
+        A ValueError says that they never can be, UnavailableError why none can be now, BusyError
         that there is no place.
         """
         if not self.ready:
             raise UnavailableError(self._refusal)
-        for request in requests:
-            self.engine.check(request)
-        wanted, most = sum(request.n for request in requests), self.engine.size + self.places
+        most = self.engine.size + self.places
         if wanted > most:
             raise ValueError(f"{wanted} texts are asked for, and there is room for {most}")
         if self.texts + wanted > most:
@@ -192,9 +190,11 @@ class Service:
     def admit(self, requests: Sequence[Request]) -> Inbox:
         """Queue some requests, for whose events to wait in the inbox; `release` it in any case.
 
-        What `check` raises, this does.
+        A ValueError says why one can never be served; what `find_room` raises, this does too.
         """
-        self.check(requests)
+        for request in requests:
+            self.engine.check(request)
+        self.find_room(sum(request.n for request in requests))
         if not self._inboxes:
             self._stepped = time.monotonic()
             self._quiet.clear()
