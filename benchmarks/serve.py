@@ -18,6 +18,7 @@ Tokens are counted from ids or from the usage that a server tells, never from ev
 
 import argparse
 import asyncio
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -354,7 +355,7 @@ def crowds(size: str, tokens: int, dtype: DType) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         save_run(Path(folder), shape)
         options = ["--queue", str(CROWD_PLACES), "--dtype", dtype, "--max-connections", "1000"]
-        for port, _ in served(Path(folder), CROWD_ROWS, [*options, "--no-compile"]):
+        with served(Path(folder), CROWD_ROWS, [*options, "--no-compile"]) as (port, _):
             for number in range(ROUNDS + 1):
                 for name, clients in (("fitting", room), ("crowd", CROWD)):
                     timings = asyncio.run(crowd(port, clients, tokens, shape.vocabulary))
@@ -440,26 +441,26 @@ def save_run(folder: Path, size: Size) -> None:
     train_bpe(texts, size.vocabulary).save(folder / "tokenizer.json")
 
 
+@contextlib.contextmanager
 def served(folder: Path, rows: int, options: Sequence[str]) -> Iterator[tuple[int, float]]:
     """A server of a run in a process of its own: its port, and the seconds until it was ready."""
     command = [sys.executable, "-m", "serving", "serve", str(folder), "--port", "0"]
     begun = time.perf_counter()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [*command, "--rows", str(rows), *options],
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-    )
-    try:
-        assert process.stdout
-        line = process.stdout.readline()
-        found = re.search(r"http://[^ ]*:(\d+)", line)
-        if not found:
-            raise ValueError(f"the server has not started: {line!r}")
-        yield int(found[1]), time.perf_counter() - begun
-    finally:
-        process.terminate()
-        process.wait()
+    ) as process:
+        try:
+            assert process.stdout
+            line = process.stdout.readline()
+            found = re.search(r"http://[^ ]*:(\d+)", line)
+            if not found:
+                raise ValueError(f"the server has not started: {line!r}")
+            yield int(found[1]), time.perf_counter() - begun
+        finally:
+            process.terminate()
 
 
 def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
@@ -474,7 +475,7 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         save_run(Path(folder), shape)
         options = ["--queue", str(max(CLIENTS)), "--dtype", dtype, "--threads", str(threads)]
-        for port, seconds in served(Path(folder), rows, options):
+        with served(Path(folder), rows, options) as (port, seconds):
             result["ready_seconds"] = seconds
             asyncio.run(settled(port, engine.compiled))
             vocabulary = shape.vocabulary
