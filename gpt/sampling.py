@@ -102,6 +102,11 @@ class Ways(NamedTuple):
     """So many of the likeliest tokens must be sorted for what filters; 0 for none."""
 
 
+DRAWN = ("stream", "position", "greedy", "temperature", "log_min_p")
+"""The parts of a sampler's state that plain drawing looks at."""
+PLAINLY = Ways(drawing=True, adjusted=False, nucleus=False, most=0)
+
+
 class Sampler:
     """Chooses the next token of each row of a batch, each by its own parameters.
 
@@ -185,7 +190,7 @@ class Sampler:
         settle = None
         if again and any(sampling.greedy for sampling in self.samplings[first:last]):
             settle = functools.partial(self._settled, first=first, again=again)
-        return self.choose(logits_BV, rows(self.state, first, last), self.ways(first, last), settle)
+        return choose(logits_BV, rows(self.state, first, last), self.ways(first, last), settle)
 
     def ways(self, first: int, last: int) -> Ways:
         """What rows [first, last) ask for between them."""
@@ -200,35 +205,6 @@ class Sampler:
         adjusted = any(one.adjusted for one in self.samplings[first:last])
         return Ways(bool(drawing), adjusted, nucleus, most)
 
-    def choose(
-        self,
-        logits_BV: Tensor,
-        state: State,
-        ways: Ways,
-        settle: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """tokens_B of rows with this part of `self.state`, which goes on; nothing is asked of the device."""
-        if logits_BV.dtype != torch.float64:
-            logits_BV = logits_BV.float()
-        if ways.adjusted:
-            logits_BV = _adjust(logits_BV, state)
-        if settle:
-            logits_BV = settle(logits_BV)
-        best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
-        if ways.drawing:
-            logits_BV = (logits_BV - best_B1) / state["temperature"]
-            logits_BV = _filter(logits_BV, state, ways)
-            cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
-            height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
-            height_B1 = height_B1 * cumulative_BV[:, -1:]
-            drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
-            tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
-            state["position"] += 1
-        if ways.adjusted:
-            chosen_B1 = tokens_B1.clamp(max=self.vocabulary - 1)
-            state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
-        return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
-
     def _settled(self, logits_BV: Tensor, *, first: int, again: Callable[[int], Tensor]) -> Tensor:
         """logits_BV, where rounding could turn a greedy row around those that it has alone."""
         two_B2 = logits_BV.topk(min(2, self.vocabulary), dim=-1).values
@@ -240,6 +216,39 @@ class Sampler:
                 logits_BV = logits_BV.clone()  # it may be the caller's
                 logits_BV[row] = _adjust(alone_1V, rows(self.state, number, number + 1))
         return logits_BV
+
+
+def choose(
+    logits_BV: Tensor,
+    state: State,
+    ways: Ways,
+    settle: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
+    """tokens_B of rows with these parts of a `Sampler`'s state, which goes on; -1 where a logit is not a number.
+
+    Nothing is asked of the device: it can be compiled and recorded. Where no row changes logits
+    or sorts them, the parts in `DRAWN` are enough.
+    """
+    if logits_BV.dtype != torch.float64:
+        logits_BV = logits_BV.float()
+    if ways.adjusted:
+        logits_BV = _adjust(logits_BV, state)
+    if settle:
+        logits_BV = settle(logits_BV)
+    best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
+    if ways.drawing:
+        logits_BV = (logits_BV - best_B1) / state["temperature"]
+        logits_BV = _filter(logits_BV, state, ways)
+        cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
+        height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
+        height_B1 = height_B1 * cumulative_BV[:, -1:]
+        drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
+        tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
+        state["position"] += 1
+    if ways.adjusted:
+        chosen_B1 = tokens_B1.clamp(max=logits_BV.shape[-1] - 1)
+        state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
+    return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
 
 
 def _adjust(logits_BV: Tensor, state: State) -> Tensor:

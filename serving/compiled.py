@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from gpt.checkpoint import cache
 from gpt.model import LanguageModel, State, rows
+from gpt.sampling import DRAWN, Sampler, Sampling
 from serving.engine import Engine, Kind, Prompt, Step
 
 logger = logging.getLogger(__name__)
@@ -69,20 +70,25 @@ class Compiled:
         package.load_constants(wanted, check_full_update=True, user_managed=True)
         self._run = package.loader.run
 
-    def __call__(self, tokens_BT: Tensor, state: State) -> Sequence[Tensor]:
+    def __call__(self, tokens_BT: Tensor, *states: State) -> Sequence[Tensor]:
         """As of the part."""
-        return self._run([tokens_BT, *state.values()])
+        return self._run([tokens_BT, *(tensor for state in states for tensor in state.values())])
 
 
-def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Tensor, State]]:
+def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Any, ...]]:
     """Two inputs as an engine gives them, that differ in every size that may."""
     most = 3 if kind == "rows" else 1
     state = model.init_state(most, length)
-    found = []
+    sampler = Sampler(most, model.vocabulary)
+    for row in range(most):
+        sampler.start(row, Sampling(seed=row), ())
+    found: list[tuple[Any, ...]] = []
     for more in (0, 1):
         count = 2 + more if kind == "rows" else 1
         tokens_BT = torch.zeros(count, 2 + more if kind == "prompt" else 1, dtype=torch.long)
-        found.append((tokens_BT, model.part(rows(state, 0, count), length // 2 + more)))
+        inputs = tokens_BT, model.part(rows(state, 0, count), length // 2 + more)
+        drawn = {name: sampler.state[name][:count] for name in DRAWN}
+        found.append(inputs if kind == "prompt" else (*inputs, drawn))
     return found
 
 
@@ -94,13 +100,17 @@ def traced(model: LanguageModel, length: int, kind: Kind) -> torch.export.Export
         sizes = enumerate(zip(one.shape, two.shape, strict=True))
         return {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in sizes if a != b}
 
-    (tokens_BT, state), (other_BT, other_state) = given, other
-    states = {name: open_ones(state[name], other_state[name]) for name in state}
+    open_tokens, *open_states = (
+        open_ones(one, two)
+        if isinstance(one, Tensor)
+        else {name: open_ones(one[name], two[name]) for name in one}
+        for one, two in zip(given, other, strict=True)
+    )
     with torch.no_grad():
         return torch.export.export(
             whole(model, kind),
             given,
-            dynamic_shapes=(open_ones(tokens_BT, other_BT), states),
+            dynamic_shapes=(open_tokens, *open_states),
             strict=False,
         )
 

@@ -21,7 +21,19 @@ from torch import Tensor, nn
 
 from gpt.int8 import exact
 from gpt.model import LanguageModel, State, overwrite, rows
-from gpt.sampling import NEAR, NOT_A_NUMBER, Sampler, Sampling, anew, only, opened, room
+from gpt.sampling import (
+    DRAWN,
+    NEAR,
+    NOT_A_NUMBER,
+    PLAINLY,
+    Sampler,
+    Sampling,
+    anew,
+    choose,
+    only,
+    opened,
+    room,
+)
 from gpt.search import searching
 from serving.recorded import Recorder
 
@@ -143,15 +155,27 @@ class Step(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, last_B1: Tensor, state: State) -> tuple[Tensor, Tensor, Tensor]:
-        """logits_BV, the likeliest tokens_B, and the margin_B in nats by which they lead.
+    def forward(
+        self, last_B1: Tensor, state: State, drawn: State | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """logits_BV, tokens_B, and the margin_B in nats by which each is the likeliest.
 
-        The state goes on, and the likeliest tokens are written to last_B1: the step can be taken again.
+        States go on, and the tokens are written to last_B1: the step can be taken again.
+
+        Args:
+            last_B1: The tokens that are fed.
+            state: Of these rows.
+            drawn: The parts in `DRAWN` of their sampler's state, where one draws: a token that is
+                drawn has an infinite margin. Without it, all are the likeliest.
         """
         logits_BV = self.model.logits(self.model.features(last_B1, state)[:, -1])
         two_B2, tokens_B2 = logits_BV.topk(min(2, self.model.vocabulary), dim=-1)
-        last_B1.copy_(tokens_B2[:, :1])
-        return logits_BV, tokens_B2[:, 0], (two_B2[:, 0] - two_B2[:, -1]).float()
+        tokens_B, margin_B = tokens_B2[:, 0], (two_B2[:, 0] - two_B2[:, -1]).float()
+        if drawn is not None:
+            tokens_B = choose(logits_BV, drawn, PLAINLY)
+            margin_B = torch.where(drawn["greedy"][:, 0], margin_B, torch.inf)
+        last_B1.copy_(tokens_B.clamp(0, self.model.vocabulary - 1).unsqueeze(1))
+        return logits_BV, tokens_B, margin_B
 
 
 class Engine:
@@ -164,8 +188,8 @@ class Engine:
         budget: Tokens that a step takes in.
         deterministic: Compute every text by itself, so that it is the same to the last bit
             whoever else is there. Many texts then take as long as one after the other.
-        ahead: Tokens that each text gets in a step where all are greedy, before any is looked at.
-            For models so small that looking takes as long as the token.
+        ahead: Tokens that each text gets in a step where all are greedy or plainly drawn, before any
+            is looked at. For models so small that looking takes as long as the token.
         recorded: Record steps and replay them, with all that is `ahead` for sampled texts too: for a card.
     """
 
@@ -200,7 +224,7 @@ class Engine:
         self.live: list[Live] = []
         self.searches: dict[Request, Generator[None, None, list[list[int]]]] = {}
         step = Step(model)
-        self.parts: dict[Kind, Callable[[Tensor, State], Sequence[Tensor]]] = {
+        self.parts: dict[Kind, Callable[..., Sequence[Tensor]]] = {
             "row": step,
             "rows": step,
             "prompt": Prompt(model),
@@ -209,7 +233,7 @@ class Engine:
         self.recorder = None if deterministic or not recorded else Recorder(self)
         # Elsewhere a row's own neighbours decide less than the card or the format does.
         self.certain = exact(model)
-        self._part: tuple[tuple[int, int, int], State] = ((0, 0, 0), self.empty)
+        self._part: tuple[tuple[int, int, int], State, State] = ((0, 0, 0), {}, {})
 
     @property
     def idle(self) -> bool:
@@ -313,7 +337,7 @@ class Engine:
             for first in range(0, 0 if self.recorder else count, width):
                 texts = self.live[first : first + width]
                 if all(_plain(text.request) for text in texts):
-                    events += self._likeliest(first, texts)
+                    events += self._plainly(first, texts)
                 else:
                     events += self._sampled(first, texts)
         except Exception as error:  # out of memory, say: the queue lives on
@@ -326,15 +350,24 @@ class Engine:
                 self._leave(row)
         return events
 
-    def _step(self, first: int, count: int, reach: int) -> Sequence[Tensor]:
-        """One step of some rows that hold up to `reach` tokens with the one that is fed."""
+    def _step(self, first: int, count: int, reach: int, drawing: bool | None) -> Sequence[Tensor]:
+        """One step of some rows that hold up to `reach` tokens with the one that is fed.
+
+        `drawing` tells whether a token is drawn; None that only the logits are wanted.
+        """
         reach = min(-(-reach // REACH) * REACH, self.length)
-        key = first, count, reach
+        key, last = (first, count, reach), first + count
         if self._part[0] != key:
-            own = rows(self.state, first, first + count)
-            self._part = key, self.model.part(own, reach)
-        step = self.parts["rows" if count > 1 else "row"]
-        return step(self.last_B1[first : first + count], self._part[1])
+            own = self.model.part(rows(self.state, first, last), reach)
+            sampler = {name: self.sampler.state[name][first:last] for name in DRAWN}
+            self._part = key, own, sampler
+        _, state, drawn = self._part
+        part = self.parts["rows" if count > 1 else "row"]
+        if isinstance(part, nn.Module) and not drawing:
+            return part(self.last_B1[first:last], state)
+        if drawing is None:  # compiled code draws all the same
+            drawn = drawn | {"position": drawn["position"].clone()}
+        return part(self.last_B1[first:last], state, drawn)
 
     def _room(self, texts: Sequence[Live]) -> tuple[int, int]:
         """How far these texts reach with the token that is fed, and how many can follow before one is looked at."""
@@ -367,7 +400,7 @@ class Engine:
     def _sampled(self, first: int, texts: Sequence[Live]) -> list[Event]:
         """The next token of these texts, in rows from `first` on."""
         reach = max(text.length for text in texts)
-        logits_BV = self._step(first, len(texts), reach)[0]
+        logits_BV = self._step(first, len(texts), reach, None)[0]
         tokens_B = self._choose(logits_BV, first, texts)
         self.last_B1[first : first + len(texts), 0] = tokens_B.clamp(min=0)
         tokens = tokens_B.tolist()
@@ -377,10 +410,13 @@ class Engine:
             for row, (token, score) in enumerate(zip(tokens, scores, strict=True))
         ]
 
-    def _likeliest(self, first: int, texts: Sequence[Live]) -> list[Event]:
-        """The next tokens of these texts where each is the likeliest one, for some steps."""
+    def _plainly(self, first: int, texts: Sequence[Live]) -> list[Event]:
+        """The next tokens of these texts where each is the likeliest one or plainly drawn, for some steps."""
         reach, most = self._room(texts)
-        taken = [self._step(first, len(texts), reach + number)[1:] for number in range(most)]
+        drawing = not all(text.request.sampling.greedy for text in texts)
+        taken = [
+            self._step(first, len(texts), reach + number, drawing)[1:] for number in range(most)
+        ]
         tokens_NB = torch.stack([tokens_B for tokens_B, _ in taken]).tolist()
         margins_NB = torch.stack([margin_B for _, margin_B in taken])
         least = NEAR if self.certain and self.model.vocabulary > 1 else 0
@@ -607,9 +643,10 @@ def ahead(model: LanguageModel) -> int:
 
 
 def _plain(request: Request) -> bool:
-    """Whether nothing but the likeliest token is asked for."""
+    """Whether nothing but a token is asked for, that nothing filters or adjusts but `min_p`."""
     sampling = request.sampling
-    return sampling.greedy and not sampling.adjusted and request.logprobs is None
+    sorting = not sampling.greedy and (sampling.top_k > 0 or sampling.top_p < 1)
+    return not (sampling.adjusted or sorting or request.logprobs is not None)
 
 
 def _failed(request: Request, choice: int, error: Exception) -> Event:

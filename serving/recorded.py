@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from gpt.model import State, overwrite, rows
-from gpt.sampling import Ways
+from gpt.sampling import Ways, choose
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -63,7 +63,7 @@ class Recorder:
 
         def step(last_B1: Tensor, state: State, chosen: State) -> tuple[Tensor, Tensor]:
             logits_BV = engine.model.logits(engine.model.features(last_B1, state)[:, -1])
-            tokens_B = engine.sampler.choose(logits_BV, chosen, ways)
+            tokens_B = choose(logits_BV, chosen, ways)
             last_B1[:, 0] = tokens_B.clamp(0, engine.model.vocabulary - 1)
             return logits_BV, tokens_B
 

@@ -9,7 +9,7 @@ from test_contract import VARIANTS
 from test_engine import Watch, alone, arrivals, make, one_thread  # noqa: F401 (a fixture)
 
 from gpt.int8 import converted
-from gpt.sampling import Sampling
+from gpt.sampling import DRAWN, Sampler, Sampling
 from serving import compiled
 from serving.engine import Engine, Request, Step
 
@@ -53,14 +53,23 @@ def test_every_model_can_be_traced_for_any_number_of_rows_and_any_reach(variant,
     for kind, rows in (("row", 1), ("rows", 5)):
         step = compiled.traced(model, engine.length, kind).module()
         for reach in (17, engine.length - 1):
-            found = []
+            found, tokens = [], []
             for run in (Step(model), step):
                 state = model.part(model.init_state(rows, engine.length), reach)
                 last_B1 = torch.arange(rows).unsqueeze(1)
+                sampler = Sampler(rows, 30)
+                for row in range(rows):
+                    sampler.start(row, Sampling(row % 2 * 1.3, min_p=0.01, seed=row), ())
+                drawn = {name: sampler.state[name] for name in DRAWN}
                 with torch.no_grad():
-                    found.append([run(last_B1, state)[0] for _ in range(3)][-1])
+                    steps = [run(last_B1, state, drawn) for _ in range(3)]
+                found.append(steps[-1][0])
+                tokens.append([tokens_B.tolist() for _, tokens_B, _ in steps])
+                assert steps[-1][2].isinf().tolist() == [row % 2 == 1 for row in range(rows)]
+                assert drawn["position"].tolist() == [[3]] * rows
             assert found[1].shape == (rows, 30)
             assert torch.allclose(*found, atol=1e-4 if dtype == "float32" else 0.2)
+            assert tokens[0] == tokens[1]
 
 
 @needs_compiler
