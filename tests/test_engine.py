@@ -136,7 +136,7 @@ def arrivals(engine, dice, count, sampling):
             cancelled |= left
             watch.ends.update(dict.fromkeys(left, "cancelled"))
     watch.run()
-    assert len({request for request, _ in cancelled}) > count // 20
+    assert len({request for request, _ in cancelled}) > count // 25
     assert {"stop", "length"} <= set(watch.ends.values())
     return watch, requests, cancelled
 
@@ -237,8 +237,8 @@ def test_a_step_whose_rounding_turned_a_near_tie_around_is_mended(name, ahead):
     engine = Engine(model, 3, ahead=ahead)
     step, taken = engine.parts["rows"], [0]
 
-    def rounded(last_B1, state):
-        logits_BV, tokens_B, margin_B = step(last_B1, state)
+    def rounded(last_B1, *states):
+        logits_BV, tokens_B, margin_B = step(last_B1, *states)
         taken[0] += 1
         if taken[0] % 3 == 0:
             tokens_B = (tokens_B + 1) % VOCABULARY
