@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.train import Row, add_common_options, machine, report
-from gpt import cli
+from benchmarks.report import Row, add_common_options, command, machine, report
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.loop import Trainer
@@ -259,10 +258,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--steps", type=int, default=300, metavar="N", help="default: 300")
     add_common_options(parser, "growth.json")
-    try:
-        benchmark(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        cli.refuse(PROG, str(error))
+    command(parser, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,17 @@ from gpt.gpt import GPT2
 from gpt.int8 import DType, converted
 from gpt.sampling import Sampling
 from serving.compiled import Compiler
-from serving.engine import Engine, Request, ahead
+from serving.engine import Engine, Request
+from serving.tuning import ahead
 
 Prompts = Sequence[Sequence[int]]
 
 
 def weights_of(model: GPT2) -> dict[str, Any]:
-    """GPT-2's weights by OpenAI's names, matrices as they multiply from the left."""
+    """GPT-2's weights by OpenAI's names, matrices as they multiply from the left; a bias that it has not is 0."""
     ours = model.state_dict()
+    for name, tensor in model.state_dict().items():
+        ours.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
     found = {"wte": ours["embedding.weight"], "wpe": ours["position.weight"]}
     names = {
         "attention_norm": "ln_1",
@@ -67,30 +70,37 @@ class Ours:
         return list(texts.values())
 
 
+def as_transformers(model: GPT2, **settings: Any) -> Any:  # noqa: ANN401 (theirs)
+    """The same model as `transformers` has it."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=model.vocabulary,
+        n_positions=model.context,
+        n_embd=model.width,
+        n_layer=model.depth,
+        n_head=model.heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        **settings,
+    )
+    theirs: Any = GPT2LMHeadModel(config)
+    theirs.to(model.embedding.weight.dtype)
+    state = {
+        f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (
+            tensor.T if tensor.ndim == 2 and name.startswith("h.") else tensor
+        )
+        for name, tensor in weights_of(model).items()
+    }
+    theirs.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+    return theirs.train(model.training)
+
+
 class Transformers:
     """`transformers`' generate: all prompts of one length, so that none is padded."""
 
     def __init__(self, model: GPT2) -> None:
-        from transformers import GPT2Config, GPT2LMHeadModel
-
-        config = GPT2Config(
-            vocab_size=model.vocabulary,
-            n_positions=model.context,
-            n_embd=model.width,
-            n_layer=model.depth,
-            n_head=model.heads,
-            bos_token_id=None,
-            eos_token_id=None,
-        )
-        theirs: Any = GPT2LMHeadModel(config)
-        self.model = theirs.eval()
-        state = {
-            f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (
-                tensor.T if tensor.ndim == 2 and name.startswith("h.") else tensor
-            )
-            for name, tensor in weights_of(model).items()
-        }
-        self.model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+        self.model = as_transformers(model)
 
     @torch.inference_mode()
     def many(self, prompts: Prompts, tokens: int) -> list[list[int]]:

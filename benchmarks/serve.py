@@ -39,16 +39,15 @@ from typing import Any
 
 import torch
 
+from benchmarks.report import Row, add_common_options, command, machine, report, spread
 from benchmarks.rivals import SIZES, LlamaCpp, Ours, Size, Transformers
-from benchmarks.train import Row, add_common_options, machine, report, spread
-from gpt import cli
 from gpt.checkpoint import save_config, save_tensors, weights
 from gpt.gpt import GPT2
 from gpt.int8 import DType, converted
 from gpt.sampling import Sampling
-from serving.__main__ import fastest_threads
 from serving.engine import Engine, Request
-from tokenizer import byte_tokenizer, train_bpe
+from serving.tuning import fastest_threads
+from tokenizer import train_bpe
 from tokenizer.__main__ import Parser
 
 PROG = "python -m benchmarks.serve"
@@ -352,18 +351,16 @@ def crowds(size: str, tokens: int, dtype: DType) -> Row:
     """A crowd that is mostly refused, in turns with as many as there is room for."""
     shape, room = SIZES[size], CROWD_ROWS + CROWD_PLACES
     result: Row = {"size": size, "tokens": tokens, "crowd": [], "fitting": []}
-    with tempfile.TemporaryDirectory() as folder:
-        save_run(Path(folder), shape)
-        options = ["--queue", str(CROWD_PLACES), "--dtype", dtype, "--max-connections", "1000"]
-        with served(Path(folder), CROWD_ROWS, [*options, "--no-compile"]) as (port, _):
-            for number in range(ROUNDS + 1):
-                for name, clients in (("fitting", room), ("crowd", CROWD)):
-                    timings = asyncio.run(crowd(port, clients, tokens, shape.vocabulary))
-                    row = summary(timings, clients)
-                    refused = [one.ended - one.asked for one in timings if one.status == 429]
-                    row["refusal"] = quantiles(sorted(refused))
-                    result[name] += [row] * (number > 0)  # the first is to warm up
-                print(f"{size}: crowd {number}/{ROUNDS}", flush=True)
+    options = ["--rows", CROWD_ROWS, "--queue", CROWD_PLACES, "--max-connections", 1000]
+    with served(shape, [*options, "--dtype", dtype, "--no-compile"]) as (port, _):
+        for number in range(ROUNDS + 1):
+            for name, clients in (("fitting", room), ("crowd", CROWD)):
+                timings = asyncio.run(crowd(port, clients, tokens, shape.vocabulary))
+                row = summary(timings, clients)
+                refused = [one.ended - one.asked for one in timings if one.status == 429]
+                row["refusal"] = quantiles(sorted(refused))
+                result[name] += [row] * (number > 0)  # the first is to warm up
+            print(f"{size}: crowd {number}/{ROUNDS}", flush=True)
     return result
 
 
@@ -433,34 +430,33 @@ def save_run(folder: Path, size: Size) -> None:
     arguments = {"vocabulary": size.vocabulary, "context": size.context, "width": size.width}
     save_config(folder, "gpt2", {**arguments, "depth": size.depth, "heads": size.heads})
     save_tensors(folder / "model.safetensors", weights(model))
-    if size.vocabulary == 257:
-        byte_tokenizer().save(folder / "tokenizer.json")
-        return
     library = Path(os.__file__).parent
     texts = (file.read_text("utf-8", errors="replace") for file in sorted(library.glob("*.py")))
     train_bpe(texts, size.vocabulary).save(folder / "tokenizer.json")
 
 
 @contextlib.contextmanager
-def served(folder: Path, rows: int, options: Sequence[str]) -> Iterator[tuple[int, float]]:
-    """A server of a run in a process of its own: its port, and the seconds until it was ready."""
-    command = [sys.executable, "-m", "serving", "serve", str(folder), "--port", "0"]
-    begun = time.perf_counter()
-    with subprocess.Popen(
-        [*command, "--rows", str(rows), *options],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        try:
-            assert process.stdout
-            line = process.stdout.readline()
-            found = re.search(r"http://[^ ]*:(\d+)", line)
-            if not found:
-                raise ValueError(f"the server has not started: {line!r}")
-            yield int(found[1]), time.perf_counter() - begun
-        finally:
-            process.terminate()
+def served(size: Size, options: Sequence[object]) -> Iterator[tuple[int, float]]:
+    """A server in a process of its own: its port, and the seconds until it was ready."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_run(Path(folder), size)
+        command = [sys.executable, "-m", "serving", "serve", folder, "--port", "0"]
+        begun = time.perf_counter()
+        with subprocess.Popen(
+            [*command, *map(str, options)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        ) as process:
+            try:
+                assert process.stdout
+                line = process.stdout.readline()
+                found = re.search(r"http://[^ ]*:(\d+)", line)
+                if not found:
+                    raise ValueError(f"the server has not started: {line!r}")
+                yield int(found[1]), time.perf_counter() - begun
+            finally:
+                process.terminate()
 
 
 def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
@@ -472,26 +468,26 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     engine = Ours(shape.build(), rows, dtype).engine
     for clients in CLIENTS:
         engine_loop(engine, clients, clients, 8)
-    with tempfile.TemporaryDirectory() as folder:
-        save_run(Path(folder), shape)
-        options = ["--queue", str(max(CLIENTS)), "--dtype", dtype, "--threads", str(threads)]
-        with served(Path(folder), rows, options) as (port, seconds):
-            result["ready_seconds"] = seconds
-            asyncio.run(settled(port, engine.compiled))
-            vocabulary = shape.vocabulary
-            for clients in CLIENTS:
-                count = max(texts, 2 * clients)
-                result["engine"].append(engine_loop(engine, clients, count, tokens))
-                run = closed_loop(port, clients, count, tokens, vocabulary)
-                result["http"].append(asyncio.run(run))
-                print(f"{size}: {clients} clients", flush=True)
-            most = max(row["tokens_per_second"] for row in result["http"])
-            result["open"] = []
-            for share in SHARES:
-                rate = share * most / tokens
-                row = asyncio.run(open_loop(port, rate, 2 * texts, tokens, vocabulary))
-                result["open"].append({**row, "share": share})
-                print(f"{size}: {share:.0%} of capacity", flush=True)
+    model = engine.model
+    result["bytes"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    options = ["--rows", rows, "--queue", max(CLIENTS), "--dtype", dtype, "--threads", threads]
+    with served(shape, options) as (port, seconds):
+        result["ready_seconds"] = seconds
+        asyncio.run(settled(port, engine.compiled))
+        vocabulary = shape.vocabulary
+        for clients in CLIENTS:
+            count = max(texts, 2 * clients)
+            result["engine"].append(engine_loop(engine, clients, count, tokens))
+            run = closed_loop(port, clients, count, tokens, vocabulary)
+            result["http"].append(asyncio.run(run))
+            print(f"{size}: {clients} clients", flush=True)
+        most = max(row["tokens_per_second"] for row in result["http"])
+        result["open"] = []
+        for share in SHARES:
+            rate = share * most / tokens
+            row = asyncio.run(open_loop(port, rate, 2 * texts, tokens, vocabulary))
+            result["open"].append({**row, "share": share})
+            print(f"{size}: {share:.0%} of capacity", flush=True)
     return result
 
 
@@ -510,7 +506,6 @@ def bandwidth(threads: int) -> float:
 def loops_table(result: Row, speed: float) -> str:
     """Closed and open loops as Markdown."""
     size = result["size"]
-    weight = sum(parameter.nbytes for parameter in SIZES[size].build().parameters())
     lines = [
         f"### {size}: many clients",
         "",
@@ -523,7 +518,7 @@ def loops_table(result: Row, speed: float) -> str:
             f"| {engine['clients']} clients | {engine['tokens_per_second']:,.0f} "
             f"| {http['tokens_per_second']:,.0f} "
             f"| {http['tokens_per_second'] / engine['tokens_per_second']:.0%} "
-            f"| {steps * weight / speed:.0%} | {latencies(http)} | {http['refused']} |"
+            f"| {steps * result['bytes'] / speed:.0%} | {latencies(http)} | {http['refused']} |"
         )
     for row in result["open"]:
         lines.append(
@@ -594,10 +589,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=["float32", "int8"], default="float32")
     for name, default in (("texts", 32), ("tokens", 64), ("rows", 64)):
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help="%(default)s")
-    try:
-        benchmark(**vars(parser.parse_args(arguments)))
-    except ValueError as error:
-        cli.refuse(PROG, str(error))
+    command(parser, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -12,22 +12,17 @@ score: on the CPU, and where there is a card also there, which then shows the th
 GPT-2 124M too.
 """
 
-import argparse
 import dataclasses
 import importlib.util
 import itertools
-import json
 import math
 import multiprocessing
 import os
-import platform
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from importlib.metadata import version
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -37,8 +32,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.models import WITHOUT
-from gpt import Model, cli
-from gpt.checkpoint import RUNS, write_atomically
+from benchmarks.report import Row, add_common_options, command, machine, report, spread
+from gpt import Model
 from gpt.device import find_device, peak_flops
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
@@ -53,8 +48,6 @@ from training.text import open_corpus_of
 PROG = "python -m benchmarks.train"
 TURNS, STEPS = 6, 5
 """Turns of a contestant for its throughput, the first of them to warm up, and optimizer steps in one."""
-
-Row = dict[str, Any]
 
 
 class RandomTokens(Task):
@@ -370,18 +363,6 @@ def race_table(result: Row) -> str:
     return "\n".join([f"### {result['title']}", "", *lines, *notes]) + "\n"
 
 
-def spread(values: Iterable[float | None], written: Callable[[float], str]) -> str:
-    """The median of what is known, the least and the most, and how many are not known."""
-    everything = list(values)
-    known = sorted(value for value in everything if value is not None)
-    if not known:
-        return "–"
-    text = written(statistics.median(known))
-    if len(known) > 1:
-        text += f" ({written(known[0])} to {written(known[-1])})"
-    return text + f", {len(known)} of {len(everything)}" * (len(known) < len(everything))
-
-
 def throughput(runs: dict[str, Run], threads: int, steps: int = STEPS) -> Row:
     """Tokens a second of each, and the share of the card's peak that they are."""
     turns = [dict.fromkeys(runs, steps)] * TURNS
@@ -435,34 +416,6 @@ def characters_of(data: str) -> Corpus:
             "--tokenizer characters, and with every character in the training split"
         )
     return corpus
-
-
-def machine() -> Row:
-    """Where and when."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    installed = importlib.util.find_spec("transformers")
-    return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "system": platform.platform(),
-        "processor": next(names, platform.machine()),
-        "cores": os.cpu_count(),
-        "card": card,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": version("transformers") if installed else None,
-    }
-
-
-def described(where: Row) -> str:
-    """The machine in a line."""
-    return (
-        f"{where['processor']}, {where['cores']} cores, {where['card'] or 'no card'}; Python "
-        f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}; "
-        f"{where['date']}."
-    )
 
 
 def chosen(runs: dict[str, Run], only: Sequence[str]) -> dict[str, Run]:
@@ -527,27 +480,6 @@ def benchmark(
     report(result, tables, output)
 
 
-def report(result: Row, tables: list[str], output: Path) -> None:
-    """Print the tables with the machine below them, write JSON and, beside it, Markdown."""
-    text = "\n".join([*tables, described(result["machine"]) + "\n"])
-    output.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(output, json.dumps(result, indent=1) + "\n")
-    write_atomically(output.with_suffix(".md"), text)
-    print(f"\n{text}\n{output}, {output.with_suffix('.md')}")
-
-
-def add_common_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """What every benchmark asks: where its `report` goes, and how many threads it may use."""
-    parser.add_argument(
-        "--output",
-        type=Path,
-        default=RUNS / "bench" / output,
-        metavar="PATH",
-        help="JSON, and a table beside it as .md (default: %(default)s)",
-    )
-    parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Read the command line; a mistake is one line and exit code 2."""
     parser = Parser(prog=PROG, description="Training side by side: seconds to a loss, throughput.")
@@ -567,11 +499,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--ablate", action="store_true", help="instead: ours beside itself with one thing changed"
     )
-    options = parser.parse_args(arguments)
-    try:
-        benchmark(**vars(options))
-    except ValueError as error:
-        cli.refuse(PROG, str(error))
+    command(parser, benchmark, arguments)
 
 
 if __name__ == "__main__":

@@ -114,18 +114,19 @@ class Sampler:
     """
 
     def __init__(self, size: int, vocabulary: int, device: torch.device | str = "cpu") -> None:
-        def column(dtype: torch.dtype) -> Tensor:
-            return torch.zeros(size, 1, dtype=dtype, device=device)
+        def column(dtype: torch.dtype, value: float = 0) -> Tensor:
+            return torch.full((size, 1), value, dtype=dtype, device=device)
 
         self.vocabulary = vocabulary
         self.samplings = [Sampling(temperature=0)] * size
+        # What never started may be computed with others: as `samplings` say, greedily.
         self.state: State = {
             "stream": column(torch.long),
             "position": column(torch.long),
-            "greedy": column(torch.bool),
+            "greedy": column(torch.bool, True),
             "sorted": column(torch.bool),
-            "temperature": column(torch.float),
-            "top_k": column(torch.long),
+            "temperature": column(torch.float, 1),
+            "top_k": column(torch.long, 1),
             "top_p": column(torch.float),
             "log_min_p": column(torch.float),
             "repetition": column(torch.float),
@@ -135,10 +136,6 @@ class Sampler:
             "in_prompt": torch.zeros(size, vocabulary, dtype=torch.bool, device=device),
             "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
         }
-
-        # What never started may be computed with others: as greedy as `samplings` say.
-        for name, value in (("greedy", True), ("temperature", 1), ("top_k", 1)):
-            self.state[name].fill_(value)
 
     def start(self, row: int, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> None:
         """Let `row` begin a new text after `prompt`; `choice` numbers the texts of one seed."""

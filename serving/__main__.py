@@ -4,34 +4,34 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import math
 import os
 import secrets
 import socket
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated
 
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
-from gpt.checkpoint import find_run, load_tensors, open_language_model, read_json
+from gpt.checkpoint import find_run, open_language_model, read_json
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText, main
 from gpt.describe import parameters
 from gpt.device import find_device
-from gpt.int8 import DType, converted
+from gpt.int8 import DType
 from gpt.sampling import Sampling, generate
-from serving.engine import BUDGET, Engine, Step, ahead
+from serving.engine import BUDGET, Engine
 from serving.limits import Deadlines, Limits
 from serving.text import Text, read_prompt, read_source
+from serving.tuning import ahead, fastest_threads, in_format
 from tokenizer import Tokenizer, from_utf8
 
 if TYPE_CHECKING:
     from serving.api import Catalog
+    from serving.compiled import Compiler
     from serving.completions import Served
 
 
@@ -164,7 +164,6 @@ class Serve:
         from serving.server import Server
 
         key = self._key()
-        self.compiler = Compiler()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         folders = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
@@ -173,28 +172,28 @@ class Serve:
             raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
         if self.watch and not self.watch.is_dir():
             raise ValueError(f"--watch {self.watch}: no such folder")
-        with bind(self.host, self.port) as listener:
+        with (
+            bind(self.host, self.port) as listener,
+            contextlib.closing(Compiler()) as compiler,
+        ):
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}"
             catalog = Catalog()
 
             async def load() -> None:
                 for folder in folders:
-                    await catalog.add(await asyncio.to_thread(self._open, folder))
+                    await catalog.add(await asyncio.to_thread(self._open, folder, compiler))
                 catalog.missing = ""
                 print(_invitation(list(catalog.served), address, key), flush=True)
                 while self.watch:
                     for folder in finished(self.watch):
                         if folder.resolve().name not in catalog.served:
-                            await self._join(catalog, folder)
+                            await self._join(catalog, folder, compiler)
                     await asyncio.sleep(WATCH)
 
             app = create_app(catalog, self.limits, key=key, origins=self.origin)
             server = Server(app, catalog, load, self.deadlines)
-            try:
-                server.run([listener])
-            finally:
-                self.compiler.close()
+            server.run([listener])
             if server.failure:
                 raise server.failure
 
@@ -210,7 +209,7 @@ class Serve:
             )
         return key
 
-    def _open(self, folder: Path) -> "Served":
+    def _open(self, folder: Path, compiler: "Compiler") -> "Served":
         """Load a run, and say what it will take."""
         from serving.completions import Served
         from serving.metrics import Metrics
@@ -219,8 +218,7 @@ class Serve:
         path, model, tokenizer = open_run(folder, self.device)
         name = path.resolve().name
         size = parameters(model)
-        before = measured(model, path) if self.dtype != "float32" else None
-        model = converted(model, self.dtype)
+        model, cost = in_format(model, self.dtype, path)
         threads = self.threads or fastest_threads(model)
         torch.set_num_threads(threads)
         engine = Engine(
@@ -238,21 +236,20 @@ class Serve:
             f"{engine.length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
             file=sys.stderr,
         )
-        if self.dtype != "float32":
-            after = measured(model, path, before.tokens) if before else None
-            print(f"{name}: {cost(self.dtype, before, after)}", file=sys.stderr)
+        if cost:
+            print(f"{name}: {cost}", file=sys.stderr)
         service = Service(
             engine, places=self.queue, stall=self.stall, metrics=Metrics(name), threads=threads
         )
         if self.compile:
-            self.compiler.add(engine, threads)
+            compiler.add(engine, threads)
         created = int((path / "model.safetensors").stat().st_mtime)
         return Served(name, service, tokenizer, created, translates(path))
 
-    async def _join(self, catalog: "Catalog", folder: Path) -> None:
+    async def _join(self, catalog: "Catalog", folder: Path, compiler: "Compiler") -> None:
         """Serve one more run; one that cannot be is named, and the others go on."""
         try:
-            await catalog.add(await asyncio.to_thread(self._open, folder))
+            await catalog.add(await asyncio.to_thread(self._open, folder, compiler))
             print(f"{folder.resolve().name} is served too", flush=True)
         except (ValueError, OSError) as error:
             logging.getLogger(__name__).error("%s", error)
@@ -260,10 +257,6 @@ class Serve:
 
 WATCH = 2.0
 """Seconds between two looks at a watched folder."""
-TRIALS = 4
-"""Times that a token is made with each number of threads."""
-MEASURING = 0.5
-"""Seconds for what a format costs, before and after."""
 
 
 def finished(folder: Path) -> list[Path]:
@@ -317,75 +310,6 @@ def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokeni
             f"{tokenizer.vocabulary}: they are not of the same run"
         )
     return path, model, tokenizer
-
-
-def fastest_threads(model: LanguageModel) -> int:
-    """With how many threads a token takes least, by trying; of nearly equal ones the fewest.
-
-    The products of small models are over before a second thread has joined in, and the cores
-    that are left answer clients.
-    """
-    most, step = torch.get_num_threads(), Step(model)
-    device = next(model.parameters()).device
-    counts = sorted({1, *(count for count in (2, 4, 8, 16, 32) if count < most), most})
-    if device.type != "cpu" or most == 1:
-        return most
-    seconds = dict.fromkeys(counts, math.inf)
-    with torch.inference_mode():
-        for _ in range(TRIALS):
-            for count in counts:
-                torch.set_num_threads(count)
-                for _ in range(2):  # the first time, threads come and go
-                    state, last_B1 = model.init_state(1, 1), torch.zeros(1, 1, dtype=torch.long)
-                    begun = time.perf_counter()
-                    step(last_B1, model.part(state, 1))
-                    took = time.perf_counter() - begun
-                seconds[count] = min(seconds[count], took)
-    torch.set_num_threads(most)
-    return next(count for count in counts if seconds[count] < 1.15 * min(seconds.values()))
-
-
-class Measured(NamedTuple):
-    """A loss over the first of a run's own validation tokens."""
-
-    tokens: int
-    loss: float
-    """In nats."""
-
-
-def measured(model: LanguageModel, run: Path, tokens: int = 0) -> Measured | None:
-    """How well a model predicts a run's validation tokens: so many, or as many as fit in `MEASURING` seconds.
-
-    None where the run has none.
-    """
-    file = run / "validation.safetensors"
-    if not file.exists():
-        return None
-    ids_N = load_tensors(file)["tokens"].long()
-    nats, count, begun = 0.0, 0, time.monotonic()
-    with torch.inference_mode():
-        for ids in ids_N.split(model.context + 1):
-            if len(ids) < 2 or (
-                count >= tokens if tokens else time.monotonic() > begun + MEASURING
-            ):
-                break
-            ids_1T = ids.unsqueeze(0).to(next(model.parameters()).device)
-            nll_1T = model.nll(ids_1T[:, :-1], ids_1T[:, 1:])
-            nats, count = nats + nll_1T.double().sum().item(), count + len(ids) - 1
-    return Measured(count, nats / count) if count else None
-
-
-def cost(dtype: str, before: Measured | None, after: Measured | None) -> str:
-    """What a format costs, in words."""
-    if before is None or after is None:
-        return (
-            f"what {dtype} costs in perplexity is not known: the run has no validation.safetensors"
-        )
-    old, new = math.exp(before.loss), math.exp(after.loss)
-    return (
-        f"{dtype}: perplexity {new:.3f} instead of {old:.3f} ({new / old - 1:+.2%}) on "
-        f"{after.tokens:,} of the run's validation tokens"
-    )
 
 
 def bind(host: str, port: int) -> socket.socket:

@@ -8,7 +8,6 @@ is compared with it once, and then takes its place. It is kept in the user's cac
 a name that says what it is for, so that the next server has it from the beginning on.
 """
 
-import contextlib
 import copy
 import hashlib
 import logging
@@ -31,7 +30,7 @@ from torch import Tensor, nn
 from gpt.checkpoint import cache
 from gpt.model import LanguageModel, State, rows
 from gpt.sampling import DRAWN, Sampler, Sampling
-from serving.engine import Engine, Kind, Prompt, Step
+from serving.engine import Engine, Kind, whole
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +44,6 @@ def compiler() -> str | None:
     """The C++ compiler that would be used, if there is one."""
     wanted = (os.environ.get("CXX"), "g++", "clang++")
     return next((path for name in wanted if name and (path := shutil.which(name))), None)
-
-
-def whole(model: LanguageModel, kind: Kind) -> nn.Module:
-    """What is compiled, as it is."""
-    return Prompt(model) if kind == "prompt" else Step(model)
 
 
 class Compiled:
@@ -162,7 +156,7 @@ def _skeleton(model: LanguageModel) -> LanguageModel:
 
 def _hollow(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return torch.nn.Parameter(empty, False) if isinstance(tensor, torch.nn.Parameter) else empty
+    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
 
 
 def _processor() -> str:
@@ -209,11 +203,22 @@ class Compiler:
 
     def _work(self) -> None:
         while work := self._jobs.get():
-            if not self._closed:
-                job = Job(*work)
-                if job.path.exists() or self._compile(job):
-                    self._adopt(job)
+            try:
+                if not self._closed:
+                    self._replace(*work)
+            except Exception as error:  # a full disk, say: the model itself is there
+                logger.warning("%s stays uncompiled: %s", work[1], error)
             self._jobs.task_done()
+
+    def _replace(self, engine: Engine, kind: Kind, threads: int) -> None:
+        """Put compiled code in the place of an engine's part, if there is any to be had."""
+        job = Job(engine, kind, threads)
+        if job.path.exists() or self._compile(job):
+            try:
+                engine.parts[kind] = job.load()
+            except Exception as error:
+                job.path.unlink()  # the next server makes it anew
+                raise ValueError(f"what was compiled cannot be used: {error}") from error
 
     def _compile(self, job: Job) -> bool:
         """Whether it worked; what went wrong is logged in a line."""
@@ -237,16 +242,10 @@ class Compiler:
         beside.unlink(missing_ok=True)
         if not self._closed:
             lines = complaint.decode(errors="replace").strip().splitlines() or ["no reason given"]
-            logger.info("%s stays uncompiled: %s", job.kind, lines[-1])
+            # What reads a prompt token by token has no one shape: nobody needs to hear of that.
+            level = logging.INFO if job.kind == "prompt" else logging.WARNING
+            logger.log(level, "%s stays uncompiled: %s", job.kind, lines[-1])
         return False
-
-    def _adopt(self, job: Job) -> None:
-        try:
-            job.engine.parts[job.kind] = job.load()
-        except Exception as error:  # whatever it is, the model itself is there
-            logger.warning("a compiled step cannot be used: %s", error)
-            with contextlib.suppress(OSError):
-                job.path.unlink()
 
 
 def _follow(parent: int) -> None:
@@ -260,6 +259,7 @@ def main() -> None:
     """The life of the process that compiles: work from standard input, the file's path as argument."""
     os.nice(10)
     threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
+    # From the server that started this process, through a pipe: never from a file.
     model, length, kind, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
     program = traced(model.to_empty(device="cpu"), length, kind)

@@ -14,7 +14,7 @@ import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -110,7 +110,8 @@ class Live:
 
     request: Request
     choice: int
-    left: int
+    most: int
+    """Tokens that it may have."""
     tokens: list[int] = dataclasses.field(default_factory=list)
 
     @property
@@ -178,6 +179,11 @@ class Step(nn.Module):
         return logits_BV, tokens_B, margin_B
 
 
+def whole(model: LanguageModel, kind: Kind) -> nn.Module:
+    """What computes it, as long as nothing faster does."""
+    return Prompt(model) if kind == "prompt" else Step(model)
+
+
 class Engine:
     """A model, and the requests that are queued for it or live in its rows.
 
@@ -223,11 +229,8 @@ class Engine:
         self.reading: Reading | None = None
         self.live: list[Live] = []
         self.searches: dict[Request, Generator[None, None, list[list[int]]]] = {}
-        step = Step(model)
         self.parts: dict[Kind, Callable[..., Sequence[Tensor]]] = {
-            "row": step,
-            "rows": step,
-            "prompt": Prompt(model),
+            kind: whole(model, kind) for kind in get_args(Kind)
         }
         """What computes each; a compiled one may take its place at any time, from any thread."""
         self.recorder = None if deterministic or not recorded else Recorder(self)
@@ -251,8 +254,8 @@ class Engine:
         tensors = {
             id(tensor): tensor.nbytes
             for tensor in (
-                *self.model.state_dict(keep_vars=True).values(),
-                *(buffer for buffer in self.model.buffers()),
+                *self.model.parameters(),
+                *self.model.buffers(),
                 *self.state.values(),
                 *self.scratch.values(),
                 *self.sampler.state.values(),
@@ -329,31 +332,33 @@ class Engine:
 
     def _decode(self) -> list[Event]:
         count = len(self.live)
-        width = 1 if self.deterministic else count
-        events: list[Event] = []
         try:
             if self.recorder:
-                events += self._replayed(self.recorder)
-            for first in range(0, 0 if self.recorder else count, width):
-                texts = self.live[first : first + width]
-                if all(_plain(text.request) for text in texts):
-                    events += self._plainly(first, texts)
-                else:
-                    events += self._sampled(first, texts)
+                events = self._replayed(self.recorder)
+            elif self.deterministic:
+                events = [event for row in range(count) for event in self._computed(row, row + 1)]
+            else:
+                events = self._computed(0, count)
         except Exception as error:  # out of memory, say: the queue lives on
             failed = [_failed(text.request, text.choice, error) for text in self.live]
             self.live = []
             return failed
         ended = {(event.request, event.choice) for event in events if event.finish}
         for row in reversed(range(count)):  # from the end: a row that moves has been seen
-            if ended and (self.live[row].request, self.live[row].choice) in ended:
+            if (self.live[row].request, self.live[row].choice) in ended:
                 self._leave(row)
         return events
 
-    def _step(self, first: int, count: int, reach: int, drawing: bool | None) -> Sequence[Tensor]:
+    def _computed(self, first: int, last: int) -> list[Event]:
+        """The next tokens of the texts in rows [first, last)."""
+        texts = self.live[first:last]
+        plain = all(_plain(text.request) for text in texts)
+        return self._plainly(first, texts) if plain else self._sampled(first, texts)
+
+    def _step(self, first: int, count: int, reach: int, drawing: bool) -> Sequence[Tensor]:
         """One step of some rows that hold up to `reach` tokens with the one that is fed.
 
-        `drawing` tells whether a token is drawn; None that only the logits are wanted.
+        `drawing` tells whether the step may draw tokens; without it no random stream goes on.
         """
         reach = min(-(-reach // REACH) * REACH, self.length)
         key, last = (first, count, reach), first + count
@@ -365,14 +370,14 @@ class Engine:
         part = self.parts["rows" if count > 1 else "row"]
         if isinstance(part, nn.Module) and not drawing:
             return part(self.last_B1[first:last], state)
-        if drawing is None:  # compiled code draws all the same
+        if not drawing:  # compiled code draws all the same
             drawn = drawn | {"position": drawn["position"].clone()}
         return part(self.last_B1[first:last], state, drawn)
 
     def _room(self, texts: Sequence[Live]) -> tuple[int, int]:
         """How far these texts reach with the token that is fed, and how many can follow before one is looked at."""
         reach = max(text.length for text in texts)
-        left = max(text.left - len(text.tokens) for text in texts)
+        left = max(text.most - len(text.tokens) for text in texts)
         if self.limit is not None:
             left = min(left, self.length - reach + 1)
         return reach, min(self.ahead, left)
@@ -400,7 +405,7 @@ class Engine:
     def _sampled(self, first: int, texts: Sequence[Live]) -> list[Event]:
         """The next token of these texts, in rows from `first` on."""
         reach = max(text.length for text in texts)
-        logits_BV = self._step(first, len(texts), reach, None)[0]
+        logits_BV = self._step(first, len(texts), reach, drawing=False)[0]
         tokens_B = self._choose(logits_BV, first, texts)
         self.last_B1[first : first + len(texts), 0] = tokens_B.clamp(min=0)
         tokens = tokens_B.tolist()
@@ -426,7 +431,7 @@ class Engine:
         for row, text in enumerate(texts, first):
             for tokens_B, doubts_B in zip(tokens_NB, doubts_NB, strict=True):
                 token, doubt = tokens_B[row - first], doubts_B[row - first]
-                settled = self._settled(text) if doubt else token
+                settled = self._likeliest(text) if doubt else token
                 events.append(self._event(row, settled, None))
                 if events[-1].finish:
                     break
@@ -435,10 +440,15 @@ class Engine:
                     break
         return events
 
-    def _settled(self, text: Live) -> int:
-        """The likeliest token after a text, computed of it alone; -1 where there is none."""
+    def _alone(self, text: Live) -> Tensor:
+        """logits_V of what follows a text, computed of it alone."""
         request = text.request
         logits_V = anew(self.model, request.prompt, text.tokens, request.begin)
+        return logits_V if text.tokens else only(logits_V.unsqueeze(0), request.first)[0]
+
+    def _likeliest(self, text: Live) -> int:
+        """The likeliest token after a text, computed of it alone; -1 where there is none."""
+        logits_V = self._alone(text)
         return int(logits_V.argmax()) if bool(logits_V.max().isfinite()) else -1
 
     def _mend(self, row: int, text: Live) -> None:
@@ -456,10 +466,7 @@ class Engine:
         """tokens_B for these texts, in rows from `first` on, each by its own parameters."""
 
         def again(row: int) -> Tensor:
-            text = texts[row - first]
-            request = text.request
-            logits_V = anew(self.model, request.prompt, text.tokens, request.begin)
-            return logits_V if text.tokens else only(logits_V.unsqueeze(0), request.first)[0]
+            return self._alone(texts[row - first])
 
         return self.sampler(logits_BV, first, again if self.certain else None)
 
@@ -486,7 +493,7 @@ class Engine:
         if token in text.request.stop:
             return Event(text.request, text.choice, None, "stop", score, prompt)
         text.tokens.append(token)
-        finish: Finish | None = "length" if len(text.tokens) == text.left else None
+        finish: Finish | None = "length" if len(text.tokens) == text.most else None
         return Event(text.request, text.choice, token, finish, score, prompt)
 
     def _leave(self, row: int) -> None:
@@ -633,13 +640,6 @@ def _scored(logits_NV: Tensor, tokens: Sequence[int], wanted: Sequence[int]) -> 
             tokens, chosen, likeliest, wanted, strict=True
         )
     ]
-
-
-def ahead(model: LanguageModel) -> int:
-    """How many steps to take before their tokens are looked at: several, where looking takes as long."""
-    weights = sum(parameter.numel() for parameter in model.parameters())
-    on_card = next(model.parameters()).device.type == "cuda"
-    return 4 if weights < (1_000_000_000 if on_card else 3_000_000) else 1
 
 
 def _plain(request: Request) -> bool:

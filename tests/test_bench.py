@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import models, train
+from benchmarks.report import spread
 from benchmarks.train import Contestant, Race, judge, race, slices, throughput
 from gpt.checkpoint import build
 from gpt.describe import parameters
@@ -201,10 +202,10 @@ def test_a_loss_is_reached_at_the_first_score_that_is_there():
 
 
 def test_figures_are_medians_with_their_spread():
-    assert train.spread([3.0, 1.0, 2.0], "{:.1f}".format) == "2.0 (1.0 to 3.0)"
-    assert train.spread([3.0, None, 1.0], "{:.0f}".format) == "2 (1 to 3), 2 of 3"
-    assert train.spread([None, None], "{:.0f}".format) == "–"
-    assert train.spread([1.0], "{:.0f}".format) == "1"
+    assert spread([3.0, 1.0, 2.0], "{:.1f}".format) == "2.0 (1.0 to 3.0)"
+    assert spread([3.0, None, 1.0], "{:.0f}".format) == "2 (1 to 3), 2 of 3"
+    assert spread([None, None], "{:.0f}".format) == "–"
+    assert spread([1.0], "{:.0f}".format) == "1"
 
 
 def test_the_command_trains_in_processes_and_writes_both_files(data, tmp_path, capfd, monkeypatch):

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from benchmarks.rivals import as_transformers
 from gpt.attention import Places, RMSNorm, rotary_table, rotate
 from gpt.gpt import GPT, GPT2, NGrams
 
@@ -62,58 +63,13 @@ def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_chapter_14_equals_gpt2_weight_for_weight(training: bool, bias: bool) -> None:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
     torch.manual_seed(0)
     dropout = 0.3 if training else 0.0
     model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout, bias=bias)
     model = model.double().train(training)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    config = GPT2Config(
-        vocab_size=97,
-        n_positions=32,
-        n_embd=48,
-        n_layer=2,
-        n_head=3,
-        resid_pdrop=dropout,
-        embd_pdrop=dropout,
-        attn_pdrop=dropout,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    theirs = GPT2LMHeadModel(config).double().train(training)
-    ours = model.state_dict()
-    if not bias:  # which theirs always have
-        for name, tensor in model.state_dict().items():
-            ours[name.replace("weight", "bias")] = tensor.new_zeros(len(tensor))
-    state = {
-        "transformer.wte.weight": ours["embedding.weight"],
-        "transformer.wpe.weight": ours["position.weight"],
-        "lm_head.weight": ours["unembedding.weight"],
-    }
-
-    def transposed(tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.T if tensor.ndim == 2 else tensor
-
-    names = {
-        "attention_norm": "ln_1",
-        "attention.output": "attn.c_proj",
-        "mlp_norm": "ln_2",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }
-    for kind in ("weight", "bias"):
-        state[f"transformer.ln_f.{kind}"] = ours[f"norm.{kind}"]
-        for layer in range(2):
-            block, their_block = f"blocks.{layer}", f"transformer.h.{layer}"
-            # Theirs are stored transposed, and query, key and value are side by side.
-            for name, their_name in names.items():
-                tensor = ours[f"{block}.{name}.{kind}"]
-                state[f"{their_block}.{their_name}.{kind}"] = transposed(tensor)
-            parts = [ours[f"{block}.attention.{name}.{kind}"] for name in ("query", "key", "value")]
-            state[f"{their_block}.attn.c_attn.{kind}"] = transposed(torch.cat(parts))
-    theirs.load_state_dict(state)
+    theirs = as_transformers(model, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     tokens_BT = torch.randint(97, (2, 32))
 
     def logits(of) -> torch.Tensor:

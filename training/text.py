@@ -49,9 +49,9 @@ class Text(Task):
         ]
         self.given = {"vocabulary": self.tokenizer.vocabulary, "context": run.window}
         self.row = run.window
+        if to_train and self.kind == "text":
+            self.held_out = corpus.splits["validation"].tokens[:HELD_OUT]
         if to_train:
-            if self.kind == "text":
-                self.held_out = corpus.splits["validation"].tokens[:HELD_OUT]
             order = Streams if run.carry else Windows
             self.order = order(corpus.splits["train"].tokens, run.window, run.batch, run.seed)
 
