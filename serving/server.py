@@ -6,11 +6,11 @@ Ctrl-C lets the texts end, for a while, before it leaves.
 """
 
 import asyncio
-import json
 import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable
+from http import HTTPStatus
 from types import FrameType
 
 import h11
@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from serving.api import Catalog
+from serving.completions import ApiError
 from serving.limits import Deadlines
 
 logger = logging.getLogger(__name__)
@@ -27,12 +28,11 @@ FLUSH = 5
 """Seconds that a stopping server gives slow clients to take what was already written for them."""
 
 
-def _plain(status: str, message: str) -> bytes:
+def _plain(status: HTTPStatus, message: str) -> bytes:
     """A whole answer, where the application is not asked."""
-    body = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
-    data = json.dumps({"error": body}).encode()
+    data = ApiError(status, message).body()
     head = (
-        f"HTTP/1.1 {status}\r\ncontent-type: application/json\r\nconnection: close\r\n"
+        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
         f"retry-after: 1\r\ncontent-length: {len(data)}\r\n\r\n"
     )
     return head.encode() + data
@@ -47,7 +47,7 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > deadlines.max_connections:
-                self.refuse("503 Service Unavailable", "too many connections: try again later")
+                self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again later")
             else:
                 self.expect("head", deadlines.head_timeout)
 
@@ -76,7 +76,7 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
             self.relax()
             message = f"the {what} of the request did not end within {seconds:g} s"
             self.deadline = self.loop.call_later(
-                seconds, self.refuse, "408 Request Timeout", message
+                seconds, self.refuse, HTTPStatus.REQUEST_TIMEOUT, message
             )
 
         def relax(self) -> None:
@@ -84,7 +84,7 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
                 self.deadline.cancel()
                 self.deadline = None
 
-        def refuse(self, status: str, message: str) -> None:
+        def refuse(self, status: HTTPStatus, message: str) -> None:
             """Say why, unless an answer has begun, and close."""
             self.relax()
             if (
@@ -96,7 +96,7 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
             self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            self.refuse("400 Bad Request", msg)
+            self.refuse(HTTPStatus.BAD_REQUEST, msg)
 
     return Protocol
 

@@ -73,8 +73,6 @@ def test_compressed_text_is_the_same(tmp_path, opener):
     assert tokens(tmp_path / f"a.txt.{ending}") == tokens(tmp_path / "a.txt")
 
 
-# pandas closes a file that was not read to its end only when it is collected.
-@pytest.mark.filterwarnings("ignore:.*a.csv:pytest.PytestUnraisableExceptionWarning")
 def test_rows_are_documents_in_every_format(tmp_path):
     rows = [*ROWS, None, ""]
     lines = "".join(json.dumps({"text": row, "n": 1}) + "\n" for row in rows)
