@@ -9,6 +9,7 @@ a name that says what it is for, so that the next server has it from the beginni
 """
 
 import copy
+import ctypes
 import hashlib
 import logging
 import os
@@ -18,9 +19,12 @@ import queue
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Sequence
+import weakref
+import zipfile
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,24 +53,99 @@ def compiler() -> str | None:
 class Compiled:
     """Compiled code from a file, with the weights of a model.
 
+    It is called through its C interface, that of torch's `aoti_runtime/interface.h`: torch's own
+    way in keeps Python's lock while the code runs, and a server would answer nobody meanwhile.
+
     Args:
         path: Made by `compile_part`.
-        part: Whose weights it uses; they must live as long, and stay where they are.
+        part: Whose weights it uses; they must stay where they are.
     """
 
     def __init__(self, path: Path, part: nn.Module) -> None:
-        package: Any = torch._inductor.aoti_load_package(str(path))
-        self._weights = {
+        library = _library(path)
+        container, count = ctypes.c_void_p(), ctypes.c_size_t()
+
+        def call(name: str, *arguments: Any) -> None:  # noqa: ANN401 (as C takes them)
+            _check(library[f"AOTInductorModelContainer{name}"](*arguments))
+
+        def name_of(what: str, number: int) -> bytes:
+            name = ctypes.c_char_p()
+            call(f"GetConstant{what}", container, ctypes.c_size_t(number), ctypes.byref(name))
+            return name.value or b""
+
+        call("CreateWithDevice", ctypes.byref(container), ctypes.c_size_t(1), b"cpu", None)
+        call("GetNumConstants", container, ctypes.byref(count))
+        tensors = {
             **dict(part.named_parameters(remove_duplicate=False)),
             **dict(part.named_buffers(remove_duplicate=False)),
         }
-        wanted = {name: self._weights[name] for name in package.get_constant_fqns()}
-        package.load_constants(wanted, check_full_update=True, user_managed=True)
-        self._run = package.loader.run
+        numbers = range(count.value)
+        wanted = [tensors[name_of("OriginalFQN", number).decode()] for number in numbers]
+        handles = _handles(wanted)
+        names = [name_of("Name", number) for number in numbers]
+        pairs = (_Constant * len(names))(*map(_Constant, names, handles))
+        no, yes = ctypes.c_bool(False), ctypes.c_bool(True)
+        call("UpdateUserManagedConstantBufferPairs", container, pairs, count, no, yes)
+        call("GetNumOutputs", container, ctypes.byref(count))
+        self._container, self._outputs = container, count.value
+        self._run = library.AOTInductorModelContainerRunSingleThreaded
+        pointer, size = ctypes.c_void_p, ctypes.c_size_t
+        self._run.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
+        weakref.finalize(self, _release, library, container, handles).atexit = False
 
     def __call__(self, tokens_BT: Tensor, *states: State) -> Sequence[Tensor]:
         """As of the part."""
-        return self._run([tokens_BT, *(tensor for state in states for tensor in state.values())])
+        given = _handles([tokens_BT, *(tensor for state in states for tensor in state.values())])
+        inputs = (ctypes.c_void_p * len(given))(*given)
+        outputs = (ctypes.c_void_p * self._outputs)()
+        _check(self._run(self._container, inputs, len(inputs), outputs, len(outputs), None, None))
+        return _tensors(outputs)
+
+
+class _Constant(ctypes.Structure):
+    _fields_ = (("name", ctypes.c_char_p), ("handle", ctypes.c_void_p))
+
+
+_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
+_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
+_capsule = ctypes.pythonapi.PyCapsule_New
+_capsule.restype = ctypes.py_object
+_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
+
+
+def _handles(tensors: list[Tensor]) -> list[int]:
+    """As compiled code takes tensors: it frees those of its inputs, we those of its constants."""
+    capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
+    return [_pointer_of(capsule, None) for capsule in capsules]
+
+
+def _tensors(handles: Iterable[int]) -> list[Tensor]:
+    """The tensors of handles, which are freed."""
+    capsules = [_capsule(handle, None, None) for handle in handles]
+    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
+
+
+def _check(failed: int) -> None:
+    if failed:
+        raise RuntimeError("compiled code has failed; it has written why to standard error")
+
+
+def _library(path: Path) -> ctypes.CDLL:
+    """What is in a package, loaded: from a file of its own, that may be gone then."""
+    with zipfile.ZipFile(path) as package:
+        (name,) = [name for name in package.namelist() if name.endswith(".so")]
+        code = package.read(name)
+    if b"aoti_torch_proxy_executor" in code:
+        raise ValueError("it has an operator without a C interface")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "part.so"
+        file.write_bytes(code)
+        return ctypes.CDLL(str(file))
+
+
+def _release(library: ctypes.CDLL, container: ctypes.c_void_p, handles: Sequence[int]) -> None:
+    library.AOTInductorModelContainerDelete(container)
+    _tensors(handles)
 
 
 def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Any, ...]]:

@@ -1,7 +1,11 @@
 """Needs a C++ compiler; without one nothing is compiled, which a test holds too."""
 
+import gc
 import random
 import shutil
+import threading
+import time
+import weakref
 
 import pytest
 import torch
@@ -88,6 +92,41 @@ def test_compiled_steps_give_the_same_greedy_texts_with_any_number_of_rows(kept,
             if (request, 0) not in cancelled:
                 assert watch.text(request) == alone(model, request)
     assert {path.name for path in cache.iterdir()} == {path.name for path in kept.iterdir()}
+
+
+class Long(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = torch.nn.Linear(1500, 1500)
+
+    def forward(self, x):
+        for _ in range(10):
+            x = self.linear(x).tanh()
+        return (x,)
+
+
+@needs_compiler
+@pytest.mark.long
+@pytest.mark.filterwarnings("default")  # torch has its own about itself
+def test_others_go_on_while_compiled_code_runs_and_it_keeps_no_weights_that_nobody_else_does(
+    tmp_path,
+):
+    torch.manual_seed(0)
+    module, x = Long().requires_grad_(False), torch.randn(1500, 1500)
+    compiled.compile_part(torch.export.export(Long(), (x,)), tmp_path / "long.pt2")
+    part = compiled.Compiled(tmp_path / "long.pt2", module)
+    found, turns = [], 0
+    worker = threading.Thread(target=lambda part: found.extend(part(x)), args=(part,))
+    worker.start()
+    while worker.is_alive():
+        turns += 1
+        time.sleep(0.001)
+    assert torch.allclose(found[0], module(x)[0], atol=1e-5)
+    assert turns > 5  # two at most, where code keeps Python's lock
+    weight = weakref.ref(module.linear.weight)
+    del module, part, worker
+    gc.collect()
+    assert weight() is None
 
 
 @needs_compiler
