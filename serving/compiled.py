@@ -80,7 +80,8 @@ class Compiled:
             **dict(part.named_buffers(remove_duplicate=False)),
         }
         numbers = range(count.value)
-        wanted = [tensors[name_of("OriginalFQN", number).decode()] for number in numbers]
+        # Aliases: what torch keeps of these, it never gives back.
+        wanted = [tensors[name_of("OriginalFQN", number).decode()].detach() for number in numbers]
         handles = _handles(wanted)
         names = [name_of("Name", number) for number in numbers]
         pairs = (_Constant * len(names))(*map(_Constant, names, handles))
@@ -145,7 +146,8 @@ def _library(path: Path) -> ctypes.CDLL:
 
 def _release(library: ctypes.CDLL, container: ctypes.c_void_p, handles: Sequence[int]) -> None:
     library.AOTInductorModelContainerDelete(container)
-    _tensors(handles)
+    for alias in _tensors(handles):
+        alias.data = alias.new_empty(0)
 
 
 def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Any, ...]]:
