@@ -467,7 +467,7 @@ def served(size: Size, options: Sequence[object]) -> Iterator[tuple[int, float]]
 def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     """The engine's closed loops, a server's, and its open ones."""
     shape = SIZES[size]
-    result: Row = {"size": size, "texts": texts, "tokens": tokens, "engine": [], "http": []}
+    result: Row = {"size": size, "texts": texts, "tokens": tokens, "closed": [], "open": []}
     threads = fastest_threads(converted(shape.build(), dtype))
     torch.set_num_threads(threads)
     engine = Ours(shape.build(), rows, dtype).engine
@@ -481,13 +481,15 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
         asyncio.run(settled(port, engine.compiled))
         vocabulary = shape.vocabulary
         for clients in CLIENTS:
-            count = max(texts, 2 * clients)
-            result["engine"].append(engine_loop(engine, clients, count, tokens))
-            run = closed_loop(port, clients, count, tokens, vocabulary)
-            result["http"].append(asyncio.run(run))
+            count = max(min(texts, 8 * clients), 2 * clients)
+            found: Row = {"clients": clients, "engine": [], "http": []}
+            for _ in range(ROUNDS):
+                found["engine"].append(engine_loop(engine, clients, count, tokens))
+                run = closed_loop(port, clients, count, tokens, vocabulary)
+                found["http"].append(asyncio.run(run))
+            result["closed"].append(found)
             print(f"{size}: {clients} clients", flush=True)
-        most = max(row["tokens_per_second"] for row in result["http"])
-        result["open"] = []
+        most = max(middle(row["http"], "tokens_per_second") for row in result["closed"])
         for share in SHARES:
             rate = share * most / tokens
             row = asyncio.run(open_loop(port, rate, 2 * texts, tokens, vocabulary))
@@ -517,21 +519,24 @@ def loops_table(result: Row, speed: float) -> str:
         "| | tokens/s: engine | over HTTP | share | of the bandwidth | first token p50, p99 | between tokens p50, p99 | refused |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
-    for engine, http in zip(result["engine"], result["http"], strict=True):
-        steps = engine["tokens_per_second"] / engine["clients"]
+    for row in result["closed"]:
+        engine, http = (middle(row[key], "tokens_per_second") for key in ("engine", "http"))
+        pairs = zip(row["http"], row["engine"], strict=True)
+        shares = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
         lines.append(
-            f"| {engine['clients']} clients | {engine['tokens_per_second']:,.0f} "
-            f"| {http['tokens_per_second']:,.0f} "
-            f"| {http['tokens_per_second'] / engine['tokens_per_second']:.0%} "
-            f"| {steps * result['bytes'] / speed:.0%} | {latencies(http)} | {http['refused']} |"
+            f"| {row['clients']} clients | {engine:,.0f} | {http:,.0f} "
+            f"| {spread(shares, '{:.0%}'.format)} "
+            f"| {engine / row['clients'] * result['bytes'] / speed:.0%} "
+            f"| {latencies(row['http'])} | {sum(one['refused'] for one in row['http'])} |"
         )
     for row in result["open"]:
         lines.append(
             f"| {row['share']:.0%} of capacity: {row['clients']:.1f} a second | "
-            f"| {row['tokens_per_second']:,.0f} | | | {latencies(row)} | {row['refused']} |"
+            f"| {row['tokens_per_second']:,.0f} | | | {latencies([row])} | {row['refused']} |"
         )
     note = (
-        f"{result['texts']} texts or more of {result['tokens']} tokens after {PROMPT}. The server was "
+        f"Texts of {result['tokens']} tokens after {PROMPT}; medians of {ROUNDS} rounds in turns, ratios "
+        f"of neighbours in a round. The server was "
         f"ready after {result['ready_seconds']:.1f} s; clients and server share the machine. The "
         f"bandwidth, {speed / 1e9:.1f} GB/s, is what a sum reads; of it, what reading all weights in "
         "every step of the engine takes."
@@ -539,12 +544,18 @@ def loops_table(result: Row, speed: float) -> str:
     return "\n".join([*lines, "", note]) + "\n"
 
 
-def latencies(row: Row) -> str:
-    """Two cells of milliseconds."""
+def middle(rows: Sequence[Row], key: str) -> float:
+    """The median of a figure."""
+    return statistics.median(row[key] for row in rows)
+
+
+def latencies(rows: Sequence[Row]) -> str:
+    """Two cells of milliseconds, medians of rounds."""
     cells = []
     for key in ("first_token", "between_tokens"):
-        found = row[key]
-        cells.append(f"{1e3 * found['p50']:.1f}, {1e3 * found['p99']:.1f} ms" if found else "–")
+        found = [row[key] for row in rows if row[key]]  # empty where no text has two tokens
+        half, last = (1e3 * middle(found, name) if found else math.nan for name in ("p50", "p99"))
+        cells.append(f"{half:.1f}, {last:.1f} ms" if found else "–")
     return " | ".join(cells)
 
 
