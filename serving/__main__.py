@@ -192,7 +192,7 @@ class Serve:
                     await asyncio.sleep(WATCH)
 
             app = create_app(catalog, self.limits, key=key, origins=self.origin)
-            server = Server(app, catalog, load, self.deadlines)
+            server = Server(app, catalog, load, self.deadlines, key)
             server.run([listener])
             if server.failure:
                 raise server.failure

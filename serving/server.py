@@ -18,7 +18,7 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.api import Catalog
+from serving.api import Catalog, Door
 from serving.completions import ApiError
 from serving.limits import Deadlines
 
@@ -28,26 +28,34 @@ FLUSH = 5
 """Seconds that a stopping server gives slow clients to take what was already written for them."""
 
 
-def _plain(status: HTTPStatus, message: str) -> bytes:
+def _plain(error: ApiError) -> bytes:
     """A whole answer, where the application is not asked."""
-    data = ApiError(status, message).body()
-    head = (
-        f"HTTP/1.1 {status.value} {status.phrase}\r\ncontent-type: application/json\r\nconnection: close\r\n"
-        f"retry-after: 1\r\ncontent-length: {len(data)}\r\n\r\n"
-    )
-    return head.encode() + data
+    status, data = HTTPStatus(error.status), error.body()
+    fields = {
+        "content-type": "application/json",
+        "connection": "close",
+        "content-length": str(len(data)),
+        **(error.headers or {}),
+    }
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *map(": ".join, fields.items()), "", ""]
+    return "\r\n".join(lines).encode() + data
 
 
-def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
+def protocol_with(
+    deadlines: Deadlines, door: Callable[[bytes], tuple[ApiError, int] | None]
+) -> type[H11Protocol]:
     """The protocol of uvicorn, which closes a connection that takes too long to ask, or is one too many."""
 
     class Protocol(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
+        unread = 0
+        """Bytes of a request that is answered already: closed before them, a client might lose the answer."""
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
             if len(self.connections) > deadlines.max_connections:
-                self.refuse(HTTPStatus.SERVICE_UNAVAILABLE, "too many connections: try again later")
+                message = "too many connections: try again later"
+                self.refuse(ApiError(503, message, headers={"retry-after": "1"}))
             else:
                 self.expect("head", deadlines.head_timeout)
 
@@ -58,9 +66,18 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
         def data_received(self, data: bytes) -> None:
             if self.transport.is_closing():
                 return
+            if self.unread:
+                self.unread -= len(data)
+                if self.unread <= 0:
+                    self.transport.close()
+                return
             before = self.conn.their_state
-            if before is h11.IDLE and self.deadline is None:
-                self.expect("head", deadlines.head_timeout)
+            if before is h11.IDLE:
+                if refusal := door(data):
+                    self.refuse(*refusal)
+                    return
+                if self.deadline is None:
+                    self.expect("head", deadlines.head_timeout)
             super().data_received(data)
             now = self.conn.their_state
             if now is h11.SEND_BODY and before is not h11.SEND_BODY:
@@ -75,28 +92,32 @@ def protocol_with(deadlines: Deadlines) -> type[H11Protocol]:
         def expect(self, what: str, seconds: float) -> None:
             self.relax()
             message = f"the {what} of the request did not end within {seconds:g} s"
-            self.deadline = self.loop.call_later(
-                seconds, self.refuse, HTTPStatus.REQUEST_TIMEOUT, message
-            )
+            self.deadline = self.loop.call_later(seconds, self.refuse, ApiError(408, message))
 
         def relax(self) -> None:
             if self.deadline:
                 self.deadline.cancel()
                 self.deadline = None
 
-        def refuse(self, status: HTTPStatus, message: str) -> None:
-            """Say why, unless an answer has begun, and close."""
+        def refuse(self, error: ApiError, unread: int = 0) -> None:
+            """Say why, unless an answer has begun, and close, once the rest of the request has come."""
             self.relax()
             if (
                 self.cycle is None
                 or self.cycle.response_complete
                 or not self.cycle.response_started
             ):
-                self.transport.write(_plain(status, message))
-            self.transport.close()
+                self.transport.write(_plain(error))
+                if self.client:
+                    self.access_logger.info("%s:%d - refused: %s", *self.client, error)
+            self.unread = unread
+            if unread:
+                self.deadline = self.loop.call_later(deadlines.body_timeout, self.transport.close)
+            else:
+                self.transport.close()
 
         def send_400_response(self, msg: str) -> None:
-            self.refuse(HTTPStatus.BAD_REQUEST, msg)
+            self.refuse(ApiError(400, msg))
 
     return Protocol
 
@@ -109,6 +130,7 @@ class Server(uvicorn.Server):
         catalog: What it serves.
         load: Fills the catalog, and may go on doing so; runs while the server answers.
         deadlines: For clients, and for texts when it ends.
+        key: What the application asks for, if anything.
     """
 
     def __init__(
@@ -117,11 +139,12 @@ class Server(uvicorn.Server):
         catalog: Catalog,
         load: Callable[[], Awaitable[None]],
         deadlines: Deadlines | None = None,
+        key: str | None = None,
     ) -> None:
         self.deadlines = deadlines or Deadlines()
         config = uvicorn.Config(
             app,
-            http=protocol_with(self.deadlines),
+            http=protocol_with(self.deadlines, Door(catalog, key)),
             log_config=None,
             ws="none",
             server_header=False,

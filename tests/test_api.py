@@ -58,7 +58,7 @@ class Running:
             ready.set()
 
         app = create_app(self.catalog, limits, key=key)
-        self.server = Server(app, self.catalog, load, deadlines or Deadlines(grace=0))
+        self.server = Server(app, self.catalog, load, deadlines or Deadlines(grace=0), key)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
         assert ready.wait(DEADLINE)

@@ -102,6 +102,48 @@ def test_who_finds_no_place_is_told_at_once_when_to_come_again(start):
     assert "6 texts are asked for, and there is room for 5" in too_many.json()["error"]["message"]
 
 
+def request(body, *fields):
+    """A request for a text, as it goes over a plain connection: its head, and its body."""
+    lines = ["POST /v1/completions HTTP/1.1", "host: x", *fields, f"content-length: {len(body)}"]
+    return "\r\n".join([*lines, "", ""]).encode(), body.encode()
+
+
+def test_a_crowd_is_refused_at_the_door_and_the_application_asked_where_only_it_knows(start):
+    server = start(rows=1, places=0, key="secret")
+    key, kind = "Authorization: Bearer secret", "content-type: application/json"
+    headers = {"authorization": "Bearer secret"}
+    with (
+        httpx.Client(base_url=server.address, headers=headers, timeout=DEADLINE) as http,
+        http.stream("POST", "/v1/completions", json={**LONG, "stream": True}),
+    ):
+        until(lambda: server.service.texts == 1)
+        head, body = request(json.dumps(LONG), key, kind)
+        at_once, in_parts = raw(server, head + body), raw(server, head)
+        for connection in (at_once, in_parts):
+            received = connection.recv(65536)
+            status, error = error_of(received)
+            assert (status, error["type"]) == (429, "rate_limit_error")
+            assert b"\r\nretry-after: 1\r\n" in received
+            assert b"\r\nconnection: close\r\n" in received
+        assert whole(at_once) == b""
+        in_parts.sendall(body[:3])
+        in_parts.settimeout(0.2)
+        with pytest.raises(TimeoutError):  # the rest has still to come
+            in_parts.recv(1)
+        in_parts.settimeout(DEADLINE)
+        in_parts.sendall(body[3:])
+        assert whole(in_parts) == b""
+        for name, fields in {"no key": [kind], "a page": [key, kind, "origin: http://x"]}.items():
+            head, body = request(json.dumps(LONG), *fields, "connection: close")
+            status, _ = error_of(whole(raw(server, head + body)))
+            assert status == (401 if name == "no key" else 429)
+        assert http.get("/v1/models").status_code == 200
+        assert "tinygpt:requests_refused_total" in http.get("/metrics").text
+    until(lambda: server.service.texts == 0)
+    head, body = request(json.dumps({**LONG, "max_tokens": 3}), key, kind, "connection: close")
+    assert whole(raw(server, head + body)).startswith(b"HTTP/1.1 200")
+
+
 @pytest.mark.parametrize("stream", [True, False])
 def test_sixty_of_two_hundred_hang_up_and_nothing_of_them_is_left(start, stream):
     server = start(rows=4, places=400)
