@@ -38,6 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import uvloop
 
 from benchmarks.report import Row, add_common_options, command, machine, report, spread
 from benchmarks.rivals import SIZES, LlamaCpp, Ours, Size, Transformers
@@ -269,9 +270,8 @@ class Client(asyncio.Protocol):
         self.ended = asyncio.get_running_loop().create_future()
         self.received = bytearray()
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+    def connection_made(self, transport: asyncio.WriteTransport) -> None:  # type: ignore[override]
         """Ask."""
-        assert isinstance(transport, asyncio.Transport)
         transport.write(self.request)
 
     def data_received(self, data: bytes) -> None:
@@ -360,7 +360,7 @@ def crowds(size: str, tokens: int, dtype: DType) -> Row:
     with served(shape, [*options, "--dtype", dtype, "--no-compile"]) as (port, _):
         for number in range(ROUNDS + 1):
             for name, clients in (("fitting", room), ("crowd", CROWD)):
-                timings = asyncio.run(crowd(port, clients, tokens, shape.vocabulary))
+                timings = uvloop.run(crowd(port, clients, tokens, shape.vocabulary))
                 row = summary(timings, clients)
                 refused = [one.ended - one.asked for one in timings if one.status == 429]
                 row["refusal"] = quantiles(sorted(refused))
@@ -478,7 +478,7 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     options = ["--rows", rows, "--queue", max(CLIENTS), "--dtype", dtype, "--threads", threads]
     with served(shape, options) as (port, seconds):
         result["ready_seconds"] = seconds
-        asyncio.run(settled(port, engine.compiled))
+        uvloop.run(settled(port, engine.compiled))
         vocabulary = shape.vocabulary
         for clients in CLIENTS:
             count = max(min(texts, 8 * clients), 2 * clients)
@@ -486,13 +486,13 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
             for _ in range(ROUNDS):
                 found["engine"].append(engine_loop(engine, clients, count, tokens))
                 run = closed_loop(port, clients, count, tokens, vocabulary)
-                found["http"].append(asyncio.run(run))
+                found["http"].append(uvloop.run(run))
             result["closed"].append(found)
             print(f"{size}: {clients} clients", flush=True)
         most = max(middle(row["http"], "tokens_per_second") for row in result["closed"])
         for share in SHARES:
             rate = share * most / tokens
-            row = asyncio.run(open_loop(port, rate, 2 * texts, tokens, vocabulary))
+            row = uvloop.run(open_loop(port, rate, 2 * texts, tokens, vocabulary))
             result["open"].append({**row, "share": share})
             print(f"{size}: {share:.0%} of capacity", flush=True)
     return result

@@ -24,7 +24,7 @@ from gpt.device import find_device
 from gpt.int8 import DType
 from gpt.sampling import Sampling, generate
 from serving.engine import BUDGET, Engine
-from serving.limits import Deadlines, Limits
+from serving.limits import Deadlines, Limits, at_least
 from serving.text import Text, read_prompt, read_source
 from serving.tuning import ahead, fastest_threads, in_format
 from tokenizer import Tokenizer, from_utf8
@@ -144,17 +144,7 @@ class Serve:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        for name, least in (
-            ("rows", 1),
-            ("queue", 0),
-            ("step_tokens", 1),
-            ("context", 1),
-            ("threads", 1),
-        ):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                option = name.replace("_", "-")
-                raise ValueError(f"--{option} must be at least {least}, not {value}")
+        at_least(self, rows=1, queue=0, step_tokens=1, context=1, threads=1)
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""

@@ -5,6 +5,15 @@ from dataclasses import dataclass
 from gpt.cli import MaybeInt
 
 
+def at_least(options: object, **least: int) -> None:
+    """A ValueError names an option that is smaller."""
+    for name, limit in least.items():
+        value = getattr(options, name)
+        if value is not None and value < limit:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} must be at least {limit}, not {value}")
+
+
 @dataclass(frozen=True)
 class Limits:
     """Of a request; one that asks for more is refused with a message that says how much may be."""
@@ -25,6 +34,10 @@ class Limits:
     """Translations followed at once by a beam search."""
     max_body: int = 4 * 2**20
     """Bytes of a request's body."""
+
+    def __post_init__(self) -> None:
+        at_least(self, max_prompt=1, max_tokens=1, max_texts=1, max_stop_length=1, max_beams=1)
+        at_least(self, max_body=1, max_stops=0, max_logprobs=0)
 
     def described(self) -> str:
         """For the documentation, in Markdown."""
@@ -57,6 +70,7 @@ class Deadlines:
     """Seconds that texts have to end in when the server is told to stop."""
 
     def __post_init__(self) -> None:
+        at_least(self, max_connections=1)
         for name in ("head_timeout", "body_timeout", "idle_timeout"):
             if not 0 < getattr(self, name) < 1e6:
                 raise ValueError(

@@ -119,6 +119,14 @@ WRONG = {
     "a queue": (["serve", "runs/tiny", "--queue", "-1"], "--queue must be at least 0, not -1"),
     "threads": (["serve", "runs/tiny", "--threads", "0"], "--threads must be at least 1, not 0"),
     "a format": (["serve", "runs/tiny", "--dtype", "int4"], "--dtype"),
+    "a limit": (
+        ["serve", "runs/tiny", "--max-texts", "0"],
+        "--max-texts must be at least 1, not 0",
+    ),
+    "connections": (
+        ["serve", "runs/tiny", "--max-connections", "0"],
+        "--max-connections must be at least 1, not 0",
+    ),
     "a deadline": (["serve", "runs/tiny", "--grace", "-1"], "--grace must be at least 0"),
     "no key": (
         ["serve", "runs/tiny", "--host", "0.0.0.0", "--port", "0"],
