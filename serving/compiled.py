@@ -40,6 +40,8 @@ logger = logging.getLogger(__name__)
 
 SHORTEST = 16
 """Positions below which there is nothing to win, and too little to tell what varies."""
+INLINED = 8
+"""Numbers in a tensor that TorchInductor takes for constants of the code, whoever else has others there."""
 TOLERANCE = 0.02
 """Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
 
@@ -204,11 +206,15 @@ class Job:
 
     def __init__(self, engine: Engine, kind: Kind, threads: int) -> None:
         self.engine, self.kind = engine, kind
-        structure = _skeleton(engine.model)
-        self.work = pickle.dumps((structure, engine.length, kind, threads))
+        model, rest = engine.model, (engine.length, kind, threads)
+        self.work = pickle.dumps((_skeleton(model, INLINED), *rest))
+        tensors = (*model.parameters(), *model.buffers())
+        inlined = [tensor.tolist() for tensor in tensors if tensor.numel() <= INLINED]
+        # Without tensors: the same contents are not always the same bytes.
+        name = pickle.dumps((_skeleton(model, 0), inlined, *rest))
         here = Path(__file__).parent
         sources = [*sorted(here.parent.glob("gpt/*.py")), here / "engine.py", Path(__file__)]
-        parts = [self.work, torch.__version__.encode(), _processor().encode()]
+        parts = [name, torch.__version__.encode(), _processor().encode()]
         parts += [source.read_bytes() for source in sources]
         self.path = cache() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
 
@@ -228,11 +234,20 @@ class Job:
         return compiled
 
 
-def _skeleton(model: LanguageModel) -> LanguageModel:
-    """The model without the contents of its tensors."""
+def _skeleton(model: LanguageModel, kept: int) -> LanguageModel:
+    """The model without the contents of its tensors, but for those of so few numbers."""
     tensors = [*model.parameters(), *model.buffers()]
-    hollow = {id(tensor): _hollow(tensor) for tensor in tensors}
+    hollow = {id(tensor): _hollow(tensor) for tensor in tensors if tensor.numel() > kept}
     return copy.deepcopy(model, hollow)
+
+
+def _filled(model: LanguageModel) -> LanguageModel:
+    """A skeleton with room for the contents."""
+
+    def filled(tensor: Tensor) -> Tensor:
+        return torch.empty_like(tensor, device="cpu") if tensor.is_meta else tensor
+
+    return model._apply(filled)  # type: ignore[no-untyped-call]
 
 
 def _hollow(tensor: Tensor) -> Tensor:
@@ -343,7 +358,7 @@ def main() -> None:
     # From the server that started this process, through a pipe: never from a file.
     model, length, kind, threads = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
-    program = traced(model.to_empty(device="cpu"), length, kind)
+    program = traced(_filled(model), length, kind)
     compile_part(program, Path(sys.argv[1]))
 
 
