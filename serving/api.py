@@ -4,9 +4,10 @@ Every error has OpenAI's shape, {"error": {"message", "type", "param", "code"}}.
 """
 
 import asyncio
+import functools
 import hmac
 import logging
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Coroutine, Hashable, Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -181,7 +182,7 @@ class BodyLimit:
 
 
 class Door:
-    """Refuses texts for which there is no place before the application is asked: it takes ten times as long.
+    """Refuses texts for which there is no place before the application is asked, which takes far longer.
 
     Args:
         catalog: What is served.
@@ -190,11 +191,13 @@ class Door:
 
     def __init__(self, catalog: Catalog, key: str | None = None) -> None:
         self.catalog, self.key = catalog, _bearer(key)
+        self.coming: set[Hashable] = set()
+        """Whose requests were let in, until the application has given them a place, or anything else."""
 
-    def __call__(self, data: bytes) -> tuple[ApiError, int] | None:
+    def __call__(self, client: Hashable, data: bytes) -> tuple[ApiError, int] | None:
         """The refusal of a request that begins so, and how much of it is still to come.
 
-        None where the application must look.
+        None where the application must look. A crowd is let in before it has looked at the first.
         """
         served = [*self.catalog.served.values()]
         head, ended, body = data.partition(b"\r\n\r\n")
@@ -209,7 +212,8 @@ class Door:
         if not (known and length.isdigit() and len(length) < 6) or b"origin" in fields:
             return None
         try:
-            served[0].service.find_room(1)
+            served[0].service.find_room(1, len(self.coming))
+            self.coming.add(client)
         except BusyError as error:
             return _shaped(error), max(0, int(length) - len(body))
         except UnavailableError:
@@ -263,6 +267,9 @@ def create_app(
             answer = Answer(served, completion, prompts)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
+        finally:
+            if looked_at := getattr(request.state, "looked_at", None):
+                looked_at()
         if completion.stream:
             options = completion.stream_options
             usage = options is not None and options.include_usage
@@ -368,7 +375,7 @@ def _shaped(error: Exception) -> ApiError:
         case ApiError() | UnavailableError():
             return api_error(error)
         case BusyError():
-            return ApiError(429, str(error), headers={"retry-after": str(error.seconds)})
+            return _busy(str(error), error.seconds)
         case RequestValidationError():
             return _wrong_field(error.errors()[0])
         case HTTPException(status_code=404 | 405):
@@ -377,6 +384,12 @@ def _shaped(error: Exception) -> ApiError:
         case HTTPException():
             return ApiError(error.status_code, error.detail, headers=dict(error.headers or {}))
     return ApiError(500, "an error in the server; its log says more")
+
+
+@functools.lru_cache(maxsize=1)
+def _busy(message: str, seconds: int) -> ApiError:
+    """The same for all of a crowd."""
+    return ApiError(429, message, headers={"retry-after": str(seconds)})
 
 
 def _wrong_field(error: Mapping[str, Any]) -> ApiError:

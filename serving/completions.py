@@ -69,10 +69,13 @@ class ApiError(Exception):
         )
 
 
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
 def to_json(value: object) -> bytes:
     """JSON without a needless byte."""
     # A lone surrogate can only come back in a complaint about it.
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode(errors="replace")
+    return _encoder.encode(value).encode(errors="replace")
 
 
 # The request.

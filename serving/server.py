@@ -6,6 +6,7 @@ Ctrl-C lets the texts end, for a while, before it leaves.
 """
 
 import asyncio
+import functools
 import logging
 import signal
 import socket
@@ -28,6 +29,7 @@ FLUSH = 5
 """Seconds that a stopping server gives slow clients to take what was already written for them."""
 
 
+@functools.lru_cache(maxsize=1)
 def _plain(error: ApiError) -> bytes:
     """A whole answer, where the application is not asked."""
     status, data = HTTPStatus(error.status), error.body()
@@ -41,13 +43,13 @@ def _plain(error: ApiError) -> bytes:
     return "\r\n".join(lines).encode() + data
 
 
-def protocol_with(
-    deadlines: Deadlines, door: Callable[[bytes], tuple[ApiError, int] | None]
-) -> type[H11Protocol]:
+def protocol_with(deadlines: Deadlines, door: Door) -> type[H11Protocol]:
     """The protocol of uvicorn, which closes a connection that takes too long to ask, or is one too many."""
 
     class Protocol(H11Protocol):
         deadline: asyncio.TimerHandle | None = None
+        told: ApiError | None = None
+        """The refusal that was logged last: a crowd is told the same, and metrics count it."""
         unread = 0
         """Bytes of a request that is answered already: closed before them, a client might lose the answer."""
 
@@ -61,6 +63,7 @@ def protocol_with(
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.relax()
+            door.coming.discard(self)
             super().connection_lost(exc)
 
         def data_received(self, data: bytes) -> None:
@@ -73,12 +76,14 @@ def protocol_with(
                 return
             before = self.conn.their_state
             if before is h11.IDLE:
-                if refusal := door(data):
+                if refusal := door(self, data):
                     self.refuse(*refusal)
                     return
                 if self.deadline is None:
                     self.expect("head", deadlines.head_timeout)
             super().data_received(data)
+            if self in door.coming and self.scope:
+                self.scope["state"]["looked_at"] = functools.partial(door.coming.discard, self)
             now = self.conn.their_state
             if now is h11.SEND_BODY and before is not h11.SEND_BODY:
                 self.expect("body", deadlines.body_timeout)
@@ -87,6 +92,7 @@ def protocol_with(
 
         def on_response_complete(self) -> None:
             self.relax()
+            door.coming.discard(self)
             super().on_response_complete()
 
         def expect(self, what: str, seconds: float) -> None:
@@ -102,14 +108,16 @@ def protocol_with(
         def refuse(self, error: ApiError, unread: int = 0) -> None:
             """Say why, unless an answer has begun, and close, once the rest of the request has come."""
             self.relax()
+            door.coming.discard(self)
             if (
                 self.cycle is None
                 or self.cycle.response_complete
                 or not self.cycle.response_started
             ):
                 self.transport.write(_plain(error))
-                if self.client:
+                if self.client and error is not Protocol.told:
                     self.access_logger.info("%s:%d - refused: %s", *self.client, error)
+                    Protocol.told = error
             self.unread = unread
             if unread:
                 self.deadline = self.loop.call_later(deadlines.body_timeout, self.transport.close)

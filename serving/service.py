@@ -161,8 +161,10 @@ class Service:
             self._calls.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def find_room(self, wanted: int) -> None:
+    def find_room(self, wanted: int, coming: int = 0) -> None:
         """Whether so many texts could be taken now: to be asked before their prompts are looked at.
+
+        `coming` are others that were told so, and have not been taken yet.
 
         A ValueError says that they never can be, UnavailableError why none can be now, BusyError
         that there is no place.
@@ -172,7 +174,7 @@ class Service:
         most = self.engine.size + self.places
         if wanted > most:
             raise ValueError(f"{wanted} texts are asked for, and there is room for {most}")
-        if self.texts + wanted > most:
+        if self.texts + coming + wanted > most:
             self.metrics.refused.inc()
             raise BusyError(
                 f"{self.running} texts are being made and {self.waiting} wait: "

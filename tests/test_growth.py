@@ -3,9 +3,9 @@
 import dataclasses
 import json
 import mmap
+import multiprocessing
 import os
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -31,24 +31,37 @@ def test_a_text_is_as_long_as_it_is_to_be_and_always_the_same(tmp_path):
         assert texts[0][: len(base)] != base
 
 
-def filled(megabytes, path):
-    """So much memory of its own, and a file mapped beside it."""
+def filled(megabytes, path, full, seen):
+    """So much memory of its own, and a file mapped beside it, until both were seen."""
     own = bytearray(b"x") * (megabytes * 2**20)
     with Path(path).open("rb") as file, mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as mapped:
         size = sum(1 for place in range(0, len(mapped), 4096) if mapped[place] == 0)
-        until = time.monotonic() + 20 * growth.SECONDS
-        while time.monotonic() < until:  # to be seen
-            pass
+        full.set()
+        seen.wait()
     return {"pages": size, "own": len(own)}
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_memory_is_a_processs_own_and_pages_of_files_are_told_apart(tmp_path):
+def test_memory_is_a_processs_own_and_pages_of_files_are_told_apart(tmp_path, monkeypatch):
     (tmp_path / "zeros").write_bytes(bytes(64 * 2**20))
     (tmp_path / "few").write_bytes(bytes(4096))
-    little = growth.alone(filled, 1, str(tmp_path / "few"))
-    much = growth.alone(filled, 65, str(tmp_path / "few"))
-    mapped = growth.alone(filled, 1, str(tmp_path / "zeros"))
+    memory_of = growth.memory_of
+
+    def alone(megabytes, name):
+        context = multiprocessing.get_context("spawn")
+        full, seen = context.Event(), context.Event()
+
+        def look(process):
+            last = full.is_set()
+            found = memory_of(process)
+            if last:
+                seen.set()
+            return found
+
+        monkeypatch.setattr(growth, "memory_of", look)
+        return growth.alone(filled, megabytes, str(tmp_path / name), full, seen)
+
+    little, much, mapped = alone(1, "few"), alone(65, "few"), alone(1, "zeros")
     assert mapped["pages"] == 64 * 256
     assert much["own_bytes"] - little["own_bytes"] == pytest.approx(64 * 2**20, rel=0.05)
     assert mapped["file_bytes"] - little["file_bytes"] == pytest.approx(64 * 2**20, rel=0.05)

@@ -10,6 +10,7 @@ import pytest
 from test_api import CONTEXT, DEADLINE, TOKENIZER, Running, hang_up, model, read_stream  # noqa: F401
 
 from gpt.sampling import Sampling
+from serving.api import Door
 from serving.limits import Deadlines, Limits
 
 LONG = {"prompt": "", "temperature": 0, "max_tokens": 10_000}
@@ -142,6 +143,23 @@ def test_a_crowd_is_refused_at_the_door_and_the_application_asked_where_only_it_
     until(lambda: server.service.texts == 0)
     head, body = request(json.dumps({**LONG, "max_tokens": 3}), key, kind, "connection: close")
     assert whole(raw(server, head + body)).startswith(b"HTTP/1.1 200")
+
+
+def test_of_a_crowd_that_comes_at_once_the_door_lets_in_as_many_as_there_is_room_for(start):
+    server = start(rows=2, places=1)
+    kind, short = "content-type: application/json", {**LONG, "max_tokens": 5}
+    head, body = request(json.dumps(short), kind, "connection: close")
+    with raw(server, head), raw(server, head[:-4]):
+        bad = whole(raw(server, head + body.replace(b"{", b"[", 1)))
+        assert bad.startswith(b"HTTP/1.1 400")
+    until(lambda: not server.server.server_state.connections)
+    answers = [whole(raw(server, head + body)) for _ in range(4)]
+    assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)  # they had left the door
+    door = Door(server.server.catalog)  # nobody goes on from this one
+    refused = [door(client, head + body) is not None for client in range(20)]
+    assert refused == [False] * 3 + [True] * 17
+    door.coming.discard(1)
+    assert [door(client, head + body) is None for client in (20, 21)] == [True, False]
 
 
 @pytest.mark.parametrize("stream", [True, False])
