@@ -1,0 +1,62 @@
+// What may follow, before and after temperature and filters: two bars and two numbers for each token.
+
+import { post } from "./api.js";
+import { el, latest, long, percent, visible } from "./dom.js";
+
+const SHOWN = 12;
+
+export class Next {
+  constructor(element) {
+    this.title = el("h3");
+    this.about = el("p", { class: "about" });
+    this.list = el("ol", { class: "candidates" }, el("li", { class: "head" },
+      el("span", {}, "token"), el("span"), el("span", { class: "number" }, "model"), el("span", { class: "number" }, "drawn")));
+    this.rows = Array.from({ length: SHOWN + 1 }, () => {
+      const before = el("i", { class: "swatch-before" }), after = el("i", { class: "swatch-after" });
+      const row = {
+        name: el("span", { class: "name" }), bars: [before, after],
+        numbers: [el("span", { class: "number" }), el("span", { class: "number" })],
+      };
+      row.item = el("li", {}, row.name, el("span", { class: "bars" }, before, after), ...row.numbers);
+      return row;
+    });
+    this.list.append(...this.rows.map((row) => row.item));
+    element.classList.add("next");
+    element.append(this.title, this.about, el("p", { class: "about legend" },
+      el("span", {}, el("i", { class: "swatch-before" }), "the model's own probability"),
+      el("span", {}, el("i", { class: "swatch-after" }), "what is drawn from: after temperature, top-k, top-p")), this.list);
+    this.show = latest((asked, chosen) => this.#show(asked, chosen));
+  }
+
+  // `chosen` is the token that was drawn there, if one was.
+  async #show(asked, chosen) {
+    let found;
+    try {
+      found = await post("v1/next", { ...asked, candidates: SHOWN, include: chosen ? [chosen.id] : [] });
+    } catch (error) {
+      this.title.replaceChildren("What may come next");
+      this.about.textContent = error.message;
+      this.list.hidden = true;
+      return;
+    }
+    this.list.hidden = false;
+    if (chosen) this.title.replaceChildren("Instead of ", el("span", { class: "token-name" }, visible(chosen.name)), " there could be");
+    else this.title.replaceChildren("What may come next");
+    this.about.textContent = `${found.kept === 1 ? "1 token" : `${long(found.kept)} tokens`} can be drawn; uncertainty ` +
+      `${found.entropy.probability.toFixed(2)} bits, after temperature ${found.entropy.sampled.toFixed(2)}`;
+    const most = Math.max(...found.candidates.flatMap((one) => [one.probability, one.sampled]), 1e-9);
+    this.rows.forEach((row, i) => {
+      const one = found.candidates[i];
+      row.item.hidden = !one;
+      if (!one) return;
+      row.item.classList.toggle("chosen", one.id === chosen?.id);
+      row.item.classList.toggle("gone", one.sampled === 0);
+      row.name.textContent = (one.rank > SHOWN ? `${long(one.rank)}. ` : "") + visible(one.text);
+      row.name.title = `token ${one.id}, rank ${long(one.rank)}`;
+      [one.probability, one.sampled].forEach((share, side) => {
+        row.bars[side].style.setProperty("--share", (share / most).toFixed(4));
+        row.numbers[side].textContent = percent(share);
+      });
+    });
+  }
+}

@@ -1,0 +1,106 @@
+// A text as its tokens come: each a span, the more coloured the less it was expected.
+
+import { el } from "./dom.js";
+
+const CERTAIN = 1, SURPRISING = 9; // bits at which the colour begins, and is full
+const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // what is no whole character, as the API writes it
+
+export class TokenView {
+  constructor(element, onPoint = () => {}) {
+    this.element = element;
+    this.onPoint = onPoint;
+    element.tabIndex = 0;
+    element.setAttribute("role", "group");
+    element.setAttribute("aria-label", "The text, token by token: the arrow keys go from one to the next");
+    this.cursor = el("span", { class: "cursor", title: "what comes next" });
+    this.begin("");
+    element.addEventListener("pointerover", (event) => this.#at(event.target, (place) => this.#point(place, false)));
+    element.addEventListener("pointerleave", () => this.#point(this.pinned, false));
+    element.addEventListener("click", (event) => this.#at(event.target, (place) => this.#point(place, true)));
+    element.addEventListener("keydown", (event) => {
+      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      const to = { Home: 0, End: this.tokens.length }[event.key] ?? (by === undefined ? undefined : this.here + by);
+      if (to === undefined) return;
+      event.preventDefault();
+      this.#point(Math.min(this.tokens.length, Math.max(0, to)), true);
+      (this.tokens[this.here]?.span ?? this.cursor).scrollIntoView({ block: "nearest" });
+    });
+  }
+
+  begin(prompt) {
+    this.tokens = [];
+    this.fresh = [];
+    this.bits = 0;
+    this.decoder = new TextDecoder();
+    this.here = this.pinned = 0;
+    this.element.replaceChildren(el("span", { class: "prompt" }, prompt), this.cursor);
+    this.cursor.classList.add("here");
+  }
+
+  set writing(on) {
+    this.element.classList.toggle("writing", on);
+    if (!on) this.#draw();
+  }
+
+  // The tokens of a chunk; they are drawn together with all of one frame.
+  add({ logprobs, token_ids: ids }) {
+    if (!logprobs) return;
+    logprobs.tokens.forEach((name, i) => {
+      const logprob = logprobs.token_logprobs[i];
+      this.bits -= logprob / Math.LN2;
+      this.fresh.push({ id: ids[i], name, text: this.#read(name), logprob });
+    });
+    this.drawing ??= requestAnimationFrame(() => this.#draw());
+  }
+
+  get length() {
+    return this.tokens.length + this.fresh.length;
+  }
+
+  get ids() {
+    return this.tokens.map((token) => token.id);
+  }
+
+  #read(name) {
+    const part = BYTES.exec(name);
+    const bytes = part ? Uint8Array.from(part[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : new TextEncoder().encode(name);
+    return this.decoder.decode(bytes, { stream: true });
+  }
+
+  #draw() {
+    cancelAnimationFrame(this.drawing);
+    this.drawing = null;
+    const { element } = this, end = this.tokens.length;
+    const atBottom = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
+    const spans = this.fresh.map((token) => {
+      const span = el("span", { class: "token" }, token.text);
+      if (token.text.startsWith("\n")) span.classList.add("line");
+      if (!token.text) span.classList.add("part");
+      const surprise = (-token.logprob / Math.LN2 - CERTAIN) / (SURPRISING - CERTAIN);
+      span.style.setProperty("--surprise", Math.min(1, Math.max(0, surprise)).toFixed(2));
+      span.place = this.tokens.push({ ...token, span }) - 1;
+      return span;
+    });
+    this.fresh = [];
+    this.cursor.before(...spans);
+    // Who looks at what comes next goes on doing so.
+    if (this.pinned === end) this.pinned = this.tokens.length;
+    if (this.here === end) this.here = this.tokens.length;
+    if (atBottom) element.scrollTop = element.scrollHeight;
+  }
+
+  #at(target, then) {
+    if (target === this.cursor) then(this.tokens.length);
+    else if (target.classList.contains("token")) then(target.place);
+  }
+
+  // Where one looks: at a token, or behind the last one.
+  #point(place, pin) {
+    if (pin) this.pinned = place;
+    if (place === this.here && !pin) return;
+    (this.tokens[this.here]?.span ?? this.cursor).classList.remove("here");
+    this.here = place;
+    (this.tokens[place]?.span ?? this.cursor).classList.add("here");
+    this.onPoint(place);
+  }
+}
