@@ -1,6 +1,6 @@
 // How to choose a token: the sliders that Play and Compare share.
 
-import { all, el } from "./dom.js";
+import { el } from "./dom.js";
 
 const KNOBS = [
   { name: "temperature", label: "Temperature", min: 0, max: 2, step: 0.05, value: 0.8, shown: (value) => (value === 0 ? "0, the likeliest" : value.toFixed(2)) },
@@ -42,18 +42,16 @@ export class Knobs {
   }
 }
 
-// The choice of a model, with a line about it; `onChange` is told the one that is chosen.
+// The choice of a model, with a line about it. Gives what tells the one that is chosen.
 export function choice(form, models, onChange) {
   const select = form.elements.model, about = form.querySelector("[data-about]");
   const chosen = () => models.find((model) => model.id === select.value);
-  const tell = () => {
-    about.textContent = describe(chosen());
-    onChange?.(chosen());
-  };
-  const before = select.value;
+  const tell = () => { about.textContent = describe(chosen()); };
   select.replaceChildren(...models.map((model) => el("option", { value: model.id }, model.id)));
-  if (models.some((model) => model.id === before)) select.value = before;
-  select.onchange = tell;
+  select.addEventListener("change", () => {
+    tell();
+    onChange();
+  });
   tell();
   return chosen;
 }
@@ -76,5 +74,3 @@ export function keys(section, go, stop) {
     } else if (event.key === "Escape" && stop) stop();
   });
 }
-
-export const enabled = (section, on) => all("button.main", section).forEach((button) => { button.disabled = !on; });

@@ -12,7 +12,9 @@ export function xray(models) {
   const { map: which, layer, head } = form.elements;
   let answer = null, asked = null, row = 0;
   text.value = EXAMPLE;
-  const chosen = choice(form, models, (model) => { $("#xray-pair").hidden = !model.translates; });
+  const pair = () => { $("#xray-pair").hidden = !chosen().translates; };
+  const chosen = choice(form, models, pair);
+  pair();
 
   async function look() {
     asked = { model: chosen().id, prompt: text.value };
