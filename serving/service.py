@@ -291,7 +291,7 @@ class Service:
 
     def _end(self, refusal: str) -> None:
         self._refusal = refusal
-        if self.failed and self._asked and not self._asked.done():  # else it is answered yet
+        if self.failed and self._asked and not self._asked.done():  # else its turn still comes
             self._asked.set_exception(UnavailableError(refusal))
         self._deliver(
             [

@@ -1,4 +1,4 @@
-"""The page's files, as they are in the folder `page`: read once, told apart from others only by their names."""
+"""The page's files, from the folder `page`: read once, when the server starts; there are no others."""
 
 import hashlib
 from pathlib import Path
@@ -15,7 +15,7 @@ TYPES = {
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-"""What is told, by the ends of names."""
+"""Of the files that are told, by how their names end."""
 
 HEADERS = {
     # Asked for again each time, and sent again when it has changed.
@@ -31,7 +31,7 @@ HEADERS = {
 
 
 def is_page(path: str) -> bool:
-    """Whether a request's path is the page's, or one of its parts': they hold no secret."""
+    """Whether a path is that of the page or of its files, which hold no secret."""
     return path == "/" or path.startswith("/page/")
 
 

@@ -11,6 +11,7 @@ import transformers
 from scipy import stats
 from test_api import DEADLINE, TOKENIZER, Running, model  # noqa: F401
 from test_server import LONG, raw, until
+from test_xray import SMALL
 
 from gpt import MODELS
 from gpt.int8 import converted
@@ -24,20 +25,6 @@ from serving.text import read_prompt, token_text
 END = TOKENIZER.end_of_text
 HF = transformers.generation.logits_process
 VOCABULARY = 40
-SMALL = {
-    "sigma-pi": {"span": 3, "width": 8, "hidden": 10},
-    "softmax": {},
-    "mlp": {"span": 4, "width": 8, "hidden": 10},
-    "experts": {"span": 4, "width": 8, "hidden": 10, "experts": 5},
-    "rnn": {"width": 8},
-    "lstm": {"width": 8, "embedding_width": 6},
-    "gru": {"width": 8},
-    "seq2seq": {"width": 8},
-    "attention": {"width": 8},
-    "transformer": {"width": 8, "heads": 2},
-    "gpt2": {"width": 8, "depth": 3, "heads": 2},
-    "gpt": {"width": 8, "depth": 3, "heads": 2},
-}
 
 
 def small(name, context=64):
