@@ -27,17 +27,22 @@ class Int8Linear(nn.Module):
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.weight: Tensor
+        self.rounded: Tensor
         self.scale: Tensor
-        weight_NK, scale_N = _rounded(linear.weight.detach().float())
-        self.register_buffer("weight", weight_NK)
-        self.register_buffer("scale", scale_N.squeeze(1))
+        rounded_NK, scale_N1 = _rounded(linear.weight.detach().float())
+        self.register_buffer("rounded", rounded_NK)
+        self.register_buffer("scale", scale_N1.squeeze(1))
         self.bias = linear.bias
+
+    @property
+    def weight(self) -> Tensor:
+        """weight_NK in float32, as near as 8 bits are, for who looks at it: to multiply by it takes longer."""
+        return self.rounded * self.scale.unsqueeze(1)
 
     def forward(self, x: Tensor) -> Tensor:
         """X of any leading axes and K -> the same and N, in float32."""
         p_BK, scale_B1 = _rounded(x.flatten(0, -2))
-        y_BN = torch._int_mm(p_BK, self.weight.T) * (scale_B1 * self.scale)
+        y_BN = torch._int_mm(p_BK, self.rounded.T) * (scale_B1 * self.scale)
         if self.bias is not None:
             y_BN = y_BN + self.bias
         return y_BN.unflatten(0, x.shape[:-1])

@@ -137,13 +137,20 @@ class Sampler:
             "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
         }
 
-    def start(self, row: int, sampling: Sampling, prompt: Sequence[int], choice: int = 0) -> None:
-        """Let `row` begin a new text after `prompt`; `choice` numbers the texts of one seed."""
+    def start(
+        self,
+        row: int,
+        sampling: Sampling,
+        prompt: Sequence[int],
+        choice: int = 0,
+        text: Sequence[int] = (),
+    ) -> None:
+        """Let `row` begin a new text after `prompt`, or go on with one; `choice` numbers the texts of one seed."""
         self.samplings[row] = sampling
         seed = torch.tensor(sampling.seed)
         for name, value in (
             ("stream", int(mix(mix(seed) + choice))),
-            ("position", 0),
+            ("position", len(text)),
             ("greedy", sampling.greedy),
             ("sorted", sampling.top_k > 0 or sampling.top_p < 1),
             ("temperature", 1.0 if sampling.greedy else sampling.temperature),
@@ -159,7 +166,8 @@ class Sampler:
         for token, bias in sampling.logit_bias:
             self.state["bias"][row, token] = bias
         if sampling.adjusted:
-            self.state["times"][row] = 0
+            counts_V = torch.tensor(text, dtype=torch.long).bincount(minlength=self.vocabulary)
+            self.state["times"][row] = counts_V
             self.state["in_prompt"][row] = False
             self.state["in_prompt"][row, list(prompt)] = True
 
@@ -188,6 +196,19 @@ class Sampler:
         if again and any(sampling.greedy for sampling in self.samplings[first:last]):
             settle = functools.partial(self._settled, first=first, again=again)
         return choose(logits_BV, rows(self.state, first, last), self.ways(first, last), settle)
+
+    def probabilities(self, logits_BV: Tensor) -> Tensor:
+        """probabilities_BV that the next token of each row has of being chosen; NaN where a logit is not a number.
+
+        The rows are the first ones, and stay where they are.
+        """
+        count = len(logits_BV)
+        state, ways = rows(self.state, 0, count), self.ways(0, count)
+        logits_BV = _adjusted(logits_BV, state, ways)
+        best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
+        drawn_BV = _probabilities(logits_BV - best_B1, state, ways)
+        best_BV = torch.zeros_like(logits_BV).scatter_(1, tokens_B1, 1.0)
+        return torch.where(state["greedy"] & best_B1.isfinite(), best_BV, drawn_BV)
 
     def ways(self, first: int, last: int) -> Ways:
         """What rows [first, last) ask for between them."""
@@ -226,18 +247,13 @@ def choose(
     Nothing is asked of the device: it can be compiled and recorded. Where no row changes logits
     or sorts them, the parts in `DRAWN` are enough.
     """
-    if logits_BV.dtype != torch.float64:
-        logits_BV = logits_BV.float()
-    if ways.adjusted:
-        logits_BV = _adjust(logits_BV, state)
+    logits_BV = _adjusted(logits_BV, state, ways)
     if settle:
         logits_BV = settle(logits_BV)
     best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
     if ways.drawing:
-        logits_BV = (logits_BV - best_B1) / state["temperature"]
-        logits_BV = _filter(logits_BV, state, ways)
-        cumulative_BV = logits_BV.softmax(dim=-1).cumsum(dim=-1)
-        height_B1 = _uniform(state["stream"], state["position"], logits_BV.dtype)
+        cumulative_BV = _probabilities(logits_BV - best_B1, state, ways).cumsum(dim=-1)
+        height_B1 = _uniform(state["stream"], state["position"], cumulative_BV.dtype)
         height_B1 = height_B1 * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
         tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
@@ -246,6 +262,18 @@ def choose(
         chosen_B1 = tokens_B1.clamp(max=logits_BV.shape[-1] - 1)
         state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
     return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
+
+
+def _adjusted(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
+    """logits_BV in float32 or better, changed where a row asks for it."""
+    if logits_BV.dtype != torch.float64:
+        logits_BV = logits_BV.float()
+    return _adjust(logits_BV, state) if ways.adjusted else logits_BV
+
+
+def _probabilities(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
+    """probabilities_BV that rows draw from. The largest logit of each row must be 0."""
+    return _filter(logits_BV / state["temperature"], state, ways).softmax(dim=-1)
 
 
 def _adjust(logits_BV: Tensor, state: State) -> Tensor:

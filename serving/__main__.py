@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from serving.api import Catalog
     from serving.compiled import Compiler
     from serving.completions import Served
+    from serving.runs import Runs
 
 
 @dataclass
@@ -110,6 +111,8 @@ class Serve:
     """Run directories; without any, the newest in runs/."""
     watch: MaybePath = None
     """Serve each run in this folder too, as soon as it has finished."""
+    runs: MaybePath = None
+    """Folder of runs whose curves the page shows; when not given, the one that the first run lies in, or --watch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, for which a key is asked."""
     port: int = 8000
@@ -151,6 +154,7 @@ class Serve:
         # FastAPI takes longer to import than a small model to sample from.
         from serving.api import Catalog, create_app
         from serving.compiled import Compiler
+        from serving.runs import Runs
         from serving.server import Server
 
         key = self._key()
@@ -160,8 +164,10 @@ class Serve:
         names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-        if self.watch and not self.watch.is_dir():
-            raise ValueError(f"--watch {self.watch}: no such folder")
+        for name, folder in (("watch", self.watch), ("runs", self.runs)):
+            if folder and not folder.is_dir():
+                raise ValueError(f"--{name} {folder}: no such folder")
+        runs = Runs(self.runs or (folders[0].resolve().parent if folders else self.watch))
         with (
             bind(self.host, self.port) as listener,
             contextlib.closing(Compiler()) as compiler,
@@ -172,16 +178,16 @@ class Serve:
 
             async def load() -> None:
                 for folder in folders:
-                    await catalog.add(await asyncio.to_thread(self._open, folder, compiler))
+                    await catalog.add(await asyncio.to_thread(self._open, folder, compiler, runs))
                 catalog.missing = ""
                 print(_invitation(list(catalog.served), address, key), flush=True)
                 while self.watch:
                     for folder in finished(self.watch):
                         if folder.resolve().name not in catalog.served:
-                            await self._join(catalog, folder, compiler)
+                            await self._join(catalog, folder, compiler, runs)
                     await asyncio.sleep(WATCH)
 
-            app = create_app(catalog, self.limits, key=key, origins=self.origin)
+            app = create_app(catalog, self.limits, key=key, origins=self.origin, runs=runs)
             server = Server(app, catalog, load, self.deadlines, key)
             server.run([listener])
             if server.failure:
@@ -199,10 +205,11 @@ class Serve:
             )
         return key
 
-    def _open(self, folder: Path, compiler: "Compiler") -> "Served":
+    def _open(self, folder: Path, compiler: "Compiler", runs: "Runs") -> "Served":
         """Load a run, and say what it will take."""
         from serving.completions import Served
         from serving.metrics import Metrics
+        from serving.runs import newest
         from serving.service import Service
 
         path, model, tokenizer = open_run(folder, self.device)
@@ -234,12 +241,24 @@ class Serve:
         if self.compile:
             compiler.add(engine, threads)
         created = int((path / "model.safetensors").stat().st_mtime)
-        return Served(name, service, tokenizer, created, translates(path))
+        return Served(
+            name,
+            service,
+            tokenizer,
+            created,
+            translates(path),
+            dtype=self.dtype,
+            parameters=size,
+            bits_per_byte=newest(path).get("final_bits_per_byte"),
+            run=runs.name_of(path),
+        )
 
-    async def _join(self, catalog: "Catalog", folder: Path, compiler: "Compiler") -> None:
+    async def _join(
+        self, catalog: "Catalog", folder: Path, compiler: "Compiler", runs: "Runs"
+    ) -> None:
         """Serve one more run; one that cannot be is named, and the others go on."""
         try:
-            await catalog.add(await asyncio.to_thread(self._open, folder, compiler))
+            await catalog.add(await asyncio.to_thread(self._open, folder, compiler, runs))
             print(f"{folder.resolve().name} is served too", flush=True)
         except (ValueError, OSError) as error:
             logging.getLogger(__name__).error("%s", error)

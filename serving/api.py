@@ -1,4 +1,4 @@
-"""The HTTP face: OpenAI's completions, streamed or not, from the runs that are served.
+"""The HTTP face: OpenAI's completions, streamed or not, from the runs that are served; what the page asks.
 
 Every error has OpenAI's shape, {"error": {"message", "type", "param", "code"}}.
 """
@@ -8,9 +8,9 @@ import functools
 import hmac
 import logging
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import StreamingResponse
 from pydantic import Field
@@ -18,6 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gpt import CHAPTERS
+from gpt.describe import parameters
 from serving.completions import (
     Answer,
     ApiError,
@@ -28,9 +30,12 @@ from serving.completions import (
     prompts_of,
     to_json,
 )
+from serving.insight import Next, Xray, answer_next, answer_xray
 from serving.limits import Limits
 from serving.metrics import exposition
+from serving.runs import Runs
 from serving.service import BusyError, UnavailableError
+from serving.static import is_page, page_routes
 from tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
@@ -129,14 +134,15 @@ async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> Re
 
 
 class Key:
-    """Lets through who says the key, and anybody to `/health`."""
+    """Lets through who says the key, and anybody to `/health` and the page, which asks for the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self.key = app, _bearer(key)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 401 to the others."""
-        if scope["type"] == "http" and scope["path"] != "/health":
+        free = scope["type"] != "http" or scope["path"] == "/health" or is_page(scope["path"])
+        if not free:
             given = dict(scope["headers"]).get(b"authorization", b"")
             # In constant time: how long it takes tells nothing about the key.
             if not hmac.compare_digest(given, self.key):
@@ -231,18 +237,20 @@ def create_app(
     *,
     key: str | None = None,
     origins: Sequence[str] = (),
+    runs: Runs | None = None,
 ) -> FastAPI:
     """The application.
 
     Args:
         catalog: What is served.
         limits: Of a request.
-        key: What every route but `/health` asks for.
+        key: What every route but `/health` and the page's files asks for.
         origins: Web pages of these addresses may ask too.
+        runs: Those whose curves are told.
     """
-    limits = limits or Limits()
+    limits, runs = limits or Limits(), runs or Runs()
     about = f"Texts from trained runs, as OpenAI's API has it. Limits:\n\n{limits.described()}"
-    app = FastAPI(title="tinygpt", description=about)
+    app = FastAPI(title="tinygpt", description=about, routes=page_routes())
     _shape_errors(app)
     app.add_middleware(BodyLimit, most=limits.max_body)
     if key:
@@ -279,6 +287,41 @@ def create_app(
         finally:
             answer.close()
 
+    @app.post("/v1/next", response_class=Response)
+    async def what_follows(asked: Next, request: Request) -> Response:
+        """The likeliest next tokens, by the model alone and after all that sampling does."""
+        return await _unless_left(request, answer_next(catalog.find(asked.model), asked, limits))
+
+    @app.post("/v1/xray", response_class=Response)
+    async def xray(asked: Xray, request: Request) -> Response:
+        """What the model listens to in a text: maps of attention, alignments, gates, experts."""
+        return await _unless_left(request, answer_xray(catalog.find(asked.model), asked, limits))
+
+    @app.get("/v1/runs", response_class=Response)
+    async def list_runs() -> Response:
+        """The runs in the folder, the newest first, as far as they have come."""
+        return await asyncio.to_thread(
+            lambda: _response(to_json({"object": "list", "data": runs.overview()}))
+        )
+
+    @app.get("/v1/runs/{name:path}", response_class=Response)
+    async def one_run(name: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
+        """A run's configuration and its metrics; with `after`, the `next` of an answer, what is new since."""
+
+        def told() -> Response:
+            found = runs.one(name, after)
+            if found is None:
+                message = f"no run {name[:80]!r} that can be read; /v1/runs lists those there are"
+                raise ApiError(404, message, "name")
+            return _response(to_json(found))
+
+        return await asyncio.to_thread(told)
+
+    @app.get("/v1/ladder", response_class=Response)
+    async def ladder() -> Response:
+        """Every rung, and the rows of the newest ladder that was trained."""
+        return await asyncio.to_thread(lambda: _response(to_json(runs.ladder())))
+
     @app.get("/tokenizer_info", response_class=Response)
     async def tokenizer_info(model: str | None = None) -> Response:
         """The special tokens, as evaluation harnesses ask for them: there is one."""
@@ -311,12 +354,24 @@ def create_app(
         return _response(to_json({"prompt": text}))
 
     def describe(served: Served) -> dict[str, Any]:
+        model = served.service.engine.model
         return {
             "id": served.name,
             "object": "model",
             "created": served.created,
             "owned_by": "tinygpt",
             "max_model_len": served.service.engine.limit,
+            "rung": next(name for name, kind in CHAPTERS.items() if kind is type(model)),
+            "chapter": model.chapter,
+            "year": model.year,
+            "paper": model.paper,
+            "idea": model.idea,
+            "parameters": served.parameters or parameters(model),
+            "vocabulary": model.vocabulary,
+            "dtype": served.dtype,
+            "translates": served.translates,
+            "bits_per_byte": served.bits_per_byte,
+            "run": served.run,
         }
 
     @app.get("/v1/models", response_class=Response)

@@ -13,10 +13,11 @@ import random
 import secrets
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
+from gpt.int8 import DType
 from gpt.sampling import Sampling
 from serving import engine
 from serving.engine import Score
@@ -43,6 +44,19 @@ class Served:
     created: int
     translates: bool = False
     """Whether a prompt is a source sentence."""
+    dtype: DType = "float32"
+    """What its model computes with."""
+    parameters: int | None = None
+    """Numbers that training moved, where its model does not say: rounded to 8 bits they are counted no more."""
+    bits_per_byte: float | None = None
+    """The run's own final score."""
+    run: str | None = None
+    """Its name in the runs folder, where it is there."""
+
+    @property
+    def begin(self) -> int | None:
+        """The token after which a translation is written; None for models that write on."""
+        return self.tokenizer.end_of_text if self.translates else None
 
 
 class ApiError(Exception):
@@ -130,22 +144,9 @@ class Strict(BaseModel):
         return value
 
 
-class StreamOptions(Strict):
-    """What a stream tells besides the text."""
+class Drawing(Strict):
+    """How tokens are chosen."""
 
-    include_usage: bool = Field(False, description="end with a chunk that counts the tokens")
-
-
-class Completion(Strict):
-    """OpenAI's completion request, with top_k, min_p, repetition_penalty and beams beside its own fields."""
-
-    model: str | None = Field(None, description="a name from /v1/models; default: the first")
-    prompt: Annotated[Any, PlainValidator(_prompts, json_schema_input_type=Prompt)] = Field(
-        description="a text begins a document, or is what a translator translates; ids are taken as they are"
-    )
-    max_tokens: int = Field(
-        16, ge=0, description="a text also ends where the model's context is full"
-    )
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
@@ -156,6 +157,34 @@ class Completion(Strict):
     logit_bias: Annotated[Any, PlainValidator(_biases, json_schema_input_type=dict[str, float])] = (
         Field((), description="token ids, and what is added to their logits: -100 to 100")
     )
+
+    @model_validator(mode="after")
+    def _draws(self) -> Self:
+        self.sampling(0)
+        return self
+
+    def sampling(self, seed: int) -> Sampling:
+        """Its sampling parameters."""
+        names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
+        return Sampling(**{name: getattr(self, name) for name in names}, seed=seed)
+
+
+class StreamOptions(Strict):
+    """What a stream tells besides the text."""
+
+    include_usage: bool = Field(False, description="end with a chunk that counts the tokens")
+
+
+class Completion(Drawing):
+    """OpenAI's completion request, with top_k, min_p, repetition_penalty and beams beside its own fields."""
+
+    model: str | None = Field(None, description="a name from /v1/models; default: the first")
+    prompt: Annotated[Any, PlainValidator(_prompts, json_schema_input_type=Prompt)] = Field(
+        description="a text begins a document, or is what a translator translates; ids are taken as they are"
+    )
+    max_tokens: int = Field(
+        16, ge=0, description="a text also ends where the model's context is full"
+    )
     seed: int | None = Field(None, description="the same seed gives the same text; default: random")
     n: int = Field(1, ge=1, description="texts for each prompt")
     best_of: int | None = Field(None, description="nothing but n")
@@ -165,29 +194,28 @@ class Completion(Strict):
     )
     logprobs: int | None = Field(None, ge=0, description="so many of the likeliest tokens, too")
     echo: bool = Field(False, description="begin with the prompt")
+    return_token_ids: bool = Field(False, description="tell the tokens of text and prompt, too")
     stream: bool = False
     stream_options: StreamOptions | None = None
     user: str | None = Field(None, description="of no effect, as in OpenAI's API")
     suffix: str | None = Field(None, description="refused: a model that writes on cannot fill in")
 
     @model_validator(mode="after")
-    def _fits(self) -> "Completion":
+    def _fits(self) -> Self:
         if self.stream_options and not self.stream:
             raise ValueError("stream_options has no meaning without stream: true")
         if self.best_of not in (None, self.n):
             raise ValueError(f"best_of must be n, {self.n}, or left out, not {self.best_of}")
         if self.suffix:
             raise ValueError("suffix is not possible: these models only write on; leave it out")
-        self.sampling(0)
         return self
 
     def sampling(self, seed: int) -> Sampling:
         """Its sampling parameters; `seed` where it has none."""
-        names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
-        values = {name: getattr(self, name) for name in names}
+        sampling = super().sampling(seed if self.seed is None else self.seed)
         if self.beams > 1 and "temperature" not in self.model_fields_set:
-            values["temperature"] = 0.0  # a search draws nothing
-        return Sampling(**values, seed=seed if self.seed is None else self.seed)
+            return dataclasses.replace(sampling, temperature=0.0)  # a search draws nothing
+        return sampling
 
     def check(self, limits: Limits) -> None:
         """An ApiError says which limit it does not keep."""
@@ -211,7 +239,7 @@ class Completion(Strict):
 
 
 class Token(dict[str, Any]):
-    """A token with its logprobs, as OpenAI's four lists have it."""
+    """A token with its logprobs, as OpenAI's four lists have it; and its id, None where it ended the text."""
 
 
 @dataclasses.dataclass
@@ -237,14 +265,25 @@ class News:
     choice: Choice
     text: str = ""
     tokens: list[Token] = dataclasses.field(default_factory=list)
+    begins: bool = False
+    """Whether it is the first of that choice."""
 
-    def to_json(self, logprobs: bool) -> bytes:
+    @property
+    def ids(self) -> list[int]:
+        """Of the tokens."""
+        return [token["id"] for token in self.tokens if token["id"] is not None]
+
+    def to_json(self, logprobs: bool, ids: bool) -> bytes:
         """One of the `choices` of a chunk or an answer."""
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b}' % (
+        more = b',"token_ids":' + to_json(self.ids) if ids else b""
+        if ids and self.begins:
+            more += b',"prompt_token_ids":' + to_json(self.choice.prompt.ids)
+        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}' % (
             self.choice.index,
             to_json(self.text),
             to_json(_lists(self.tokens)) if logprobs else b"null",
             to_json(self.choice.finish),
+            more,
         )
 
 
@@ -266,6 +305,8 @@ class Answer:
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.choices: dict[tuple[engine.Request, int], Choice] = {}
         self.requests: list[engine.Request] = []
+        self.told = completion.logprobs is not None, completion.return_token_ids
+        """Whether logprobs are told, and whether ids are."""
         end = served.tokenizer.end_of_text
         for prompt in prompts:
             # Drawn for each prompt: the same prompt twice without a seed is two different texts.
@@ -276,7 +317,7 @@ class Answer:
                 {end},
                 completion.n,
                 prompt.first,
-                begin=end if served.translates else None,
+                begin=served.begin,
                 beams=completion.beams,
                 logprobs=completion.logprobs,
                 score=completion.echo and completion.logprobs is not None,
@@ -330,23 +371,30 @@ class Answer:
                 self._read(part, event, scores.get(event.request, ()))
                 if choice.text.stopped:
                     service.cancel(event.request, event.choice)
-            yield [p for p in news.values() if p.text or p.tokens or p.choice.finish]
+            ids = self.completion.return_token_ids
+            yield [
+                part
+                for part in news.values()
+                if part.text or part.tokens or part.choice.finish or (ids and part.begins)
+            ]
 
     def _read(self, news: News, event: engine.Event, scores: Sequence[Score]) -> None:
         """Add what an event tells to what is new about its choice."""
         choice = news.choice
         if not choice.begun:
-            choice.begun = True
+            choice.begun = news.begins = True
             news.text += choice.before
-            if self.completion.echo and self.completion.logprobs is not None:
+            if self.completion.echo and any(self.told):
                 news.tokens += self._prompt_tokens(choice.prompt, scores)
         seen = choice.text.seen
         if event.token is not None:
             choice.tokens += 1
             news.text += choice.text.push(event.token)
-        if event.score:
+        token = event.score.token if event.score else event.token
+        if token is not None and any(self.told):
             place = len(choice.before) + seen, len(choice.before) + choice.text.seen
-            choice.waiting.append(self._token(event.score.token, event.score, place))
+            ends = event.token is None
+            choice.waiting.append(self._token(token, event.score, place, ends=ends))
         if event.finish:
             news.text += choice.text.flush()
         choice.finish = "stop" if choice.text.stopped else event.finish
@@ -356,16 +404,21 @@ class Answer:
             news.tokens.append(choice.waiting.pop(0))
 
     def _prompt_tokens(self, prompt: PromptTokens, scores: Sequence[Score]) -> list[Token]:
-        """The tokens of the prompt; the very first was predicted by nothing."""
+        """The tokens of the prompt; the very first was predicted by nothing, and all where there are no scores."""
         found, stream, seen = [], self.served.tokenizer.stream(), 0
-        for token, score in zip(prompt.ids, (None, *scores), strict=True):
+        for token, score in itertools.zip_longest(prompt.ids, (None, *scores)):
             end = seen + len(stream.push(token))
             found.append(self._token(token, score, (seen, end)))
             seen = end
         return found[1:] if prompt.begins else found
 
-    def _token(self, token: int, score: Score | None, place: tuple[int, int]) -> Token:
-        """How likely a token and its rivals were, in words; `place` is the text's length before it and after."""
+    def _token(
+        self, token: int, score: Score | None, place: tuple[int, int], *, ends: bool = False
+    ) -> Token:
+        """How likely a token and its rivals were, in words; `place` is the text's length before it and after.
+
+        One that ends the text is no part of it.
+        """
         tokenizer = self.served.tokenizer
         text, (before, after) = token_text(tokenizer, token), place
         # A token that is text stands at the end, behind what it shows of the bytes before it.
@@ -374,6 +427,7 @@ class Answer:
         if score:
             likeliest = {token_text(tokenizer, one): logprob for one, logprob in score.likeliest}
         return Token(
+            id=None if ends else token,
             tokens=text,
             token_logprobs=score.logprob if score else None,
             top_logprobs=likeliest,
@@ -382,14 +436,13 @@ class Answer:
 
     async def whole(self) -> bytes:
         """The answer that is not streamed."""
-        all_news = [News(choice) for choice in self.choices.values()]
+        all_news = [News(choice, begins=True) for choice in self.choices.values()]
         async with contextlib.aclosing(self.parts()) as parts:
             async for some in parts:
                 for news in some:
                     all_news[news.choice.index].text += news.text
                     all_news[news.choice.index].tokens += news.tokens
-        logprobs = self.completion.logprobs is not None
-        choices = b",".join(news.to_json(logprobs) for news in all_news)
+        choices = b",".join(news.to_json(*self.told) for news in all_news)
         head, usage = to_json(self.head)[:-1], to_json(self.usage)
         return head + b',"choices":[' + choices + b'],"usage":' + usage + b"}"
 
@@ -398,12 +451,11 @@ class Answer:
         # All that the chunks have in common is written once.
         head = b"data: " + to_json(self.head)[:-1] + b',"choices":['
         end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
-        logprobs = self.completion.logprobs is not None
         try:
             async with contextlib.aclosing(self.parts()) as parts:
                 async for some in parts:
                     if some:
-                        yield b"".join(head + news.to_json(logprobs) + end for news in some)
+                        yield b"".join(head + news.to_json(*self.told) + end for news in some)
             if include_usage:
                 yield head + b'],"usage":' + to_json(self.usage) + b"}\n\n"
         except (ApiError, UnavailableError) as error:
@@ -418,28 +470,42 @@ def api_error(error: ApiError | UnavailableError) -> ApiError:
     return ApiError(503, str(error), headers={"retry-after": "1"})
 
 
+def prompt_of(
+    served: Served, prompt: str | list[int], limits: Limits, *, echo: bool = False
+) -> PromptTokens:
+    """The tokens of a prompt; a ValueError says what is wrong with it.
+
+    Args:
+        served: Who reads it.
+        prompt: A text, or token ids.
+        limits: How long it may be.
+        echo: Whether the text of ids will be asked for.
+    """
+    tokenizer = served.tokenizer
+    if isinstance(prompt, str):
+        found = (read_source if served.translates else read_prompt)(tokenizer, prompt)
+    else:
+        known(tokenizer, prompt, "the prompt")
+        found = PromptTokens(prompt, text=tokenizer.decode(prompt) if echo else "")
+    ends = served.service.engine.limit is not None  # then the engine says it better
+    most = limits.max_prompt or (math.inf if ends else LONGEST)
+    if len(found.ids) > most:
+        raise ValueError(
+            f"the prompt is {len(found.ids)} tokens long, this server takes {most}: "
+            f"shorten it by {len(found.ids) - most}"
+        )
+    return found
+
+
+def known(tokenizer: Tokenizer, ids: Sequence[int], what: str) -> None:
+    """A ValueError names the first that is no token."""
+    wrong = next((token for token in ids if not 0 <= token < tokenizer.vocabulary), None)
+    if wrong is not None:
+        raise ValueError(
+            f"{what} has token {wrong}, the model knows 0 to {tokenizer.vocabulary - 1}"
+        )
+
+
 def prompts_of(served: Served, completion: Completion, limits: Limits) -> list[PromptTokens]:
     """The tokens of each prompt; a ValueError says what is wrong with one."""
-    tokenizer = served.tokenizer
-    read = read_source if served.translates else read_prompt
-    found = []
-    for prompt in completion.prompt:
-        if isinstance(prompt, str):
-            found.append(read(tokenizer, prompt))
-        else:
-            wrong = [token for token in prompt if not 0 <= token < tokenizer.vocabulary]
-            if wrong:
-                raise ValueError(
-                    f"the prompt has token {wrong[0]}, the model knows 0 to "
-                    f"{tokenizer.vocabulary - 1}"
-                )
-            text = tokenizer.decode(prompt) if completion.echo else ""
-            found.append(PromptTokens(prompt, text=text))
-        ends = served.service.engine.limit is not None  # then the engine says it better
-        most = limits.max_prompt or (math.inf if ends else LONGEST)
-        if len(found[-1].ids) > most:
-            raise ValueError(
-                f"the prompt is {len(found[-1].ids)} tokens long, this server takes {most}: "
-                f"shorten it by {len(found[-1].ids) - most}"
-            )
-    return found
+    return [prompt_of(served, prompt, limits, echo=completion.echo) for prompt in completion.prompt]

@@ -379,7 +379,8 @@ class Engine:
         reach = max(text.length for text in texts)
         left = max(text.most - len(text.tokens) for text in texts)
         if self.limit is not None:
-            left = min(left, self.length - reach + 1)
+            # A translation may have places of its own, and prompt and text together be longer.
+            left = min(left, max(1, self.length - reach + 1))
         return reach, min(self.ahead, left)
 
     def _replayed(self, recorder: Recorder) -> list[Event]:

@@ -32,12 +32,14 @@ class Limits:
     """Likeliest tokens that are told beside each."""
     max_beams: int = 16
     """Translations followed at once by a beam search."""
+    max_xray: int = 256
+    """Tokens of an X-ray."""
     max_body: int = 4 * 2**20
     """Bytes of a request's body."""
 
     def __post_init__(self) -> None:
         at_least(self, max_prompt=1, max_tokens=1, max_texts=1, max_stop_length=1, max_beams=1)
-        at_least(self, max_body=1, max_stops=0, max_logprobs=0)
+        at_least(self, max_body=1, max_stops=0, max_logprobs=0, max_xray=1)
 
     def described(self) -> str:
         """For the documentation, in Markdown."""
@@ -49,6 +51,7 @@ class Limits:
             "stop strings": f"{self.max_stops}, of {self.max_stop_length} characters each",
             "logprobs": self.max_logprobs,
             "beams": self.max_beams,
+            "tokens of an X-ray": self.max_xray,
             "bytes of a body": self.max_body,
         }
         return "\n".join(f"- {name}: {most}" for name, most in lines.items())

@@ -15,6 +15,8 @@ import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, TypeVar
 
 import torch
 
@@ -22,6 +24,8 @@ from serving.engine import Engine, Event, Request
 from serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 RECENT = 32
 """Texts whose ends say how fast places become free."""
@@ -109,6 +113,10 @@ class Service:
         self._inboxes: dict[Request, Inbox] = {}
         self._quiet = asyncio.Event()
         self._quiet.set()
+        self._turn = asyncio.Lock()
+        """Of who asks the engine: one between two steps, or many would hold up the texts."""
+        self._asking = 0
+        self._asked: Future[Any] | None = None
         self._refusal = "the server is starting"
         self.failed = False
         """True when the engine has raised what no request is to blame for."""
@@ -124,7 +132,8 @@ class Service:
     @property
     def stalled(self) -> bool:
         """True when the engine has not finished a step for too long, though there is work."""
-        return bool(self._inboxes) and time.monotonic() - self._stepped > self.stall
+        work = self._inboxes or self._asking
+        return bool(work) and time.monotonic() - self._stepped > self.stall
 
     @property
     def texts(self) -> int:
@@ -152,7 +161,10 @@ class Service:
         if self.ready:
             self._refusal = "the server is shutting down"
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._quiet.wait(), seconds)
+                async with asyncio.timeout(seconds):
+                    await self._quiet.wait()
+                    async with self._turn:
+                        pass
 
     async def close(self) -> None:
         """End every request with an error event and the thread with its current step."""
@@ -197,9 +209,8 @@ class Service:
         for request in requests:
             self.engine.check(request)
         self.find_room(sum(request.n for request in requests))
-        if not self._inboxes:
-            self._stepped = time.monotonic()
-            self._quiet.clear()
+        self._wake()
+        self._quiet.clear()
         inbox = Inbox(requests)
         self._inboxes.update(dict.fromkeys(requests, inbox))
         for request in requests:
@@ -220,7 +231,33 @@ class Service:
             self._calls.put(lambda: self.engine.cancel(request, choice))
             self._tidy(request, inbox)
 
+    async def ask(self, function: Callable[[], Result]) -> Result:
+        """What a function returns or raises, called on the engine's thread between two steps.
+
+        What `find_room` raises, this does too.
+        """
+        if self._asking >= self.engine.size + self.places:
+            self.metrics.refused.inc()
+            raise BusyError(f"{self._asking} questions wait: there is no room for another", 1)
+        self._wake()
+        self._asking += 1
+        try:
+            async with self._turn:
+                if not self.ready:
+                    raise UnavailableError(self._refusal)
+                asked: Future[Result] = Future()
+                self._asked = asked
+                self._calls.put(lambda: self._answer(function, asked))
+                return await asyncio.wrap_future(asked)
+        finally:
+            self._asking -= 1
+
     # On the event loop.
+
+    def _wake(self) -> None:
+        """Note that there is work from now on."""
+        if not (self._inboxes or self._asking):
+            self._stepped = time.monotonic()
 
     def _tidy(self, request: Request, inbox: Inbox) -> None:
         """Forget a request of which nothing more will come."""
@@ -254,6 +291,8 @@ class Service:
 
     def _end(self, refusal: str) -> None:
         self._refusal = refusal
+        if self.failed and self._asked and not self._asked.done():  # else its turn still comes
+            self._asked.set_exception(UnavailableError(refusal))
         self._deliver(
             [
                 Event(request, choice, None, "error", error=refusal)
@@ -267,6 +306,15 @@ class Service:
     def _add(self, requests: Sequence[Request]) -> None:
         for request in requests:
             self.engine.add(request)
+
+    @torch.inference_mode()
+    def _answer(self, function: Callable[[], Result], asked: Future[Result]) -> None:
+        if asked.set_running_or_notify_cancel():  # else who asked has left
+            try:
+                asked.set_result(function())
+            except Exception as error:  # the texts live on
+                asked.set_exception(error)
+        self._stepped = time.monotonic()
 
     def _run(self) -> None:
         if self.threads:

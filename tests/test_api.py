@@ -20,8 +20,8 @@ from serving.engine import Engine
 from serving.limits import Deadlines, Limits
 from serving.server import Server
 from serving.service import Service
-from serving.text import read_prompt
-from tokenizer import byte_tokenizer
+from serving.text import read_prompt, token_text
+from tokenizer import END_OF_TEXT, byte_tokenizer
 
 CONTEXT = 20_000  # longer than any test waits for
 TOKENIZER = byte_tokenizer()
@@ -44,7 +44,17 @@ class Running:
     """A server on a real socket, in a thread, with its engine in sight."""
 
     def __init__(
-        self, model, rows, *, places=150, limits=None, deadlines=None, key=None, **options
+        self,
+        model,
+        rows,
+        *,
+        places=150,
+        limits=None,
+        deadlines=None,
+        key=None,
+        translates=False,
+        runs=None,
+        **options,
     ):
         self.engine = Engine(model, rows, **options)
         self.service = Service(self.engine, places=places)
@@ -53,11 +63,11 @@ class Running:
         self.catalog, ready = Catalog(), threading.Event()
 
         async def load():
-            await self.catalog.add(Served("tiny", self.service, TOKENIZER, 1))
+            await self.catalog.add(Served("tiny", self.service, TOKENIZER, 1, translates))
             self.catalog.missing = ""
             ready.set()
 
-        app = create_app(self.catalog, limits, key=key)
+        app = create_app(self.catalog, limits, key=key, runs=runs)
         self.server = Server(app, self.catalog, load, deadlines or Deadlines(grace=0), key)
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
@@ -306,7 +316,9 @@ def test_a_wrong_request_is_a_400_that_says_what_is_wrong(served, body, message,
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/nothing", 404),
+        ("GET", "/page/nothing.js", 404),
+        ("POST", "/", 405),
         ("POST", "/v1/chat/completions", 404),
         ("GET", "/v1/models/other", 404),
         ("GET", "/v1/models/%ff%00", 404),
@@ -368,6 +380,67 @@ def test_a_streamed_text_is_the_unstreamed_text(served):
             stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"] or []
             assert not any(stop in choice["text"] for stop in stops)
         assert usage == whole["usage"]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_token_ids_are_those_of_the_text_streamed_or_not(served, logprobs):
+    dice = random.Random(1)
+    for seed in range(30):
+        prompt = "".join(dice.choices("ab é👩\n", k=dice.randrange(1, 6))).rstrip()
+        body = {
+            "prompt": dice.choice([prompt, TOKENIZER.encode(prompt) or [97]]),
+            "temperature": dice.choice([0, 1, 3]),
+            "seed": seed,
+            "n": dice.choice([1, 3]),
+            "max_tokens": dice.randint(0, 40),
+            "stop": dice.choice([None, "I", ["9", "\ufffd\ufffd", "ab"]]),
+            "echo": dice.choice([False, True]),
+            "logprobs": logprobs,
+            "return_token_ids": True,
+        }
+        read = body["prompt"]
+        if isinstance(read, str):
+            read = read_prompt(TOKENIZER, read).ids
+        whole = served.post(**body).json()["choices"]
+        streamed = {choice["index"]: [] for choice in whole}
+        for line in served.post(**body, stream=True).text.split("\n"):
+            if line.startswith("data: {"):
+                for choice in json.loads(line.removeprefix("data: "))["choices"]:
+                    first = not streamed[choice["index"]]
+                    assert ("prompt_token_ids" in choice) == first
+                    streamed[choice["index"]].append(choice)
+        for choice in whole:
+            assert choice["prompt_token_ids"] == read
+            parts = streamed[choice["index"]]
+            assert parts[0]["prompt_token_ids"] == read
+            ids = choice["token_ids"]
+            assert [token for part in parts for token in part["token_ids"]] == ids
+            decoded = TOKENIZER.decode(ids)
+            if choice["finish_reason"] == "stop" and TOKENIZER.end_of_text not in ids:
+                # What a stop string cut through the middle of is no character of the text.
+                assert decoded.startswith(choice["text"])
+            else:
+                assert decoded == choice["text"]
+            if logprobs is not None:
+                told = choice["logprobs"]["tokens"]
+                assert [token_text(TOKENIZER, token) for token in ids] == told[: len(ids)]
+                assert told[len(ids) :] in ([], [END_OF_TEXT])
+
+
+def test_nobody_is_told_ids_who_did_not_ask(served):
+    choice = served.post(prompt="a").json()["choices"][0]
+    assert set(choice) == {"index", "text", "logprobs", "finish_reason"}
+
+
+def test_models_say_what_they_are(served, model):
+    (told,) = served.http.get("/v1/models").json()["data"]
+    assert told == served.http.get("/v1/models/tiny").json()
+    assert told["rung"] == "gpt"
+    assert (told["chapter"], told["year"], told["paper"]) == (15, GPT.year, GPT.paper)
+    assert told["idea"] == GPT.idea
+    assert told["parameters"] == sum(weight.numel() for weight in model.parameters())
+    assert (told["vocabulary"], told["dtype"]) == (257, "float32")
+    assert (told["translates"], told["bits_per_byte"], told["run"]) == (False, None, None)
 
 
 def test_a_text_is_the_same_alone_and_among_others(served):

@@ -452,6 +452,20 @@ def test_a_translator_writes_what_the_search_finds(name):
             assert watch.ends[request, 0] == ("length" if len(found) == 12 else "stop")
 
 
+def test_a_translation_and_its_source_may_together_be_longer_than_the_context():
+    model, end = make("transformer"), 0
+    engine = Engine(model, 3, ahead=4)
+    dice = random.Random(5)
+    sources = [[dice.randrange(1, VOCABULARY) for _ in range(CONTEXT - i)] for i in range(6)]
+    requests = [Request(one, CONTEXT, Sampling(0.0), {end}, begin=end) for one in sources]
+    for request in requests:
+        engine.add(request)
+    watch = Watch(engine).run()
+    found = translate(model, sources, begin=end, end=end, most=CONTEXT)
+    assert [watch.text(request) for request in requests] == found
+    assert max(map(len, found)) > 10
+
+
 def test_what_beams_cannot_do_is_refused():
     request = Request([1, 2], 5, Sampling(0.0), {0}, beams=2)
     with pytest.raises(ValueError, match="beams are for models that translate"):

@@ -57,6 +57,32 @@ def test_every_model_speaks_with_8_bits_and_says_nearly_the_same(variant):
     assert tokens == list(generate(model, [1, 2, 3], 10, Sampling(temperature=0)))
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_x_ray_of_every_model_with_8_bits_is_nearly_the_same(variant):
+    torch.manual_seed(0)
+    name, own = VARIANTS[variant]
+    model = build(name, {"vocabulary": 50, "context": 24, **own}).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    tokens_BT = torch.randint(50, (2, 12))
+    wanted = model.xray(tokens_BT)
+    for one, other in zip(wanted, converted(model, "int8").xray(tokens_BT), strict=True):
+        assert one.name == other.name
+        off = (one.weights - other.weights).square().mean().sqrt()
+        assert off <= 0.1 * one.weights.square().mean().sqrt(), one.name
+
+
+def test_the_matrix_that_8_bits_stand_for_is_that_of_the_product():
+    torch.manual_seed(0)
+    linear = nn.Linear(16, 8)
+    rounded = Int8Linear(linear)
+    step_N = linear.weight.detach().abs().amax(dim=1) / 127
+    assert ((rounded.weight - linear.weight).abs().amax(dim=1) <= 0.51 * step_N).all()
+    ones_KK = torch.eye(16)  # inputs that rounding does not change
+    torch.testing.assert_close(rounded(ones_KK) - linear.bias, rounded.weight.T)
+
+
 def test_int8_takes_a_quarter_of_the_memory_of_what_is_multiplied():
     model = GPT2(300, 16, width=64, depth=2, heads=2)
     multiplied = sum(

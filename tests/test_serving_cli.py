@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from gpt import GPT
-from gpt.checkpoint import save_config, save_tensors, weights
+from gpt.checkpoint import load_tensors, save_config, save_tensors, weights
 from gpt.sampling import Sampling, generate
 from serving.compiled import compiler
 from serving.text import read_prompt
@@ -134,6 +134,11 @@ WRONG = {
     ),
     "a key": (["serve", "runs/tiny", "--api-key", "a b"], "--api-key must be printable ASCII"),
     "a folder": (["serve", "--watch", "absent"], "--watch absent: no such folder"),
+    "a folder of runs": (
+        ["serve", "runs/tiny", "--runs", "absent"],
+        "--runs absent: no such folder",
+    ),
+    "an X-ray": (["serve", "runs/tiny", "--max-xray", "0"], "--max-xray must be at least 1, not 0"),
     "twice": (["serve", "runs/tiny", "runs/tiny", "--port", "0"], "two runs have one name"),
 }
 
@@ -303,6 +308,28 @@ def test_several_runs_are_chosen_by_their_names(here, tmp_path):
     tokens = generate(other, [256], 99, Sampling(0.0), {256})
     assert answer["choices"][0]["text"] == TOKENIZER.decode(tokens)
     assert answer["usage"]["completion_tokens"] == 32
+
+
+def test_what_training_left_is_told_beside_the_model_and_the_page_is_there(tmp_path):
+    for run in (tmp_path / "runs" / "one", tmp_path / "others" / "two"):
+        save(run, 64)
+        (run / "run.json").write_text('{"format": 1, "run": {"task": "text", "model": "gpt"}}')
+        line = {"step": 1, "final_loss": 2.0, "final_bits_per_byte": 1.5}
+        (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+    for arguments, name, told in (
+        (("runs/one", "--dtype", "int8"), "one", ["one"]),
+        (("runs/one", "--runs", "others"), None, ["two"]),
+        (("runs/one", "--runs", "."), "runs/one", ["others/two", "runs/one"]),
+    ):
+        with Serving(tmp_path, *arguments) as server:
+            (about,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+            assert (about["bits_per_byte"], about["run"]) == (1.5, name)
+            assert about["dtype"] == ("int8" if "int8" in arguments else "float32")
+            weights_file = load_tensors(tmp_path / "runs" / "one" / "model.safetensors")
+            assert about["parameters"] == sum(tensor.numel() for tensor in weights_file.values())
+            runs = httpx.get(f"{server.address}/v1/runs").json()["data"]
+            assert sorted(run["name"] for run in runs) == told
+            assert "<title>tinygpt" in httpx.get(f"{server.address}/").text
 
 
 def test_a_run_that_finishes_is_served_too(here, tmp_path):
