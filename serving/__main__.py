@@ -10,6 +10,7 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -26,7 +27,7 @@ from gpt.sampling import Sampling, generate
 from serving.engine import BUDGET, Engine
 from serving.limits import Deadlines, Limits, at_least
 from serving.text import Text, read_prompt, read_source
-from serving.tuning import ahead, fastest_threads, in_format
+from serving.tuning import ahead, apart, fastest_threads, in_format
 from tokenizer import Tokenizer, from_utf8
 
 if TYPE_CHECKING:
@@ -178,7 +179,7 @@ class Serve:
 
             async def load() -> None:
                 for folder in folders:
-                    await catalog.add(await asyncio.to_thread(self._open, folder, compiler, runs))
+                    await catalog.add(await self._load(folder, compiler, runs))
                 catalog.missing = ""
                 print(_invitation(list(catalog.served), address, key), flush=True)
                 while self.watch:
@@ -204,6 +205,9 @@ class Serve:
                 "--without-key to let everybody in"
             )
         return key
+
+    async def _load(self, folder: Path, compiler: "Compiler", runs: "Runs") -> "Served":
+        return await asyncio.to_thread(apart, partial(self._open, folder, compiler, runs))
 
     def _open(self, folder: Path, compiler: "Compiler", runs: "Runs") -> "Served":
         """Load a run, and say what it will take."""
@@ -258,7 +262,7 @@ class Serve:
     ) -> None:
         """Serve one more run; one that cannot be is named, and the others go on."""
         try:
-            await catalog.add(await asyncio.to_thread(self._open, folder, compiler, runs))
+            await catalog.add(await self._load(folder, compiler, runs))
             print(f"{folder.resolve().name} is served too", flush=True)
         except (ValueError, OSError) as error:
             logging.getLogger(__name__).error("%s", error)

@@ -37,6 +37,7 @@ from gpt.checkpoint import cache
 from gpt.model import LanguageModel, State, rows
 from gpt.sampling import DRAWN, Sampler, Sampling
 from serving.engine import Engine, Kind, whole
+from serving.tuning import apart
 
 logger = logging.getLogger(__name__)
 
@@ -348,7 +349,7 @@ class Compiler:
         job = Job(engine, kind, threads)
         if job.path.exists() or self._compile(job):
             try:
-                engine.parts[kind] = job.load()
+                engine.parts[kind] = apart(job.load)
             except Exception as error:
                 job.path.unlink()  # the next server makes it anew
                 raise ValueError(f"what was compiled cannot be used: {error}") from error

@@ -41,6 +41,8 @@ Result = TypeVar("Result")
 
 NUMBERS = 1_000_000
 """Of an X-ray, at most: five to ten megabytes of JSON."""
+DIGITS = 5
+"""Of each, after the point."""
 
 
 def _prompt(value: object) -> object:
@@ -267,6 +269,8 @@ class Map(NamedTuple):
     """How many it has."""
     layer: int
     """The first of those that are told."""
+    least: float
+    most: float
 
 
 def maps(
@@ -306,11 +310,13 @@ def maps(
     return [
         Map(
             one.name,
-            weights_LHTS.to("cpu", torch.float64, copy=True),
+            weights_LHTS.double().round(decimals=DIGITS).cpu(),
             one.rows[0].tolist(),
             one.columns if isinstance(one.columns, str) else one.columns[0].tolist(),
             one.weights.shape[1],
             first,
+            float(weights_LHTS.min()),
+            float(weights_LHTS.max()),
         )
         for one, weights_LHTS in chosen
     ]
@@ -381,7 +387,10 @@ def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
 
 
 def _xray_json(tokenizer: Tokenizer, head: dict[str, Any], told: Sequence[Map]) -> bytes:
-    """The whole answer, written in small pieces: Python lets the event loop in between two of them."""
+    """The whole answer, written in small pieces: Python lets the event loop in between two of them.
+
+    It computes nothing: torch would keep workers for its thread (see `tuning.apart`).
+    """
 
     def one(shown: Map) -> bytes:
         weights_LHTS, columns = shown.weights_LHTS, shown.columns
@@ -393,10 +402,10 @@ def _xray_json(tokenizer: Tokenizer, head: dict[str, Any], told: Sequence[Map]) 
             "rows": _tokens(tokenizer, shown.rows),
             "columns": None if isinstance(columns, str) else _tokens(tokenizer, columns),
             "counts": columns if isinstance(columns, str) else None,
-            "least": float(weights_LHTS.min()),
-            "most": float(weights_LHTS.max()),
+            "least": shown.least,
+            "most": shown.most,
         }
-        return to_json(about)[:-1] + b',"weights":' + nested(weights_LHTS.round(decimals=5)) + b"}"
+        return to_json(about)[:-1] + b',"weights":' + nested(weights_LHTS) + b"}"
 
     def nested(weights: Tensor) -> bytes:
         if weights.ndim == 1:

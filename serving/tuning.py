@@ -2,8 +2,10 @@
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +19,18 @@ TRIALS = 4
 """Times that a token is made with each number of threads."""
 MEASURING = 0.5
 """Seconds of validation before a model is converted; the same tokens are scored after."""
+
+Result = TypeVar("Result")
+
+
+def apart(work: Callable[[], Result]) -> Result:
+    """What the work gives, done in a thread of its own, with which its OpenMP workers end.
+
+    Where a process has more workers than cores, even idle ones, libgomp lets none of them wait
+    awake for its next share: an engine's step is hundreds of shares, each then a call to wake up.
+    """
+    with ThreadPoolExecutor(1) as executor:
+        return executor.submit(work).result()
 
 
 def fastest_threads(model: LanguageModel) -> int:

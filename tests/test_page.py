@@ -199,7 +199,9 @@ def test_temperature_bends_what_is_drawn_from_and_leaves_what_the_model_says(vis
     cold = candidates(page)
     assert [row[2] for row in cold] == ["100%"] + ["0"] * (len(cold) - 1)
     slide(page, "#play [name=temperature]", 2)
-    page.wait_for_function("!document.querySelector('#play-next').innerText.includes('1 token can')")
+    page.wait_for_function(
+        "!document.querySelector('#play-next').innerText.includes('1 token can')"
+    )
     hot = candidates(page)
     assert [row[:2] for row in before] == [row[:2] for row in cold] == [row[:2] for row in hot]
     body = {"model": "gpt", "prompt": "The mode", "temperature": 2.0, "candidates": 12}
@@ -215,7 +217,9 @@ def test_a_token_tells_what_else_it_could_have_been(visit, server):
     write(page, "The model ", 20)
     page.wait_for_selector("#play-stop:disabled")
     page.hover("#play-text .token >> nth=5")
-    page.wait_for_function("document.querySelector('#play-next h3').innerText.startsWith('Instead')")
+    page.wait_for_function(
+        "document.querySelector('#play-next h3').innerText.startsWith('Instead')"
+    )
     name = page.inner_text("#play-next h3 .token-name")
     until(lambda: any(row[0].endswith(name) for row in candidates(page)))
     assert page.locator("#play-next .chosen").count() == 1
@@ -360,7 +364,9 @@ def test_a_server_that_goes_away_is_told_and_asked_again_on_demand(visit, runs):
     page.wait_for_selector("#play .fault:not([hidden])")
     assert "went away" in page.inner_text("#play .fault")
     page.click("#play .fault button")
-    page.wait_for_function("document.querySelector('#play .fault').innerText.includes('does not answer')")
+    page.wait_for_function(
+        "document.querySelector('#play .fault').innerText.includes('does not answer')"
+    )
     again = Server(str(runs / "rnn"), port=int(server.address.rpartition(":")[2]))
     try:
         page.fill("#play [name=max_tokens]", "5")
@@ -402,7 +408,9 @@ def test_a_quick_stream_leaves_the_page_at_ease(visit, server):
 def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
     server = Server(str(runs / "rnn"), "--api-key", "quite-secret")
     try:
-        page = visit(server.address, expected=["401"], permissions=["clipboard-read", "clipboard-write"])
+        page = visit(
+            server.address, expected=["401"], permissions=["clipboard-read", "clipboard-write"]
+        )
         page.wait_for_selector("#key[open]")
         page.fill("#key input", "wrong")
         page.keyboard.press("Enter")
@@ -459,5 +467,6 @@ def test_everybody_can_use_it(visit, server, view, scheme):
     found = axe.Axe().run(page).response["violations"]
     serious = [one for one in found if one["impact"] in ("serious", "critical")]
     assert serious == [], json.dumps(
-        [(one["id"], [node["html"][:120] for node in one["nodes"]][:3]) for one in serious], indent=1
+        [(one["id"], [node["html"][:120] for node in one["nodes"]][:3]) for one in serious],
+        indent=1,
     )
