@@ -16,6 +16,7 @@ from test_api import DEADLINE, TOKENIZER, Running, model, reference  # noqa: F40
 from test_server import LONG, until
 
 from gpt.sampling import Sampling
+from training.__main__ import Eval
 from training.evaluate import evaluate
 
 TEXT = "".join(
@@ -164,6 +165,8 @@ def test_the_evaluation_harness_finds_the_bits_per_byte_that_we_do(server, model
     }
     theirs = said_by(HARNESS, json.dumps(arguments), str(tmp_path))
     ids = np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(TEXT)])
-    score = evaluate(model, ids, words=1, bytes=len(TEXT.encode()), stride=window, context=window)
+    size, precision = len(TEXT.encode()), Eval.precision  # of `python -m training eval`
+    windows = {"stride": window, "context": window}
+    score = evaluate(model, ids, words=1, bytes=size, precision=precision, **windows)
     assert score.tokens > 3 * window
     assert theirs == pytest.approx(score.bits_per_byte, abs=1e-4)

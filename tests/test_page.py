@@ -24,6 +24,7 @@ FLAGS = [
 ]
 DEADLINE = 120
 VIEWS = ("play", "compare", "xray", "ladder", "runs")
+TINY = ("--width", "64", "--heads", "4", "--depth", "2")
 SMALL = ("--tokenizer", "bytes", "--window", "64", "--batch", "8", "--validation-interval", "20")
 
 
@@ -33,13 +34,20 @@ def run(*arguments):
     )
 
 
+def text_in(folder):
+    """Some English beside the runs."""
+    text = folder.with_name("text.txt")
+    text.write_bytes((ROOT / "docs" / "chapters.md").read_bytes())
+    return str(text)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of a GPT, an RNN and a translator, and a ladder of two rungs: all really trained."""
+    """Runs of a GPT and an RNN, and a ladder of two rungs: all really trained."""
     folder = tmp_path_factory.mktemp("here") / "runs"
-    data = str(ROOT / "docs" / "chapters.md")
-    for preset, name in (("gpt-nano", "gpt"), ("rnn", "rnn")):
-        options = ("--data", data, "--run", str(folder / name), *SMALL, "--steps", "60")
+    data = text_in(folder)
+    for preset, name, size in (("gpt-nano", "gpt", TINY), ("rnn", "rnn", ())):
+        options = ("--data", data, "--run", str(folder / name), *SMALL, *size, "--steps", "60")
         run("training", "train", preset, *options)
     options = ("--tokens", "20000", "--tokenizer", "bytes", "--output", str(folder / "ladder"))
     run("training", "ladder", "softmax", "rnn", "--data", data, *options)
@@ -195,12 +203,18 @@ def test_temperature_bends_what_is_drawn_from_and_leaves_what_the_model_says(vis
     before = candidates(page)
     about = page.inner_text("#play-next .about >> nth=0")
     slide(page, "#play [name=temperature]", 0)
-    page.wait_for_function("document.querySelector('#play-next').innerText.includes('1 token can')")
+    until(
+        lambda: page.evaluate(
+            "document.querySelector('#play-next').innerText.includes('1 token can')"
+        )
+    )
     cold = candidates(page)
     assert [row[2] for row in cold] == ["100%"] + ["0"] * (len(cold) - 1)
     slide(page, "#play [name=temperature]", 2)
-    page.wait_for_function(
-        "!document.querySelector('#play-next').innerText.includes('1 token can')"
+    until(
+        lambda: page.evaluate(
+            "!document.querySelector('#play-next').innerText.includes('1 token can')"
+        )
     )
     hot = candidates(page)
     assert [row[:2] for row in before] == [row[:2] for row in cold] == [row[:2] for row in hot]
@@ -217,8 +231,10 @@ def test_a_token_tells_what_else_it_could_have_been(visit, server):
     write(page, "The model ", 20)
     page.wait_for_selector("#play-stop:disabled")
     page.hover("#play-text .token >> nth=5")
-    page.wait_for_function(
-        "document.querySelector('#play-next h3').innerText.startsWith('Instead')"
+    until(
+        lambda: page.evaluate(
+            "document.querySelector('#play-next h3').innerText.startsWith('Instead')"
+        )
     )
     name = page.inner_text("#play-next h3 .token-name")
     until(lambda: any(row[0].endswith(name) for row in candidates(page)))
@@ -286,8 +302,7 @@ def test_the_ladder_tells_of_each_rung(visit, server):
 
 
 def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
-    data = str(ROOT / "docs" / "chapters.md")
-    options = ("--data", data, "--run", str(runs / "live"), *SMALL, "--steps", "100000")
+    options = ("--data", text_in(runs), "--run", str(runs / "live"), *SMALL, "--steps", "100000")
     options += ("--log-interval", "2")
     training = subprocess.Popen(
         [sys.executable, "-m", "training", "train", "rnn", *options],
@@ -302,11 +317,10 @@ def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
             if box.get_attribute("value") != "live":
                 box.uncheck()
         page.check("#runs-list input[value=live]")
-        page.wait_for_function("+document.querySelector('#runs-chart').dataset.points > 3")
+        until(lambda: page.evaluate("+document.querySelector('#runs-chart').dataset.points > 3"))
         seen = page.get_attribute("#runs-chart", "data-points")
-        page.wait_for_function(
-            "seen => +document.querySelector('#runs-chart').dataset.points > +seen + 3", arg=seen
-        )
+        grown = "seen => +document.querySelector('#runs-chart').dataset.points > +seen + 3"
+        until(lambda: page.evaluate(grown, seen))
         assert "of 100,000" in page.inner_text("#runs-list")
     finally:
         training.kill()
@@ -320,7 +334,9 @@ def test_runs_side_by_side_with_their_configuration_and_samples(visit, server):
     for name in ("gpt", "rnn"):
         page.check(f"#runs-list input[value={name}]")
     page.click("#runs-config summary")
-    page.wait_for_function("document.querySelectorAll('#runs-config th[scope=col]').length >= 2")
+    until(
+        lambda: page.evaluate("document.querySelectorAll('#runs-config th[scope=col]').length >= 2")
+    )
     assert '"rnn"' in page.inner_text("#runs-config tr.differs >> nth=0 >> xpath=..")
     assert page.locator("#runs-samples article").count() >= 2
 
@@ -364,8 +380,10 @@ def test_a_server_that_goes_away_is_told_and_asked_again_on_demand(visit, runs):
     page.wait_for_selector("#play .fault:not([hidden])")
     assert "went away" in page.inner_text("#play .fault")
     page.click("#play .fault button")
-    page.wait_for_function(
-        "document.querySelector('#play .fault').innerText.includes('does not answer')"
+    until(
+        lambda: page.evaluate(
+            "document.querySelector('#play .fault').innerText.includes('does not answer')"
+        )
     )
     again = Server(str(runs / "rnn"), port=int(server.address.rpartition(":")[2]))
     try:
@@ -384,7 +402,9 @@ def test_the_page_is_small_and_there_at_once(visit, server):
     paints = []
     for _ in range(3):
         page.reload()
-        page.wait_for_function("performance.getEntriesByName('first-contentful-paint').length")
+        until(
+            lambda: page.evaluate("performance.getEntriesByName('first-contentful-paint').length")
+        )
         paints.append(
             page.evaluate("performance.getEntriesByName('first-contentful-paint')[0].startTime")
         )
@@ -400,7 +420,7 @@ def test_a_quick_stream_leaves_the_page_at_ease(visit, server):
     )
     write(page, "", 2000)
     page.wait_for_selector("#play-stop:disabled")
-    page.wait_for_function("document.querySelectorAll('#play-text .token').length == 2000")
+    until(lambda: page.evaluate("document.querySelectorAll('#play-text .token').length == 2000"))
     print(page.inner_text("#play-figures"))
     assert max(page.evaluate("window.long"), default=0) < 100
 

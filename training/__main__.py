@@ -149,8 +149,8 @@ class Eval:
     """Translations followed at once by a beam search; when not given, the likeliest word is always taken."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; auto is bfloat16 where the device is fast at it."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Of the matrix products. In float32 a score is the same on every machine, and what the server says; auto is bfloat16 where the device is fast at it."""
     json: bool = False
     """Print one JSON object, for machines."""
 
