@@ -25,7 +25,18 @@ FLAGS = [
 DEADLINE = 120
 VIEWS = ("play", "compare", "xray", "ladder", "runs")
 TINY = ("--width", "64", "--heads", "4", "--depth", "2")
-SMALL = ("--tokenizer", "bytes", "--window", "64", "--batch", "8", "--validation-interval", "20")
+LITTLE = ("--validation-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
+SMALL = (
+    "--tokenizer",
+    "bytes",
+    "--window",
+    "64",
+    "--batch",
+    "8",
+    "--validation-interval",
+    "20",
+    *LITTLE,
+)
 
 
 def run(*arguments):
@@ -188,9 +199,14 @@ def test_stop_frees_the_row_of_a_text(visit, server):
     assert page.is_enabled("#play-go")
 
 
-def candidates(page):
-    """Name, probability and share of each candidate as they are shown."""
-    page.wait_for_selector("#play-next li:not(.head):not([hidden])")
+def candidates(page, **asked):
+    """Name, probability and share of each candidate, once those asked for are shown."""
+
+    def shown():
+        said = json.loads(page.get_attribute("#play-next", "data-shown") or "{}")
+        return asked.items() <= said.items()
+
+    until(shown)
     return page.eval_on_selector_all(
         "#play-next li:not(.head):not([hidden])",
         "rows => rows.map(row => [...row.querySelectorAll('.name, .number')].map(part => part.textContent))",
@@ -200,23 +216,14 @@ def candidates(page):
 def test_temperature_bends_what_is_drawn_from_and_leaves_what_the_model_says(visit, server):
     page = visit(server.address)
     page.fill("#play-prompt", "The mode")
-    before = candidates(page)
+    before = candidates(page, prompt="The mode", temperature=0.8)
     about = page.inner_text("#play-next .about >> nth=0")
     slide(page, "#play [name=temperature]", 0)
-    until(
-        lambda: page.evaluate(
-            "document.querySelector('#play-next').innerText.includes('1 token can')"
-        )
-    )
-    cold = candidates(page)
+    cold = candidates(page, prompt="The mode", temperature=0)
     assert [row[2] for row in cold] == ["100%"] + ["0"] * (len(cold) - 1)
+    assert page.inner_text("#play-next .about >> nth=0").startswith("1 token can be drawn")
     slide(page, "#play [name=temperature]", 2)
-    until(
-        lambda: page.evaluate(
-            "!document.querySelector('#play-next').innerText.includes('1 token can')"
-        )
-    )
-    hot = candidates(page)
+    hot = candidates(page, prompt="The mode", temperature=2)
     assert [row[:2] for row in before] == [row[:2] for row in cold] == [row[:2] for row in hot]
     body = {"model": "gpt", "prompt": "The mode", "temperature": 2.0, "candidates": 12}
     found = server.ask("v1/next", **body)["candidates"]
@@ -303,7 +310,6 @@ def test_the_ladder_tells_of_each_rung(visit, server):
 
 def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
     options = ("--data", text_in(runs), "--run", str(runs / "live"), *SMALL, "--steps", "100000")
-    options += ("--log-interval", "2")
     training = subprocess.Popen(
         [sys.executable, "-m", "training", "train", "rnn", *options],
         cwd=ROOT,
@@ -313,9 +319,9 @@ def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
     try:
         until(lambda: (runs / "live" / "metrics.jsonl").exists())
         page = visit(server.address, "runs")
-        for box in page.locator("#runs-list input:checked").all():
-            if box.get_attribute("value") != "live":
-                box.uncheck()
+        page.wait_for_selector("#runs-list input[value=live]")
+        for name in ("gpt", "rnn", "ladder/rnn", "ladder/softmax"):
+            page.uncheck(f"#runs-list input[value='{name}']")
         page.check("#runs-list input[value=live]")
         until(lambda: page.evaluate("+document.querySelector('#runs-chart').dataset.points > 3"))
         seen = page.get_attribute("#runs-chart", "data-points")

@@ -21,6 +21,7 @@ export class Next {
       return row;
     });
     this.list.append(...this.rows.map((row) => row.item));
+    this.element = element;
     element.classList.add("next");
     element.append(this.title, this.about, el("p", { class: "about legend" },
       el("span", {}, el("i", { class: "swatch-before" }), "the model's own probability"),
@@ -58,5 +59,6 @@ export class Next {
         row.numbers[side].textContent = percent(share);
       });
     });
+    this.element.dataset.shown = JSON.stringify(asked);
   }
 }

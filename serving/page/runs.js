@@ -2,7 +2,7 @@
 
 import { get } from "./api.js";
 import { Chart, color } from "./chart.js";
-import { $, all, clock, el, long } from "./dom.js";
+import { $, all, clock, el, latest, long } from "./dom.js";
 
 const LABELS = { step: "step", tokens: "tokens", seconds: "seconds of training" };
 const EVERY = 2000; // milliseconds between two looks
@@ -14,7 +14,7 @@ export function runs() {
   const known = new Map(); // name -> {lines, next, config, finished}
   let listed = [], ticked = null, timer = null;
 
-  async function look() {
+  const look = latest(async () => {
     clearTimeout(timer);
     if (section.hidden) return;
     try {
@@ -27,7 +27,7 @@ export function runs() {
       figures.textContent = error.message;
     }
     timer = setTimeout(look, document.hidden ? 10 * EVERY : EVERY);
-  }
+  });
 
   async function read(run) {
     const before = known.get(run.name) ?? { lines: [], next: 0, updated: null };
