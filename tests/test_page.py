@@ -336,7 +336,7 @@ def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
 
 def test_runs_side_by_side_with_their_configuration_and_samples(visit, server):
     page = visit(server.address, "runs")
-    page.wait_for_selector("#runs-chart .curve")
+    page.wait_for_selector("#runs-chart .curve", state="attached")
     for name in ("gpt", "rnn"):
         page.check(f"#runs-list input[value={name}]")
     page.click("#runs-config summary")

@@ -29,19 +29,18 @@ export function compare(models) {
       if (!writings.has(model.id)) {
         const sheet = el("div", { class: "sheet" }), figures = el("p", { class: "figures", role: "status" });
         const column = el("article", { "aria-label": model.id }, el("h3", {}, model.id), el("p", { class: "about" }, describe(model)), sheet, figures);
-        writings.set(model.id, { column, writing: new Writing(new TokenView(sheet), figures, ended) });
+        writings.set(model.id, { column, writing: new Writing(new TokenView(sheet), figures, changed) });
       }
       columns.append(writings.get(model.id).column);
     }
   }
 
-  function ended() {
+  function changed() {
     stop.disabled = ![...writings.values()].some(({ writing }) => writing.running);
   }
 
   function write() {
     const body = { prompt: prompt.value, ...knobs.request };
-    stop.disabled = writings.size === 0;
     for (const [model, { writing }] of writings) writing.run({ model, ...body });
   }
 

@@ -14,7 +14,7 @@ export function play(models) {
   const knobs = new Knobs($("[data-knobs]", section), () => look());
   const view = new TokenView($("#play-text"), () => look());
   const writing = new Writing(view, $("#play-figures"), () => {
-    stop.disabled = true;
+    stop.disabled = !writing.running;
     look();
   });
   const chosen = choice($("#play-form"), models, () => {
@@ -32,7 +32,6 @@ export function play(models) {
 
   function write() {
     asked = { prompt: prompt.value };
-    stop.disabled = false;
     writing.run({ model: chosen().id, ...asked, ...knobs.request });
   }
 

@@ -4,8 +4,8 @@ import { stream } from "./api.js";
 import { el, long } from "./dom.js";
 
 export class Writing {
-  constructor(view, figures, onEnd = () => {}) {
-    Object.assign(this, { view, figures, onEnd, abort: null });
+  constructor(view, figures, onChange = () => {}) {
+    Object.assign(this, { view, figures, onChange, abort: null });
     this.fault = el("div", { class: "fault", role: "alert", hidden: true });
     figures.after(this.fault);
   }
@@ -26,6 +26,7 @@ export class Writing {
     this.fault.hidden = true;
     view.begin(body.prompt);
     view.writing = true;
+    this.onChange();
     const tell = () => {
       if (this.abort !== abort) return;
       const seconds = (last - first) / 1000, count = view.length;
@@ -58,7 +59,7 @@ export class Writing {
       if (this.abort === abort) {
         view.writing = false;
         this.abort = null;
-        this.onEnd();
+        this.onChange();
       }
     }
   }

@@ -4,7 +4,7 @@ import { ApiError, post } from "./api.js";
 import { $, all, el, visible } from "./dom.js";
 import { choice, keys } from "./knobs.js";
 
-const EXAMPLE = "The quick brown fox jumps over the lazy dog. The quick brown fox sleeps.";
+const EXAMPLE = "The cat sat on the mat because the cat was tired.";
 const CELL = 15; // pixels of a token's row or column in the large map
 
 export function xray(models) {
