@@ -189,6 +189,7 @@ function label(canvas, map, rows, here) {
   context.font = `12px ${style.getPropertyValue("--mono") || "monospace"}`;
   context.textBaseline = "middle";
   rows.forEach((values, i) => {
+    context.globalAlpha = 1;
     values.forEach((value, j) => {
       context.fillStyle = value === 0 ? "#fff" : `rgb(${shade(value, map).join(" ")})`;
       context.fillRect(left + j * cell, canvas.top + i * CELL, cell - (cell > 6 ? 1 : 0), CELL - 1);
