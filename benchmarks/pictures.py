@@ -79,6 +79,9 @@ def main() -> None:
                         device_scale_factor=2 if size == "phone" else 1.5,
                     )
                     page.goto(f"{options.address}/#{name}")
+                    page.wait_for_selector(f"#{name}:not([hidden])")
+                    opened = "every => every.forEach(knobs => { knobs.open = true })"
+                    page.eval_on_selector_all(".knobs", opened)  # on a phone they are closed
                     VIEWS[name](page)
                     page.mouse.move(0, 0)
                     page.wait_for_timeout(400)  # bars move to their places

@@ -138,6 +138,7 @@ def visit(browser):
 
 
 def write(page, prompt, length, seed=7, view="play"):
+    page.eval_on_selector(f"#{view} .knobs", "knobs => { knobs.open = true }")  # closed on a phone
     page.fill(f"#{view}-prompt", prompt)
     page.fill(f"#{view} [name=max_tokens]", str(length))
     page.fill(f"#{view} [name=seed]", str(seed))

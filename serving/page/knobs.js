@@ -11,6 +11,7 @@ const KNOBS = [
 export class Knobs {
   constructor(element, onChange = () => {}) {
     this.inputs = {};
+    element.parentElement.open = matchMedia("(min-width: 50rem)").matches; // on a phone the prompt comes first
     for (const knob of KNOBS) {
       const output = el("output", {}, String(knob.shown(knob.value)));
       const input = el("input", { type: "range", min: knob.min, max: knob.max, step: knob.step, value: knob.value, name: knob.name });

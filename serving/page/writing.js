@@ -22,16 +22,17 @@ export class Writing {
     this.stop();
     const abort = this.abort = new AbortController();
     const { view } = this, asked = { ...body, logprobs: 0, return_token_ids: true };
-    let first = 0, last = 0, before = 0, finish = ""; // `before`: tokens of the first chunk
+    const sent = performance.now();
+    let last = 0, finish = "";
     this.fault.hidden = true;
     view.begin(body.prompt);
     view.writing = true;
     this.onChange();
     const tell = () => {
       if (this.abort !== abort) return;
-      const seconds = (last - first) / 1000, count = view.length;
+      const seconds = (last - sent) / 1000, count = view.length;
       const facts = [`${long(count)} ${count === 1 ? "token" : "tokens"}`];
-      if (seconds > 0 && count > before) facts.push(`${long(Math.round((count - before) / seconds))} tokens/s`);
+      if (count > 1) facts.push(`${long(Math.round(count / seconds))} tokens/s`);
       if (count) facts.push(`${(view.bits / count).toFixed(2)} bits per token`);
       facts.push(`seed ${body.seed}`);
       if (finish) facts.push(finish);
@@ -43,10 +44,7 @@ export class Writing {
       for await (const chunk of stream(asked, abort.signal)) {
         const [choice] = chunk.choices;
         if (!choice || this.abort !== abort) continue;
-        if (choice.logprobs?.tokens.length) {
-          last = performance.now();
-          if (!first) [first, before] = [last, choice.logprobs.tokens.length];
-        }
+        if (choice.logprobs?.tokens.length) last = performance.now();
         view.add(choice);
         if (choice.finish_reason) finish = { length: "the length asked for, or the context's end", stop: "the model ended it" }[choice.finish_reason];
       }
