@@ -11,7 +11,7 @@ from pathlib import Path
 
 from playwright.sync_api import Page, ViewportSize, sync_playwright
 
-DESK: ViewportSize = {"width": 1180, "height": 800}
+DESK: ViewportSize = {"width": 1180, "height": 960}
 PHONE: ViewportSize = {"width": 390, "height": 844}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
@@ -19,7 +19,7 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 def play(page: Page) -> None:
     """A text, and what one of its tokens could have been."""
     page.fill("#play-prompt", "def read_")
-    page.fill("#play [name=max_tokens]", "120")
+    page.fill("#play [name=max_tokens]", "60")
     page.fill("#play [name=seed]", "4")
     page.click("#play-go")
     page.wait_for_selector("#play-stop:disabled")

@@ -5,7 +5,7 @@ import { $, all, el, visible } from "./dom.js";
 import { choice, keys } from "./knobs.js";
 
 const EXAMPLE = "The cat sat on the mat because the cat was tired.";
-const CELL = 15; // pixels of a token's row or column in the large map
+const CELLS = [15, 28], HEIGHT = 420; // pixels of a token's row or column in the large map, and of all rows if these allow
 
 export function xray(models) {
   const section = $("#xray"), form = $("#xray-form"), text = $("#xray-text"), translation = $("#xray-translation"), found = $("#xray-found");
@@ -111,7 +111,7 @@ export function xray(models) {
       point(Math.max(0, Math.min(rows.length - 1, to)));
     });
     large.addEventListener("pointermove", (event) => {
-      const place = Math.floor((event.offsetY - large.top) / CELL);
+      const place = Math.floor((event.offsetY - large.top) / large.cell);
       if (place >= 0 && place < rows.length && place !== row) point(place);
     });
 
@@ -176,10 +176,11 @@ function label(canvas, map, rows, here) {
   const style = getComputedStyle(canvas), ink = style.color, ratio = devicePixelRatio || 1;
   const short = (token) => { const name = visible(token.text); return [...name].length > 12 ? `${[...name].slice(0, 11).join("")}…` : name; };
   const side = map.rows.map(short), top = map.columns?.map(short) ?? [];
-  const letter = 7.3, count = rows[0].length, cell = map.columns ? CELL : Math.max(2, Math.min(CELL, Math.floor(560 / count)));
+  const size = canvas.cell = Math.max(CELLS[0], Math.min(CELLS[1], Math.floor(HEIGHT / rows.length)));
+  const letter = 7.3, count = rows[0].length, cell = map.columns ? size : Math.max(2, Math.min(size, Math.floor(560 / count)));
   const left = 10 + letter * Math.max(...side.map((name) => [...name].length));
   canvas.top = 8 + letter * Math.max(0, ...top.map((name) => [...name].length));
-  const width = left + cell * count + 2, height = canvas.top + CELL * rows.length + 2;
+  const width = left + cell * count + 2, height = canvas.top + size * rows.length + 2;
   canvas.width = width * ratio;
   canvas.height = height * ratio;
   canvas.style.setProperty("width", `${width}px`);
@@ -192,12 +193,12 @@ function label(canvas, map, rows, here) {
     context.globalAlpha = 1;
     values.forEach((value, j) => {
       context.fillStyle = value === 0 ? "#fff" : `rgb(${shade(value, map).join(" ")})`;
-      context.fillRect(left + j * cell, canvas.top + i * CELL, cell - (cell > 6 ? 1 : 0), CELL - 1);
+      context.fillRect(left + j * cell, canvas.top + i * size, cell - (cell > 6 ? 1 : 0), size - 1);
     });
     context.fillStyle = ink;
     context.globalAlpha = i === here ? 1 : 0.62;
     context.textAlign = "right";
-    context.fillText(side[i], left - 6, canvas.top + i * CELL + CELL / 2);
+    context.fillText(side[i], left - 6, canvas.top + i * size + size / 2);
   });
   context.globalAlpha = 0.8;
   top.forEach((name, j) => {
@@ -211,5 +212,5 @@ function label(canvas, map, rows, here) {
   context.globalAlpha = 1;
   context.strokeStyle = style.getPropertyValue("--main");
   context.lineWidth = 2;
-  context.strokeRect(left - 1, canvas.top + here * CELL - 1, cell * count + 1, CELL + 1);
+  context.strokeRect(left - 1, canvas.top + here * size - 1, cell * count + 1, size + 1);
 }
