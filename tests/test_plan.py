@@ -59,7 +59,7 @@ class Real:
         torch.manual_seed(0)
         task = TASKS[run.task]
         self.model = new_model(run, task.expects(run)).train()
-        self.optimizers = Optimizers(self.model, run, CPU)
+        self.optimizers = Optimizers(self.model, run, CPU, bfloat16)
         self.batch = [torch.from_numpy(array) for array in task.largest(run, ROWS)]
         self.bfloat16, self.carry, self.window = bfloat16, run.carry, run.window
 

@@ -386,6 +386,8 @@ def report(trainer: Trainer) -> None:
     path = directory / "model.safetensors"
     load_weights(model, load_tensors(path, trainer.device), path)
     model.eval()
+    # In float32, as `eval` does: the same on every machine.
+    task.run = dataclasses.replace(task.run, precision="float32")
     score = task.score(model, "validation")
     final = {f"final_{name}": value for name, value in score.to_json().items()}
     trainer.metrics.write(trainer.step, **final)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.device import fast_bfloat16
+from gpt.device import in_bfloat16
 from gpt.model import Model
 from training.distributed import each_whole, sharded_like
 from training.presets import Run
@@ -56,6 +56,7 @@ class Muon(torch.optim.Optimizer):
         lr: Rate; a matrix that is taller than wide moves by the root of their ratio more.
         weight_decay: Decay, a share of the rate.
         momentum: Of the gradient, with Nesterov's look ahead.
+        dtype: To compute in.
     """
 
     def __init__(
@@ -64,7 +65,9 @@ class Muon(torch.optim.Optimizer):
         lr: float = 0.02,
         weight_decay: float = 0.0,
         momentum: float = 0.95,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
+        self.dtype = dtype
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
 
     @torch.no_grad()
@@ -76,9 +79,8 @@ class Muon(torch.optim.Optimizer):
                 if matrix.grad is not None:
                     alike.setdefault(matrix.shape, []).append(matrix)
             for (rows, columns), matrices in alike.items():
-                dtype = torch.bfloat16 if fast_bfloat16(matrices[0].device) else torch.float32
                 moved_NAB = each_whole(
-                    functools.partial(orthogonal, dtype=dtype),
+                    functools.partial(orthogonal, dtype=self.dtype),
                     torch.stack(self._look_ahead(matrices, group["momentum"])),
                 )
                 rate = group["lr"] * max(1.0, rows / columns) ** 0.5
@@ -121,9 +123,19 @@ def groups(model: Model) -> dict[str, list[nn.Parameter]]:
 
 
 class Optimizers:
-    """Every optimizer of a run behind one step: rates follow the schedule, state can be saved."""
+    """Every optimizer of a run behind one step: rates follow the schedule, state can be saved.
 
-    def __init__(self, model: Model, run: Run, device: torch.device) -> None:
+    Args:
+        model: Whose weights are moved.
+        run: Its settings.
+        device: Where the weights are.
+        half: Whether matrix products are in bfloat16; when None, as the run and the device have it.
+    """
+
+    def __init__(
+        self, model: Model, run: Run, device: torch.device, half: bool | None = None
+    ) -> None:
+        half = in_bfloat16(device, run.precision) if half is None else half
         self.run = run
         self.model = model
         rates = {
@@ -145,7 +157,8 @@ class Optimizers:
         }
         self.all: list[torch.optim.Optimizer] = []
         if run.optimizer == "muon" and "matrices" in by_kind:
-            self.all.append(Muon([by_kind.pop("matrices")]))
+            dtype = torch.bfloat16 if half else torch.float32
+            self.all.append(Muon([by_kind.pop("matrices")], dtype=dtype))
         if run.optimizer == "sgd":
             self.all.append(torch.optim.SGD(list(by_kind.values())))
         elif by_kind:

@@ -161,7 +161,7 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
             use_fused_norms(model)
         gradients, whole = (shared(model.parameters(), cards) for cards in (shards, 1))
         weights = gradients + shared(model.buffers(), 1)
-        optimizers = Optimizers(model, run, torch.device("cpu"))
+        optimizers = Optimizers(model, run, torch.device("cpu"), bfloat16)
         update = 0
         for index in range(2):  # the first makes the state
             give_gradients(model)

@@ -41,6 +41,8 @@ class Task:
     foreign: ClassVar[frozenset[str]] = frozenset()
     """Options of a run that mean nothing to it."""
 
+    run: Run
+    """The settings."""
     fingerprint: str
     """A hash of the data: a run that is resumed must find the same."""
     description: str
