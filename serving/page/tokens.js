@@ -33,7 +33,8 @@ export class TokenView {
     this.bits = 0;
     this.decoder = new TextDecoder();
     this.here = this.pinned = 0;
-    this.element.replaceChildren(el("span", { class: "prompt" }, prompt), this.cursor);
+    this.line = el("div", { class: "row" }, el("span", { class: "prompt" }, prompt), this.cursor);
+    this.element.replaceChildren(this.line);
     this.cursor.classList.add("here");
   }
 
@@ -72,17 +73,20 @@ export class TokenView {
     this.drawing = null;
     const { element } = this, end = this.tokens.length;
     const atBottom = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
-    const spans = this.fresh.map((token) => {
-      const span = el("span", { class: "token" }, token.text);
-      if (token.text.startsWith("\n")) span.classList.add("line");
+    for (const token of this.fresh) {
+      // Each line is a block of its own: what has been laid out stays so.
+      const breaks = token.text.startsWith("\n");
+      const span = el("span", { class: "token" }, breaks ? token.text.slice(1) : token.text);
+      if (breaks) this.element.append(this.line = el("div", { class: "row" }));
+      span.classList.toggle("line", breaks);
       if (!token.text) span.classList.add("part");
       const surprise = (-token.logprob / Math.LN2 - CERTAIN) / (SURPRISING - CERTAIN);
       span.style.setProperty("--surprise", Math.min(1, Math.max(0, surprise)).toFixed(2));
       span.place = this.tokens.push({ ...token, span }) - 1;
-      return span;
-    });
+      this.line.append(span);
+    }
     this.fresh = [];
-    this.cursor.before(...spans);
+    this.line.append(this.cursor);
     // Who looks at what comes next goes on doing so.
     if (this.pinned === end) this.pinned = this.tokens.length;
     if (this.here === end) this.here = this.tokens.length;
