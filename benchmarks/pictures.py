@@ -16,24 +16,25 @@ PHONE: ViewportSize = {"width": 390, "height": 844}
 FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
 
 
+def write(page: Page, view: str, prompt: str, tokens: int) -> None:
+    """Let a view write a text, to its end."""
+    page.fill(f"#{view}-prompt", prompt)
+    page.fill(f"#{view} [name=max_tokens]", str(tokens))
+    page.fill(f"#{view} [name=seed]", "4")
+    page.click(f"#{view}-go")
+    page.wait_for_selector(f"#{view}-stop:disabled")
+
+
 def play(page: Page) -> None:
     """A text, and what one of its tokens could have been."""
-    page.fill("#play-prompt", "def read_")
-    page.fill("#play [name=max_tokens]", "60")
-    page.fill("#play [name=seed]", "4")
-    page.click("#play-go")
-    page.wait_for_selector("#play-stop:disabled")
+    write(page, "play", "def read_", 60)
     page.click("#play-text .token >> nth=12")
     page.wait_for_selector("#play-next .chosen")
 
 
 def compare(page: Page) -> None:
     """The same beginning, from all that are served."""
-    page.fill("#compare-prompt", "class Reader:\n    def ")
-    page.fill("#compare [name=max_tokens]", "90")
-    page.fill("#compare [name=seed]", "4")
-    page.click("#compare-go")
-    page.wait_for_selector("#compare-stop:disabled")
+    write(page, "compare", "class Reader:\n    def ", 90)
 
 
 def xray(page: Page) -> None:

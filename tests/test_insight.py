@@ -7,9 +7,9 @@ import threading
 
 import pytest
 import torch
-import transformers
 from scipy import stats
 from test_api import DEADLINE, TOKENIZER, Running, model  # noqa: F401
+from test_sampling import PROCESSED
 from test_server import LONG, raw, until
 from test_xray import SMALL
 
@@ -23,7 +23,6 @@ from serving.limits import Limits
 from serving.text import read_prompt, token_text
 
 END = TOKENIZER.end_of_text
-HF = transformers.generation.logits_process
 VOCABULARY = 40
 
 
@@ -70,27 +69,7 @@ def texts_of(ids):
 # What may follow.
 
 
-@pytest.mark.parametrize(
-    ("sampling", "processors"),
-    [
-        (Sampling(), []),
-        (Sampling(0.7), [HF.TemperatureLogitsWarper(0.7)]),
-        (Sampling(1.5, top_k=5), [HF.TemperatureLogitsWarper(1.5), HF.TopKLogitsWarper(5)]),
-        (Sampling(top_p=0.8), [HF.TopPLogitsWarper(0.8)]),
-        (Sampling(min_p=0.1), [HF.MinPLogitsWarper(0.1)]),
-        (Sampling(repetition_penalty=1.7), [HF.RepetitionPenaltyLogitsProcessor(1.7)]),
-        (
-            Sampling(0.8, 12, 0.7, 0.05, 1.3),
-            [
-                HF.RepetitionPenaltyLogitsProcessor(1.3),
-                HF.TemperatureLogitsWarper(0.8),
-                HF.TopKLogitsWarper(12),
-                HF.TopPLogitsWarper(0.7),
-                HF.MinPLogitsWarper(0.05),
-            ],
-        ),
-    ],
-)
+@pytest.mark.parametrize(("sampling", "processors"), PROCESSED)
 def test_probabilities_are_those_of_transformers(sampling, processors):
     for seed in range(5):
         torch.manual_seed(seed)
@@ -184,11 +163,11 @@ def test_what_follows_is_told_as_the_model_says_it(served, model):  # noqa: F811
         assert total == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize("translates", [False, True])
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "translates"),
+    [(name, kind == "pairs") for name in MODELS for kind in MODELS[name].learns],
+)
 def test_of_every_rung_the_token_that_is_drawn_from_is_the_one_that_came(start, name, translates):
-    if translates and "pairs" not in MODELS[name].learns:
-        pytest.skip("it does not translate")
     running = start(small(name), translates=translates)
     body = {"prompt": "some text", "temperature": 0}
     choice = running.post(**body, max_tokens=12, return_token_ids=True).json()["choices"][0]

@@ -42,31 +42,32 @@ def expected(logits_V, *processors, ids=(0,)):
 HF = transformers.generation.logits_process
 
 
-@pytest.mark.parametrize(
-    ("sampling", "processors"),
-    [
-        (Sampling(), []),
-        (Sampling(0.7), [HF.TemperatureLogitsWarper(0.7)]),
-        (Sampling(1.5, top_k=5), [HF.TemperatureLogitsWarper(1.5), HF.TopKLogitsWarper(5)]),
-        (Sampling(top_k=1), [HF.TopKLogitsWarper(1)]),
-        (Sampling(top_k=1000), []),
-        (Sampling(top_p=0.8), [HF.TopPLogitsWarper(0.8)]),
-        (Sampling(top_p=0.0), [HF.TopPLogitsWarper(0.0)]),
-        (Sampling(min_p=0.1), [HF.MinPLogitsWarper(0.1)]),
-        (Sampling(min_p=1.0), [HF.MinPLogitsWarper(1.0)]),
-        (Sampling(repetition_penalty=1.7), [HF.RepetitionPenaltyLogitsProcessor(1.7)]),
-        (
-            Sampling(0.8, 12, 0.7, 0.05, 1.3),
-            [
-                HF.RepetitionPenaltyLogitsProcessor(1.3),
-                HF.TemperatureLogitsWarper(0.8),
-                HF.TopKLogitsWarper(12),
-                HF.TopPLogitsWarper(0.7),
-                HF.MinPLogitsWarper(0.05),
-            ],
-        ),
-    ],
-)
+PROCESSED = [
+    (Sampling(), []),
+    (Sampling(0.7), [HF.TemperatureLogitsWarper(0.7)]),
+    (Sampling(1.5, top_k=5), [HF.TemperatureLogitsWarper(1.5), HF.TopKLogitsWarper(5)]),
+    (Sampling(top_k=1), [HF.TopKLogitsWarper(1)]),
+    (Sampling(top_k=1000), []),
+    (Sampling(top_p=0.8), [HF.TopPLogitsWarper(0.8)]),
+    (Sampling(top_p=0.0), [HF.TopPLogitsWarper(0.0)]),
+    (Sampling(min_p=0.1), [HF.MinPLogitsWarper(0.1)]),
+    (Sampling(min_p=1.0), [HF.MinPLogitsWarper(1.0)]),
+    (Sampling(repetition_penalty=1.7), [HF.RepetitionPenaltyLogitsProcessor(1.7)]),
+    (
+        Sampling(0.8, 12, 0.7, 0.05, 1.3),
+        [
+            HF.RepetitionPenaltyLogitsProcessor(1.3),
+            HF.TemperatureLogitsWarper(0.8),
+            HF.TopKLogitsWarper(12),
+            HF.TopPLogitsWarper(0.7),
+            HF.MinPLogitsWarper(0.05),
+        ],
+    ),
+]
+"""Samplings, and what does the same in `transformers`."""
+
+
+@pytest.mark.parametrize(("sampling", "processors"), PROCESSED)
 def test_frequencies_are_those_of_transformers(sampling, processors):
     for seed in range(3):
         torch.manual_seed(seed)

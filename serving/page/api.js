@@ -25,7 +25,7 @@ function askKey(wrong) {
     $(".wrong", dialog).hidden = !wrong;
     form.reset();
     dialog.showModal();
-    dialog.addEventListener("cancel", (event) => event.preventDefault());
+    dialog.oncancel = (event) => event.preventDefault();
     form.addEventListener("submit", () => {
       key = form.elements.key.value.trim();
       sessionStorage.setItem(STORE, key);

@@ -111,7 +111,6 @@ export class Chart {
       const swatch = el("i", { style: { background: one.color } });
       return el("span", {}, swatch, one.name);
     }));
-    this.legend.parentElement?.classList.add("next");
     this.element.replaceChildren(root, this.legend);
     if (focused >= 0) root.querySelectorAll(".dot")[focused].focus();
   }

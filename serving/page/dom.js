@@ -20,8 +20,6 @@ export const el = (tag, attributes = {}, ...children) => filled(document.createE
 export const svg = (tag, attributes = {}, ...children) => filled(document.createElementNS(SVG, tag), attributes, children);
 
 // Numbers as people read them.
-const compact = new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 });
-export const short = (number) => compact.format(number);
 export const long = (number) => number.toLocaleString("en");
 export const percent = (share) =>
   share >= 0.9995 ? "100%" : share >= 0.1 ? `${(100 * share).toFixed(1)}%` : share >= 1e-4 ? `${(100 * share).toPrecision(2)}%` : share > 0 ? "<0.01%" : "0";

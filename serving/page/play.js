@@ -26,8 +26,7 @@ export function play(models) {
   // The candidates where one looks; the prompt is the one in view.
   function look() {
     if (section.hidden || (writing.running && view.here === view.tokens.length)) return;
-    const { max_tokens, seed, ...body } = { ...asked, model: chosen().id, ...knobs.sampling };
-    next.show({ ...body, tokens: view.ids.slice(0, view.here) }, view.tokens[view.here]);
+    next.show({ ...asked, model: chosen().id, ...knobs.sampling, tokens: view.ids.slice(0, view.here) }, view.tokens[view.here]);
   }
 
   function write() {
