@@ -8,7 +8,7 @@ import functools
 import hmac
 import logging
 from collections.abc import Coroutine, Hashable, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
@@ -39,6 +39,8 @@ from serving.static import is_page, page_routes
 from tokenizer import END_OF_TEXT
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 SHORT = 4096
 """Characters or ids of prompts below which to read them takes no longer than to ask a thread to."""
@@ -108,29 +110,35 @@ class EventStream(StreamingResponse):
         super().__init__(answer.stream(include_usage), headers={"cache-control": "no-cache"})
         self.answer = answer
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Starlette cancels this when the client leaves, maybe before the first event."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: ARG002
+        """Send events until there are no more or the client leaves, maybe before the first."""
         try:
-            await super().__call__(scope, receive, send)
+            await _until_left(receive, self.stream_response(send))
         finally:
             self.answer.close()
 
 
-async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
-    """The result of `work`, which is cancelled if the client leaves first: 499, for the log."""
+async def _until_left(receive: Receive, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """The result of `work`, which is cancelled if the client leaves first: None then."""
 
     async def left() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
+        while (await receive())["type"] != "http.disconnect":
             pass
 
     task, watch = asyncio.create_task(work), asyncio.create_task(left())
     try:
         await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
-        return _response(task.result()) if task.done() else Response(status_code=499)
+        return task.result() if task.done() else None
     finally:
         task.cancel()
         watch.cancel()
         await asyncio.wait({task, watch})
+
+
+async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
+    """The result of `work`; 499, for the log, if the client leaves first."""
+    found = await _until_left(request.receive, work)
+    return Response(status_code=499) if found is None else _response(found)
 
 
 class Key:

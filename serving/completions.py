@@ -356,15 +356,14 @@ class Answer:
         scores: dict[engine.Request, Sequence[Score]] = {}
         async for events in self.inbox:
             news: dict[int, News] = {}
+            failed: engine.Event | None = None
             for event in events:
                 choice = self.choices[event.request, event.choice]
                 if choice.finish:  # by a stop string, while the engine went on
                     continue
                 if event.finish == "error":
-                    if not service.ready:
-                        raise UnavailableError(event.error)
-                    logger.error("a request has failed: %s", event.error)
-                    raise ApiError(500, "the model failed on this request")
+                    failed = event
+                    break
                 if event.choice == 0 and not choice.begun:
                     scores[event.request] = event.prompt
                 part = news.setdefault(choice.index, News(choice))
@@ -377,6 +376,11 @@ class Answer:
                 for part in news.values()
                 if part.text or part.tokens or part.choice.finish or (ids and part.begins)
             ]
+            if failed and not service.ready:
+                raise UnavailableError(failed.error)
+            if failed:
+                logger.error("a request has failed: %s", failed.error)
+                raise ApiError(500, "the model failed on this request")
 
     def _read(self, news: News, event: engine.Event, scores: Sequence[Score]) -> None:
         """Add what an event tells to what is new about its choice."""
@@ -451,16 +455,19 @@ class Answer:
         # All that the chunks have in common is written once.
         head = b"data: " + to_json(self.head)[:-1] + b',"choices":['
         end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        told = b""
         try:
             async with contextlib.aclosing(self.parts()) as parts:
                 async for some in parts:
-                    if some:
-                        yield b"".join(head + news.to_json(*self.told) + end for news in some)
+                    told += b"".join(head + news.to_json(*self.told) + end for news in some)
+                    if told and self.inbox.open:  # the last goes with what ends the stream
+                        yield told
+                        told = b""
             if include_usage:
-                yield head + b'],"usage":' + to_json(self.usage) + b"}\n\n"
+                told += head + b'],"usage":' + to_json(self.usage) + b"}\n\n"
         except (ApiError, UnavailableError) as error:
-            yield b"data: " + api_error(error).body() + b"\n\n"
-        yield b"data: [DONE]\n\n"
+            told += b"data: " + api_error(error).body() + b"\n\n"
+        yield told + b"data: [DONE]\n\n"
 
 
 def api_error(error: ApiError | UnavailableError) -> ApiError:
