@@ -159,16 +159,23 @@ class Places:
             self.cos_BTK, self.sin_BTK = (table_SK[self.positions_BT] for table_SK in rotary)
 
 
-def init_cache(weight: Tensor, rows: int, depth: int, heads: int, length: int) -> State:
-    """position_B, keys_BLHSK and values_BLHSK, empty, on the device and in the dtype of `weight`.
+def init_cache(
+    weight: Tensor,
+    rows: int,
+    depth: int,
+    heads: int,
+    length: int,
+    dtype: torch.dtype | None = None,
+) -> State:
+    """position_B, keys_BLHSK and values_BLHSK, empty, on the device of `weight`; without a dtype, in its own.
 
     The last axis of `weight` is the width of the residual stream.
     """
     shape = (rows, depth, heads, length, weight.shape[-1] // heads)
     return {
         "position": torch.zeros(rows, dtype=torch.long, device=weight.device),
-        "keys": weight.new_zeros(shape),
-        "values": weight.new_zeros(shape),
+        "keys": weight.new_zeros(shape, dtype=dtype),
+        "values": weight.new_zeros(shape, dtype=dtype),
     }
 
 
@@ -235,8 +242,8 @@ class Heads(nn.Module):
             return self.output(mixed_BHK.flatten(1).unsqueeze(1))
         mixed_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
-            keys_BHSK,
-            values_BHSK,
+            keys_BHSK.type_as(queries_BHTK),
+            values_BHSK.type_as(queries_BHTK),
             attn_mask=mask_B1TS,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,

@@ -141,9 +141,9 @@ class DecoderOnly(LanguageModel):
         )
 
     def init_state(self, rows: int, length: int) -> State:
-        """position_B, keys_BLHSK and values_BLHSK, in the dtype and on the device of the weights."""
-        weight = self.embedding.weight
-        return init_cache(weight, rows, self.depth, self.heads, min(length, self.context))
+        """position_B, keys_BLHSK and values_BLHSK, on the device of the weights."""
+        weight, length = self.embedding.weight, min(length, self.context)
+        return init_cache(weight, rows, self.depth, self.heads, length, self.cache_dtype)
 
     def part(self, state: State, length: int) -> State:
         """Its first `length` positions."""

@@ -70,6 +70,7 @@ def converted(model: LanguageModel, dtype: DType) -> LanguageModel:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child))
+        model.cache_dtype = torch.bfloat16  # else a long text's keys and values are most of what is read
     return model
 
 

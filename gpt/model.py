@@ -108,6 +108,8 @@ class LanguageModel(Model):
 
     unembedding: nn.Linear
     """From features to logits, in all models but those with `logits` of their own."""
+    cache_dtype: torch.dtype | None = None
+    """What keys and values are kept in; the weights' own when None."""
 
     def __init__(self, vocabulary: int, context: int) -> None:
         super().__init__()
@@ -215,7 +217,10 @@ class LanguageModel(Model):
 
     def nll(self, *batch: Tensor) -> Tensor:
         """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100."""
-        features_BTD, targets_BT = self.predictions(*batch)
+        return self.each_nll(*self.predictions(*batch))
+
+    def each_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+        """nll_BT, from what precedes the logits."""
         chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
         return torch.cat(chunks).view_as(targets_BT)
 

@@ -206,9 +206,9 @@ class Transformer(EncoderDecoder):
 
     def init_state(self, rows: int, length: int) -> State:
         """position_B, keys_BLHSK and values_BLHSK of what is written; source_* of what was read."""
-        weight = self.embedding.weight
-        own = init_cache(weight, rows, self.depth, self.heads, min(length, self.context))
-        source = init_cache(weight, rows, self.depth, self.heads, self.context)
+        shape, dtype = (self.embedding.weight, rows, self.depth, self.heads), self.cache_dtype
+        own = init_cache(*shape, min(length, self.context), dtype)
+        source = init_cache(*shape, self.context, dtype)
         return own | {
             "source_length": source["position"],
             "source_keys": source["keys"],

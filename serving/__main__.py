@@ -26,7 +26,7 @@ from gpt.device import find_device
 from gpt.int8 import DType
 from gpt.sampling import Sampling, generate
 from serving.engine import BUDGET, Engine
-from serving.limits import Deadlines, Limits, at_least
+from serving.limits import INTERVAL, Deadlines, Limits, at_least
 from serving.text import Text, read_prompt, read_source
 from serving.tuning import ahead, apart, fastest_threads, in_format
 from tokenizer import Tokenizer, from_utf8
@@ -141,6 +141,8 @@ class Serve:
     """On a CPU with a C++ compiler, compile each model's steps in the background; on a card, record them as graphs."""
     deterministic: bool = False
     """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
+    interval: float = INTERVAL
+    """Seconds: tokens of a stream that come faster share a chunk, but for its first and its last; 0 tells each at once."""
     stall: float = 60.0
     """Seconds without a step, though there is work, after which /health is red."""
     device: str = "auto"
@@ -149,7 +151,7 @@ class Serve:
     deadlines: Deadlines = field(default_factory=Deadlines)
 
     def __post_init__(self) -> None:
-        at_least(self, rows=1, queue=0, step_tokens=1, context=1, threads=1)
+        at_least(self, rows=1, queue=0, step_tokens=1, context=1, threads=1, interval=0)
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
@@ -242,7 +244,12 @@ class Serve:
         if cost:
             print(f"{name}: {cost}", file=sys.stderr)
         service = Service(
-            engine, places=self.queue, stall=self.stall, metrics=Metrics(name), threads=threads
+            engine,
+            places=self.queue,
+            stall=self.stall,
+            metrics=Metrics(name),
+            threads=threads,
+            interval=self.interval,
         )
         if self.compile:
             compiler.add(engine, threads)

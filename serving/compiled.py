@@ -47,6 +47,8 @@ INLINED = 8
 """Numbers in a tensor that TorchInductor takes for constants of the code, whoever else has others there."""
 TURNED = (9, 48)
 """Fewest and most rows that float32 matrices take faster from the left, in MKL: by a third on one thread, twofold on two."""
+READS = 3
+"""Tensors that a number may be made from anew wherever it is wanted: a query of int8, each time a key is."""
 TOLERANCE = 0.02
 """Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
 
@@ -240,7 +242,10 @@ def compile_part(program: torch.export.ExportedProgram, path: Path) -> None:
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
-        inductor_configs={"aot_inductor.package_constants_in_so": False},
+        inductor_configs={
+            "aot_inductor.package_constants_in_so": False,
+            "realize_acc_reads_threshold": READS,
+        },
     )
 
 

@@ -4,6 +4,9 @@ from dataclasses import dataclass
 
 from gpt.cli import MaybeInt
 
+INTERVAL = 0.02
+"""Seconds: tokens that come faster are told together, fifty times a second."""
+
 
 def at_least(options: object, **least: int) -> None:
     """A ValueError names an option that is smaller."""

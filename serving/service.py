@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from serving.engine import Engine, Event, Request
+from serving.limits import INTERVAL
 from serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -32,8 +33,6 @@ RECENT = 32
 """Texts whose ends say how fast places become free."""
 LONGEST_WAIT = 60
 """Seconds after which a refused client is asked to come again, at most."""
-INTERVAL = 0.02
-"""Seconds: tokens that come faster are told together, fifty times a second."""
 
 
 class UnavailableError(Exception):

@@ -106,5 +106,11 @@ def _nats(model: LanguageModel, windows: Sequence[Tensor], seconds: float) -> li
         if found and time.monotonic() > begun + seconds:
             break
         ids_1T = ids_T.unsqueeze(0).to(device)
-        found.append(model.nll(ids_1T[:, :-1], ids_1T[:, 1:]).double().sum().item())
+        before_1T, targets_1T = ids_1T[:, :-1], ids_1T[:, 1:]
+        if model.reads_in_parts:  # as the engine does: with keys and values as they are kept
+            state = model.init_state(1, before_1T.shape[1])
+            nats_1T = model.each_nll(model.features(before_1T, state), targets_1T)
+        else:
+            nats_1T = model.nll(before_1T, targets_1T)
+        found.append(nats_1T.double().sum().item())
     return found

@@ -207,6 +207,39 @@ def test_a_server_that_is_told_to_stop_lets_texts_end_and_ends_the_others(start)
     assert finishes == {0: "length"}
 
 
+def chunks(answer):
+    """Those of a stream that tell of a text, and what else it says."""
+    lines = [line.removeprefix("data: ") for line in answer.text.split("\n") if line]
+    assert lines[-1] == "[DONE]"
+    said = [json.loads(line) for line in lines[:-1]]
+    return [one["choices"][0] for one in said if one.get("choices")], said[-1]
+
+
+def test_tokens_that_come_fast_share_a_chunk_and_all_are_told(start):
+    server, told = start(), []
+    body = {**LONG, "max_tokens": 300, "stream": True, "return_token_ids": True}
+    for interval in (1000, 0):
+        server.service.interval = interval
+        told.append(chunks(server.post(**body))[0])
+    assert len(told[0]) == 2
+    assert len(told[0][0]["token_ids"]) <= 1
+    assert len(told[1]) > 2
+    texts = {"".join(chunk["text"] for chunk in one) for one in told}
+    assert texts == {server.post(**{**body, "stream": False}).json()["choices"][0]["text"]}
+
+
+def test_what_was_made_before_a_stream_is_ended_is_told(start):
+    server = start()
+    server.service.interval = 1000
+    clients = Clients(server, [{**LONG, "stream": True, "return_token_ids": True}])
+    until(lambda: server.engine.live and len(server.engine.live[0].tokens) > 100)
+    server.server.should_exit = True
+    ((answer, _),) = clients.join()
+    told, last = chunks(answer)
+    assert "shutting down" in last["error"]["message"]
+    assert sum(len(chunk["token_ids"]) for chunk in told) > 90
+
+
 def test_a_server_that_loads_says_so(model):  # noqa: F811
     server = Running(model, 1)
     server.catalog.missing, served = "the server is loading its models", server.catalog.served
