@@ -70,7 +70,8 @@ def converted(model: LanguageModel, dtype: DType) -> LanguageModel:
             for name, child in list(module.named_children()):
                 if type(child) is nn.Linear:
                     setattr(module, name, Int8Linear(child))
-        model.cache_dtype = torch.bfloat16  # else a long text's keys and values are most of what is read
+        # Else a long text's keys and values are most of what a token reads.
+        model.cache_dtype = torch.bfloat16
     return model
 
 
