@@ -61,7 +61,7 @@ TASKS = {"one": (1, PROMPT, 128), "eight": (8, PROMPT, 64), "prompt": (1, 256, 1
 """Texts at once, tokens of a prompt, tokens of a text."""
 CLIENTS = (1, 4, 16, 64)
 SHARES = (0.5, 0.8, 1.2)
-CROWD, CROWD_ROWS, CROWD_PLACES = 500, 4, 16
+CROWD, CROWD_ROWS, CROWD_PLACES, CROWD_TOKENS = 500, 4, 16, 256
 REACHES = (50, 1000)
 """Tokens before the one that is timed; the models' context is 1,024."""
 OWN = 32
@@ -354,9 +354,9 @@ async def crowd(port: int, clients: int, tokens: int, vocabulary: int) -> list[T
     return await asyncio.gather(*(ask(port, prompt, tokens, begun) for prompt in asked))
 
 
-def crowds(size: str, tokens: int, dtype: DType) -> Row:
+def crowds(size: str, dtype: DType) -> Row:
     """A crowd that is mostly refused, in turns with as many as there is room for."""
-    shape, room = SIZES[size], CROWD_ROWS + CROWD_PLACES
+    shape, room, tokens = SIZES[size], CROWD_ROWS + CROWD_PLACES, CROWD_TOKENS
     result: Row = {"size": size, "tokens": tokens, "crowd": [], "fitting": []}
     options = ["--rows", CROWD_ROWS, "--queue", CROWD_PLACES, "--max-connections", 1000]
     with served(shape, [*options, "--dtype", dtype, "--no-compile"]) as (port, _):
@@ -586,7 +586,7 @@ def benchmark(
             result["loops"].append(loops(size, texts, tokens, rows, dtype))
             tables.append(loops_table(result["loops"][-1], result["bandwidth"]))
     if "crowd" in only:
-        result["crowds"] = [crowds(size, tokens, dtype) for size in sizes]
+        result["crowds"] = [crowds(size, dtype) for size in sizes]
         tables += map(crowds_table, result["crowds"])
     if "reach" in only:
         result["reaches"] = [row for size in sizes for row in reaches(size, threads)]

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import logging
 import math
+import os
 import queue
+import sys
 import threading
 import time
 from collections import deque
@@ -33,6 +35,8 @@ RECENT = 32
 """Texts whose ends say how fast places become free."""
 LONGEST_WAIT = 60
 """Seconds after which a refused client is asked to come again, at most."""
+POLITENESS = 5
+"""How much nicer the engine's thread is than the event loop's: where all cores compute, who asks is heard first."""
 
 
 class UnavailableError(Exception):
@@ -340,6 +344,9 @@ class Service:
         self._stepped = time.monotonic()
 
     def _run(self) -> None:
+        if sys.platform == "linux":  # there a thread has its own, which its OpenMP workers inherit
+            niceness = os.getpriority(os.PRIO_PROCESS, 0) + POLITENESS
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         if self.threads:
             torch.set_num_threads(self.threads)  # of this thread: other engines have their own
         try:

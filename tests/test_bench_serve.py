@@ -76,8 +76,9 @@ def test_the_whole_benchmark_writes_its_tables(tmp_path, monkeypatch, capsys):
         serve, "TASKS", {"one": (1, 4, 8), "eight": (8, 4, 8), "prompt": (1, 32, 1)}
     )
     monkeypatch.setattr(serve, "CLIENTS", (1, 4))
-    monkeypatch.setattr(serve, "REACHES", (5, 60))
+    monkeypatch.setattr(serve, "REACHES", (35, 60))
     monkeypatch.setattr(serve, "CROWD", 60)
+    monkeypatch.setattr(serve, "CROWD_TOKENS", 5)
     monkeypatch.setattr(serve, "names_of_rivals", lambda: ["ours float32", "ours int8"])
     threads = torch.get_num_threads()
     output = tmp_path / "serve.json"

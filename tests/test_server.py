@@ -1,7 +1,9 @@
 """What a server promises to many clients, and to rude ones."""
 
 import json
+import os
 import socket
+import sys
 import threading
 import time
 
@@ -266,6 +268,20 @@ def held(server, monkeypatch):
 
     monkeypatch.setattr(server.engine, "step", waiting)
     return begun, go_on
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
+def test_the_engine_lets_others_go_first(start, monkeypatch):
+    server, found = start(), []
+    step = server.engine.step
+
+    def looked():
+        found.append(os.getpriority(os.PRIO_PROCESS, threading.get_native_id()))
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", looked)
+    assert server.post(prompt="a").status_code == 200
+    assert set(found) == {min(19, os.getpriority(os.PRIO_PROCESS, 0) + 5)}
 
 
 def test_health_is_red_while_a_step_hangs(start, monkeypatch):
