@@ -2,7 +2,9 @@
 
 import contextlib
 import ctypes
+import functools
 import platform
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -81,9 +83,19 @@ def fast_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # AVX-512's own bfloat16 takes longer: a step of `shakespeare` 1.45 times as long on a Xeon.
-        return torch.cpu._is_amx_tile_supported()
+        # AVX-512's is three times as fast as float32 on an AMD EPYC, and half as fast on an Intel Xeon.
+        fast_units = torch.cpu._is_avx512_bf16_supported() and "AuthenticAMD" in _processor()
+        return fast_units or torch.cpu._is_amx_tile_supported()
     return False
+
+
+@functools.cache
+def _processor() -> str:
+    """What is known of the processor, its maker's name included."""
+    try:
+        return Path("/proc/cpuinfo").read_text()
+    except OSError:  # no Linux
+        return platform.processor()
 
 
 def in_bfloat16(device: torch.device, precision: str) -> bool:
