@@ -12,7 +12,15 @@ import tyro
 from torch import Tensor
 
 from gpt import CHAPTERS, Model, cli, describe
-from gpt.checkpoint import BY_NAME, build, find_run, near, open_language_model, read_json
+from gpt.checkpoint import (
+    BY_NAME,
+    build,
+    find_run,
+    near,
+    open_language_model,
+    read_json,
+    translates,
+)
 from gpt.search import translate
 
 
@@ -123,17 +131,6 @@ class Xray:
             sizes = [*maps, f"{rows} tokens", f"{columns} {of}"]
             print(f"{one.name}: {' x '.join(sizes)}")
         print(self.output)
-
-
-def translates(run: Path) -> bool:
-    """Whether the run was trained on pairs of sentences."""
-    from training.loop import read_run
-    from training.tasks import TASKS
-
-    if not (run / "run.json").is_file():
-        return False
-    task = read_run(run).task
-    return task in TASKS and TASKS[task].kind == "pairs"
 
 
 def batch(ids: list[int], fed: list[int] | None) -> tuple[Tensor, ...]:

@@ -172,6 +172,13 @@ def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
     return run
 
 
+def translates(run: Path) -> bool:
+    """Whether a run was trained on pairs of sentences, so that it writes what its prompt means."""
+    file = run / "run.json"
+    settings = read_json(file).get("run") if file.is_file() else None
+    return isinstance(settings, dict) and settings.get("task") == "pairs"
+
+
 def open_language_model(run: Path, device: str | torch.device = "cpu") -> LanguageModel:
     """The trained model in a run directory, as `open_model`; a ValueError if it does not speak."""
     model = open_model(run, device)

@@ -19,7 +19,7 @@ import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel
-from gpt.checkpoint import find_run, open_language_model, read_json
+from gpt.checkpoint import find_run, open_language_model, translates
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText, main
 from gpt.describe import parameters
 from gpt.device import find_device
@@ -290,12 +290,6 @@ def finished(folder: Path) -> list[Path]:
         if whole and b'"final_' in metrics.read_bytes()[-4096:]:
             found.append(run)
     return sorted(found, key=lambda run: (run / "model.safetensors").stat().st_mtime)
-
-
-def translates(run: Path) -> bool:
-    """Whether a run was trained on pairs of sentences, so that its prompts are source sentences."""
-    file = run / "run.json"
-    return file.exists() and read_json(file).get("task") == "pairs"
 
 
 def is_loopback(host: str) -> bool:

@@ -306,6 +306,45 @@ def test_gates_of_an_rnn_are_units_over_tokens(visit, server):
     assert "unit" in page.inner_text("#xray-says")
 
 
+def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
+    words = {"one": "un", "two": "deux", "three": "trois", "cat": "chat", "dog": "chien"}
+    pairs = [{"en": f"{a} {b}", "fr": f"{words[a]} {words[b]}"} for a in words for b in words]
+    lines = "".join(json.dumps({"translation": pair}) + "\n" for pair in pairs)
+    data = tmp_path / "pairs"
+    data.mkdir()
+    for split in ("train", "validation", "test"):
+        (data / f"{split}.jsonl").write_text(lines)
+    folder, size = tmp_path / "translator", ("--width", "32", "--batch", "16", "--steps", "20")
+    options = ("--data", str(data), "--run", str(folder), "--tokenizer", "bytes", "--window", "64")
+    run("training", "train", "translate-attention", *options, *size, "--device", "cpu")
+    with contextlib.closing(Server(str(folder))) as server:
+        page = visit(server.address, "xray")
+        page.fill("#xray-text", "one cat")
+        page.fill("#xray-translation", "un chat")
+        page.click("#xray-go")
+        page.wait_for_selector("#xray-says")
+        source, told = page.locator("#xray-found .looks").all()
+        assert source.inner_text().split() == ["one", "cat"]
+        assert "".join(told.locator(".token").all_text_contents()[1:]) == "un chat"
+        told.focus()
+        page.keyboard.press("Home")
+        lit = set()
+        for _ in "un chat":
+            page.keyboard.press("ArrowRight")
+            assert page.inner_text("#xray-says").endswith("sum 1.00")
+            weights = source.locator(".token").evaluate_all(
+                "spans => spans.map(one => Number(one.style.getPropertyValue('--weight')))"
+            )
+            assert max(weights) == 1
+            lit.add(tuple(weights))
+        assert len(lit) > 1  # each of its tokens listens in its own way
+        # Without a translation it is the model's own that is shown.
+        page.fill("#xray-translation", "")
+        page.click("#xray-go")
+        written = server.ask("v1/xray", prompt="one cat")["written"]
+        until(lambda: told.locator(".token").count() == len(written))
+
+
 def test_the_ladder_tells_of_each_rung(visit, server):
     page = visit(server.address, "ladder")
     page.focus("#ladder-chart [data-name=softmax]")

@@ -16,8 +16,15 @@ import pytest
 import torch
 
 from gpt import GPT
-from gpt.checkpoint import load_tensors, save_config, save_tensors, weights
+from gpt.checkpoint import (
+    load_tensors,
+    open_language_model,
+    save_config,
+    save_tensors,
+    weights,
+)
 from gpt.sampling import Sampling, generate
+from gpt.search import translate
 from serving.compiled import compiler
 from serving.text import read_prompt
 from tokenizer import byte_tokenizer
@@ -308,6 +315,33 @@ def test_several_runs_are_chosen_by_their_names(here, tmp_path):
     tokens = generate(other, [256], 99, Sampling(0.0), {256})
     assert answer["choices"][0]["text"] == TOKENIZER.decode(tokens)
     assert answer["usage"]["completion_tokens"] == 32
+
+
+def test_a_run_that_was_trained_on_pairs_translates(tmp_path):
+    row = json.dumps({"translation": {"en": "one cat", "fr": "un chat"}}) + "\n"
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text(row * 8)
+    command = "-m training train translate-attention --data pairs --run runs/fr --tokenizer bytes"
+    size = "--window 32 --width 16 --batch 4 --steps 30 --learning-rate 0.02 --device cpu"
+    made = subprocess.run(
+        [sys.executable, *command.split(), *size.split()], cwd=tmp_path, capture_output=True
+    )
+    assert made.returncode == 0, made.stderr
+    model, tokenizer = open_language_model(tmp_path / "runs" / "fr"), byte_tokenizer()
+    source, end = tokenizer.encode("one cat"), tokenizer.end_of_text
+    [tokens] = translate(model, [source], begin=end, end=end, most=12)
+    expected = tokenizer.decode([token for token in tokens if token != end]).removeprefix(" ")
+    assert expected
+    asked = ("--prompt", "one cat", "--temperature", "0", "--max-tokens", "12")
+    done = serving(tmp_path, "sample", *asked)
+    assert (done.stdout.decode(), done.returncode) == (expected + "\n", 0)
+    with Serving(tmp_path, "runs/fr", "--no-compile") as server:
+        (about,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+        assert about["translates"] is True
+        body = {"prompt": "one cat", "temperature": 0, "max_tokens": 12}
+        (choice,) = httpx.post(f"{server.address}/v1/completions", json=body).json()["choices"]
+        assert choice["text"] == expected
 
 
 def test_what_training_left_is_told_beside_the_model_and_the_page_is_there(tmp_path):
