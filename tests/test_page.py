@@ -178,6 +178,7 @@ def until(holds):
 
 def test_a_text_is_streamed_and_is_the_one_that_the_api_gives(visit, server):
     page = visit(server.address)
+    assert page.is_visible("#docs")
     write(page, "The model ", 50)
     page.wait_for_selector("#play-text .token >> nth=20")
     page.wait_for_selector("#play-stop:disabled")
@@ -499,6 +500,7 @@ def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
         page.fill("#key input", "quite-secret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#play [name=model] option", state="attached")
+        assert page.is_hidden("#docs")  # a link could not say the key
         write(page, "a", 5)
         page.wait_for_selector("#play-text .token >> nth=4")
         assert "secret" not in page.url

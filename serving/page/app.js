@@ -1,6 +1,6 @@
 // The page: five views of one server, chosen by the address's #part.
 
-import { get } from "./api.js";
+import { get, keyed } from "./api.js";
 import { compare } from "./compare.js";
 import { $, all } from "./dom.js";
 import { ladder } from "./ladder.js";
@@ -41,6 +41,7 @@ async function load() {
   try {
     models = (await get("v1/models")).data;
     tell(models.length ? "" : "The server is loading its models.");
+    $("#docs").hidden = keyed(); // where a key is asked for, a link cannot say it
   } catch (error) {
     tell(error.message);
   }
