@@ -17,8 +17,6 @@ from gpt.checkpoint import save_config, save_tensors, weights
 from gpt.search import translate
 from gpt.seq2seq import reversal
 from tokenizer import byte_tokenizer
-from training.task import Task
-from training.tasks import TASKS
 
 VOCABULARY, CONTEXT = 23, 16
 SMALL = {
@@ -303,9 +301,8 @@ def test_a_long_text_is_drawn_small(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["attention", "gpt"])
-def test_a_run_that_translates_finds_the_translation_itself(name, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(TASKS, "test", type("Pairs", (Task,), {"kind": "pairs"}))
-    run, output = make_run(tmp_path, name, task="test", model=name), tmp_path / "xray.svg"
+def test_a_run_that_translates_finds_the_translation_itself(name, tmp_path, capsys):
+    run, output = make_run(tmp_path, name, task="pairs", model=name), tmp_path / "xray.svg"
     Xray(run, "chat", output=output)()
     by_itself = output.read_text()
     found = capsys.readouterr().out.splitlines()[0]
@@ -313,7 +310,7 @@ def test_a_run_that_translates_finds_the_translation_itself(name, tmp_path, monk
     ids = TOKENIZER.encode("chat")
     [written] = translate(model, [ids], begin=END, end=END, most=CONTEXT)
     assert found == TOKENIZER.decode(written).strip()
-    monkeypatch.setitem(TASKS, "test", type("Text", (Task,), {"kind": "text"}))
+    make_run(tmp_path, name, task="text", model=name)
     Xray(run, "chat", output=output)()
     assert output.read_text() != by_itself
 
