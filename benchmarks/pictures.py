@@ -28,7 +28,7 @@ def write(page: Page, view: str, prompt: str, tokens: int) -> None:
 def play(page: Page) -> None:
     """A text, and what one of its tokens could have been."""
     write(page, "play", "def read_", 60)
-    page.click("#play-text .token >> nth=12")
+    page.click("#play-text .token:not(.line) >> nth=9")
     page.wait_for_selector("#play-next .chosen")
 
 
