@@ -376,6 +376,7 @@ def create_app(
             "idea": model.idea,
             "parameters": served.parameters or parameters(model),
             "vocabulary": model.vocabulary,
+            "end_of_text": served.tokenizer.end_of_text,
             "dtype": served.dtype,
             "translates": served.translates,
             "bits_per_byte": served.bits_per_byte,

@@ -439,7 +439,7 @@ def test_models_say_what_they_are(served, model):
     assert (told["chapter"], told["year"], told["paper"]) == (15, GPT.year, GPT.paper)
     assert told["idea"] == GPT.idea
     assert told["parameters"] == sum(weight.numel() for weight in model.parameters())
-    assert (told["vocabulary"], told["dtype"]) == (257, "float32")
+    assert (told["vocabulary"], told["end_of_text"], told["dtype"]) == (257, 256, "float32")
     assert (told["translates"], told["bits_per_byte"], told["run"]) == (False, None, None)
 
 

@@ -39,6 +39,9 @@ def test_all_are_scored_on_the_same_tokens_and_done_once(common, tmp_path, capsy
     assert len({(row["scored"], row["context"], row["stride"]) for row in rows}) == 1
     assert {row["tokens"] for row in rows} == {TOKENS}
     assert all(row["seconds"] > 0 for row in rows)
+    for row in rows:  # where the server and its page find it
+        last = (tmp_path / "ladder" / row["rung"] / "metrics.jsonl").read_text().splitlines()[-1]
+        assert json.loads(last)["final_bits_per_byte"] == row["bits_per_byte"]
 
     def never(trainer):
         raise AssertionError(f"{trainer.directory} is done")

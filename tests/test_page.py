@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -154,9 +155,9 @@ def write(page, prompt, length, seed=7, view="play"):
     page.click(f"#{view}-go")
 
 
-def written(page, sheet="#play-text"):
+def written(page, sheet="#play-text", kind=":not(.given)"):
     return page.eval_on_selector_all(
-        f"{sheet} .token",
+        f"{sheet} .token{kind}",
         "spans => spans.map(one => (one.matches('.line') ? '\\n' : '') + one.textContent).join('')",
     )
 
@@ -264,6 +265,21 @@ def test_a_token_tells_what_else_it_could_have_been(visit, server):
     until(lambda: page.locator("#play-text .token.here").evaluate("span => span.place") == 1)
 
 
+def test_a_prompt_is_shown_as_its_tokens_too(visit, server):
+    page = visit(server.address)
+    write(page, "The modèl", 5)
+    page.wait_for_selector("#play-stop:disabled")
+    assert written(page, kind=".given") == "The modèl"
+    body = {"model": "gpt", "prompt": "The modèl", "max_tokens": 0, "logprobs": 0, "echo": True}
+    (choice,) = server.ask("v1/completions", **body)["choices"]
+    logprobs = choice["logprobs"]["token_logprobs"]
+    assert page.locator("#play-text .given").count() == len(logprobs) == 10
+    page.hover("#play-text .given >> nth=4")
+    until(lambda: page.locator("#play-next .chosen .name").all_inner_texts() == ["m"])
+    probability = page.inner_text("#play-next .chosen .number >> nth=0")
+    assert float(probability.rstrip("%")) == pytest.approx(100 * math.exp(logprobs[4]), rel=0.05)
+
+
 def test_two_models_write_side_by_side(visit, server):
     page = visit(server.address, "compare")
     write(page, "The ", 30, view="compare")
@@ -344,6 +360,14 @@ def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
         page.click("#xray-go")
         written = server.ask("v1/xray", prompt="one cat")["written"]
         until(lambda: told.locator(".token").count() == len(written))
+        # Its own translation stands below the source; after its end nothing comes.
+        page.click("nav a[href='#play']")
+        write(page, "one cat", 200)
+        page.wait_for_selector("#play-stop:disabled")
+        assert page.locator("#play-text .row").first.inner_text() == "one cat"
+        assert "the model ended it" in page.inner_text("#play-figures")
+        until(lambda: "<|endoftext|>" in page.inner_text("#play-next h3"))
+        assert page.inner_text("#play-next .chosen .name").endswith("<|endoftext|>")
 
 
 def test_the_ladder_tells_of_each_rung(visit, server):
@@ -413,8 +437,11 @@ def test_a_prompt_is_text_whatever_it_holds(visit, server, kind):
     prompt = STRANGE[kind].replace("\u0000", "")
     write(page, prompt, 5)
     page.wait_for_selector("#play-stop:disabled")
-    assert page.text_content("#play-text .prompt") == prompt
-    assert page.locator("#play-text .token").count() == 5
+    shown = (
+        page.text_content("#play-text .prompt") if kind == "long" else written(page, kind=".given")
+    )
+    assert shown == prompt
+    assert page.locator("#play-text .token:not(.given)").count() == 5
     assert page.evaluate("window.hacked") is None
     assert page.locator("#play-text script, #play-text img").count() == 0
 

@@ -17,8 +17,6 @@ from gpt import cli
 from gpt.checkpoint import (
     RUNS,
     find_run,
-    load_tensors,
-    load_weights,
     open_model,
     write_atomically,
 )
@@ -382,17 +380,9 @@ def train_on(trainer: Trainer, advice: str = "continue with the same command") -
 def report(trainer: Trainer) -> None:
     """Score the best weights on all that is held out, show a sample, say what comes next."""
     directory, task = trainer.directory, trainer.task
-    model = trainer.judged.to(trainer.device)
-    path = directory / "model.safetensors"
-    load_weights(model, load_tensors(path, trainer.device), path)
-    model.eval()
-    # In float32, as `eval` does: the same on every machine.
-    task.run = dataclasses.replace(task.run, precision="float32")
-    score = task.score(model, "validation")
-    final = {f"final_{name}": value for name, value in score.to_json().items()}
-    trainer.metrics.write(trainer.step, **final)
+    score = trainer.score()
     print(f"the whole validation split, with the best weights:\n{score.table()}")
-    print(f"a sample:\n\n{task.sample(model, min(200, trainer.run.window - 1))}")
+    print(f"a sample:\n\n{task.sample(trainer.judged, min(200, trainer.run.window - 1))}")
     print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
     if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')

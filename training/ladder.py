@@ -18,13 +18,7 @@ from typing import Any
 import torch
 
 from gpt import LanguageModel
-from gpt.checkpoint import (
-    load_tensors,
-    load_weights,
-    near,
-    read_json,
-    write_atomically,
-)
+from gpt.checkpoint import near, read_json, write_atomically
 from gpt.describe import parameters
 from gpt.device import describe, find_device
 from training.loop import Objective, Trainer
@@ -136,13 +130,10 @@ def seconds_per_step(run: Run) -> float:
 
 def judge(name: str, trainer: Trainer) -> Row:
     """A rung's row: its size, its cost, its score on the whole validation split, a sample."""
-    model, task = trainer.model, trainer.task
+    score = trainer.score(stride=max(1, trainer.run.window // 2)).to_json()
+    model, task = trainer.judged, trainer.task
     assert isinstance(model, LanguageModel)
     assert isinstance(task, Text)
-    path = trainer.directory / "model.safetensors"
-    load_weights(model, load_tensors(path, trainer.device), path)
-    model.eval()
-    score = task.score(model, "validation", stride=max(1, trainer.run.window // 2)).to_json()
     return {
         "rung": name,
         "chapter": model.chapter,

@@ -43,7 +43,7 @@ from training.distributed import ALONE, World, averaged, gathered, kept_back, sh
 from training.optimizer import Optimizers, schedule
 from training.presets import Run
 from training.progress import Progress
-from training.task import Feed, Task
+from training.task import Feed, Report, Task
 
 CHECKPOINTS_KEPT = 2
 
@@ -353,6 +353,20 @@ class Trainer:
             f"\nstep {self.step}: {self.task.say(loss)}"
             + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
         )
+
+    def score(self, **options: Any) -> Report:  # noqa: ANN401 (as the task's)
+        """Score the best weights on all that is held out, and log it; `judged` has them then."""
+        model = self.judged.to(self.device)
+        path = self.directory / "model.safetensors"
+        load_weights(model, load_tensors(path, self.device), path)
+        model.eval()
+        # In float32, as `eval` does: the same on every machine.
+        self.task.run = dataclasses.replace(self.task.run, precision="float32")
+        score = self.task.score(model, "validation", **options)
+        self.metrics.write(
+            self.step, **{f"final_{name}": value for name, value in score.to_json().items()}
+        )
+        return score
 
     def save(self) -> Path:
         """Have rank 0 write a checkpoint, the same at any number of processes; all wait for it."""

@@ -2,7 +2,7 @@
 
 import { get, keyed } from "./api.js";
 import { compare } from "./compare.js";
-import { $, all } from "./dom.js";
+import { $, all, isDark, system } from "./dom.js";
 import { ladder } from "./ladder.js";
 import { play } from "./play.js";
 import { runs } from "./runs.js";
@@ -50,15 +50,15 @@ async function load() {
 }
 
 function theme() {
-  const root = document.documentElement, dark = matchMedia("(prefers-color-scheme: dark)");
-  const store = "tinygpt-theme", kept = localStorage.getItem(store);
+  const root = document.documentElement, store = "tinygpt-theme", kept = localStorage.getItem(store);
+  const changed = () => dispatchEvent(new Event("themechange"));
   if (kept) root.dataset.theme = kept;
   $("#theme").addEventListener("click", () => {
-    const now = root.dataset.theme ?? (dark.matches ? "dark" : "light");
-    root.dataset.theme = now === "dark" ? "light" : "dark";
+    root.dataset.theme = isDark() ? "light" : "dark";
     localStorage.setItem(store, root.dataset.theme);
-    dispatchEvent(new Event("themechange"));
+    changed();
   });
+  system.addEventListener("change", changed);
 }
 
 theme();

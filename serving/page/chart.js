@@ -2,6 +2,9 @@
 
 import { el, svg } from "./dom.js";
 
+const SIDES = [[1, 0], [-1, 0], [0, -1], [0, 1], [1, -1], [1, 1], [-1, -1], [-1, 1]];
+const FAR = [11, 24, 38, 54]; // pixels between a point and its name: the nearest that has room
+const LETTER = 6.7, HIGH = 15; // pixels
 const MARGIN = { top: 12, right: 16, bottom: 40, left: 52 };
 
 export const COLORS = ["--c0", "--c1", "--c2", "--c3", "--c4", "--c5"];
@@ -103,7 +106,7 @@ export class Chart {
       root.append(svg("path", { class: one.thin ? "curve thin" : "curve", d: path, style: { stroke: one.color } }));
       if (one.dots) for (const [a, b] of drawn) root.append(svg("circle", { cx: atX(a), cy: atY(b), r: 3, style: { fill: one.color } }));
     }
-    this.#name(root, dots, atX, atY, right);
+    this.#name(root, dots, atX, atY, { left: MARGIN.left, right: width, top: 0, bottom });
     if (onHover) this.#follow(root, across, atX, bottom, onHover);
     // Where the keyboard was, it stays.
     const focused = dots.findIndex((dot) => dot.name === document.activeElement?.dataset?.name);
@@ -115,23 +118,29 @@ export class Chart {
     if (focused >= 0) root.querySelectorAll(".dot")[focused].focus();
   }
 
-  // Each point with its name at its side, moved up or down where names would meet.
-  #name(root, dots, atX, atY, right) {
-    const taken = [];
-    for (const dot of [...dots].sort((a, b) => atY(a.y) - atY(b.y))) {
-      const cx = atX(dot.x), cy = atY(dot.y), room = 7 * dot.name.length;
-      const left = cx + 10 + room > right;
-      const from = left ? cx - 10 - room : cx + 10;
-      let at = cy + 4;
-      while (taken.some((box) => Math.abs(box.at - at) < 13 && from < box.to && box.from < from + room)) at += 2;
-      taken.push({ at, from, to: from + room });
+  // Each point with its name where there is room for it; where there is none, it has its name when it is chosen.
+  #name(root, dots, atX, atY, within) {
+    const around = (x, y, width, height) => ({ left: x - width / 2, right: x + width / 2, top: y - height / 2, bottom: y + height / 2 });
+    const taken = dots.map((dot) => around(atX(dot.x), atY(dot.y), 16, 16));
+    const free = (box) => box.left >= within.left && box.right <= within.right && box.top >= within.top && box.bottom <= within.bottom &&
+      !taken.some((other) => box.left < other.right && other.left < box.right && box.top < other.bottom && other.top < box.bottom);
+    for (const dot of [...dots].sort((a, b) => Boolean(b.pressed) - Boolean(a.pressed))) {
+      const cx = atX(dot.x), cy = atY(dot.y), wide = LETTER * dot.name.length + 4;
+      const places = FAR.flatMap((far) => SIDES.map(([right, down]) => {
+        const x = cx + right * far * (down ? 0.7 : 1), y = cy + down * far;
+        return { x, y, far, right, box: around(x + right * wide / 2, y, wide, HIGH) };
+      }));
+      const place = places.find(({ box }) => free(box));
+      if (place) taken.push(place.box);
       const group = svg("g", {
         class: "dot", tabindex: 0, role: "button", "aria-pressed": String(Boolean(dot.pressed)), "aria-label": dot.told, "data-name": dot.name,
         onclick: dot.on,
         onkeydown: (event) => { if (event.key === "Enter" || event.key === " ") { event.preventDefault(); dot.on(); } },
       },
       svg("circle", { cx, cy, r: dot.pressed ? 8 : 6.5, style: { fill: dot.color } }),
-      svg("text", { x: left ? cx - 10 : cx + 10, y: at, "text-anchor": left ? "end" : "start" }, dot.name));
+      svg("title", {}, dot.told),
+      place && place.far > FAR[0] ? svg("line", { x1: cx, y1: cy, x2: place.x, y2: place.y }) : null,
+      place ? svg("text", { x: place.x, y: place.y + 4, "text-anchor": ["end", "middle", "start"][place.right + 1] }, dot.name) : null);
       root.append(group);
     }
   }

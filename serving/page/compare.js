@@ -29,7 +29,7 @@ export function compare(models) {
       if (!writings.has(model.id)) {
         const sheet = el("div", { class: "sheet" }), figures = el("p", { class: "figures", role: "status" });
         const column = el("article", { "aria-label": model.id }, el("h3", {}, model.id), el("p", { class: "about" }, describe(model)), sheet, figures);
-        writings.set(model.id, { column, writing: new Writing(new TokenView(sheet), figures, changed) });
+        writings.set(model.id, { column, model, writing: new Writing(new TokenView(sheet), figures, changed) });
       }
       columns.append(writings.get(model.id).column);
     }
@@ -41,7 +41,7 @@ export function compare(models) {
 
   function write() {
     const body = { prompt: prompt.value, ...knobs.request };
-    for (const [model, { writing }] of writings) writing.run({ model, ...body });
+    for (const { model, writing } of writings.values()) writing.run(model, body);
   }
 
   const stopAll = () => writings.forEach(({ writing }) => writing.stop());

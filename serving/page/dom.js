@@ -19,6 +19,10 @@ function filled(element, attributes, children) {
 export const el = (tag, attributes = {}, ...children) => filled(document.createElement(tag), attributes, children);
 export const svg = (tag, attributes = {}, ...children) => filled(document.createElementNS(SVG, tag), attributes, children);
 
+// Which of the two looks is in view: the one chosen here, or else the system's.
+export const system = matchMedia("(prefers-color-scheme: dark)");
+export const isDark = () => (document.documentElement.dataset.theme ?? (system.matches ? "dark" : "light")) === "dark";
+
 // Numbers as people read them.
 export const long = (number) => number.toLocaleString("en");
 export const percent = (share) =>

@@ -6,6 +6,11 @@ import { $, clock, el, long } from "./dom.js";
 
 const UNITS = { parameters: "parameters", seconds: "seconds of training", tokens: "tokens of training" };
 
+// Paragraphs, and the equations that stand indented between them.
+const explained = (text) => text.split(/\n\s*\n/).map((block) => (/^ {4}/.test(block)
+  ? el("pre", { class: "equation", tabindex: 0, role: "group", "aria-label": "What it computes" }, block.replace(/^ {4}/gm, ""))
+  : el("p", {}, block.replaceAll("\n", " ").split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part)))));
+
 export function ladder() {
   const against = $("#ladder-x"), article = $("#ladder-rung"), chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
   let found = null, chosen = null;
@@ -36,8 +41,8 @@ export function ladder() {
       ...(row ? [el("dl", {},
         ...fact("bits per byte", row.bits_per_byte.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
         ...fact("parameters", long(row.parameters)), ...fact("training", `${clock(row.seconds)}, ${long(row.tokens)} tokens`))] : []),
-      ...(rung.about ? [el("pre", { tabindex: 0, "aria-label": "What it computes" }, rung.about)] : []),
-      ...(row?.sample ? [el("h3", {}, "What it writes when nothing is given"), el("pre", { tabindex: 0, dir: "auto", "aria-label": "A sample" }, row.sample)] : []),
+      ...(rung.about ? explained(rung.about) : []),
+      ...(row?.sample ? [el("h3", {}, "What it writes when nothing is given"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "A sample" }, row.sample)] : []),
     );
     if (found.rows.length) draw();
     else list();

@@ -29,16 +29,14 @@ export class Next {
     this.show = latest((asked, chosen) => this.#show(asked, chosen));
   }
 
-  // `chosen` is the token that was drawn there, if one was.
+  // `chosen` is the token that was drawn there, if one was; without a question, it waits for one.
   async #show(asked, chosen) {
+    if (!asked) return this.#wait("once there is something to translate");
     let found;
     try {
       found = await post("v1/next", { ...asked, candidates: SHOWN, include: chosen ? [chosen.id] : [] });
     } catch (error) {
-      this.title.replaceChildren("What may come next");
-      this.about.textContent = error.message;
-      this.list.hidden = true;
-      return;
+      return this.#wait(error.message);
     }
     this.list.hidden = false;
     if (chosen) this.title.replaceChildren("Instead of ", el("span", { class: "token-name" }, visible(chosen.name)), " there could be");
@@ -60,5 +58,11 @@ export class Next {
       });
     });
     this.element.dataset.shown = JSON.stringify(asked);
+  }
+
+  #wait(why) {
+    this.title.replaceChildren("What may come next");
+    this.about.textContent = why;
+    this.list.hidden = true;
   }
 }

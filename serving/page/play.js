@@ -10,7 +10,6 @@ import { Writing } from "./writing.js";
 export function play(models) {
   const section = $("#play"), prompt = $("#play-prompt"), go = $("#play-go"), stop = $("#play-stop");
   const next = new Next($("#play-next"));
-  let asked = { prompt: "" }; // what the text in view was asked with
   const knobs = new Knobs($("[data-knobs]", section), () => look());
   const view = new TokenView($("#play-text"), () => look());
   const writing = new Writing(view, $("#play-figures"), () => {
@@ -18,26 +17,30 @@ export function play(models) {
     look();
   });
   const chosen = choice($("#play-form"), models, () => {
-    asked = { prompt: prompt.value };
-    if (!writing.running) view.begin(prompt.value);
+    if (!writing.running) begin();
     look();
   });
 
-  // The candidates where one looks; the prompt is the one in view.
+  function begin() {
+    view.begin(prompt.value, chosen());
+  }
+
+  // The candidates where one looks; the prompt is that of the text in view.
   function look() {
     if (section.hidden || (writing.running && view.here === view.tokens.length)) return;
-    next.show({ ...asked, model: chosen().id, ...knobs.sampling, tokens: view.ids.slice(0, view.here) }, view.tokens[view.here]);
+    const { token, tokens } = view.look;
+    const { id: model, translates } = chosen();
+    const asked = { prompt: view.prompt, model, ...knobs.sampling, tokens };
+    next.show(translates && !view.prompt ? null : asked, token);
   }
 
   function write() {
-    asked = { prompt: prompt.value };
-    writing.run({ model: chosen().id, ...asked, ...knobs.request });
+    writing.run(chosen(), { prompt: prompt.value, ...knobs.request });
   }
 
   prompt.addEventListener("input", () => {
     if (writing.running) return;
-    asked = { prompt: prompt.value };
-    view.begin(prompt.value);
+    begin();
     look();
   });
   go.addEventListener("click", write);

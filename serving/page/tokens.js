@@ -27,14 +27,18 @@ export class TokenView {
     });
   }
 
-  begin(prompt) {
+  // What is translated stands above its translation, any other prompt before what continues it.
+  begin(prompt, model) {
     this.tokens = [];
     this.fresh = [];
-    this.bits = 0;
-    this.decoder = new TextDecoder();
+    this.model = model;
+    this.prompt = prompt; // what stands before the tokens: a text, or ids
+    this.made = this.bits = 0; // tokens that the model has made, and how unexpected they were
+    this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
     this.here = this.pinned = 0;
     this.line = el("div", { class: "row" }, el("span", { class: "prompt" }, prompt), this.cursor);
     this.element.replaceChildren(this.line);
+    if (model?.translates) this.element.append(this.line = el("div", { class: "row" }, this.cursor));
     this.cursor.classList.add("here");
   }
 
@@ -43,23 +47,30 @@ export class TokenView {
     if (!on) this.#draw();
   }
 
-  // The tokens of a chunk; they are drawn together with all of one frame.
-  add({ logprobs, token_ids: ids }) {
+  // The tokens of a chunk; they are drawn together with all of one frame. An echoed prompt comes with the first one.
+  add({ logprobs, token_ids: ids, prompt_token_ids: prompt }, echoed) {
     if (!logprobs) return;
+    const given = prompt && echoed ? prompt.length - 1 : 0;
+    if (given) {
+      this.prompt = prompt.slice(0, 1);
+      this.line.replaceChildren(this.cursor);
+    }
     logprobs.tokens.forEach((name, i) => {
       const logprob = logprobs.token_logprobs[i];
-      this.bits -= logprob / Math.LN2;
-      this.fresh.push({ id: ids[i], name, text: this.#read(name), logprob });
+      if (i >= given) {
+        this.bits -= logprob / Math.LN2;
+        this.made++;
+      }
+      // The token that ends a text is none of its text's, and has no id among these.
+      this.fresh.push({ id: ids[i] ?? this.model.end_of_text, ends: i >= ids.length, name, text: this.#read(name), logprob, given: i < given });
     });
     this.drawing ??= requestAnimationFrame(() => this.#draw());
   }
 
-  get length() {
-    return this.tokens.length + this.fresh.length;
-  }
-
-  get ids() {
-    return this.tokens.map((token) => token.id);
+  // Where one looks, and the ids before it. After the end of a text nothing comes: who looks there looks at the end.
+  get look() {
+    const place = Math.min(this.here, this.tokens.length - (this.tokens.at(-1)?.ends ? 1 : 0));
+    return { token: this.tokens[place], tokens: this.tokens.slice(0, place).map((token) => token.id) };
   }
 
   #read(name) {
@@ -80,6 +91,7 @@ export class TokenView {
       if (breaks) this.element.append(this.line = el("div", { class: "row" }));
       span.classList.toggle("line", breaks);
       if (!token.text) span.classList.add("part");
+      if (token.given) span.classList.add("given");
       const surprise = (-token.logprob / Math.LN2 - CERTAIN) / (SURPRISING - CERTAIN);
       span.style.setProperty("--surprise", Math.min(1, Math.max(0, surprise)).toFixed(2));
       span.place = this.tokens.push({ ...token, span }) - 1;

@@ -1,7 +1,7 @@
 // X-ray: what each token of a text listens to, layer by layer and head by head.
 
 import { ApiError, post } from "./api.js";
-import { $, all, el, visible } from "./dom.js";
+import { $, all, el, isDark, visible } from "./dom.js";
 import { choice, keys } from "./knobs.js";
 
 const EXAMPLE = "The cat sat on the mat because the cat was tired.";
@@ -84,19 +84,22 @@ export function xray(models) {
     const told = line(rows, "The text: the arrow keys go from token to token");
     told.tabIndex = 0;
     const says = el("p", { class: "figures", role: "status", id: "xray-says" });
-    const grid = el("div", { class: "maps", role: "group", "aria-label": "Layers and heads" });
+    const many = one.weights.length * one.weights[0].length > 1, table = one.heads > 1; // a row for each layer, where they have heads
+    const grid = el("div", { class: "maps", role: "group", "aria-label": "Layers and heads", hidden: !many, style: { "--columns": table ? one.heads + 1 : one.layers } });
+    const name = (what, number) => el("span", { "aria-hidden": "true" }, `${what} ${number + 1}`);
+    if (table) grid.append(el("span"), ...one.weights[0].map((_, h) => name("head", h)));
     const large = el("canvas", { role: "img", "aria-label": `${one.name}: rows are tokens, columns ${columns ? "the tokens they listen to" : one.counts}` });
-    found.replaceChildren(...[listened, told, says].filter(Boolean), grid, el("div", { class: "panel wide", tabindex: 0, role: "group", "aria-label": "The map, token by token" }, large));
+    const panel = el("div", { class: "panel wide", tabindex: 0, role: "group", "aria-label": "The map, token by token" }, large);
+    found.replaceChildren(...[listened, told, says].filter(Boolean), el("div", { class: "overview" }, grid, panel));
 
-    one.weights.forEach((heads, l) => heads.forEach((map, h) => {
-      const canvas = el("canvas", { "aria-hidden": "true" });
-      const name = [one.layers > 1 ? `layer ${one.layer + l + 1}` : null, one.heads > 1 ? `head ${h + 1}` : null].filter(Boolean).join(", ");
-      if (one.weights.length * heads.length < 2) return;
-      const button = el("button", {
+    if (many) one.weights.forEach((heads, l) => heads.forEach((map, h) => {
+      const canvas = el("canvas", { "aria-hidden": "true" }), label = name("layer", one.layer + l);
+      if (table && h === 0) grid.append(label);
+      grid.append(el("button", {
         type: "button", "aria-pressed": "false", "data-layer": one.layer + l, "data-head": h,
+        "aria-label": `layer ${one.layer + l + 1}${table ? `, head ${h + 1}` : ""}`,
         onclick: () => { layer.value = one.layer + l; head.value = h; pick(); },
-      }, canvas, name);
-      grid.append(button);
+      }, canvas, table ? null : label));
       paint(canvas, map, one, 1);
     }));
 
@@ -141,7 +144,7 @@ export function xray(models) {
   head.addEventListener("change", () => found.pick?.());
   $("#xray-go").addEventListener("click", look);
   keys(section, look);
-  addEventListener("themechange", () => found.pick?.());
+  addEventListener("themechange", () => answer && draw());
   return {};
 }
 
@@ -154,12 +157,16 @@ function say(map, values, token) {
   return `${map.name} of “${visible(token.text)}”: ${list || "nothing"} · ${end}`;
 }
 
-// 0 is white; blue above it, red below.
+// 0 is the paper; blue above it, red below.
+const SHADES = {
+  light: { none: [255, 255, 255], most: [20, 74, 140], least: [178, 40, 32] },
+  dark: { none: [28, 30, 35], most: [150, 200, 255], least: [255, 130, 110] },
+};
+
 function shade(value, map) {
-  const most = Math.max(map.most, -map.least, 1e-9);
-  const share = Math.min(1, Math.abs(value) / most);
-  const full = value < 0 ? [178, 40, 32] : [20, 74, 140];
-  return full.map((channel) => Math.round(255 + share * (channel - 255)));
+  const { none, most, least } = SHADES[isDark() ? "dark" : "light"];
+  const share = Math.min(1, Math.abs(value) / Math.max(map.most, -map.least, 1e-9));
+  return (value < 0 ? least : most).map((channel, i) => Math.round(none[i] + share * (channel - none[i])));
 }
 
 function paint(canvas, rows, map, cell) {
@@ -176,10 +183,12 @@ function label(canvas, map, rows, here) {
   const style = getComputedStyle(canvas), ink = style.color, ratio = devicePixelRatio || 1;
   const short = (token) => { const name = visible(token.text); return [...name].length > 12 ? `${[...name].slice(0, 11).join("")}…` : name; };
   const side = map.rows.map(short), top = map.columns?.map(short) ?? [];
-  const size = canvas.cell = Math.max(CELLS[0], Math.min(CELLS[1], Math.floor(HEIGHT / rows.length)));
-  const letter = 7.3, count = rows[0].length, cell = map.columns ? size : Math.max(2, Math.min(size, Math.floor(560 / count)));
-  const left = 10 + letter * Math.max(...side.map((name) => [...name].length));
-  canvas.top = 8 + letter * Math.max(0, ...top.map((name) => [...name].length));
+  const letter = 7.3, count = rows[0].length, left = 10 + letter * Math.max(...side.map((name) => [...name].length));
+  const room = (canvas.parentElement.clientWidth - 34 - left) / count; // of a column, where nothing is to be scrolled
+  const fit = (...most) => Math.floor(Math.min(CELLS[1], HEIGHT / rows.length, ...most));
+  const size = canvas.cell = Math.max(CELLS[0], map.columns ? fit(room) : fit());
+  const cell = map.columns ? size : Math.max(2, Math.min(size, Math.floor(room)));
+  canvas.top = map.columns ? 8 + letter * Math.max(0, ...top.map((name) => [...name].length)) : 22;
   const width = left + cell * count + 2, height = canvas.top + size * rows.length + 2;
   canvas.width = width * ratio;
   canvas.height = height * ratio;
@@ -192,7 +201,7 @@ function label(canvas, map, rows, here) {
   rows.forEach((values, i) => {
     context.globalAlpha = 1;
     values.forEach((value, j) => {
-      context.fillStyle = value === 0 ? "#fff" : `rgb(${shade(value, map).join(" ")})`;
+      context.fillStyle = `rgb(${shade(value, map).join(" ")})`;
       context.fillRect(left + j * cell, canvas.top + i * size, cell - (cell > 6 ? 1 : 0), size - 1);
     });
     context.fillStyle = ink;
@@ -201,6 +210,8 @@ function label(canvas, map, rows, here) {
     context.fillText(side[i], left - 6, canvas.top + i * size + size / 2);
   });
   context.globalAlpha = 0.8;
+  context.textAlign = "left";
+  if (!map.columns) context.fillText(`${map.counts} 1 to ${count}`, left, canvas.top - 12);
   top.forEach((name, j) => {
     context.save();
     context.translate(left + j * cell + cell / 2, canvas.top - 4);
@@ -210,7 +221,7 @@ function label(canvas, map, rows, here) {
     context.restore();
   });
   context.globalAlpha = 1;
-  context.strokeStyle = style.getPropertyValue("--main");
+  context.strokeStyle = style.outlineColor;
   context.lineWidth = 2;
   context.strokeRect(left - 1, canvas.top + here * size - 1, cell * count + 1, size + 1);
 }
