@@ -18,23 +18,24 @@ FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--
 
 def write(page: Page, view: str, prompt: str, tokens: int) -> None:
     """Let a view write a text, to its end."""
+    page.fill(f"#{view} [name=temperature]", "0.6")
     page.fill(f"#{view}-prompt", prompt)
     page.fill(f"#{view} [name=max_tokens]", str(tokens))
-    page.fill(f"#{view} [name=seed]", "4")
+    page.fill(f"#{view} [name=seed]", "1")
     page.click(f"#{view}-go")
     page.wait_for_selector(f"#{view}-stop:disabled")
 
 
 def play(page: Page) -> None:
     """A text, and what one of its tokens could have been."""
-    write(page, "play", "def read_", 60)
-    page.click("#play-text .token:not(.line) >> nth=9")
+    write(page, "play", "    def __init__(self, ", 80)
+    page.click("#play-text .token:not(.given, .line) >> nth=13")
     page.wait_for_selector("#play-next .chosen")
 
 
 def compare(page: Page) -> None:
     """The same beginning, from all that are served."""
-    write(page, "compare", "class Reader:\n    def ", 90)
+    write(page, "compare", "    def __init__(self, ", 60)
 
 
 def xray(page: Page) -> None:

@@ -8,7 +8,7 @@ const UNITS = { parameters: "parameters", seconds: "seconds of training", tokens
 
 // Paragraphs, and the equations that stand indented between them.
 const explained = (text) => text.split(/\n\s*\n/).map((block) => (/^ {4}/.test(block)
-  ? el("pre", { class: "equation", tabindex: 0, role: "group", "aria-label": "What it computes" }, block.replace(/^ {4}/gm, ""))
+  ? el("pre", { class: "equation", tabindex: 0, role: "group", "aria-label": "What it computes" }, block.replace(/^ {4}/gm, "").replace(/ {8,}/g, "   "))
   : el("p", {}, block.replaceAll("\n", " ").split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part)))));
 
 export function ladder() {

@@ -1,6 +1,6 @@
 // A text as its tokens come: each a span, the more coloured the less it was expected.
 
-import { el } from "./dom.js";
+import { el, percent } from "./dom.js";
 
 const CERTAIN = 1, SURPRISING = 9; // bits at which the colour begins, and is full
 const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // what is no whole character, as the API writes it
@@ -87,7 +87,7 @@ export class TokenView {
     for (const token of this.fresh) {
       // Each line is a block of its own: what has been laid out stays so.
       const breaks = token.text.startsWith("\n");
-      const span = el("span", { class: "token" }, breaks ? token.text.slice(1) : token.text);
+      const span = el("span", { class: "token", title: percent(Math.exp(token.logprob)) }, breaks ? token.text.slice(1) : token.text);
       if (breaks) this.element.append(this.line = el("div", { class: "row" }));
       span.classList.toggle("line", breaks);
       if (!token.text) span.classList.add("part");
