@@ -258,7 +258,9 @@ def create_app(
     """
     limits, runs = limits or Limits(), runs or Runs()
     about = f"Texts from trained runs, as OpenAI's API has it. Limits:\n\n{limits.described()}"
-    app = FastAPI(title="tinygpt", description=about, routes=page_routes())
+    app = FastAPI(
+        title="tinygpt", description=about, routes=page_routes(), docs_url=None, redoc_url=None
+    )
     _shape_errors(app)
     app.add_middleware(BodyLimit, most=limits.max_body)
     if key:

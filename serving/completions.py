@@ -147,13 +147,26 @@ class Strict(BaseModel):
 class Drawing(Strict):
     """How tokens are chosen."""
 
-    temperature: float = 1.0
-    top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    temperature: float = Field(
+        1.0, description="divides the logits, 0 to 100; 0 always takes the likeliest token"
+    )
+    top_p: float = Field(
+        1.0,
+        description="0 to 1: only the fewest likely tokens that reach this probability together",
+    )
+    top_k: int = Field(0, description="only so many of the likeliest tokens; 0: all")
+    min_p: float = Field(
+        0.0, description="0 to 1: only tokens at least this share as likely as the likeliest"
+    )
+    repetition_penalty: float = Field(
+        1.0, description="0.01 to 100: above 1, tokens of prompt and text become less likely"
+    )
+    presence_penalty: float = Field(
+        0.0, description="-2 to 2: taken from the logits of tokens that are in the text"
+    )
+    frequency_penalty: float = Field(
+        0.0, description="-2 to 2: the same, once for each time that they are there"
+    )
     logit_bias: Annotated[Any, PlainValidator(_biases, json_schema_input_type=dict[str, float])] = (
         Field((), description="token ids, and what is added to their logits: -100 to 100")
     )
@@ -195,8 +208,8 @@ class Completion(Drawing):
     logprobs: int | None = Field(None, ge=0, description="so many of the likeliest tokens, too")
     echo: bool = Field(False, description="begin with the prompt")
     return_token_ids: bool = Field(False, description="tell the tokens of text and prompt, too")
-    stream: bool = False
-    stream_options: StreamOptions | None = None
+    stream: bool = Field(False, description="tell the text as it is made, as server-sent events")
+    stream_options: StreamOptions | None = Field(None, description="only with `stream`")
     user: str | None = Field(None, description="of no effect, as in OpenAI's API")
     suffix: str | None = Field(None, description="refused: a model that writes on cannot fill in")
 

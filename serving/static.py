@@ -1,11 +1,14 @@
-"""The page's files, from the folder `page`: read once, when the server starts; there are no others."""
+"""The page's files, from the folder `page`: read once, when the server starts; there are no others.
+
+FastAPI's own documentation would have the browser ask other hosts: the page has a view of it.
+"""
 
 import hashlib
 from pathlib import Path
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
 FOLDER = Path(__file__).parent / "page"
@@ -36,7 +39,7 @@ def is_page(path: str) -> bool:
 
 
 def page_routes(folder: Path = FOLDER) -> list[BaseRoute]:
-    """`/` and `/page/NAME`, for GET and HEAD."""
+    """`/`, `/page/NAME`, and `/docs`, which is a view of the page; for GET and HEAD."""
     files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in TYPES}
     contents = {name: file.read_bytes() for name, file in files.items()}
     tags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
@@ -51,4 +54,7 @@ def page_routes(folder: Path = FOLDER) -> list[BaseRoute]:
         kind = TYPES[files[name].suffix]
         return Response(contents[name], headers=headers, media_type=kind)
 
-    return [Route("/", send), Route("/page/{name}", send)]
+    async def docs(request: Request) -> Response:  # noqa: ARG001
+        return RedirectResponse("./#api")
+
+    return [Route("/", send), Route("/page/{name}", send), Route("/docs", docs)]

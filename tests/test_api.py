@@ -570,7 +570,10 @@ def test_a_closing_server_answers_503_to_who_waits_for_a_whole_text(model, monke
 def test_the_documentation_is_there(served):
     fields = served.http.get("/openapi.json").json()["components"]["schemas"]["Completion"]
     assert {"prompt", "top_k", "stream_options"} <= set(fields["properties"])
-    assert served.http.get("/docs").status_code == 200
+    assert all("description" in field for field in fields["properties"].values())
+    docs = served.http.get("/docs")  # a view of the page: no other host is asked
+    assert (docs.status_code, docs.headers["location"]) == (307, "./#api")
+    assert served.http.get("/docs", follow_redirects=True).text.startswith("<!doctype html>")
     assert math.isclose(fields["properties"]["temperature"]["default"], 1.0)
 
 

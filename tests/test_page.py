@@ -24,7 +24,7 @@ FLAGS = [
     "--no-first-run",
 ]
 DEADLINE = 120
-VIEWS = ("play", "compare", "xray", "ladder", "runs")
+VIEWS = ("play", "compare", "xray", "ladder", "runs", "api")
 TINY = ("--width", "64", "--heads", "4", "--depth", "2")
 LITTLE = ("--validation-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
 SMALL = (
@@ -179,7 +179,6 @@ def until(holds):
 
 def test_a_text_is_streamed_and_is_the_one_that_the_api_gives(visit, server):
     page = visit(server.address)
-    assert page.is_visible("#docs")
     write(page, "The model ", 50)
     page.wait_for_selector("#play-text .token >> nth=20")
     page.wait_for_selector("#play-stop:disabled")
@@ -383,6 +382,20 @@ def test_the_ladder_tells_of_each_rung(visit, server):
     assert "tokens of training" in page.inner_text("#ladder-chart")
 
 
+def test_the_api_is_described_with_every_field_and_limit(visit, server):
+    page = visit(f"{server.address}", "api")
+    page.goto(f"{server.address}/docs")
+    page.wait_for_selector("#api details[open] .fields")
+    told = server.ask("openapi.json")
+    routes = [f"{m.upper()} {path}" for path, methods in told["paths"].items() for m in methods]
+    assert page.locator("#api summary > code").all_inner_texts() == routes
+    fields = told["components"]["schemas"]["Completion"]["properties"]
+    shown = page.locator("#api details[open] .fields li > code").all_inner_texts()
+    assert shown[0] == "prompt"  # the one that is required
+    assert sorted(shown) == sorted(fields)
+    assert "max_tokens: 65536" in page.inner_text("#api")
+
+
 def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
     options = ("--data", text_in(runs), "--run", str(runs / "live"), *SMALL, "--steps", "100000")
     training = subprocess.Popen(
@@ -527,13 +540,15 @@ def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
         page.fill("#key input", "quite-secret")
         page.keyboard.press("Enter")
         page.wait_for_selector("#play [name=model] option", state="attached")
-        assert page.is_hidden("#docs")  # a link could not say the key
         write(page, "a", 5)
         page.wait_for_selector("#play-text .token >> nth=4")
         assert "secret" not in page.url
         page.click("[data-copy=curl]")
         until(lambda: "curl" in page.evaluate("navigator.clipboard.readText()"))
         assert "secret" not in page.evaluate("navigator.clipboard.readText()")
+        page.click("header a[href='#api']")
+        page.wait_for_selector("#api details[open] .fields")
+        assert "secret" not in page.inner_text("#api")
     finally:
         log = server.close()
     assert "secret" not in log
@@ -550,6 +565,11 @@ def filled(page, view):
             page.wait_for_selector("#xray-says")
         case "ladder" | "runs":
             page.wait_for_selector(f"#{view}-chart svg")
+        case "api":
+            page.wait_for_selector("#api details[open] .fields")
+            page.eval_on_selector_all(
+                "#api details", "every => every.forEach(one => { one.open = true })"
+            )
 
 
 @pytest.mark.parametrize("view", VIEWS)

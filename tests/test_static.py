@@ -111,4 +111,8 @@ def test_only_files_of_the_page_s_kinds_are_told(tmp_path):
     (tmp_path / "app.js.map").write_text("x")
     (tmp_path / ".hidden").write_text("x")
     (tmp_path / "folder").mkdir()
-    assert [route.path for route in page_routes(tmp_path)] == ["/", "/page/{name}"]
+    assert [route.path for route in page_routes(tmp_path)] == [
+        "/",
+        "/page/{name}",
+        "/docs",
+    ]

@@ -13,8 +13,6 @@ export class ApiError extends Error {
   }
 }
 
-export const keyed = () => key !== "";
-
 const headers = (body) => ({
   ...(body === undefined ? {} : { "Content-Type": "application/json" }),
   ...(key ? { Authorization: `Bearer ${key}` } : {}),

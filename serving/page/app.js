@@ -1,14 +1,15 @@
 // The page: five views of one server, chosen by the address's #part.
 
-import { get, keyed } from "./api.js";
+import { get } from "./api.js";
 import { compare } from "./compare.js";
+import { api } from "./docs.js";
 import { $, all, isDark, system } from "./dom.js";
 import { ladder } from "./ladder.js";
 import { play } from "./play.js";
 import { runs } from "./runs.js";
 import { xray } from "./xray.js";
 
-const VIEWS = { play, compare, xray, ladder, runs };
+const VIEWS = { play, compare, xray, ladder, runs, api };
 const begun = {};
 let models = [];
 
@@ -20,13 +21,13 @@ function tell(message) {
 
 async function show() {
   const name = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "play";
-  for (const link of all("nav a")) {
+  for (const link of all("header a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
   for (const section of all("main > section")) section.hidden = section.id !== name;
   document.title = `tinygpt: ${name}`;
-  const needsModels = !["ladder", "runs"].includes(name);
+  const needsModels = !["ladder", "runs", "api"].includes(name);
   if (needsModels && !models.length) return;
   try {
     begun[name] ??= VIEWS[name](models);
@@ -41,7 +42,6 @@ async function load() {
   try {
     models = (await get("v1/models")).data;
     tell(models.length ? "" : "The server is loading its models.");
-    $("#docs").hidden = keyed(); // where a key is asked for, a link cannot say it
   } catch (error) {
     tell(error.message);
   }

@@ -32,6 +32,17 @@ export const clock = (seconds) =>
     : seconds < 3600 ? `${Math.floor(seconds / 60)} min ${Math.round(seconds % 60)} s`
       : `${Math.floor(seconds / 3600)} h ${Math.round((seconds % 3600) / 60)} min`;
 
+// Paragraphs, lists, and equations that stand indented: as docstrings have them.
+export const prose = (text) => text.split(/\n\s*\n/).map((block) => {
+  const inline = (line) => line.split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part));
+  if (/^ {4}/.test(block)) {
+    const lines = block.replace(/^ {4}/gm, "").replace(/ {8,}/g, "   ");
+    return el("pre", { class: "equation", tabindex: 0, role: "group", "aria-label": "What it computes" }, lines);
+  }
+  if (/^- /.test(block)) return el("ul", {}, block.split(/^- /m).slice(1).map((item) => el("li", {}, inline(item.trim()))));
+  return el("p", {}, inline(block.replaceAll("\n", " ")));
+});
+
 // What a token is, for the eye: spaces and line ends as signs.
 const SIGNS = { " ": "·", "\n": "↵", "\t": "⇥", "\r": "␍" };
 export const visible = (text) => text.replace(/[ \n\t\r]/g, (letter) => SIGNS[letter]) || "∅";

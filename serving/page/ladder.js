@@ -2,14 +2,9 @@
 
 import { get } from "./api.js";
 import { Chart, color } from "./chart.js";
-import { $, clock, el, long } from "./dom.js";
+import { $, clock, el, long, prose } from "./dom.js";
 
 const UNITS = { parameters: "parameters", seconds: "seconds of training", tokens: "tokens of training" };
-
-// Paragraphs, and the equations that stand indented between them.
-const explained = (text) => text.split(/\n\s*\n/).map((block) => (/^ {4}/.test(block)
-  ? el("pre", { class: "equation", tabindex: 0, role: "group", "aria-label": "What it computes" }, block.replace(/^ {4}/gm, "").replace(/ {8,}/g, "   "))
-  : el("p", {}, block.replaceAll("\n", " ").split("`").map((part, i) => (i % 2 ? el("code", {}, part) : part)))));
 
 export function ladder() {
   const against = $("#ladder-x"), article = $("#ladder-rung"), chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
@@ -41,7 +36,7 @@ export function ladder() {
       ...(row ? [el("dl", {},
         ...fact("bits per byte", row.bits_per_byte.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
         ...fact("parameters", long(row.parameters)), ...fact("training", `${clock(row.seconds)}, ${long(row.tokens)} tokens`))] : []),
-      ...(rung.about ? explained(rung.about) : []),
+      ...(rung.about ? prose(rung.about) : []),
       ...(row?.sample ? [el("h3", {}, "What it writes when nothing is given"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "A sample" }, row.sample)] : []),
     );
     if (found.rows.length) draw();
