@@ -16,6 +16,7 @@ import torch
 
 from gpt import cli
 from gpt.checkpoint import RUNS, write_atomically
+from gpt.device import processor
 
 Row = dict[str, Any]
 """Figures by name, as JSON has them."""
@@ -23,15 +24,12 @@ Row = dict[str, Any]
 
 def machine() -> Row:
     """Where and when."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text("utf-8").splitlines() if info.exists() else []
-    names = (line.partition(": ")[2] for line in lines if line.startswith("model name"))
     card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     installed = importlib.util.find_spec("transformers")
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
-        "processor": next(names, platform.machine()),
+        "processor": processor()["model name"],
         "cores": os.cpu_count(),
         "card": card,
         "python": platform.python_version(),

@@ -34,6 +34,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from gpt.checkpoint import cache
+from gpt.device import processor
 from gpt.model import LanguageModel, State, rows
 from gpt.sampling import DRAWN, Sampler, Sampling
 from serving.engine import Engine, Kind, whole
@@ -260,7 +261,8 @@ class Job:
         self.work = pickle.dumps((structure, inlined, engine.length, kind, threads))
         here = Path(__file__).parent
         sources = [*sorted(here.parent.glob("gpt/*.py")), here / "engine.py", Path(__file__)]
-        parts = [self.work, torch.__version__.encode(), _processor().encode()]
+        made_for = (torch.__version__, platform.system(), processor())
+        parts = [self.work, repr(made_for).encode()]
         parts += [source.read_bytes() for source in sources]
         self.path = cache() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
 
@@ -296,15 +298,6 @@ def _inlined(model: LanguageModel) -> list[Tensor]:
 def _hollow(tensor: Tensor) -> Tensor:
     empty = torch.empty_like(tensor, device="meta", requires_grad=False)
     return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
-
-
-def _processor() -> str:
-    """What code is compiled for."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.platform() + platform.processor()
-    return "\n".join(line for line in lines[:40] if line.startswith(("model name", "flags")))
 
 
 class Compiler:

@@ -55,6 +55,6 @@ def page_routes(folder: Path = FOLDER) -> list[BaseRoute]:
         return Response(contents[name], headers=headers, media_type=kind)
 
     async def docs(request: Request) -> Response:  # noqa: ARG001
-        return RedirectResponse("./#api")
+        return RedirectResponse("./#docs")
 
     return [Route("/", send), Route("/page/{name}", send), Route("/docs", docs)]

@@ -572,7 +572,7 @@ def test_the_documentation_is_there(served):
     assert {"prompt", "top_k", "stream_options"} <= set(fields["properties"])
     assert all("description" in field for field in fields["properties"].values())
     docs = served.http.get("/docs")  # a view of the page: no other host is asked
-    assert (docs.status_code, docs.headers["location"]) == (307, "./#api")
+    assert (docs.status_code, docs.headers["location"]) == (307, "./#docs")
     assert served.http.get("/docs", follow_redirects=True).text.startswith("<!doctype html>")
     assert math.isclose(fields["properties"]["temperature"]["default"], 1.0)
 

@@ -24,7 +24,7 @@ FLAGS = [
     "--no-first-run",
 ]
 DEADLINE = 120
-VIEWS = ("play", "compare", "xray", "ladder", "runs", "api")
+VIEWS = ("play", "compare", "xray", "ladder", "runs", "docs")
 TINY = ("--width", "64", "--heads", "4", "--depth", "2")
 LITTLE = ("--validation-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
 SMALL = (
@@ -383,17 +383,17 @@ def test_the_ladder_tells_of_each_rung(visit, server):
 
 
 def test_the_api_is_described_with_every_field_and_limit(visit, server):
-    page = visit(f"{server.address}", "api")
+    page = visit(server.address, "docs")
     page.goto(f"{server.address}/docs")
-    page.wait_for_selector("#api details[open] .fields")
+    page.wait_for_selector("#docs details[open] .fields")
     told = server.ask("openapi.json")
     routes = [f"{m.upper()} {path}" for path, methods in told["paths"].items() for m in methods]
-    assert page.locator("#api summary > code").all_inner_texts() == routes
+    assert page.locator("#docs summary > code").all_inner_texts() == routes
     fields = told["components"]["schemas"]["Completion"]["properties"]
-    shown = page.locator("#api details[open] .fields li > code").all_inner_texts()
+    shown = page.locator("#docs details[open] .fields li > code").all_inner_texts()
     assert shown[0] == "prompt"  # the one that is required
     assert sorted(shown) == sorted(fields)
-    assert "max_tokens: 65536" in page.inner_text("#api")
+    assert "max_tokens: 65536" in page.inner_text("#docs")
 
 
 def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
@@ -546,9 +546,9 @@ def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
         page.click("[data-copy=curl]")
         until(lambda: "curl" in page.evaluate("navigator.clipboard.readText()"))
         assert "secret" not in page.evaluate("navigator.clipboard.readText()")
-        page.click("header a[href='#api']")
-        page.wait_for_selector("#api details[open] .fields")
-        assert "secret" not in page.inner_text("#api")
+        page.click("header a[href='#docs']")
+        page.wait_for_selector("#docs details[open] .fields")
+        assert "secret" not in page.inner_text("#docs")
     finally:
         log = server.close()
     assert "secret" not in log
@@ -565,10 +565,10 @@ def filled(page, view):
             page.wait_for_selector("#xray-says")
         case "ladder" | "runs":
             page.wait_for_selector(f"#{view}-chart svg")
-        case "api":
-            page.wait_for_selector("#api details[open] .fields")
+        case "docs":
+            page.wait_for_selector("#docs details[open] .fields")
             page.eval_on_selector_all(
-                "#api details", "every => every.forEach(one => { one.open = true })"
+                "#docs details", "every => every.forEach(one => { one.open = true })"
             )
 
 

@@ -2,14 +2,14 @@
 
 import { get } from "./api.js";
 import { compare } from "./compare.js";
-import { api } from "./docs.js";
+import { docs } from "./docs.js";
 import { $, all, isDark, system } from "./dom.js";
 import { ladder } from "./ladder.js";
 import { play } from "./play.js";
 import { runs } from "./runs.js";
 import { xray } from "./xray.js";
 
-const VIEWS = { play, compare, xray, ladder, runs, api };
+const VIEWS = { play, compare, xray, ladder, runs, docs };
 const begun = {};
 let models = [];
 
@@ -27,7 +27,7 @@ async function show() {
   }
   for (const section of all("main > section")) section.hidden = section.id !== name;
   document.title = `tinygpt: ${name}`;
-  const needsModels = !["ladder", "runs", "api"].includes(name);
+  const needsModels = !["ladder", "runs", "docs"].includes(name);
   if (needsModels && !models.length) return;
   try {
     begun[name] ??= VIEWS[name](models);
