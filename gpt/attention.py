@@ -234,15 +234,6 @@ class Heads(nn.Module):
         causal: bool = False,
     ) -> Tensor:
         """x_BTD: what all heads found, as `importance` weighs it, through the output matrix."""
-        if mask_B1TS is not None and torch.compiler.is_compiling() and queries_BHTK.shape[2] == 1:
-            # One query: loops that a compiler fuses, where the kernel's blocks would be all but empty.
-            queries_BHTK = queries_BHTK / keys_BHSK.shape[-1] ** 0.5
-            scores_BHS = (queries_BHTK * keys_BHSK).sum(-1)
-            scores_BHS = scores_BHS.masked_fill(~mask_B1TS[:, :, 0], -torch.inf)
-            shares_BHS = (scores_BHS - scores_BHS.amax(-1, keepdim=True)).exp()
-            mixed_BHK = (shares_BHS.unsqueeze(-1) * values_BHSK).sum(-2)
-            mixed_BHK = mixed_BHK / shares_BHS.sum(-1, keepdim=True)
-            return self.output(mixed_BHK.flatten(1).unsqueeze(1))
         mixed_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
             keys_BHSK.type_as(queries_BHTK),

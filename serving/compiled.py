@@ -37,6 +37,7 @@ from gpt.checkpoint import cache
 from gpt.device import processor
 from gpt.model import LanguageModel, State, rows
 from gpt.sampling import DRAWN, Sampler, Sampling
+from serving.attend import KERNEL, configuration, use_kernel
 from serving.engine import Engine, Kind, whole
 from serving.tuning import apart
 
@@ -48,8 +49,6 @@ INLINED = 8
 """Numbers in a tensor that TorchInductor takes for constants of the code, whoever else has others there."""
 TURNED = (9, 48)
 """Fewest and most rows that float32 matrices take faster from the left, in MKL: by a third on one thread, twofold on two."""
-READS = 3
-"""Tensors that a number may be made from anew wherever it is wanted: a query of int8, each time a key is."""
 TOLERANCE = 0.02
 """Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
 
@@ -240,12 +239,13 @@ def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
 
 def compile_part(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write what was traced as machine code, without weights, to a file."""
+    use_kernel(program)
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
         inductor_configs={
             "aot_inductor.package_constants_in_so": False,
-            "realize_acc_reads_threshold": READS,
+            **configuration(torch.get_num_threads()),
         },
     )
 
@@ -260,7 +260,8 @@ class Job:
         structure = _skeleton(engine.model)
         self.work = pickle.dumps((structure, inlined, engine.length, kind, threads))
         here = Path(__file__).parent
-        sources = [*sorted(here.parent.glob("gpt/*.py")), here / "engine.py", Path(__file__)]
+        names = ("engine.py", "compiled.py", "attend.py", KERNEL.name)
+        sources = [*sorted(here.parent.glob("gpt/*.py")), *(here / name for name in names)]
         made_for = (torch.__version__, platform.system(), processor())
         parts = [self.work, repr(made_for).encode()]
         parts += [source.read_bytes() for source in sources]

@@ -1,6 +1,7 @@
 """What a plan says of a run, held against real steps on this CPU. Run as a program, this prints the table of docs/scale.md."""
 
 import dataclasses
+import gc
 import json
 import re
 import runpy
@@ -104,6 +105,7 @@ class Real:
         """Most bytes given out at once in a step whose gradients are there already."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
+        gc.collect()  # what others left to be given back would count here
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.loss().backward()
         events = profiler.profiler.kineto_results.events()
