@@ -4,8 +4,8 @@ from dataclasses import dataclass
 
 from gpt.cli import MaybeInt
 
-INTERVAL = 0.02
-"""Seconds: tokens that come faster are told together, fifty times a second."""
+INTERVAL = 0.04
+"""Seconds: tokens that come faster are told together, 25 times a second."""
 
 
 def at_least(options: object, **least: int) -> None:
