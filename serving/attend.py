@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import library
 from torch.export import ExportedProgram
 
 KERNEL = Path(__file__).with_name("attend.h")
@@ -17,7 +18,7 @@ FORMATS = {torch.float32, torch.bfloat16}
 LANES = 16
 """The width of a head is a multiple of it: what the widest registers hold."""
 
-torch.library.define(
+library.define(
     "tinygpt::attend",
     "(Tensor queries_BH1K, Tensor keys_BHSK, Tensor values_BHSK, Tensor mask_B11S) -> Tensor",
     # Keys and values are taken where they lie, in a slice of a state: no copy with other strides.
@@ -25,7 +26,7 @@ torch.library.define(
 )
 
 
-torch.library.register_fake(
+library.register_fake(
     "tinygpt::attend", lambda queries_BH1K, *_: queries_BH1K.new_empty(queries_BH1K.shape)
 )
 
