@@ -29,10 +29,10 @@ import torch
 from benchmarks.report import Row, add_common_options, command, machine, report
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
-from training.loop import Trainer
 from training.presets import Run
 from training.tasks import open_task
-from training.text import open_corpus_of
+from training.tasks.text import open_corpus_of
+from training.trainer import Trainer
 
 PROG = "python -m benchmarks.growth"
 MB = 10**6

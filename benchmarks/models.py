@@ -5,9 +5,9 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gpt import LanguageModel, State
-from gpt.attention import RotarySelfAttention
 from gpt.checkpoint import BY_NAME
-from gpt.gpt import GPT, Block
+from gpt.models.attention import RotarySelfAttention
+from gpt.models.gpt import GPT, Block
 
 
 class TransformersGPT2(LanguageModel):

@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt.gpt import GPT2
-from gpt.int8 import DType, converted
+from gpt.kernels.quantization import DType, converted
+from gpt.models.gpt import GPT2
 from gpt.sampling import Sampling
-from serving.compiled import Compiler
-from serving.engine import Engine, Request
-from serving.tuning import ahead
+from serving.engine.autotune import ahead
+from serving.engine.compilation import Compiler
+from serving.engine.engine import Engine, Request
 
 Prompts = Sequence[Sequence[int]]
 

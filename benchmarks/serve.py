@@ -43,11 +43,11 @@ import uvloop
 from benchmarks.report import Row, add_common_options, command, machine, report, spread
 from benchmarks.rivals import SIZES, LlamaCpp, Ours, Size, Transformers
 from gpt.checkpoint import save_config, save_tensors, weights
-from gpt.gpt import GPT2
-from gpt.int8 import DType, converted
+from gpt.kernels.quantization import DType, converted
+from gpt.models.gpt import GPT2
 from gpt.sampling import Sampling
-from serving.engine import Engine, Request
-from serving.tuning import fastest_threads
+from serving.engine.autotune import fastest_threads
+from serving.engine.engine import Engine, Request
 from tokenizer import train_bpe
 from tokenizer.__main__ import Parser
 

@@ -37,13 +37,13 @@ from gpt import Model
 from gpt.device import find_device, peak_flops
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
-from training.corpus import Corpus
-from training.loop import Objective, Trainer
+from training.data.corpus import Corpus
 from training.presets import RATES, Run, adapted, preset
-from training.runs import facts
-from training.task import Batch, Task
+from training.run_directory import facts
 from training.tasks import TASKS, open_task
-from training.text import open_corpus_of
+from training.tasks.base import Batch, Task
+from training.tasks.text import open_corpus_of
+from training.trainer import Objective, Trainer
 
 PROG = "python -m benchmarks.train"
 TURNS, STEPS = 6, 5

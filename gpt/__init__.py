@@ -4,14 +4,14 @@ CHAPTERS holds the model of each chapter by name, in order; MODELS those that sp
 TABULAR, of the chapters whose model speaks, the one that takes numbers.
 """
 
-from gpt.gpt import GPT, GPT2
-from gpt.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
-from gpt.mlp import MLP, Experts, ExpertsLM, WindowLM
-from gpt.model import LanguageModel, Model, State
-from gpt.recurrent import GRU, LSTM, RNN
-from gpt.seq2seq import Seq2Seq, Seq2SeqAttention
-from gpt.transformer import Transformer
-from gpt.word2vec import Word2Vec
+from gpt.models.base import LanguageModel, Model, State
+from gpt.models.gpt import GPT, GPT2
+from gpt.models.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
+from gpt.models.mlp import MLP, Experts, ExpertsLM, WindowLM
+from gpt.models.recurrent import GRU, LSTM, RNN
+from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
+from gpt.models.transformer import Transformer
+from gpt.models.word2vec import Word2Vec
 
 CHAPTERS: dict[str, type[Model]] = {
     "linear": Linear,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.model import LanguageModel, State, rows
+from gpt.models.base import LanguageModel, State, rows
 
 NEAR = 2e-4
 """Nats between two logits that rounding alone might turn around: it moves one by about 1e-5."""

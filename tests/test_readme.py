@@ -11,8 +11,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import hub
 import pytest
+
+from tests import hub
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")

@@ -4,6 +4,7 @@ import argparse
 import os
 import re
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,13 +19,14 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
 
 
-def _parser() -> Parser:
-    parser = Parser(prog="python -m tokenizer", description="Text to token ids and back.")
+def _parser(prog: str) -> Parser:
+    parser = Parser(prog=prog, description="Text to token ids and back.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     which = "a tokenizer.json, a run directory that holds one, or `bytes`"
 
     train = commands.add_parser(
         "train",
+        aliases=["train-tokenizer"],
         help="learn a byte-level BPE tokenizer from text files",
         description="Learn a byte-level BPE tokenizer from text files.",
     )
@@ -41,6 +43,7 @@ def _parser() -> Parser:
     )
     encode = commands.add_parser(
         "encode",
+        aliases=["tokenize"],
         help="print the ids of a text",
         description="Print the ids of a text, separated by spaces.",
     )
@@ -48,7 +51,10 @@ def _parser() -> Parser:
     encode.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input")
 
     decode = commands.add_parser(
-        "decode", help="print the text of ids", description="Print the text of ids."
+        "decode",
+        aliases=["detokenize"],
+        help="print the text of ids",
+        description="Print the text of ids.",
     )
     decode.add_argument("tokenizer", metavar="TOKENIZER", help=which)
     decode.add_argument("ids", nargs="*", metavar="ID", help="default: standard input")
@@ -80,14 +86,14 @@ def _decode(tokenizer: Tokenizer, ids: list[str]) -> None:
     sys.stdout.buffer.write(tokenizer.decode(map(int, ids)).encode())
 
 
-def main() -> None:
+def main(prog: str = "python -m tokenizer", arguments: Sequence[str] | None = None) -> None:
     """Run one command; a mistake of the user's is one line and exit code 2."""
-    parser = _parser()
-    options = parser.parse_args()
+    parser = _parser(prog)
+    options = parser.parse_args(arguments)
     try:
-        if options.command == "train":
+        if options.command in ("train", "train-tokenizer"):
             _train(options.files, options.vocabulary, options.output)
-        elif options.command == "encode":
+        elif options.command in ("encode", "tokenize"):
             text = _stdin() if options.text is None else options.text
             print(*_open(options.tokenizer).encode(text))
         else:

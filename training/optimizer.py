@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.device import in_bfloat16
-from gpt.model import Model
+from gpt.models.base import Model
 from training.distributed import each_whole, sharded_like
 from training.presets import Run
 

@@ -23,15 +23,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import LanguageModel, Model
-from gpt.attention import RMSNorm
-from gpt.describe import describe, kinds, parameters
 from gpt.device import Card, find_card, find_device, in_bfloat16
-from training.loop import Objective, new_model
+from gpt.models.attention import RMSNorm
+from gpt.summary import describe, kinds, parameters
 from training.optimizer import Optimizers
 from training.presets import Run
 from training.progress import duration
 from training.tasks import TASKS, check
-from training.text import Text
+from training.tasks.text import Text
+from training.trainer import Objective, new_model
 
 USABLE = 0.9
 """Of a card's memory: CUDA and the exchange between cards take some, gaps between tensors too."""

@@ -414,8 +414,7 @@ def preset(name: str) -> Run:
     """The preset of that name; a ValueError names the nearest."""
     if name not in PRESETS:
         raise ValueError(
-            f"no preset is named {name!r}{near(name, PRESETS)}; "
-            "`python -m training presets` lists them"
+            f"no preset is named {name!r}{near(name, PRESETS)}; `tinygpt presets` lists them"
         )
     return PRESETS[name]
 

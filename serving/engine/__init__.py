@@ -1,0 +1,1 @@
+"""Continuous batching: from requests of token ids to streams of sampled tokens."""

@@ -1,0 +1,169 @@
+"""What every language model must hold, whatever is inside."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt import MODELS, LanguageModel
+from gpt.checkpoint import build as build_model
+from gpt.checkpoint import load_tensors, open_language_model, save_config, save_tensors, weights
+from gpt.models.base import rows
+
+VOCABULARY, CONTEXT = 50, 24
+
+VARIANTS = {
+    "sigma-pi": ("sigma-pi", {"span": 5, "width": 24, "hidden": 32}),
+    "sigma-pi-1": ("sigma-pi", {"span": 1, "width": 24, "hidden": 32}),
+    "softmax": ("softmax", {}),
+    "mlp": ("mlp", {"span": 5, "width": 24, "hidden": 32}),
+    "mlp-deep": ("mlp", {"span": 30, "width": 24, "hidden": 32, "depth": 2, "activation": "relu"}),
+    "experts": ("experts", {"span": 5, "width": 24, "hidden": 32, "experts": 3}),
+    "rnn": ("rnn", {"width": 32}),
+    "lstm": ("lstm", {"width": 64, "embedding_width": 48}),
+    "lstm-tied": ("lstm", {"width": 48, "depth": 1, "tied": True}),
+    "gru": ("gru", {"width": 32}),
+    "seq2seq": ("seq2seq", {"width": 32, "depth": 2}),
+    "attention": ("attention", {"width": 32}),
+    "transformer": ("transformer", {"width": 32, "depth": 2, "heads": 2}),
+    "gpt2": ("gpt2", {"width": 32, "depth": 2, "heads": 2}),
+    "gpt": ("gpt", {"width": 32, "depth": 2, "heads": 2}),
+    "gpt-ngrams": ("gpt", {"width": 32, "depth": 2, "heads": 2, "ngrams": 600}),
+    "gpt-tied": ("gpt", {"width": 32, "depth": 2, "heads": 2, "tied": True}),
+}
+
+
+def test_every_model_has_a_variant_here() -> None:
+    assert {name for name, _ in VARIANTS.values()} == set(MODELS)
+
+
+@pytest.fixture(params=VARIANTS)
+def model(request: pytest.FixtureRequest) -> LanguageModel:
+    """In float64, with weights such that every part of the model matters."""
+    torch.manual_seed(0)
+    name, own = VARIANTS[request.param]
+    model = build_model(name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own}).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def tokens_BT() -> Tensor:
+    return torch.randint(VOCABULARY, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
+
+
+def test_logits_are_one_row_of_the_vocabulary_for_each_token(
+    model: LanguageModel, tokens_BT: Tensor
+) -> None:
+    assert model(tokens_BT).shape == (3, CONTEXT, VOCABULARY)
+
+
+@pytest.mark.parametrize("place", [1, 11, CONTEXT - 1])
+def test_changing_the_future_leaves_the_past(
+    model: LanguageModel, tokens_BT: Tensor, place: int
+) -> None:
+    changed_BT = tokens_BT.clone()
+    changed_BT[:, place:] = (changed_BT[:, place:] + 1) % VOCABULARY
+    before, after = model(tokens_BT), model(changed_BT)
+    assert torch.equal(before[:, :place], after[:, :place])
+    assert not torch.allclose(before[:, place:], after[:, place:])
+
+
+@pytest.mark.parametrize(
+    "chunks", [[CONTEXT], [1] * CONTEXT, [7, 1, 5, 11], [23, 1], [1, 23]], ids=str
+)
+def test_stateful_equals_stateless(
+    model: LanguageModel, tokens_BT: Tensor, chunks: list[int]
+) -> None:
+    state = model.init_state(3, CONTEXT)
+    parts = [model(chunk_BT, state) for chunk_BT in tokens_BT.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT), rtol=0, atol=1e-12)
+
+
+def test_rows_at_different_places_go_on_together(model: LanguageModel, tokens_BT: Tensor) -> None:
+    expected = model(tokens_BT)
+    state = model.init_state(4, CONTEXT)
+    lengths = [9, 3, 20]
+    for row, length in enumerate(lengths):
+        model(tokens_BT[row : row + 1, :length], rows(state, row, row + 1))
+    for step in range(3):
+        places = torch.tensor(lengths) + step
+        new_B1 = tokens_BT[torch.arange(3), places].unsqueeze(1)
+        got = model(new_B1, rows(state, 0, 3))[:, 0]
+        torch.testing.assert_close(got, expected[torch.arange(3), places], rtol=0, atol=1e-12)
+
+
+def test_a_row_taken_over_by_another_is_that_other(model: LanguageModel, tokens_BT: Tensor) -> None:
+    state = model.init_state(2, CONTEXT)
+    model(tokens_BT[:1, :4], rows(state, 0, 1))
+    model(tokens_BT[1:2, :10], rows(state, 1, 2))
+    for tensor in state.values():
+        tensor[0] = tensor[1]
+    got = model(tokens_BT[1:2, 10:11], rows(state, 0, 1))[0, 0]
+    torch.testing.assert_close(got, model(tokens_BT)[1, 10], rtol=0, atol=1e-12)
+
+
+def test_the_loss_is_torchs_cross_entropy_over_the_logits(
+    model: LanguageModel, tokens_BT: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    targets_BT = tokens_BT.roll(-1, dims=1)
+    targets_BT[0, 3:9] = -100
+    features_BTD, scored_BT = model.predictions(tokens_BT, targets_BT)
+    assert scored_BT.shape[1] == model.scorable
+    logits_NV = model.logits(features_BTD).flatten(0, 1)
+    expected = nn.functional.cross_entropy(logits_NV, scored_BT.flatten())
+    expected_N = nn.functional.cross_entropy(logits_NV, scored_BT.flatten(), reduction="none")
+    expected.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    for chunk_elements in (2**26, 7 * VOCABULARY):  # at once, and seven positions at a time
+        monkeypatch.setattr("gpt.models.base.CHUNK_ELEMENTS", chunk_elements)
+        model.zero_grad()
+        loss = model.loss(tokens_BT, targets_BT)
+        loss.backward()
+        torch.testing.assert_close(loss, expected)
+        torch.testing.assert_close(
+            model.nll(tokens_BT, targets_BT)[:, -model.scorable :].flatten(), expected_N
+        )
+        for name, parameter in model.named_parameters():
+            torch.testing.assert_close(parameter.grad, gradients[name])
+
+
+def test_saved_and_opened_gives_the_same_logits(
+    model: LanguageModel, tokens_BT: Tensor, tmp_path, request: pytest.FixtureRequest
+) -> None:
+    name, own = VARIANTS[request.node.callspec.params["model"]]
+    model = model.float()
+    save_config(tmp_path, name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
+    save_tensors(tmp_path / "model.safetensors", weights(model))
+    opened = open_language_model(tmp_path)
+    assert torch.equal(opened(tokens_BT), model(tokens_BT))
+    assert load_tensors(tmp_path / "model.safetensors").keys() == weights(opened).keys()
+
+
+SEES_ONE_TOKEN = {"softmax": 1e-1, "sigma-pi-1": 1e-2}
+"""Variants that can only learn what follows a token, whatever was before it, and at which rate."""
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_overfits_one_batch(variant: str, tokens_BT: Tensor) -> None:
+    torch.manual_seed(0)
+    name, own = VARIANTS[variant]
+    if variant in SEES_ONE_TOKEN:
+        places_BT = torch.arange(CONTEXT) + torch.tensor([[0], [17], [31]])
+        tokens_BT = torch.randperm(VOCABULARY)[places_BT % VOCABULARY]
+    model = build_model(name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
+    optimizer = torch.optim.Adam(model.parameters(), lr=SEES_ONE_TOKEN.get(variant, 1e-2))
+    for _ in range(80):
+        optimizer.zero_grad()
+        loss = model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.05
+
+
+def test_more_tokens_than_the_context_are_refused(model: LanguageModel) -> None:
+    if model.limit is None:
+        return
+    with pytest.raises(ValueError, match=r"25 tokens.*24"):
+        model(torch.zeros(1, CONTEXT + 1, dtype=torch.long))

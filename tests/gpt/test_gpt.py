@@ -1,0 +1,206 @@
+"""GPT-2 and today's GPT against implementations that we did not write."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from benchmarks.rivals import as_transformers
+from gpt.models.attention import Places, RMSNorm, rotary_table, rotate
+from gpt.models.gpt import GPT, GPT2, NGrams
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    torch.manual_seed(0)
+    model = GPT(97, 32, width=48, depth=2, heads=3, hidden=80, tied=tied).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    config = Qwen3Config(
+        vocab_size=97,
+        hidden_size=48,
+        intermediate_size=80,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        num_key_value_heads=3,
+        head_dim=16,
+        max_position_embeddings=32,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        tie_word_embeddings=tied,
+    )
+    theirs = Qwen3ForCausalLM(config).double().eval()
+    names = {
+        "embedding": "model.embed_tokens",
+        "unembedding": "lm_head",
+        "norm": "model.norm",
+        "attention_norm": "input_layernorm",
+        "mlp_norm": "post_attention_layernorm",
+        "query": "q_proj",
+        "key": "k_proj",
+        "value": "v_proj",
+        "output": "o_proj",
+        "query_norm": "q_norm",
+        "key_norm": "k_norm",
+        "gate": "gate_proj",
+        "up": "up_proj",
+        "down": "down_proj",
+        "attention": "self_attn",
+        "blocks": "model.layers",
+    }
+    state = {
+        ".".join(names.get(part, part) for part in name.split(".")): tensor
+        for name, tensor in model.state_dict().items()
+    }
+    theirs.load_state_dict(state)
+    tokens_BT = torch.randint(97, (2, 32))
+    with torch.inference_mode():
+        # Their rotary table is float32 whatever the model is.
+        torch.testing.assert_close(model(tokens_BT), theirs(tokens_BT).logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("training", [False, True])
+def test_chapter_14_equals_gpt2_weight_for_weight(training: bool, bias: bool) -> None:
+    torch.manual_seed(0)
+    dropout = 0.3 if training else 0.0
+    model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout, bias=bias)
+    model = model.double().train(training)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    theirs = as_transformers(model, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+    tokens_BT = torch.randint(97, (2, 32))
+
+    def logits(of) -> torch.Tensor:
+        torch.manual_seed(1)  # of the dropout: the same places in the same order
+        with torch.no_grad():
+            return of(tokens_BT)
+
+    torch.testing.assert_close(logits(model), logits(theirs).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_chapter_14_begins_as_openai_s_does() -> None:
+    torch.manual_seed(0)
+    model = GPT2(500, 64, width=128, depth=8, heads=4)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            assert (parameter == float("norm" in name and "weight" in name)).all()
+        else:
+            residual = name.endswith(("output.weight", "down.weight"))
+            assert parameter.std().item() == pytest.approx(0.005 if residual else 0.02, rel=0.05)
+    assert model.unembedding.weight is model.embedding.weight
+    tokens_BT = torch.randint(500, (2, 64))
+    assert model.loss(tokens_BT, tokens_BT.roll(1)).item() == pytest.approx(6.21, abs=0.05)
+
+
+@pytest.mark.parametrize("kind", [GPT, GPT2])
+def test_chapter_14_no_gradient_flows_from_the_future(kind: type[GPT | GPT2]) -> None:
+    torch.manual_seed(0)
+    model = kind(20, 10, width=16, depth=2, heads=2).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    # Ten tokens, each another: the gradient of its embedding is that of its place.
+    model.features(torch.arange(10).unsqueeze(0))[0, 4].square().sum().backward()
+    gradient_T = model.embedding.weight.grad[:10].norm(dim=-1)
+    assert (gradient_T[5:] == 0).all()
+    assert (gradient_T[:5] > 1e-6).all()
+
+
+def test_chapter_14_a_pair_is_one_text_with_the_loss_on_its_target() -> None:
+    torch.manual_seed(0)
+    model = GPT2(50, 24, width=32, depth=2, heads=2).double()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    source_BS, target_BT = torch.randint(50, (3, 9)), torch.randint(50, (3, 7))
+    lengths_B = torch.tensor([9, 2, 5])
+    nll_BT = model.nll(source_BS, lengths_B, target_BT[:, :-1], target_BT[:, 1:])
+    for row, length in enumerate(lengths_B.tolist()):
+        text_BT = torch.cat([source_BS[row, :length], target_BT[row]]).unsqueeze(0)
+        expected = model.nll(text_BT[:, :-1], text_BT[:, 1:])[0, length:]
+        torch.testing.assert_close(nll_BT[row], expected, rtol=0, atol=1e-12)
+
+
+def test_rotary_scores_depend_only_on_the_distance() -> None:
+    cos_SK, sin_SK = (table.double() for table in rotary_table(64, 16, 10_000.0))
+    query, key = torch.randn(
+        2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
+    )
+
+    def score(i: int, j: int) -> float:
+        turned = [
+            rotate(x, cos_SK[k : k + 1], sin_SK[k : k + 1]) for x, k in ((query, i), (key, j))
+        ]
+        return (turned[0] * turned[1]).sum().item()
+
+    assert score(5, 2) == pytest.approx(score(40, 37), rel=1e-5)
+    assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-2)
+
+
+def test_the_gradient_of_a_rotation_is_the_one_that_is_measured() -> None:
+    torch.manual_seed(0)
+    cos_SK, sin_SK = (table[:3].double() for table in rotary_table(64, 6, 10_000.0))
+    x_BHTK = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: rotate(x, cos_SK, sin_SK), x_BHTK)
+
+
+def test_the_norm_and_its_gradients_are_torchs() -> None:
+    torch.manual_seed(0)
+    norm = RMSNorm(5).double()
+    nn.init.normal_(norm.weight)
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    found, expected = norm(x), F.rms_norm(x, (5,), norm.weight, 1e-6)
+    torch.testing.assert_close(found, expected)
+    some = torch.randn_like(x)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(y, (x, norm.weight), some) for y in (found, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_norm_in_bfloat16_loses_no_more_than_its_rounding() -> None:
+    x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 3
+    norm = RMSNorm(32)
+    found = norm(x.bfloat16())
+    assert found.dtype == torch.bfloat16
+    torch.testing.assert_close(found.float(), norm(x), rtol=2**-6, atol=0)
+
+
+def test_ngrams_are_the_rows_of_the_last_two_and_three_tokens() -> None:
+    torch.manual_seed(0)
+    ngrams = NGrams(vocabulary=7, rows=100, width=4)
+    assert len(ngrams.pairs.weight) == 49  # no more than there are
+    assert len(ngrams.triples.weight) == 100
+    text = [3, 0, 6, 6, 1]
+    tokens_BT = torch.tensor([text])
+    found_BTD = ngrams(tokens_BT, Places(tokens_BT, None))
+    for place, token in enumerate(text):
+        before, first = [0, 0, *text][place + 1], [0, 0, *text][place]
+        pair = ngrams.pairs.weight[before * 7 + token]
+        triple = ngrams.triples.weight[(first * 49 + before * 7 + token) % 100]
+        torch.testing.assert_close(found_BTD[0, place], pair + triple)
+
+
+def test_flops_follow_the_published_count() -> None:
+    """6 N + 12 L H Q T (Chowdhery et al. 2022), N without the embedding that is only looked up."""
+    model = GPT(1000, 64, width=48, depth=2, heads=3)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) - 1000 * 48
+    assert model.flops_per_token(64) == 6 * matrices + 12 * 2 * 3 * 16 * 64
+    tied = GPT(1000, 64, width=48, depth=2, heads=3, tied=True)
+    assert tied.flops_per_token(64) == model.flops_per_token(64)
+
+
+def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiple of 2 \* heads.*50 with 3"):
+        GPT(100, 16, width=50, heads=3)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="ngrams must be at least 0, not -1"):
+        GPT(100, 16, ngrams=-1)
+    with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
+        GPT2(100, 16, width=50, heads=3)
+    with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
+        GPT2(100, 16, width=32, depth=0, heads=2)
+    with pytest.raises(ValueError, match="17 tokens do not fit in the context of 16"):
+        GPT2(100, 16)(torch.zeros(1, 17, dtype=torch.long))

@@ -1,0 +1,184 @@
+"""Chapters 11 and 12: the recurrent encoder-decoder, without and with attention."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence
+
+from gpt.beam_search import translate
+from gpt.models.base import EncoderDecoder
+from gpt.models.recurrent import GRUCell
+from gpt.models.seq2seq import AdditiveAttention, Seq2Seq, Seq2SeqAttention, reversal
+
+SOURCE_BS = torch.randint(20, (4, 7), generator=torch.Generator().manual_seed(0))
+LENGTHS_B = torch.tensor([7, 1, 4, 6])
+
+
+def pack(source_BSD: Tensor) -> nn.utils.rnn.PackedSequence:
+    return pack_padded_sequence(source_BSD, LENGTHS_B, batch_first=True, enforce_sorted=False)
+
+
+def copy(cell: GRUCell, theirs: nn.GRU, suffix: str) -> None:
+    """Our weights into torch's layer."""
+    for kind, module in (("ih", cell.input), ("hh", cell.hidden)):
+        getattr(theirs, f"weight_{kind}_{suffix}").data.copy_(module.weight)
+        getattr(theirs, f"bias_{kind}_{suffix}").data.copy_(module.bias)
+
+
+def random(model: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.5)
+    return model.double().eval()
+
+
+def test_chapter_11_the_context_is_torchs_last_state_at_each_rows_end() -> None:
+    model = random(Seq2Seq(20, 12, width=8, depth=2))
+    theirs = nn.GRU(8, 8, num_layers=2, batch_first=True).double()
+    for layer, cell in enumerate(model.encoder):
+        copy(cell, theirs, f"l{layer}")
+    _, hidden_LBD = theirs(pack(model.embedding(SOURCE_BS)))
+    hidden_BLD = model.encode(SOURCE_BS, LENGTHS_B)["hidden"]
+    torch.testing.assert_close(hidden_BLD, hidden_LBD.transpose(0, 1))
+    for layer, cell in enumerate(model.decoder):
+        copy(cell, theirs, f"l{layer}")
+    expected_BTD, _ = theirs(model.embedding(SOURCE_BS), hidden_LBD)
+    features_BTD = model.features(SOURCE_BS, model.start(SOURCE_BS, LENGTHS_B))
+    torch.testing.assert_close(features_BTD, expected_BTD)
+
+
+def test_chapter_11_read_in_reverse_is_the_reversed_sentence() -> None:
+    model = random(Seq2Seq(20, 12, width=8))
+    mirrored_BS = SOURCE_BS.gather(1, reversal(LENGTHS_B, 7))
+    assert mirrored_BS[2, :4].tolist() == SOURCE_BS[2, :4].flip(0).tolist()
+    expected = model.encode(mirrored_BS, LENGTHS_B)["hidden"]
+    model.reverse = True
+    torch.testing.assert_close(model.encode(SOURCE_BS, LENGTHS_B)["hidden"], expected)
+
+
+def test_chapter_11_one_state_is_all_that_the_decoder_has() -> None:
+    """The bottleneck: as large for a word as for a page."""
+    model = Seq2Seq(20, 12, width=8, depth=2)
+    for length in (1, 12, 100):
+        source_BS = torch.zeros(1, length, dtype=torch.long)
+        state = model.start(source_BS, torch.tensor([length]))
+        assert {name: tensor.shape for name, tensor in state.items()} == {"hidden": (1, 2, 8)}
+
+
+def test_chapter_12_softmax_of_the_documents_scores() -> None:
+    attention = AdditiveAttention(1, 1)
+    nn.init.zeros_(attention.query.weight)
+    nn.init.zeros_(attention.query.bias)
+    nn.init.ones_(attention.score)
+    keys_BSD = torch.tensor([0.31, 0.85, 0.24]).atanh().view(1, 3, 1)
+    absent_BS = torch.zeros(1, 3, dtype=torch.bool)
+    weights_BS = attention(torch.zeros(1, 1), keys_BSD, absent_BS)
+    assert [round(weight, 2) for weight in weights_BS[0].tolist()] == [0.27, 0.47, 0.26]
+
+
+def test_chapter_12_weights_sum_to_one_and_are_zero_on_padding() -> None:
+    model = random(Seq2SeqAttention(20, 12, width=8))
+    tokens_BT = SOURCE_BS[:, :5]
+    alignment = model.xray(SOURCE_BS, LENGTHS_B, tokens_BT)[0]
+    assert alignment.name == "alignment of the next token"
+    weights_BTS = alignment.weights[:, 0, 0]
+    assert weights_BTS.shape == (4, 5, 7)
+    torch.testing.assert_close(weights_BTS.sum(dim=-1), torch.ones(4, 5, dtype=torch.float64))
+    absent_BTS = (torch.arange(7) >= LENGTHS_B.unsqueeze(1)).unsqueeze(1).expand(4, 5, 7)
+    assert (weights_BTS[absent_BTS] == 0).all()
+    assert (weights_BTS[~absent_BTS] > 0).all()
+
+
+def test_chapter_12_encoder_is_torchs_in_both_directions() -> None:
+    model = random(Seq2SeqAttention(20, 12, width=8))
+    theirs = nn.GRU(8, 8, batch_first=True, bidirectional=True).double()
+    copy(model.ahead, theirs, "l0")
+    copy(model.back, theirs, "l0_reverse")
+    packed, hidden_2BD = theirs(pack(model.embedding(SOURCE_BS)))
+    memory_BSD, _ = nn.utils.rnn.pad_packed_sequence(packed, batch_first=True)
+    encoded = model.encode(SOURCE_BS, LENGTHS_B)
+    torch.testing.assert_close(encoded["memory"], memory_BSD)
+    torch.testing.assert_close(encoded["hidden"], torch.tanh(model.bridge(hidden_2BD[1])))
+
+
+def test_chapter_12_decoder_follows_the_equations() -> None:
+    """One sentence, one word after the other, one encoder state after the other."""
+    model = random(Seq2SeqAttention(20, 12, width=8))
+    encoded = model.encode(SOURCE_BS[2:3, :4], torch.tensor([4]))
+    cell = nn.GRUCell(8 + 16, 8).double()
+    cell.weight_ih.data.copy_(torch.cat([model.decoder.input.weight, model.summary.weight], dim=1))
+    cell.bias_ih.data.copy_(model.decoder.input.bias)
+    cell.weight_hh.data.copy_(model.decoder.hidden.weight)
+    cell.bias_hh.data.copy_(model.decoder.hidden.bias)
+    attention = model.attention
+    hidden_D, words = encoded["hidden"][0], [3, 11, 0]
+    expected = []
+    for word in words:
+        scores = torch.stack(
+            [
+                attention.score @ torch.tanh(attention.query(hidden_D) + attention.key(memory_D))
+                for memory_D in encoded["memory"][0]
+            ]
+        )
+        context_D = sum(w * m for w, m in zip(scores.softmax(0), encoded["memory"][0], strict=True))
+        word_D = model.embedding.weight[word]
+        hidden_D = cell(torch.cat([word_D, context_D]), hidden_D)
+        expected.append(torch.tanh(model.readout(torch.cat([hidden_D, context_D, word_D]))))
+    features_BTD = model.decode(torch.tensor([words]), encoded)
+    torch.testing.assert_close(features_BTD[0], torch.stack(expected))
+
+
+def test_rows_without_a_source_do_not_disturb_the_others() -> None:
+    for model in (Seq2Seq(20, 12, width=8), Seq2SeqAttention(20, 12, width=8)):
+        random(model)
+        tokens_BT = SOURCE_BS[:, :5]
+        lengths_B = torch.tensor([7, 0, 4, 6])
+        features_BTD = model.features(tokens_BT, model.start(SOURCE_BS, lengths_B))
+        torch.testing.assert_close(features_BTD[1], model.features(tokens_BT)[1])
+        loss = model.loss(SOURCE_BS, lengths_B, tokens_BT, tokens_BT)
+        loss.backward()
+        assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def digits(rows: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Sequences of 4 to 10 digits to be written backwards; 10 begins, 11 ends."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths_B = torch.randint(4, 11, (rows,), generator=generator)
+    source_BS = torch.randint(10, (rows, 10), generator=generator)
+    places_T = torch.arange(11)
+    backwards_BT = source_BS.gather(1, reversal(lengths_B, 10))
+    targets_BT = nn.functional.pad(backwards_BT, (0, 1))
+    targets_BT = torch.where(places_T == lengths_B.unsqueeze(1), 11, targets_BT)
+    targets_BT = torch.where(places_T > lengths_B.unsqueeze(1), -100, targets_BT)
+    tokens_BT = nn.functional.pad(backwards_BT, (1, 0), value=10)
+    return source_BS, lengths_B, tokens_BT, targets_BT
+
+
+def learn(model: EncoderDecoder, steps: int, rate: float) -> float:
+    """Share of unseen sequences that it then writes backwards without a fault."""
+    optimizer = torch.optim.Adam(model.parameters(), lr=rate)
+    for step in range(steps):
+        optimizer.zero_grad()
+        model.loss(*digits(64, step)).backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+    source_BS, lengths_B, *_ = digits(100, 10**6)
+    sources = [
+        row[:length] for row, length in zip(source_BS.tolist(), lengths_B.tolist(), strict=True)
+    ]
+    written = translate(model.eval(), sources, begin=10, end=11, most=12)
+    return sum(w == s[::-1] for w, s in zip(written, sources, strict=True)) / len(sources)
+
+
+def test_chapter_12_looking_back_beats_one_vector() -> None:
+    torch.manual_seed(0)
+    with_attention = learn(Seq2SeqAttention(12, 12, width=48), 150, 1e-2)
+    without = learn(Seq2Seq(12, 12, width=48, depth=1), 150, 1e-2)
+    assert with_attention > 0.8 > 0.5 > without
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match="width and depth must be at least 1, not 8 and 0"):
+        Seq2Seq(20, 12, width=8, depth=0)
+    with pytest.raises(ValueError, match="at least 1, not 0"):
+        Seq2SeqAttention(20, 12, width=0)

@@ -1,0 +1,189 @@
+"""Chapter 13: attention as it is written, and the encoder-decoder made of it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt.models.attention import CausalSelfAttention, Places, importance, init_cache, source_mask
+from gpt.models.transformer import Attention, Transformer, sinusoids
+
+
+def build(**own: int) -> Transformer:
+    torch.manual_seed(0)
+    model = Transformer(30, 12, **{"width": 16, "depth": 2, "heads": 2, **own}).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.4)
+    return model
+
+
+def causal_mask(length: int) -> Tensor:
+    """The mask that cached attention uses."""
+    state = init_cache(torch.zeros(1, 8), 1, 1, 2, length)
+    return Places(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
+
+
+def random(*shape: int) -> Tensor:
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+
+
+def test_chapter_13_the_fused_attention_is_the_written_one() -> None:
+    queries, keys, values = random(3, 2, 4, 6, 8)
+    for mask, causal in ((None, False), (causal_mask(6), True)):
+        expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
+        torch.testing.assert_close(importance(queries, keys, mask) @ values, expected)
+
+
+def test_chapter_13_the_mask_gives_exact_zeros_and_equal_scores_share() -> None:
+    weights_TS = importance(random(1, 1, 7, 4), random(1, 1, 7, 4), causal_mask(7))[0, 0]
+    assert (weights_TS.triu(1) == 0).all()
+    assert (weights_TS.tril()[weights_TS.new_ones(7, 7).tril() > 0] > 0).all()
+    torch.testing.assert_close(weights_TS.sum(dim=-1), weights_TS.new_ones(7))
+    equal_TS = importance(torch.zeros(1, 1, 3, 4), random(1, 1, 3, 4).float(), causal_mask(3))[0, 0]
+    expected_TS = torch.tensor([[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
+    torch.testing.assert_close(equal_TS, expected_TS)
+
+
+def test_chapter_13_attention_is_asymmetric() -> None:
+    """What "eat" sees in "bread" is not what "bread" sees in "eat"."""
+    attention = Attention(8, 1).double()
+    x_BTD = random(1, 3, 8)
+    weights_TS = importance(
+        attention.split(attention.query(x_BTD)), attention.split(attention.key(x_BTD))
+    )[0, 0]
+    assert not torch.allclose(weights_TS, weights_TS.T, atol=1e-3)
+
+
+def test_chapter_13_without_positions_the_order_does_not_matter() -> None:
+    """I eat bread, bread eat I."""
+    model = build()
+    sentence, lengths = torch.tensor([[5, 17, 9]]), torch.tensor([3])
+    order = [2, 1, 0]
+
+    def read(source_BS: Tensor) -> Tensor:
+        return model.encode(source_BS, lengths)["source_values"]
+
+    assert not torch.allclose(read(sentence[:, order]), read(sentence)[..., order, :], atol=1e-3)
+    model.positions_SD.zero_()
+    torch.testing.assert_close(read(sentence[:, order]), read(sentence)[..., order, :])
+    written = torch.tensor([[3, 4]])
+    one, other = (
+        model.features(written, model.start(source_BS, lengths))
+        for source_BS in (sentence, sentence[:, order])
+    )
+    torch.testing.assert_close(one, other)
+
+
+def test_chapter_13_no_gradient_flows_from_the_future() -> None:
+    model = build()
+    tokens_BT = torch.arange(10).unsqueeze(0)
+    encoded = model.encode(torch.tensor([[20, 21, 22]]), torch.tensor([2]))
+    model.decode(tokens_BT, encoded)[0, 4].square().sum().backward()
+    gradient_V = model.embedding.weight.grad.norm(dim=-1)
+    assert (gradient_V[:5] > 1e-6).all()
+    assert (gradient_V[5:10] == 0).all()
+    # Of the source every word, wherever it stands; of the padding none.
+    assert (gradient_V[20:22] > 1e-6).all()
+    assert gradient_V[22] == 0
+
+
+def test_chapter_13_equals_torchs_own_layers_weight_for_weight() -> None:
+    model = build()
+    settings = {"dim_feedforward": 64, "dropout": 0.0, "batch_first": True, "norm_first": True}
+    encoder = nn.TransformerEncoder(
+        nn.TransformerEncoderLayer(16, 2, **settings), 2, nn.LayerNorm(16), False
+    ).double()
+    decoder = nn.TransformerDecoder(
+        nn.TransformerDecoderLayer(16, 2, **settings), 2, nn.LayerNorm(16)
+    ).double()
+    ours = model.state_dict()
+
+    def load(theirs: nn.Module, stack: str, norm: str, parts: dict[str, str]) -> None:
+        state = {}
+        for kind in ("weight", "bias"):
+            state[f"norm.{kind}"] = ours[f"{norm}.{kind}"]
+            for layer in range(2):
+                for name, their_name in parts.items():
+                    state[f"layers.{layer}.{their_name}.{kind}"] = ours[
+                        f"{stack}.{layer}.{name}.{kind}"
+                    ]
+                for name, their_name in (("attention", "self_attn"), ("cross", "multihead_attn")):
+                    if f"{stack}.{layer}.{name}.query.weight" not in ours:
+                        continue
+                    state[f"layers.{layer}.{their_name}.in_proj_{kind}"] = torch.cat(
+                        [
+                            ours[f"{stack}.{layer}.{name}.{part}.{kind}"]
+                            for part in ("query", "key", "value")
+                        ]
+                    )
+                    state[f"layers.{layer}.{their_name}.out_proj.{kind}"] = ours[
+                        f"{stack}.{layer}.{name}.output.{kind}"
+                    ]
+        theirs.load_state_dict(state)
+
+    both = {"attention_norm": "norm1", "mlp.up": "linear1", "mlp.down": "linear2"}
+    load(encoder, "encoder", "encoder_norm", {**both, "mlp_norm": "norm2"})
+    load(decoder, "decoder", "norm", {**both, "cross_norm": "norm2", "mlp_norm": "norm3"})
+    generator = torch.Generator().manual_seed(2)
+    source_BS = torch.randint(30, (3, 7), generator=generator)
+    tokens_BT = torch.randint(30, (3, 5), generator=generator)
+    lengths_B = torch.tensor([7, 2, 4])
+    absent_BS = ~source_mask(lengths_B, 7)
+    future_TT = torch.ones(5, 5, dtype=torch.bool).triu(1)
+    memory_BSD = encoder(
+        model.embedding(source_BS) + model.positions_SD[:7], src_key_padding_mask=absent_BS
+    )
+    expected_BTD = decoder(
+        model.embedding(tokens_BT) + model.positions_SD[:5],
+        memory_BSD,
+        tgt_mask=future_TT,
+        memory_key_padding_mask=absent_BS,
+    )
+    encoded = model.encode(source_BS, lengths_B)
+    torch.testing.assert_close(model.decode(tokens_BT, encoded), expected_BTD)
+
+
+def test_chapter_13_positions_are_the_papers() -> None:
+    table_SD = sinusoids(40, 6)
+    for position, pair in ((0, 0), (1, 0), (7, 1), (39, 2)):
+        angle = torch.tensor(position / 10_000 ** (2 * pair / 6))
+        expected = torch.stack([angle.sin(), angle.cos()])
+        torch.testing.assert_close(table_SD[position, 2 * pair : 2 * pair + 2], expected)
+    assert sinusoids(5, 7).shape == (5, 7)
+
+
+def test_an_empty_source_in_a_batch_is_no_source() -> None:
+    model = build()
+    source_BS, lengths_B = torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([3, 0])
+    tokens_BT = torch.tensor([[1, 2], [1, 2]])
+    features_BTD = model.features(tokens_BT, model.start(source_BS, lengths_B))
+    torch.testing.assert_close(features_BTD[1], model.features(tokens_BT)[1])
+    assert not torch.allclose(features_BTD[0], features_BTD[1], atol=1e-3)
+
+
+def test_cached_causal_attention_equals_the_whole() -> None:
+    attention = CausalSelfAttention(8, 2).double()
+    x_BTD = random(2, 5, 8)
+    whole_BTD = attention(x_BTD, Places(torch.zeros(2, 5), None))
+    queries_BHTK, keys_BHSK = attention.queries_and_keys(x_BTD, Places(torch.zeros(2, 5), None))
+    weights_BHTS = importance(queries_BHTK, keys_BHSK, causal_mask(5))
+    mixed_BHTK = weights_BHTS @ attention.split(attention.value(x_BTD))
+    torch.testing.assert_close(attention.output(mixed_BHTK.transpose(1, 2).flatten(2)), whole_BTD)
+
+
+def test_sizes_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
+        Transformer(30, 8, width=50, heads=3)
+    with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
+        Transformer(30, 8, width=32, depth=0, heads=2)
+    with pytest.raises(ValueError, match="9 tokens do not fit in the context of 8"):
+        Transformer(30, 8).start(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+
+
+def test_flops_count_each_token_in_the_half_that_it_goes_through() -> None:
+    model = Transformer(1000, 64, width=48, depth=2, heads=3)
+    matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) - 1000 * 48
+    # Over a window of 64: two self-attentions and one cross-attention of 32 by 32, forward
+    # and twice backward, scores and averages, two operations each.
+    attention = 2 * 3 * (32 * 32 * 48) * 2 * 2 * 3 / 64
+    assert model.flops_per_token(64) == 3 * matrices + attention

@@ -1,0 +1,392 @@
+"""The command line as its user meets it: a run from text to figures, and one line for each mistake."""
+
+import contextlib
+import io
+import json
+import os
+import re
+import runpy
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from gpt.checkpoint import find_run, load_tensors
+from training.trainer import newest_checkpoint
+
+TINY = [
+    "--tokenizer",
+    "bytes",
+    "--steps",
+    "6",
+    "--batch",
+    "4",
+    "--window",
+    "32",
+    "--width",
+    "16",
+    "--depth",
+    "1",
+    "--heads",
+    "1",
+    "--warm-up",
+    "1",
+    "--validation-interval",
+    "3",
+    "--checkpoint-interval",
+    "3",
+    "--log-interval",
+    "1",
+    "--sample-tokens",
+    "5",
+    "--device",
+    "cpu",
+]
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory):
+    """A folder with a text in it, and caches of its own."""
+    folder = tmp_path_factory.mktemp("here")
+    (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(400)))
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def settled(here, monkeypatch):
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("TINYGPT_CACHE", str(here / "cache"))
+    monkeypatch.delenv("TINYGPT_TRACEBACK", raising=False)
+
+
+def training(*arguments):
+    """Exit code, standard output and standard error of `python -m training ARGUMENTS`."""
+    out, err, code = io.StringIO(), io.StringIO(), 0
+    argv, sys.argv = sys.argv, ["training", *map(str, arguments)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            runpy.run_module("training", run_name="__main__")
+    except SystemExit as stop:
+        code = stop.code or 0
+    finally:
+        sys.argv = argv
+    return code, out.getvalue(), err.getvalue()
+
+
+@pytest.fixture(scope="module")
+def run(here):
+    """A finished run."""
+    os.environ["TINYGPT_CACHE"] = str(here / "cache")
+    directory = here / "runs" / "done"
+    code, out, err = training("train", *TINY, "--data", here / "text.txt", "--run", directory)
+    assert code == 0, err
+    return directory, out
+
+
+def test_a_run_says_what_it_does_and_what_comes_next(run):
+    directory, out = run
+    config = json.loads((directory / "run.json").read_text())
+    assert "preset gpt-nano: gpt on cpu" in out
+    assert f"run: {directory}, {config['parameters']:,} parameters" in out
+    for name, value in config["run"].items():
+        if name not in ("preset", "model", "languages"):
+            assert f"{name} = {value}\n" in out
+    assert "last 10% of the characters" in out
+    assert len(re.findall(r"step [36]: validation loss \d\.\d{4}, perplexity", out)) == 2
+    for line in ("make sample", "make eval", "make serve"):
+        assert f"{line} RUN={directory}" in out
+    assert "\r" not in out
+
+
+def test_the_run_directory_is_complete(run):
+    directory, out = run
+    assert {path.name for path in directory.iterdir()} == {
+        *("config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl"),
+        "validation.safetensors",
+        "checkpoints",
+    }
+    held_out = load_tensors(directory / "validation.safetensors")["tokens"]
+    (there,) = re.findall(r"validation: [0-9,]+ bytes, ([0-9,]+) tokens", out)
+    assert len(held_out) == min(int(there.replace(",", "")), 16_384) > 0
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [*range(1, 7)]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
+    assert lines[-1]["final_bits_per_byte"] > 0
+    assert [line["tokens"] for line in lines if "tokens" in line] == [128 * k for k in range(1, 7)]
+
+
+def test_eval_counts_every_token_and_prints_its_setting(run, here):
+    directory, out = run
+    code, printed, _ = training("eval", directory)
+    assert code == 0
+    assert "context 32, stride 32" in printed
+    assert "xz -9e" in printed
+    figures = {}
+    for stride in (32, 9):
+        _, printed, _ = training("eval", directory, "--json", "--stride", stride)
+        figures[stride] = json.loads(printed)
+    text = (here / "text.txt").read_text()
+    held_out = text[int(0.9 * len(text)) :]
+    for stride, found in figures.items():
+        assert (found["context"], found["stride"]) == (32, stride)
+        assert found["tokens"] == found["bytes"] == len(held_out)
+        assert found["words"] == len(held_out.split()) + held_out.count("\n")
+        assert f"{found['bits_per_byte']:.4f}" in out or stride != 32
+
+
+def test_eval_on_another_text_scores_all_of_it(run, here):
+    other = here / "other.txt"
+    other.write_text("something else\n")
+    code, printed, _ = training("eval", run[0], "--data", other, "--json")
+    assert code == 0
+    assert json.loads(printed)["bytes"] == 15
+
+
+def test_eval_takes_the_test_split_where_there_is_one(run, here):
+    folder = here / "splits"
+    folder.mkdir()
+    for name in ("train", "validation", "test"):
+        (folder / f"{name}.txt").write_text(f"this is {name}\n")
+    for arguments, split in (((), "test"), (("--split", "train"), "train")):
+        _, printed, _ = training("eval", run[0], "--data", folder, "--json", *arguments)
+        found = json.loads(printed)
+        assert found["split"] == split
+        assert found["bytes"] == len(f"this is {split}\n")
+    code, _, err = training("eval", run[0], "--data", folder, "--split", "dev")
+    assert code == 2
+    assert "there are test, train, validation" in err
+
+
+def test_training_from_prepared_tokens(run, here):
+    name = json.loads((run[0] / "run.json").read_text())["data"]["fingerprint"]
+    files = (here / "cache").glob("text.txt-*/corpus.json")
+    prepared = next(file.parent for file in files if name in file.read_text())
+    code, _, err = training("train", *TINY, "--data", prepared, "--run", here / "runs" / "prepared")
+    assert code == 0, err
+    weights = "model.safetensors"
+    assert (here / "runs" / "prepared" / weights).read_bytes() == (run[0] / weights).read_bytes()
+
+
+def test_resume_goes_on_where_a_signal_stopped_it(here, request):
+    directory = here / "runs" / "stopped"
+    environment = os.environ | {"PYTHONPATH": str(request.config.rootpath)}
+    for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        command = [sys.executable, "-m", "training", "train"]
+        fresh = [*TINY, "--data", here / "text.txt", "--run", directory, "--steps", "100000"]
+        process = subprocess.Popen(
+            command + (["--resume", directory] if directory.exists() else fresh),
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for line in process.stdout:
+            if line.startswith("step "):
+                break
+        process.send_signal(number)
+        _, err = process.communicate(timeout=20)
+        assert process.returncode == code
+        saved = newest_checkpoint(directory)
+        assert f"saved {saved}" in err
+        assert f"--resume {directory}" in err
+        assert "Traceback" not in err
+
+
+def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(here):
+    options = ("--unembedding-rate", "1e38", "--clip", "0", "--warm-up", "0")
+    code, _, err = training(
+        "train", *TINY, *options, "--data", here / "text.txt", "--run", here / "runs" / "nan"
+    )
+    assert code == 1
+    assert re.search(r"the loss of step \d is not finite; the last good checkpoint is", err)
+    assert "Traceback" not in err
+
+
+def test_plot_draws_what_was_logged(run, here):
+    code, _, err = training("plot", run[0], "--output", here / "loss.svg")
+    assert (code, err) == (0, "")
+    drawn = (here / "loss.svg").read_text()
+    assert "done: validation" in drawn
+    assert "loss (nats per token)" in drawn
+
+
+WRONG = {
+    "an unknown preset": (
+        ["train", "gtp-nano"],
+        "no preset is named 'gtp-nano' (did you mean gpt-nano?",
+    ),
+    "a mistyped option": (["train", "--stepz", "3"], "--stepz, 3 (did you mean --steps?)"),
+    "a word for a number": (["train", "--steps", "many"], "--steps: invalid literal for int()"),
+    "a number out of range": (["train", "--steps", "0"], "--steps must be at least 1, not 0"),
+    "an infinite rate": (["train", "--learning-rate", "inf"], "--learning-rate must be above 0"),
+    "NaN": (["train", "--clip", "nan"], "--clip must be at least 0, not nan"),
+    "no such choice": (["train", "--precision", "int4"], "invalid choice 'int4'"),
+    "a batch that does not divide": (
+        ["train", "--accumulation", "5"],
+        "--batch 16 cannot be divided",
+    ),
+    "an unknown command": (["trian"], "Available subcommands: train, plan, eval, ladder,"),
+    "no command": ([], "Expected one of {train, plan, eval, ladder,"),
+    "no such device": (["train", "--device", "tpu"], "--device must be auto, cpu, cuda"),
+    "no card": (["train", "--device", "cuda:99"], "--device cuda:99: there is none"),
+    "heads that do not divide": (
+        ["train", "--width", "50"],
+        "width must be a multiple of 2 * heads",
+    ),
+    "no heads": (["train", "--heads", "0"], "heads must be at least 1"),
+    "a dropout above all": (["train", "--dropout", "2"], "dropout probability"),
+    "no such file": (["train", "--data", "./absent.txt"], "./absent.txt: no such file or folder"),
+    "no such tokenizer": (
+        ["train", "--tokenizer", "absent.json"],
+        "absent.json: no such tokenizer",
+    ),
+    "a text of one line": (["train", "--data", "short.txt"], "one window of 256 needs 257"),
+    "not UTF-8": (["train", "--data", "latin.txt"], "latin.txt, line 2: byte 0xe9 is not UTF-8"),
+    "not JSON": (["train", "--data", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
+    "an empty folder": (["train", "--data", "empty"], "no text in this folder"),
+    "mixed kinds": (["train", "--data", "mixed"], "mixes kinds of files"),
+    "a run that is there": (["train", "--run", "runs/done"], "already holds a run"),
+    "no such run": (["eval", "runs/dnoe"], "no such run directory (did you mean done?)"),
+    "resume of nothing": (["train", "--resume", "empty"], "not a training run"),
+    "resume with options": (["train", "--resume", "runs/done", "--steps", "9"], "--steps, 9"),
+    "a stride of nothing": (
+        ["eval", "runs/done", "--stride", "0"],
+        "between 1 and 32",
+    ),
+    "a split that is not": (["eval", "runs/done", "--split", "dev"], "no split is named 'dev'"),
+    "data options without data": (["eval", "runs/done", "--text-column", "a"], "need --data"),
+    "weights cut short": (["eval", "runs/cut"], "model.safetensors: damaged"),
+    "weights of another shape": (["eval", "runs/other"], "has shape"),
+    "a newer format": (["eval", "runs/newer"], "format 99, this tinygpt reads up to 1: upgrade"),
+    "no weights yet": (["eval", "runs/young"], "has no model.safetensors"),
+    "a config cut short": (["eval", "runs/half"], "config.json: not whole JSON"),
+    "an unknown model": (["eval", "runs/martian"], "no model is named 'gtp' (did you mean gpt?)"),
+    "an unknown argument": (["eval", "runs/odd"], "no argument 'widht' (did you mean width?)"),
+    "a picture of no kind": (
+        ["plot", "runs/done", "--output", "loss.doc"],
+        "must end in .svg, .png",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def spoiled(run, here):
+    """Files and runs with something wrong in them."""
+    (here / "short.txt").write_text("short\n")
+    (here / "latin.txt").write_bytes(b"one\ncaf\xe9\n" * 99)
+    (here / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (here / "empty").mkdir()
+    (here / "mixed").mkdir()
+    (here / "mixed" / "a.txt").write_text("a")
+    (here / "mixed" / "b.jsonl").write_text('{"text": "b"}')
+    config = json.loads((run[0] / "config.json").read_text())
+    weights = (run[0] / "model.safetensors").read_bytes()
+    own = config["arguments"]
+    for name, changed, kept in (
+        ("cut", config, weights[: len(weights) // 2]),
+        ("other", config | {"arguments": own | {"width": 32}}, weights),
+        ("newer", config | {"format": 99}, weights),
+        ("young", config, None),
+        ("half", None, weights),
+        ("martian", config | {"model": "gtp"}, weights),
+        ("odd", config | {"arguments": own | {"widht": 1}}, weights),
+    ):
+        folder = here / "runs" / name
+        folder.mkdir()
+        (folder / "config.json").write_text(
+            json.dumps(changed) if changed else '{"format": 1, "mod'
+        )
+        (folder / "run.json").write_bytes((run[0] / "run.json").read_bytes())
+        (folder / "tokenizer.json").write_bytes((run[0] / "tokenizer.json").read_bytes())
+        if kept is not None:
+            (folder / "model.safetensors").write_bytes(kept)
+
+
+@pytest.mark.usefixtures("spoiled")
+@pytest.mark.parametrize("case", WRONG)
+def test_a_mistake_is_one_line_and_exit_code_2(case, here):
+    arguments, expected = WRONG[case]
+    before = sorted(path.name for path in (here / "runs").iterdir())
+    code, _, err = training(*arguments)
+    assert code == 2
+    assert expected in err
+    assert err.count("\n") == 1
+    assert err.startswith("python -m training: ")
+    assert sorted(path.name for path in (here / "runs").iterdir()) == before
+
+
+def test_without_any_run_there_is_advice(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for arguments in (["eval"], ["train", "--resume"]):
+        code, _, err = training(*arguments)
+        assert code == 2
+        assert "there is no run in" in err
+
+
+def test_the_newest_run_is_the_default(run, here):
+    newest = here / "runs" / "done" / "model.safetensors"
+    later = max(path.stat().st_mtime for path in (here / "runs").glob("*/*.safetensors")) + 10
+    os.utime(newest, (later, later))
+    assert find_run(None).name == "done"
+    code, out, _ = training("eval", "--json")
+    assert code == 0
+    assert json.loads(out)["run"].endswith("runs/done")
+
+
+@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["eval", "--help"]])
+def test_help_names_every_option_and_fits_the_terminal(command):
+    code, out, _ = training(*command)
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 130
+    if "train" in command:
+        for name in ("--data", "--steps", "--width", "--learning-rate", "--tensorboard", "--run"):
+            assert name in out
+        assert "python -m training presets" in out
+
+
+def test_the_presets_are_listed_with_what_they_train():
+    code, out, _ = training("presets")
+    assert code == 0
+    rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines()}
+    assert rows["gpt-micro"] == ["gpt", "text"]
+    assert rows["grain-experts"] == ["experts-table", "grains"]
+    assert rows["translate-attention"] == ["attention", "pairs"]
+    assert rows["word2vec"] == ["word2vec", "vectors"]
+
+
+def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [
+        json.dumps({"translation": {"en": " ".join(["cat"] * n), "fr": " ".join(["chat"] * n)}})
+        for n in (1, 2, 3, 4, 5, 6)
+    ]
+    (tmp_path / "pairs").mkdir()
+    for split in ("train", "validation", "test"):
+        (tmp_path / "pairs" / f"{split}.jsonl").write_text("\n".join(rows * 3) + "\n")
+
+    small = "--tokenizer bytes --window 64 --batch 6 --steps 2 --width 16 --device cpu"
+    for name in ("seq2seq", "attention"):
+        command = f"train translate-{name} --data pairs --run runs/{name} {small}"
+        assert training(*command.split())[0] == 0
+    code, out, err = training("translators", "runs/seq2seq", "runs/attention", "--output", "b.svg")
+    assert code == 0
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert [row["run"] for row in found] == ["seq2seq", "attention"]
+    assert [bucket["pairs"] for bucket in found[0]["buckets"]] == [6, 6, 6]
+    assert f"**{found[1]['bleu']:.1f}**" in (tmp_path / "b.md").read_text()
+    assert (tmp_path / "b.md").read_text() in out
+    assert "attention" in (tmp_path / "b.svg").read_text()
+
+    (tmp_path / "text.txt").write_text("no pairs here\n" * 99)
+    for arguments, message in [
+        (["translators"], "which runs?"),
+        (["translators", "runs/attention", "--split", "dev"], "has no split named 'dev'"),
+        (["eval", "runs/attention", "--data", "text.txt"], "translation"),
+        (["eval", "runs/attention", "--stride", "3"], "--stride has no meaning in the task pairs"),
+        (["train", "lstm", "--task", "pairs", "--data", "pairs"], "lstm cannot learn"),
+    ]:
+        code, out, err = training(*arguments)
+        assert code == 2
+        assert message in err
+        assert len(err.splitlines()) == 1

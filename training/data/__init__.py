@@ -1,0 +1,1 @@
+"""Text from anywhere to prepared token files, and batches from them."""

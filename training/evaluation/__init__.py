@@ -1,0 +1,1 @@
+"""Score runs: loss, perplexity, bits per byte; compare the models of all chapters."""
