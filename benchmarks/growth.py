@@ -29,7 +29,7 @@ import torch
 from benchmarks.report import Row, add_common_options, command, machine, report
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
-from training.presets import Run
+from training.presets import TrainingConfig
 from training.tasks import open_task
 from training.tasks.text import open_corpus_of
 from training.trainer import Trainer
@@ -43,10 +43,10 @@ PIECE = MB
 SECONDS = 0.005
 """Between two looks at a process's memory."""
 
-RUN = Run(
-    arguments={"width": 64, "depth": 2, "heads": 2},
-    batch=16,
-    window=128,
+RUN = TrainingConfig(
+    model_args={"width": 64, "depth": 2, "heads": 2},
+    batch_size=16,
+    context_length=128,
     device="cpu",
     precision="float32",
 )
@@ -86,7 +86,7 @@ def write_text(path: Path, size: int, base: str, seed: int) -> None:
                     break
 
 
-def prepared(run: Run, cache: str) -> Row:
+def prepared(run: TrainingConfig, cache: str) -> Row:
     """Prepare a run's text as `training train` does: learn a tokenizer, write the tokens."""
     os.environ["TINYGPT_CACHE"] = cache
     begun = time.perf_counter()
@@ -96,15 +96,15 @@ def prepared(run: Run, cache: str) -> Row:
     return {"seconds": seconds, "tokens": tokens, "directory": str(corpus.directory)}
 
 
-def trained(run: Run, threads: int) -> Row:
+def trained(run: TrainingConfig, threads: int) -> Row:
     """Take a run's steps and score it once; the seconds of a token at both ends of the training."""
     torch.set_num_threads(threads)
     trainer = Trainer(run, Path(), open_task(run), torch.device(run.device))
     seconds = []
     while trainer.step < run.steps:
         begun = time.perf_counter()
-        trainer.advance(trainer.objective)
-        seconds.append((time.perf_counter() - begun) / (run.batch * run.window))
+        trainer.train_step(trainer.objective)
+        seconds.append((time.perf_counter() - begun) / (run.batch_size * run.context_length))
         trainer.step += 1
     trainer.task.validate(trainer.model)
     tenth = max(1, run.steps // 10)
@@ -117,7 +117,7 @@ def trained(run: Run, threads: int) -> Row:
 def tokenised(text: Path, directory: str, cores: int) -> Row:
     """How fast a text is tokenised on so many cores."""
     os.environ["RAYON_NUM_THREADS"] = str(cores)
-    tokenizer = Tokenizer.open(directory)
+    tokenizer = Tokenizer.load(directory)
     size, seconds = 0, 0.0
     with text.open(encoding="utf-8") as file:
         while lines := file.readlines(PIECE):
@@ -160,7 +160,7 @@ def alone(function: Callable[..., Row], *arguments: Any) -> Row:  # noqa: ANN401
     return {**found, "own_bytes": most.get("RssAnon"), "file_bytes": most.get("RssFile")}
 
 
-def measure(megabytes: Sequence[int], run: Run, data: str | None, threads: int) -> Row:
+def measure(megabytes: Sequence[int], run: TrainingConfig, data: str | None, threads: int) -> Row:
     """Prepare and train on a text of each size, then tokenise the smallest on one core and on all."""
     sizes: list[Row] = []
     with tempfile.TemporaryDirectory() as folder:

@@ -5,7 +5,7 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from gpt import LanguageModel, State
-from gpt.checkpoint import BY_NAME
+from gpt.checkpoint import MODEL_CLASSES
 from gpt.models.attention import RotarySelfAttention
 from gpt.models.gpt import GPT, Block
 
@@ -73,5 +73,5 @@ class GPTWithout(GPT):
                     nn.init.normal_(matrix.weight, std=(2 * depth * matrix.in_features) ** -0.5)
 
 
-BY_NAME["transformers"] = TransformersGPT2
-BY_NAME["gpt-without"] = GPTWithout
+MODEL_CLASSES["transformers"] = TransformersGPT2
+MODEL_CLASSES["gpt-without"] = GPTWithout

@@ -16,7 +16,7 @@ import torch
 
 from gpt import cli
 from gpt.checkpoint import RUNS, write_atomically
-from gpt.device import processor
+from gpt.device import cpu_info
 
 Row = dict[str, Any]
 """Figures by name, as JSON has them."""
@@ -29,7 +29,7 @@ def machine() -> Row:
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
-        "processor": processor()["model name"],
+        "processor": cpu_info()["model name"],
         "cores": os.cpu_count(),
         "card": card,
         "python": platform.python_version(),

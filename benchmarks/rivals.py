@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt.kernels.quantization import DType, converted
+from gpt.kernels.quantization import DType, quantize
 from gpt.models.gpt import GPT2
-from gpt.sampling import Sampling
-from serving.engine.autotune import ahead
+from gpt.sampling import SamplingParams
+from serving.engine.autotune import tune_scheduler_steps
 from serving.engine.compilation import Compiler
 from serving.engine.engine import Engine, Request
 
@@ -52,17 +52,19 @@ class Ours:
     """The engine, in this process."""
 
     def __init__(self, model: GPT2, rows: int, dtype: DType) -> None:
-        self.engine = Engine(converted(model, dtype), rows, ahead=ahead(model))
+        self.engine = Engine(
+            quantize(model, dtype), rows, num_scheduler_steps=tune_scheduler_steps(model)
+        )
         compiler = Compiler()
         compiler.add(self.engine, torch.get_num_threads())
         compiler.wait()
 
     def many(self, prompts: Prompts, tokens: int) -> list[list[int]]:
         """The tokens of each text."""
-        requests = [Request(prompt, tokens, Sampling(temperature=0)) for prompt in prompts]
+        requests = [Request(prompt, tokens, SamplingParams(temperature=0)) for prompt in prompts]
         texts: dict[Request, list[int]] = {request: [] for request in requests}
         for request in requests:
-            self.engine.add(request)
+            self.engine.add_request(request)
         while not self.engine.idle:
             for event in self.engine.step():
                 assert event.token is not None, event.error
@@ -75,8 +77,8 @@ def as_transformers(model: GPT2, **settings: Any) -> Any:  # noqa: ANN401 (their
     from transformers import GPT2Config, GPT2LMHeadModel
 
     config = GPT2Config(
-        vocab_size=model.vocabulary,
-        n_positions=model.context,
+        vocab_size=model.vocab_size,
+        n_positions=model.context_length,
         n_embd=model.width,
         n_layer=model.depth,
         n_head=model.heads,
@@ -131,7 +133,7 @@ class LlamaCpp:
         import llama_cpp
 
         self.api: Any = llama_cpp
-        self.vocabulary, self.rows = model.vocabulary, rows
+        self.vocabulary, self.rows = model.vocab_size, rows
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
             write_gguf(model, path, kind)
@@ -141,7 +143,7 @@ class LlamaCpp:
             options.use_mmap = False  # the file is about to go
             self.model = self.api.llama_model_load_from_file(str(path).encode(), options)
         settings = self.api.llama_context_default_params()
-        settings.n_ctx = model.context * rows
+        settings.n_ctx = model.context_length * rows
         settings.n_seq_max = rows
         settings.n_batch = settings.n_ubatch = 512
         settings.n_threads = settings.n_threads_batch = threads
@@ -192,14 +194,14 @@ def write_gguf(model: GPT2, path: Path, kind: str) -> None:
     import gguf
 
     writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(model.context)
+    writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.width)
     writer.add_feed_forward_length(len(weights_of(model)["h.0.mlp.c_fc.weight"]))
     writer.add_block_count(model.depth)
     writer.add_head_count(model.heads)
     writer.add_layer_norm_eps(1e-5)
     writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(model.vocabulary)
+    writer.add_vocab_size(model.vocab_size)
     names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
     names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     wanted = gguf.GGMLQuantizationType[kind]

@@ -42,11 +42,11 @@ import uvloop
 
 from benchmarks.report import Row, add_common_options, command, machine, report, spread
 from benchmarks.rivals import SIZES, LlamaCpp, Ours, Size, Transformers
-from gpt.checkpoint import save_config, save_tensors, weights
-from gpt.kernels.quantization import DType, converted
+from gpt.checkpoint import save_config, save_tensors, unique_state_dict
+from gpt.kernels.quantization import DType, quantize
 from gpt.models.gpt import GPT2
-from gpt.sampling import Sampling
-from serving.engine.autotune import fastest_threads
+from gpt.sampling import SamplingParams
+from serving.engine.autotune import tune_num_threads
 from serving.engine.engine import Engine, Request
 from tokenizer import train_bpe
 from tokenizer.__main__ import Parser
@@ -234,14 +234,14 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 def engine_loop(engine: Engine, clients: int, texts: int, tokens: int) -> Row:
     """So many requests are always there, until so many texts are made."""
-    asked = prompts(texts, PROMPT, engine.model.vocabulary)
+    asked = prompts(texts, PROMPT, engine.model.vocab_size)
     timings: dict[Request, Timing] = {}
     begun = time.perf_counter()
 
     def ask() -> None:
-        request = Request(asked.pop(), tokens, Sampling(temperature=0))
+        request = Request(asked.pop(), tokens, SamplingParams(temperature=0))
         timings[request] = Timing(time.perf_counter() - begun)
-        engine.add(request)
+        engine.add_request(request)
 
     for _ in range(min(clients, texts)):
         ask()
@@ -254,7 +254,7 @@ def engine_loop(engine: Engine, clients: int, texts: int, tokens: int) -> Row:
             timing.last = now
             if timing.tokens == 1:
                 timing.first = now
-            if event.finish and asked:
+            if event.finish_reason and asked:
                 ask()
     return summary(list(timings.values()), clients)
 
@@ -358,7 +358,7 @@ def crowds(size: str, dtype: DType) -> Row:
     """A crowd that is mostly refused, in turns with as many as there is room for."""
     shape, room, tokens = SIZES[size], CROWD_ROWS + CROWD_PLACES, CROWD_TOKENS
     result: Row = {"size": size, "tokens": tokens, "crowd": [], "fitting": []}
-    options = ["--rows", CROWD_ROWS, "--queue", CROWD_PLACES, "--max-connections", 1000]
+    options = ["--max-num-seqs", CROWD_ROWS, "--max-queue", CROWD_PLACES, "--max-connections", 1000]
     with served(shape, [*options, "--dtype", dtype, "--no-compile"]) as (port, _):
         for number in range(ROUNDS + 1):
             for name, clients in (("fitting", room), ("crowd", CROWD)):
@@ -392,8 +392,8 @@ def crowds_table(result: Row) -> str:
 
 def per_token(engine: Engine, before: int, tokens: int) -> float:
     """Seconds for each of so many tokens of a text alone, after so many others, the last of which are its own."""
-    prompt = prompts(1, before - OWN, engine.model.vocabulary)[0]
-    engine.add(Request(prompt, OWN + tokens, Sampling(temperature=0)))
+    prompt = prompts(1, before - OWN, engine.model.vocab_size)[0]
+    engine.add_request(Request(prompt, OWN + tokens, SamplingParams(temperature=0)))
     made = 0
     while made < OWN:
         made += len(engine.step())
@@ -410,7 +410,7 @@ def reaches(size: str, threads: int) -> list[Row]:
     dtypes: tuple[DType, ...] = ("float32", "int8")
     for dtype in dtypes:
         engine = Ours(SIZES[size].build(), 1, dtype).engine
-        engine.ahead = 1
+        engine.num_scheduler_steps = 1
         rounds = [[per_token(engine, before, 16) for before in REACHES] for _ in range(ROUNDS + 1)]
         found.append({"size": size, "dtype": dtype, "seconds": rounds[1:]})
     return found
@@ -433,9 +433,9 @@ def reaches_table(rows: Sequence[Row]) -> str:
 def save_run(folder: Path, size: Size) -> None:
     """A run directory of untrained weights, with a tokenizer of so many tokens."""
     model = size.build()
-    arguments = {"vocabulary": size.vocabulary, "context": size.context, "width": size.width}
+    arguments = {"vocab_size": size.vocabulary, "context_length": size.context, "width": size.width}
     save_config(folder, "gpt2", {**arguments, "depth": size.depth, "heads": size.heads})
-    save_tensors(folder / "model.safetensors", weights(model))
+    save_tensors(folder / "model.safetensors", unique_state_dict(model))
     library = Path(os.__file__).parent
     texts = (file.read_text("utf-8", errors="replace") for file in sorted(library.glob("*.py")))
     train_bpe(texts, size.vocabulary).save(folder / "tokenizer.json")
@@ -469,17 +469,26 @@ def loops(size: str, texts: int, tokens: int, rows: int, dtype: DType) -> Row:
     """The engine's closed loops, a server's, and its open ones."""
     shape = SIZES[size]
     result: Row = {"size": size, "texts": texts, "tokens": tokens, "closed": [], "open": []}
-    threads = fastest_threads(converted(shape.build(), dtype))
+    threads = tune_num_threads(quantize(shape.build(), dtype))
     torch.set_num_threads(threads)
     engine = Ours(shape.build(), rows, dtype).engine
     for clients in CLIENTS:
         engine_loop(engine, clients, clients, 8)
     model = engine.model
     result["bytes"] = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    options = ["--rows", rows, "--queue", max(CLIENTS), "--dtype", dtype, "--threads", threads]
+    options = [
+        "--max-num-seqs",
+        rows,
+        "--max-queue",
+        max(CLIENTS),
+        "--dtype",
+        dtype,
+        "--threads",
+        threads,
+    ]
     with served(shape, options) as (port, seconds):
         result["ready_seconds"] = seconds
-        uvloop.run(settled(port, engine.compiled))
+        uvloop.run(settled(port, engine.num_compiled_steps))
         vocabulary = shape.vocabulary
         for clients in CLIENTS:
             count = max(min(texts, 8 * clients), 2 * clients)

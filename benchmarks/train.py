@@ -34,12 +34,12 @@ from torch import Tensor
 from benchmarks.models import WITHOUT
 from benchmarks.report import Row, add_common_options, command, machine, report, spread
 from gpt import Model
-from gpt.device import find_device, peak_flops
+from gpt.device import peak_flops, resolve_device
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.data.corpus import Corpus
-from training.presets import RATES, Run, adapted, preset
-from training.run_directory import facts
+from training.presets import RATES, TrainingConfig, get_preset, scale_learning_rates
+from training.run_directory import environment_info
 from training.tasks import TASKS, open_task
 from training.tasks.base import Batch, Task
 from training.tasks.text import open_corpus_of
@@ -57,15 +57,15 @@ class RandomTokens(Task):
     fingerprint = ""
     description = "random tokens"
 
-    def __init__(self, run: Run) -> None:
-        self.given = {"vocabulary": run.vocabulary, "context": run.window}
-        self.row = run.window
+    def __init__(self, run: TrainingConfig) -> None:
+        self.model_args = {"vocab_size": run.vocab_size, "context_length": run.context_length}
+        self.sequence_length = run.context_length
         random = np.random.default_rng(run.seed)
-        tokens_BT = random.integers(run.vocabulary, size=(run.batch, run.window + 1))
+        tokens_BT = random.integers(run.vocab_size, size=(run.batch_size, run.context_length + 1))
         self.arrays = tokens_BT[:, :-1], tokens_BT[:, 1:]
 
     @classmethod
-    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003
         return cls(run)
 
     def batch(self, index: int) -> Batch:  # noqa: ARG002
@@ -83,7 +83,7 @@ class Race:
     """Who trains side by side, and to which loss."""
 
     title: str
-    runs: dict[str, Run]
+    runs: dict[str, TrainingConfig]
     yardstick: str
     """Whose time to the target is one, and in whose whole time the best loss counts."""
     target: float
@@ -94,31 +94,31 @@ class Race:
 
 def cpu_race() -> Race:
     """NanoGPT's CPU recipe; 1.886 is the loss that nanoGPT itself was seen to end with."""
-    yardstick = preset("nanogpt-cpu")
-    sizes = {name: yardstick.arguments[name] for name in ("width", "depth", "heads")}
+    yardstick = get_preset("nanogpt-cpu")
+    sizes = {name: yardstick.model_args[name] for name in ("width", "depth", "heads")}
     runs = {
-        "shakespeare": preset("shakespeare"),
+        "shakespeare": get_preset("shakespeare"),
         "nanogpt-cpu": yardstick,
-        "transformers": dataclasses.replace(yardstick, model="transformers", arguments=sizes),
+        "transformers": dataclasses.replace(yardstick, model="transformers", model_args=sizes),
     }
     return Race("CPU: nanoGPT's small recipe", on("cpu", runs), "nanogpt-cpu", 1.886)
 
 
 def gpu_race() -> Race:
     """NanoGPT's GPU recipe; its published loss is 1.4697."""
-    runs = {name: preset(name) for name in ("shakespeare-gpu", "nanogpt-gpu")}
+    runs = {name: get_preset(name) for name in ("shakespeare-gpu", "nanogpt-gpu")}
     return Race("GPU: nanoGPT's recipe", on("cuda", runs), "nanogpt-gpu", 1.47)
 
 
 def ablations() -> Race:
     """The preset `shakespeare` beside itself with one thing changed, each for as many tokens."""
-    whole = preset("shakespeare")
-    tokens = whole.steps * whole.batch * whole.window
+    whole = get_preset("shakespeare")
+    tokens = whole.steps * whole.batch_size * whole.context_length
 
-    def but(changes: dict[str, Any] | None = None, **arguments: Any) -> Run:  # noqa: ANN401
+    def but(changes: dict[str, Any] | None = None, **arguments: Any) -> TrainingConfig:  # noqa: ANN401
         """With other settings, and other arguments of the model."""
-        run = dataclasses.replace(whole, arguments=whole.arguments | arguments, **(changes or {}))
-        return dataclasses.replace(run, steps=tokens // (run.batch * run.window))
+        run = dataclasses.replace(whole, model_args=whole.model_args | arguments, **(changes or {}))
+        return dataclasses.replace(run, steps=tokens // (run.batch_size * run.context_length))
 
     adam = {"optimizer": "adamw", "weight_decay": 0.1, "embedding_decay": 0.1}
     runs = {
@@ -127,29 +127,37 @@ def ablations() -> Race:
         "n-grams in 4,096 rows": but(ngrams=4096),
         "AdamW instead of Muon": but(adam | dict.fromkeys(RATES, 0.002)),
         **{f"no {part}": but({"model": "gpt-without"}, without=part) for part in WITHOUT},
-        "tied unembedding": but({"embedding_rate": 0.005}, tied=True),
-        "cool-down over 60%": but({"cool_down": 0.6}),
+        "tied unembedding": but({"embedding_lr": 0.005}, tied=True),
+        "cool-down over 60%": but({"cooldown_fraction": 0.6}),
         "cosine cool-down": but({"cosine": True}),
         "weight decay 0.1": but({"weight_decay": 0.1}),
         "dropout 0.1": but(dropout=0.1),
-        "windows of 64": but({"window": 64, "batch": 24}),
-        "windows of 256": but({"window": 256, "batch": 6}),
-        "batches of 24": adapted(but({"batch": 24}), whole),
+        "windows of 64": but({"context_length": 64, "batch_size": 24}),
+        "windows of 256": but({"context_length": 256, "batch_size": 6}),
+        "batches of 24": scale_learning_rates(but({"batch_size": 24}), whole),
         "2 layers of 192": but(depth=2, width=192, heads=6),
     }
     return Race("CPU: one thing changed", on("cpu", runs), "shakespeare", 1.886, slices=20)
 
 
-def gpt2_124m() -> dict[str, Run]:
+def gpt2_124m() -> dict[str, TrainingConfig]:
     """Today's GPT and GPT-2, 12 layers of width 768, on random tokens: one vocabulary, window, batch."""
-    yardstick = dataclasses.replace(preset("gpt2-124m"), task="random")
-    today = preset("gpt-small")
-    names = ("task", "vocabulary", "batch", "window", "accumulation", "compile", "precision")
+    yardstick = dataclasses.replace(get_preset("gpt2-124m"), task="random")
+    today = get_preset("gpt-small")
+    names = (
+        "task",
+        "vocab_size",
+        "batch_size",
+        "context_length",
+        "gradient_accumulation_steps",
+        "compile",
+        "precision",
+    )
     alike = {name: getattr(yardstick, name) for name in names}
     return on("cuda", {"gpt-small": dataclasses.replace(today, **alike), "gpt2-124m": yardstick})
 
 
-def on(device: str, runs: dict[str, Run]) -> dict[str, Run]:
+def on(device: str, runs: dict[str, TrainingConfig]) -> dict[str, TrainingConfig]:
     """The same runs on a device."""
     return {name: dataclasses.replace(run, device=device) for name, run in runs.items()}
 
@@ -157,8 +165,8 @@ def on(device: str, runs: dict[str, Run]) -> dict[str, Run]:
 class Contestant:
     """One training, a turn at a time."""
 
-    def __init__(self, run: Run) -> None:
-        self.device = find_device(run.device)
+    def __init__(self, run: TrainingConfig) -> None:
+        self.device = resolve_device(run.device)
         self.trainer = Trainer(run, Path(), open_task(run), self.device)
         self.objective: Callable[..., Tensor] = Objective(self.trainer.model)
         if run.compile:
@@ -167,7 +175,7 @@ class Contestant:
 
     def about(self) -> Row:
         """What is known before the first step."""
-        return facts(self.trainer) | {
+        return environment_info(self.trainer) | {
             "flops_per_token": self.trainer.flops,
             "peak_flops": peak_flops(self.device),
         }
@@ -176,7 +184,7 @@ class Contestant:
         """Train for so many steps, with the clock running; then score, without."""
         begun = time.perf_counter()
         for _ in range(steps):
-            self.trainer.advance(self.objective)
+            self.trainer.train_step(self.objective)
             self.trainer.step += 1
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
@@ -199,7 +207,7 @@ def peak_bytes(device: torch.device) -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM")), None)
 
 
-def serve(pipe: Connection, run: Run, threads: int) -> None:
+def serve(pipe: Connection, run: TrainingConfig, threads: int) -> None:
     """The life of a contestant's process: answer every number of steps with what a turn gave."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as compiled:
@@ -213,7 +221,7 @@ def serve(pipe: Connection, run: Run, threads: int) -> None:
 class Remote:
     """A contestant in a process of its own."""
 
-    def __init__(self, name: str, run: Run, threads: int) -> None:
+    def __init__(self, name: str, run: TrainingConfig, threads: int) -> None:
         self.name = name
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -240,7 +248,7 @@ class Remote:
 
 
 def take_turns(
-    runs: dict[str, Run], turns: Sequence[dict[str, int]], threads: int, say: str
+    runs: dict[str, TrainingConfig], turns: Sequence[dict[str, int]], threads: int, say: str
 ) -> dict[str, Row]:
     """Let them train in turn; what is known about each, and what each turn gave.
 
@@ -292,7 +300,7 @@ def judge(contest: Race, rounds: list[dict[str, Row]]) -> Row:
         whole = yardstick["curve"][-1]["seconds"] if yardstick else None
         for name, row in rows.items():
             run, first, last = contest.runs[name], row["curve"][0], row["curve"][-1]
-            steady = (last["step"] - first["step"]) * run.batch * run.window
+            steady = (last["step"] - first["step"]) * run.batch_size * run.context_length
             row["seconds_to_target"] = seconds_to(contest.target, row["curve"])
             row["early_loss"] = row["curve"][max(0, len(row["curve"]) // 5 - 1)]["loss"]
             row["best_loss"] = best(row["curve"], math.inf)
@@ -363,14 +371,14 @@ def race_table(result: Row) -> str:
     return "\n".join([f"### {result['title']}", "", *lines, *notes]) + "\n"
 
 
-def throughput(runs: dict[str, Run], threads: int, steps: int = STEPS) -> Row:
+def throughput(runs: dict[str, TrainingConfig], threads: int, steps: int = STEPS) -> Row:
     """Tokens a second of each, and the share of the card's peak that they are."""
     turns = [dict.fromkeys(runs, steps)] * TURNS
     rows = take_turns(runs, turns, threads, "throughput")
     for name, row in rows.items():
         run, clock = runs[name], [point["seconds"] for point in row["curve"]]
         taken = [after - before for before, after in itertools.pairwise(clock)]
-        speed = steps * run.batch * run.window / statistics.median(taken)
+        speed = steps * run.batch_size * run.context_length / statistics.median(taken)
         peak = row["about"]["peak_flops"]
         row["tokens_per_second"] = speed
         row["mfu"] = speed * row["about"]["flops_per_token"] / peak if peak else None
@@ -405,7 +413,7 @@ def throughput_table(result: Row) -> str:
 
 def characters_of(data: str) -> Corpus:
     """Prepared tokens, one for each character; a ValueError if the data is absent or has others."""
-    corpus = open_corpus_of(dataclasses.replace(preset("nanogpt-cpu"), data=data), None, True)
+    corpus = open_corpus_of(dataclasses.replace(get_preset("nanogpt-cpu"), data=data), None, True)
     if not {"train", "validation"} <= corpus.splits.keys():
         raise ValueError(f"{data}: has only the splits {', '.join(corpus.splits)}: give the text")
     split = corpus.splits["validation"]
@@ -418,7 +426,7 @@ def characters_of(data: str) -> Corpus:
     return corpus
 
 
-def chosen(runs: dict[str, Run], only: Sequence[str]) -> dict[str, Run]:
+def chosen(runs: dict[str, TrainingConfig], only: Sequence[str]) -> dict[str, TrainingConfig]:
     """The contestants that take part."""
     return {name: run for name, run in runs.items() if not only or name in only}
 

@@ -12,7 +12,7 @@ class Chapters:
 
     def __call__(self) -> None:
         """Print the table."""
-        print(summary.chapters())
+        print(summary.chapters_table())
 
 
 def main(prog: str = "python -m gpt", arguments: Sequence[str] | None = None) -> None:

@@ -19,14 +19,22 @@ def translate(
     model: LanguageModel,
     sources: Sequence[Sequence[int]],
     *,
-    begin: int,
-    end: int,
-    most: int,
-    beams: int = 1,
-    penalty: float = 1.0,
+    decoder_start_token: int,
+    eos_token: int,
+    max_tokens: int,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> list[list[int]]:
     """What `searching` finds, all at once."""
-    steps = searching(model, sources, begin=begin, end=end, most=most, beams=beams, penalty=penalty)
+    steps = beam_search(
+        model,
+        sources,
+        decoder_start_token=decoder_start_token,
+        eos_token=eos_token,
+        max_tokens=max_tokens,
+        num_beams=num_beams,
+        length_penalty=length_penalty,
+    )
     while True:
         try:
             next(steps)
@@ -35,15 +43,15 @@ def translate(
 
 
 @torch.inference_mode()
-def searching(
+def beam_search(
     model: LanguageModel,
     sources: Sequence[Sequence[int]],
     *,
-    begin: int,
-    end: int,
-    most: int,
-    beams: int = 1,
-    penalty: float = 1.0,
+    decoder_start_token: int,
+    eos_token: int,
+    max_tokens: int,
+    num_beams: int = 1,
+    length_penalty: float = 1.0,
 ) -> Generator[None, None, list[list[int]]]:
     """The target found for each source, without `begin` and `end`; none depends on those beside it.
 
@@ -52,16 +60,16 @@ def searching(
     Args:
         model: One that translates, in evaluation mode.
         sources: Token ids of each sentence.
-        begin: The token fed first.
-        end: The token that ends a target.
-        most: Longest target, its end included; shorter where the model has no room for it.
-        beams: Targets followed at once, per sentence; 1 always takes the likeliest token.
-        penalty: Power of the length that divides a score: 0 is the sum, 1 the mean.
+        decoder_start_token: The token fed first.
+        eos_token: The token that ends a target.
+        max_tokens: Longest target, its end included; shorter where the model has no room for it.
+        num_beams: Targets followed at once, per sentence; 1 always takes the likeliest token.
+        length_penalty: Power of the length that divides a score: 0 is the sum, 1 the mean.
     """
-    if beams < 1 or most < 1 or penalty < 0:
+    if num_beams < 1 or max_tokens < 1 or length_penalty < 0:
         raise ValueError(
-            f"beams and most must be at least 1 and penalty at least 0, not {beams}, {most} and "
-            f"{penalty}"
+            f"beams and most must be at least 1 and penalty at least 0, not {num_beams}, {max_tokens} and "
+            f"{length_penalty}"
         )
     if not all(len(source) for source in sources):
         raise ValueError("a source sentence is empty: expected at least one token")
@@ -73,29 +81,34 @@ def searching(
     source_BS = torch.zeros(len(sources), max(lengths), dtype=torch.long)
     for source_S, source in zip(source_BS, sources, strict=True):
         source_S[: len(source)] = torch.tensor(source)
-    state = model.start(source_BS.to(device), torch.tensor(lengths, device=device))
-    state = {name: tensor.repeat_interleave(beams, dim=0) for name, tensor in state.items()}
-    search = _begin([_room(model, length, most) for length in lengths], begin, beams, device)
+    state = model.encode_source(source_BS.to(device), torch.tensor(lengths, device=device))
+    state = {name: tensor.repeat_interleave(num_beams, dim=0) for name, tensor in state.items()}
+    search = _begin(
+        [_room(model, length, max_tokens) for length in lengths],
+        decoder_start_token,
+        num_beams,
+        device,
+    )
 
     for length in range(1, int(search["most"].max()) + 1):
         yield
         last_N1 = search["targets"][:, :, -1:].flatten(0, 1)
-        part = model.part(state, max(lengths) + length)
+        part = model.prefix_view(state, max(lengths) + length)
         logits_NV = model.logits(model.features(last_N1, part)[:, -1])
-        parents_BN, better_B = _extend(search, logits_NV, length, end, penalty)
+        parents_BN, better_B = _extend(search, logits_NV, length, eos_token, length_penalty)
         for sentence, target in zip(
             search["sentence"][better_B].tolist(), search["best"][better_B].tolist(), strict=True
         ):
-            found[sentence] = [token for token in target[1:] if token != end]
+            found[sentence] = [token for token in target[1:] if token != eos_token]
 
         # A sentence is done when no unfinished target, however long it grew, could win.
-        hope_B = (search["totals"] / search["most"] ** penalty).amax(dim=-1)
+        hope_B = (search["totals"] / search["most"] ** length_penalty).amax(dim=-1)
         going_B = hope_B > search["score"].squeeze(1)
         if not going_B.any():
             break
-        if beams == 1 and going_B.all():
+        if num_beams == 1 and going_B.all():
             continue  # each target extends itself: there is nothing to move
-        firsts_B1 = torch.arange(len(parents_BN), device=device).unsqueeze(1) * beams
+        firsts_B1 = torch.arange(len(parents_BN), device=device).unsqueeze(1) * num_beams
         rows_N = (firsts_B1 + parents_BN)[going_B].flatten()
         state = {name: tensor[rows_N] for name, tensor in state.items()}
         search = {name: tensor[going_B] for name, tensor in search.items()}
@@ -104,12 +117,12 @@ def searching(
 
 def _room(model: LanguageModel, length: int, most: int) -> int:
     """Longest target of a source; its last token is predicted, never fed, and takes no place."""
-    room = model.target_room(length)
+    room = model.max_target_length(length)
     if room is None:
         return most
     if room < 1:
         raise ValueError(
-            f"a source sentence is {length} tokens long: the model's context of {model.context} "
+            f"a source sentence is {length} tokens long: the model's context of {model.context_length} "
             "has no room for a target after it"
         )
     return min(most, room)

@@ -18,17 +18,17 @@ from torch import Tensor
 
 from gpt import CHAPTERS, TABULAR, LanguageModel, Model
 
-BY_NAME: dict[str, type[Model]] = {**CHAPTERS, **TABULAR}
+MODEL_CLASSES: dict[str, type[Model]] = {**CHAPTERS, **TABULAR}
 """Every model that a run can hold."""
 
-FORMAT = 1
+FORMAT = 2
 """Of config.json; a reader refuses a higher one."""
 
 RUNS = Path("runs")
 """Where runs are written, and looked for when none is named."""
 
 
-def cache() -> Path:
+def cache_dir() -> Path:
     """Where what can be made again is kept: TINYGPT_CACHE, or the user's cache folder."""
     if root := os.environ.get("TINYGPT_CACHE"):
         return Path(root)
@@ -69,7 +69,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
         ) from error
 
 
-def weights(model: Model) -> dict[str, Tensor]:
+def unique_state_dict(model: Model) -> dict[str, Tensor]:
     """The model's state dict with tied tensors once, as safetensors wants them."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
@@ -82,7 +82,7 @@ def weights(model: Model) -> dict[str, Tensor]:
 
 def load_weights(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy `tensors` into the model; a ValueError names the first that is missing, unknown or of another shape."""
-    expected = weights(model)
+    expected = unique_state_dict(model)
     for name in (*expected, *tensors):
         if name not in tensors:
             raise ValueError(f"{source}: the tensor {name} is missing; config.json asks for it")
@@ -100,14 +100,14 @@ def load_weights(model: Model, tensors: dict[str, Tensor], source: Path) -> None
 
 def model_class(name: str) -> type[Model]:
     """The class of that name; a ValueError lists those there are."""
-    if name not in BY_NAME:
+    if name not in MODEL_CLASSES:
         raise ValueError(
-            f"no model is named {name!r}{near(name, BY_NAME)}; there are {', '.join(BY_NAME)}"
+            f"no model is named {name!r}{did_you_mean(name, MODEL_CLASSES)}; there are {', '.join(MODEL_CLASSES)}"
         )
-    return BY_NAME[name]
+    return MODEL_CLASSES[name]
 
 
-def arguments_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
+def constructor_arguments(name: str, given: dict[str, Any]) -> dict[str, Any]:
     """All constructor arguments of model `name`: those given, and the defaults of the others.
 
     A ValueError names what is unknown or absent.
@@ -116,7 +116,7 @@ def arguments_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     for argument in given:
         if argument not in signature.parameters:
             raise ValueError(
-                f"the model {name} has no argument {argument!r}{near(argument, signature.parameters)}"
+                f"the model {name} has no argument {argument!r}{did_you_mean(argument, signature.parameters)}"
             )
     try:
         bound = signature.bind(**given)
@@ -126,21 +126,21 @@ def arguments_of(name: str, given: dict[str, Any]) -> dict[str, Any]:
     return dict(bound.arguments)
 
 
-def near(word: str, words: Any) -> str:  # noqa: ANN401 (any iterable of names)
+def did_you_mean(word: str, words: Any) -> str:  # noqa: ANN401 (any iterable of names)
     """' (did you mean …?)' for a mistyped word, or nothing."""
     matches = difflib.get_close_matches(word, list(words), n=3)
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
-def build(name: str, given: dict[str, Any]) -> Model:
+def build_model(name: str, given: dict[str, Any]) -> Model:
     """A new model, its weights at their first values; a ValueError says what does not fit."""
-    arguments = arguments_of(name, given)
+    arguments = constructor_arguments(name, given)
     return model_class(name)(**arguments)
 
 
 def save_config(directory: Path, name: str, given: dict[str, Any]) -> None:
     """Write config.json: enough to build the model again."""
-    config = {"format": FORMAT, "model": name, "arguments": arguments_of(name, given)}
+    config = {"format": FORMAT, "model": name, "model_args": constructor_arguments(name, given)}
     write_atomically(directory / "config.json", json.dumps(config, indent=2) + "\n")
 
 
@@ -168,29 +168,29 @@ def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
     if not run.is_dir():
         names = sorted(path.parent.name for path in RUNS.glob("*/config.json"))
         known = f"; there are {', '.join(names)}" if names else ""
-        raise ValueError(f"{run}: no such run directory{near(run.name, names)}{known}")
+        raise ValueError(f"{run}: no such run directory{did_you_mean(run.name, names)}{known}")
     return run
 
 
-def translates(run: Path) -> bool:
+def is_translation_run(run: Path) -> bool:
     """Whether a run was trained on pairs of sentences, so that it writes what its prompt means."""
     file = run / "run.json"
-    settings = read_json(file).get("run") if file.is_file() else None
-    return isinstance(settings, dict) and settings.get("task") == "pairs"
+    settings = read_json(file).get("config") if file.is_file() else None
+    return isinstance(settings, dict) and settings.get("task") == "translation"
 
 
-def open_language_model(run: Path, device: str | torch.device = "cpu") -> LanguageModel:
+def load_language_model(run: Path, device: str | torch.device = "cpu") -> LanguageModel:
     """The trained model in a run directory, as `open_model`; a ValueError if it does not speak."""
-    model = open_model(run, device)
+    model = load_model(run, device)
     if not isinstance(model, LanguageModel):
         raise ValueError(
             f"{run}: holds a model that does not speak ({type(model).__name__}, "
-            f"it learns {' or '.join(model.learns)}): choose a run of a language model"
+            f"it learns {' or '.join(model.supported_tasks)}): choose a run of a language model"
         )
     return model
 
 
-def open_model(run: Path, device: str | torch.device = "cpu") -> Model:
+def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
     """The trained model in a run directory, ready to be evaluated.
 
     A ValueError says what is absent, cut short, damaged or of a newer format.
@@ -204,14 +204,14 @@ def open_model(run: Path, device: str | torch.device = "cpu") -> Model:
         raise ValueError(
             f"{config_path}: format {version}, this tinygpt reads up to {FORMAT}: upgrade tinygpt"
         )
-    if not isinstance(config.get("model"), str) or not isinstance(config.get("arguments"), dict):
+    if not isinstance(config.get("model"), str) or not isinstance(config.get("model_args"), dict):
         raise ValueError(f"{config_path}: expected a model's name and its arguments")
     if not weights_path.is_file():
         raise ValueError(
             f"{run}: has no model.safetensors: a run writes it at its first validation"
         )
     try:
-        model = build(config["model"], config["arguments"])
+        model = build_model(config["model"], config["model_args"])
     except (TypeError, ValueError) as error:
         raise ValueError(f"{config_path}: {error}") from error
     load_weights(model, load_tensors(weights_path), weights_path)

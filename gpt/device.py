@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 
-class Card(NamedTuple):
+class GPUSpec(NamedTuple):
     """What a maker's data sheet says of a card."""
 
     memory: int | None
@@ -21,35 +21,35 @@ class Card(NamedTuple):
 
 GB = 10**9
 
-CARDS = {
-    "A100": Card(None, 312e12),
-    "A100 40GB": Card(40 * GB, 312e12),
-    "A100 80GB": Card(80 * GB, 312e12),
-    "A100 PCIe 40GB": Card(40 * GB, 312e12),
-    "A100 80GB PCIe": Card(80 * GB, 312e12),
-    "H100": Card(80 * GB, 989e12),
-    "H100 80GB": Card(80 * GB, 989e12),
-    "H100 PCIe": Card(80 * GB, 756e12),
-    "H100 NVL": Card(94 * GB, 835e12),
-    "H200": Card(141 * GB, 989e12),
-    "H200 NVL": Card(141 * GB, 835e12),
-    "GH200 480GB": Card(96 * GB, 989e12),
-    "B200": Card(180 * GB, 2250e12),
-    "L40S": Card(48 * GB, 362e12),
-    "L4": Card(24 * GB, 121e12),
-    "A10G": Card(24 * GB, 70e12),
-    "RTX 4090": Card(24 * GB, 165e12),
-    "RTX 3090": Card(24 * GB, 71e12),
+GPU_SPECS = {
+    "A100": GPUSpec(None, 312e12),
+    "A100 40GB": GPUSpec(40 * GB, 312e12),
+    "A100 80GB": GPUSpec(80 * GB, 312e12),
+    "A100 PCIe 40GB": GPUSpec(40 * GB, 312e12),
+    "A100 80GB PCIe": GPUSpec(80 * GB, 312e12),
+    "H100": GPUSpec(80 * GB, 989e12),
+    "H100 80GB": GPUSpec(80 * GB, 989e12),
+    "H100 PCIe": GPUSpec(80 * GB, 756e12),
+    "H100 NVL": GPUSpec(94 * GB, 835e12),
+    "H200": GPUSpec(141 * GB, 989e12),
+    "H200 NVL": GPUSpec(141 * GB, 835e12),
+    "GH200 480GB": GPUSpec(96 * GB, 989e12),
+    "B200": GPUSpec(180 * GB, 2250e12),
+    "L40S": GPUSpec(48 * GB, 362e12),
+    "L4": GPUSpec(24 * GB, 121e12),
+    "A10G": GPUSpec(24 * GB, 70e12),
+    "RTX 4090": GPUSpec(24 * GB, 165e12),
+    "RTX 3090": GPUSpec(24 * GB, 71e12),
 }
 """By the name that the driver gives, without the words that say nothing more."""
 
 SAYS_NOTHING_MORE = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
 
 
-def find_card(name: str) -> Card:
+def find_gpu_spec(name: str) -> GPUSpec:
     """What is known of the card of that name: nothing if it is only like another (a laptop's, a slice)."""
-    found = (card for known, card in CARDS.items() if _words(known) == _words(name))
-    return next(found, Card(None, None))
+    found = (card for known, card in GPU_SPECS.items() if _words(known) == _words(name))
+    return next(found, GPUSpec(None, None))
 
 
 def _words(name: str) -> list[str]:
@@ -57,7 +57,7 @@ def _words(name: str) -> list[str]:
     return [word for word in words if word not in SAYS_NOTHING_MORE]
 
 
-def find_device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
     """`auto` is the best one here; a ValueError says what is not."""
     if name == "auto":
         if torch.cuda.is_available():
@@ -78,20 +78,20 @@ def find_device(name: str) -> torch.device:
     return device
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies bfloat16 faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
         # AVX-512's is three times as fast as float32 on an AMD EPYC, and half as fast on an Intel Xeon.
-        amd = processor().get("vendor_id") == "AuthenticAMD"
+        amd = cpu_info().get("vendor_id") == "AuthenticAMD"
         fast_units = amd and torch.cpu._is_avx512_bf16_supported()
         return fast_units or torch.cpu._is_amx_tile_supported()
     return False
 
 
 @functools.cache
-def processor() -> dict[str, str]:
+def cpu_info() -> dict[str, str]:
     """The first processor's model name; where Linux tells them, its vendor_id and flags too."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
@@ -103,31 +103,31 @@ def processor() -> dict[str, str]:
     return {name: told[name] for name in ("vendor_id", "model name", "flags") if name in told}
 
 
-def in_bfloat16(device: torch.device, precision: str) -> bool:
+def uses_bfloat16(device: torch.device, precision: str) -> bool:
     """Whether matrix products are computed in bfloat16: `auto` is where that is faster."""
-    return precision == "bfloat16" or (precision == "auto" and fast_bfloat16(device))
+    return precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """The context in which to compute: matrix products in `precision`, sums in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=in_bfloat16(device, precision))
+    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
 
 
 def peak_flops(device: torch.device) -> float | None:
     """The card's bfloat16 peak in operations a second, or None where it is not known."""
     if device.type != "cuda":
         return None
-    return find_card(torch.cuda.get_device_name(device)).flops
+    return find_gpu_spec(torch.cuda.get_device_name(device)).flops
 
 
-def describe(device: torch.device) -> str:
+def device_name(device: torch.device) -> str:
     """The device in words."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
-def keep_freed_memory() -> None:
+def retain_freed_memory() -> None:
     """Ask glibc to keep what a step frees for the next one.
 
     Otherwise every large tensor is mapped anew and its pages faulted in: a fifth of a small

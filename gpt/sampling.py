@@ -21,16 +21,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gpt.models.base import LanguageModel, State, rows
+from gpt.models.base import LanguageModel, State, batch_slice
 
-NEAR = 2e-4
+TIE_MARGIN = 2e-4
 """Nats between two logits that rounding alone might turn around: it moves one by about 1e-5."""
 
-NOT_A_NUMBER = "the model's logits are not numbers: its weights may be damaged"
+NAN_LOGITS = "the model's logits are not numbers: its weights may be damaged"
 
 
 @dataclasses.dataclass(frozen=True)
-class Sampling:
+class SamplingParams:
     """How tokens are chosen; a ValueError says which value is out of its range.
 
     Args:
@@ -89,22 +89,22 @@ class Sampling:
         return penalties != (1, 0, 0) or bool(self.logit_bias)
 
 
-class Ways(NamedTuple):
+class SamplingFlags(NamedTuple):
     """What the parameters of some rows have in common; all else about them is in tensors."""
 
-    drawing: bool
+    random: bool
     """One leaves something to chance."""
     adjusted: bool
     """One changes logits."""
-    nucleus: bool
+    top_p: bool
     """One draws with a `top_p`."""
-    most: int
+    num_sorted: int
     """So many of the likeliest tokens must be sorted for what filters; 0 for none."""
 
 
-DRAWN = ("stream", "position", "greedy", "temperature", "log_min_p")
+RANDOM_STATE = ("stream", "position", "greedy", "temperature", "log_min_p")
 """The parts of a sampler's state that plain drawing looks at."""
-PLAINLY = Ways(drawing=True, adjusted=False, nucleus=False, most=0)
+PLAIN_SAMPLING = SamplingFlags(random=True, adjusted=False, top_p=False, num_sorted=0)
 
 
 class Sampler:
@@ -113,12 +113,14 @@ class Sampler:
     What it remembers is a State like a model's: an engine moves a row of both alike.
     """
 
-    def __init__(self, size: int, vocabulary: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, max_num_seqs: int, vocabulary: int, device: torch.device | str = "cpu"
+    ) -> None:
         def column(dtype: torch.dtype, value: float = 0) -> Tensor:
-            return torch.full((size, 1), value, dtype=dtype, device=device)
+            return torch.full((max_num_seqs, 1), value, dtype=dtype, device=device)
 
         self.vocabulary = vocabulary
-        self.samplings = [Sampling(temperature=0)] * size
+        self.samplings = [SamplingParams(temperature=0)] * max_num_seqs
         # What never started may be computed with others: as `samplings` say, greedily.
         self.state: State = {
             "stream": column(torch.long),
@@ -132,25 +134,25 @@ class Sampler:
             "repetition": column(torch.float),
             "presence": column(torch.float),
             "frequency": column(torch.float),
-            "bias": torch.zeros(size, vocabulary, device=device),
-            "in_prompt": torch.zeros(size, vocabulary, dtype=torch.bool, device=device),
-            "times": torch.zeros(size, vocabulary, dtype=torch.int, device=device),
+            "bias": torch.zeros(max_num_seqs, vocabulary, device=device),
+            "in_prompt": torch.zeros(max_num_seqs, vocabulary, dtype=torch.bool, device=device),
+            "times": torch.zeros(max_num_seqs, vocabulary, dtype=torch.int, device=device),
         }
 
-    def start(
+    def add_sequence(
         self,
-        row: int,
-        sampling: Sampling,
+        slot: int,
+        sampling: SamplingParams,
         prompt: Sequence[int],
         choice: int = 0,
-        text: Sequence[int] = (),
+        output: Sequence[int] = (),
     ) -> None:
         """Let `row` begin a new text after `prompt`, or go on with one; `choice` numbers the texts of one seed."""
-        self.samplings[row] = sampling
+        self.samplings[slot] = sampling
         seed = torch.tensor(sampling.seed)
         for name, value in (
             ("stream", int(mix(mix(seed) + choice))),
-            ("position", len(text)),
+            ("position", len(output)),
             ("greedy", sampling.greedy),
             ("sorted", sampling.top_k > 0 or sampling.top_p < 1),
             ("temperature", 1.0 if sampling.greedy else sampling.temperature),
@@ -161,15 +163,15 @@ class Sampler:
             ("presence", sampling.presence_penalty),
             ("frequency", sampling.frequency_penalty),
         ):
-            self.state[name][row] = value
-        self.state["bias"][row] = 0
+            self.state[name][slot] = value
+        self.state["bias"][slot] = 0
         for token, bias in sampling.logit_bias:
-            self.state["bias"][row, token] = bias
+            self.state["bias"][slot, token] = bias
         if sampling.adjusted:
-            counts_V = torch.tensor(text, dtype=torch.long).bincount(minlength=self.vocabulary)
-            self.state["times"][row] = counts_V
-            self.state["in_prompt"][row] = False
-            self.state["in_prompt"][row, list(prompt)] = True
+            counts_V = torch.tensor(output, dtype=torch.long).bincount(minlength=self.vocabulary)
+            self.state["times"][slot] = counts_V
+            self.state["in_prompt"][slot] = False
+            self.state["in_prompt"][slot, list(prompt)] = True
 
     def move(self, source: int, target: int) -> None:
         """Let row `target` go on where row `source` is."""
@@ -181,21 +183,23 @@ class Sampler:
         self,
         logits_BV: Tensor,
         first: int = 0,
-        again: Callable[[int], Tensor] | None = None,
+        recompute: Callable[[int], Tensor] | None = None,
     ) -> Tensor:
         """tokens_B: the next token of each row of logits, -1 where a logit is not a number.
 
         Args:
             logits_BV: Of rows `first` and following.
             first: Number of the first row.
-            again: Gives the logits_V of a row computed alone, and is asked where rounding could
+            recompute: Gives the logits_V of a row computed alone, and is asked where rounding could
                 decide a greedy choice. Without it, it may.
         """
         last = first + len(logits_BV)
         settle = None
-        if again and any(sampling.greedy for sampling in self.samplings[first:last]):
-            settle = functools.partial(self._settled, first=first, again=again)
-        return choose(logits_BV, rows(self.state, first, last), self.ways(first, last), settle)
+        if recompute and any(sampling.greedy for sampling in self.samplings[first:last]):
+            settle = functools.partial(self._break_ties, first=first, recompute=recompute)
+        return sample(
+            logits_BV, batch_slice(self.state, first, last), self.flags(first, last), settle
+        )
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """probabilities_BV that the next token of each row has of being chosen; NaN where a logit is not a number.
@@ -203,14 +207,14 @@ class Sampler:
         The rows are the first ones, and stay where they are.
         """
         count = len(logits_BV)
-        state, ways = rows(self.state, 0, count), self.ways(0, count)
+        state, ways = batch_slice(self.state, 0, count), self.flags(0, count)
         logits_BV = _adjusted(logits_BV, state, ways)
         best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
         drawn_BV = _probabilities(logits_BV - best_B1, state, ways)
         best_BV = torch.zeros_like(logits_BV).scatter_(1, tokens_B1, 1.0)
         return torch.where(state["greedy"] & best_B1.isfinite(), best_BV, drawn_BV)
 
-    def ways(self, first: int, last: int) -> Ways:
+    def flags(self, first: int, last: int) -> SamplingFlags:
         """What rows [first, last) ask for between them."""
         drawing = [one for one in self.samplings[first:last] if not one.greedy]
         nucleus = any(one.top_p < 1 for one in drawing)
@@ -221,57 +225,59 @@ class Sampler:
                 largest = max(one.top_k for one in drawing)
                 most = min(most, 2 ** math.ceil(math.log2(largest)))
         adjusted = any(one.adjusted for one in self.samplings[first:last])
-        return Ways(bool(drawing), adjusted, nucleus, most)
+        return SamplingFlags(bool(drawing), adjusted, nucleus, most)
 
-    def _settled(self, logits_BV: Tensor, *, first: int, again: Callable[[int], Tensor]) -> Tensor:
+    def _break_ties(
+        self, logits_BV: Tensor, *, first: int, recompute: Callable[[int], Tensor]
+    ) -> Tensor:
         """logits_BV, where rounding could turn a greedy row around those that it has alone."""
         two_B2 = logits_BV.topk(min(2, self.vocabulary), dim=-1).values
-        near_B = (two_B2[:, 0] - two_B2[:, -1] < NEAR).tolist()
+        near_B = (two_B2[:, 0] - two_B2[:, -1] < TIE_MARGIN).tolist()
         for row, sampling in enumerate(self.samplings[first : first + len(near_B)]):
             if near_B[row] and sampling.greedy and self.vocabulary > 1:
                 number = first + row
-                alone_1V = again(number).to(logits_BV.dtype).unsqueeze(0)
+                alone_1V = recompute(number).to(logits_BV.dtype).unsqueeze(0)
                 logits_BV = logits_BV.clone()  # it may be the caller's
-                logits_BV[row] = _adjust(alone_1V, rows(self.state, number, number + 1))
+                logits_BV[row] = _adjust(alone_1V, batch_slice(self.state, number, number + 1))
         return logits_BV
 
 
-def choose(
+def sample(
     logits_BV: Tensor,
     state: State,
-    ways: Ways,
-    settle: Callable[[Tensor], Tensor] | None = None,
+    flags: SamplingFlags,
+    break_ties: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
     """tokens_B of rows with these parts of a `Sampler`'s state, which goes on; -1 where a logit is not a number.
 
     Nothing is asked of the device: it can be compiled and recorded. Where no row changes logits
     or sorts them, the parts in `DRAWN` are enough.
     """
-    logits_BV = _adjusted(logits_BV, state, ways)
-    if settle:
-        logits_BV = settle(logits_BV)
+    logits_BV = _adjusted(logits_BV, state, flags)
+    if break_ties:
+        logits_BV = break_ties(logits_BV)
     best_B1, tokens_B1 = logits_BV.max(dim=-1, keepdim=True)
-    if ways.drawing:
-        cumulative_BV = _probabilities(logits_BV - best_B1, state, ways).cumsum(dim=-1)
+    if flags.random:
+        cumulative_BV = _probabilities(logits_BV - best_B1, state, flags).cumsum(dim=-1)
         height_B1 = _uniform(state["stream"], state["position"], cumulative_BV.dtype)
         height_B1 = height_B1 * cumulative_BV[:, -1:]
         drawn_B1 = torch.searchsorted(cumulative_BV, height_B1, right=True)
         tokens_B1 = torch.where(state["greedy"], tokens_B1, drawn_B1)
         state["position"] += 1
-    if ways.adjusted:
+    if flags.adjusted:
         chosen_B1 = tokens_B1.clamp(max=logits_BV.shape[-1] - 1)
         state["times"].scatter_add_(1, chosen_B1, torch.ones_like(chosen_B1, dtype=torch.int))
     return torch.where(best_B1.isfinite(), tokens_B1, -1).squeeze(1)
 
 
-def _adjusted(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
+def _adjusted(logits_BV: Tensor, state: State, ways: SamplingFlags) -> Tensor:
     """logits_BV in float32 or better, changed where a row asks for it."""
     if logits_BV.dtype != torch.float64:
         logits_BV = logits_BV.float()
     return _adjust(logits_BV, state) if ways.adjusted else logits_BV
 
 
-def _probabilities(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
+def _probabilities(logits_BV: Tensor, state: State, ways: SamplingFlags) -> Tensor:
     """probabilities_BV that rows draw from. The largest logit of each row must be 0."""
     return _filter(logits_BV / state["temperature"], state, ways).softmax(dim=-1)
 
@@ -287,17 +293,17 @@ def _adjust(logits_BV: Tensor, state: State) -> Tensor:
     return logits_BV - presence_BV - state["frequency"] * state["times"]
 
 
-def _filter(logits_BV: Tensor, state: State, ways: Ways) -> Tensor:
+def _filter(logits_BV: Tensor, state: State, ways: SamplingFlags) -> Tensor:
     """logits_BV, minus infinity where a filter of the row drops the token.
 
     Every filter is a lowest logit to keep: the vocabulary stays in its order, and a row's
     sum is the same whatever its neighbours ask for. The largest logit of each row must be 0.
     """
     lowest_B1 = state["log_min_p"].to(logits_BV.dtype)
-    if ways.most:
-        sorted_BK = logits_BV.topk(ways.most, dim=-1).values
-        keep_BK = torch.arange(ways.most, device=logits_BV.device) < state["top_k"]
-        if ways.nucleus:
+    if ways.num_sorted:
+        sorted_BK = logits_BV.topk(ways.num_sorted, dim=-1).values
+        keep_BK = torch.arange(ways.num_sorted, device=logits_BV.device) < state["top_k"]
+        if ways.top_p:
             kept_BK = sorted_BK.masked_fill(~keep_BK, -math.inf).softmax(dim=-1)
             keep_BK &= kept_BK.cumsum(dim=-1) - kept_BK < state["top_p"]
             keep_BK[:, 0] = True
@@ -330,11 +336,11 @@ def generate(
     model: LanguageModel,
     prompt: Sequence[int],
     max_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: Collection[int] = (),
     choice: int = 0,
-    first: Sequence[int] = (),
-    begin: int | None = None,
+    allowed_first_tokens: Sequence[int] = (),
+    decoder_start_token: int | None = None,
 ) -> Iterator[int]:
     """The tokens that follow `prompt`, one at a time, for one text alone.
 
@@ -346,11 +352,13 @@ def generate(
     A prompt is tokens as the model saw them in training, where every document begins with
     the end of the one before. A ValueError says what is wrong with it.
     """
-    most = room(model, prompt, max_tokens, model.limit, begin)
-    return _generate(model, prompt, most, sampling, stop, choice, first, begin)
+    most = clamp_max_tokens(model, prompt, max_tokens, model.max_length, decoder_start_token)
+    return _generate(
+        model, prompt, most, sampling, stop, choice, allowed_first_tokens, decoder_start_token
+    )
 
 
-def only(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
+def mask_logits(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
     """logits_BV, minus infinity for all but these tokens; unchanged where there are none."""
     if not tokens:
         return logits_BV
@@ -359,44 +367,47 @@ def only(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
     return kept_BV
 
 
-def opened(
-    model: LanguageModel, prompt_1T: Tensor, length: int, begin: int | None = None
+def prefill(
+    model: LanguageModel, prompt_1T: Tensor, length: int, decoder_start_token: int | None = None
 ) -> tuple[State, Tensor]:
     """A state of one row that has read a prompt, with room for `length` tokens; features_1D of what follows.
 
     With `begin`, the prompt is a source sentence, and this token begins its translation.
     """
-    if begin is None:
+    if decoder_start_token is None:
         state = model.init_state(1, length)
-        return state, model.read(prompt_1T, model.part(state, prompt_1T.shape[1]))
-    state = model.init_state(1, model.context)
-    started = model.start(prompt_1T, prompt_1T.new_full((1,), prompt_1T.shape[1]))
+        return state, model.prefill(prompt_1T, model.prefix_view(state, prompt_1T.shape[1]))
+    state = model.init_state(1, model.context_length)
+    started = model.encode_source(prompt_1T, prompt_1T.new_full((1,), prompt_1T.shape[1]))
     for name, tensor in started.items():  # as long as the source, where there is room for more
         state[name][tuple(slice(size) for size in tensor.shape)] = tensor
-    begin_11 = prompt_1T.new_full((1, 1), begin)
-    return state, model.features(begin_11, model.part(state, prompt_1T.shape[1] + 1))[:, -1]
+    begin_11 = prompt_1T.new_full((1, 1), decoder_start_token)
+    return state, model.features(begin_11, model.prefix_view(state, prompt_1T.shape[1] + 1))[:, -1]
 
 
-def anew(
-    model: LanguageModel, prompt: Sequence[int], text: Sequence[int], begin: int | None = None
+def recompute_logits(
+    model: LanguageModel,
+    prompt: Sequence[int],
+    output: Sequence[int],
+    decoder_start_token: int | None = None,
 ) -> Tensor:
     """logits_V of what follows `text` after `prompt`, from nothing but these."""
     device = next(model.parameters()).device
     prompt_1T = torch.tensor([list(prompt)], device=device)
-    length = len(prompt) + len(text)
-    state, features_1D = opened(model, prompt_1T, length, begin)
-    if text:
-        text_1T = torch.tensor([list(text)], device=device)
-        features_1D = model.features(text_1T, model.part(state, length + 1))[:, -1]
+    length = len(prompt) + len(output)
+    state, features_1D = prefill(model, prompt_1T, length, decoder_start_token)
+    if output:
+        text_1T = torch.tensor([list(output)], device=device)
+        features_1D = model.features(text_1T, model.prefix_view(state, length + 1))[:, -1]
     return model.logits(features_1D)[0]
 
 
-def room(
+def clamp_max_tokens(
     model: LanguageModel,
     prompt: Sequence[int],
     max_tokens: int,
-    limit: int | None,
-    begin: int | None = None,
+    max_length: int | None,
+    decoder_start_token: int | None = None,
 ) -> int:
     """How many tokens can follow `prompt` in `limit` positions: `max_tokens` or fewer.
 
@@ -409,30 +420,32 @@ def room(
         raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")
     if not len(prompt):
         raise ValueError("the prompt is empty: expected at least one token")
-    if min(prompt) < 0 or max(prompt) >= model.vocabulary:
-        wrong = next(token for token in prompt if not 0 <= token < model.vocabulary)
+    if min(prompt) < 0 or max(prompt) >= model.vocab_size:
+        wrong = next(token for token in prompt if not 0 <= token < model.vocab_size)
         raise ValueError(
-            f"the prompt has token {wrong}, the model knows 0 to {model.vocabulary - 1}"
+            f"the prompt has token {wrong}, the model knows 0 to {model.vocab_size - 1}"
         )
-    if begin is not None:
-        places = model.target_room(len(prompt))
-        if len(prompt) > model.context or (places is not None and places < 1):
+    if decoder_start_token is not None:
+        places = model.max_target_length(len(prompt))
+        if len(prompt) > model.context_length or (places is not None and places < 1):
             raise ValueError(
                 f"the source sentence is {len(prompt)} tokens long: the model's context of "
-                f"{model.context} has no room for it and a translation"
+                f"{model.context_length} has no room for it and a translation"
             )
         if places is None:
             return max_tokens
-        missing = 0 if limit is None or model.limit is None else model.limit - limit
-        return max(0, min(max_tokens, places - missing))
-    if limit is None:
-        return max_tokens
-    if len(prompt) > limit:
-        raise ValueError(
-            f"the prompt is {len(prompt)} tokens long, the model's context holds {limit}: "
-            f"shorten it by {len(prompt) - limit}"
+        missing = (
+            0 if max_length is None or model.max_length is None else model.max_length - max_length
         )
-    return min(max_tokens, limit - len(prompt) + 1)
+        return max(0, min(max_tokens, places - missing))
+    if max_length is None:
+        return max_tokens
+    if len(prompt) > max_length:
+        raise ValueError(
+            f"the prompt is {len(prompt)} tokens long, the model's context holds {max_length}: "
+            f"shorten it by {len(prompt) - max_length}"
+        )
+    return min(max_tokens, max_length - len(prompt) + 1)
 
 
 @torch.inference_mode()
@@ -440,7 +453,7 @@ def _generate(
     model: LanguageModel,
     prompt: Sequence[int],
     max_tokens: int,
-    sampling: Sampling,
+    sampling: SamplingParams,
     stop: Collection[int],
     choice: int,
     first: Sequence[int],
@@ -449,25 +462,27 @@ def _generate(
     if max_tokens == 0:
         return
     device = next(model.parameters()).device
-    sampler = Sampler(1, model.vocabulary, device)
-    sampler.start(0, sampling, prompt, choice)
+    sampler = Sampler(1, model.vocab_size, device)
+    sampler.add_sequence(0, sampling, prompt, choice)
     prompt_1T = torch.tensor([list(prompt)], device=device)
-    state, features_1D = opened(model, prompt_1T, len(prompt) + max_tokens - 1, begin)
+    state, features_1D = prefill(model, prompt_1T, len(prompt) + max_tokens - 1, begin)
     text: list[int] = []
 
-    def again(_: int) -> Tensor:
-        return only(anew(model, prompt, text, begin).unsqueeze(0), () if text else first)[0]
+    def recompute(_: int) -> Tensor:
+        return mask_logits(
+            recompute_logits(model, prompt, text, begin).unsqueeze(0), () if text else first
+        )[0]
 
     while True:
-        logits_1V = only(model.logits(features_1D), () if text else first)
-        token = int(sampler(logits_1V, again=again))
+        logits_1V = mask_logits(model.logits(features_1D), () if text else first)
+        token = int(sampler(logits_1V, recompute=recompute))
         if token < 0:
-            raise ValueError(NOT_A_NUMBER)
+            raise ValueError(NAN_LOGITS)
         if token in stop:
             return
         yield token
         text.append(token)
         if len(text) == max_tokens:
             return
-        part = model.part(state, len(prompt) + len(text) + (begin is not None))
+        part = model.prefix_view(state, len(prompt) + len(text) + (begin is not None))
         features_1D = model.features(prompt_1T.new_full((1, 1), token), part)[:, -1]

@@ -19,23 +19,28 @@ import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel, cli
-from gpt.checkpoint import find_run, open_language_model, translates
+from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
-from gpt.device import find_device
+from gpt.device import resolve_device
 from gpt.kernels.quantization import DType
-from gpt.sampling import Sampling, generate
-from gpt.summary import parameters
-from serving.engine.autotune import ahead, apart, fastest_threads, in_format
-from serving.engine.engine import BUDGET, Engine
-from serving.http.limits import INTERVAL, Deadlines, Limits, at_least
-from serving.tokenization import Text, read_prompt, read_source
+from gpt.sampling import SamplingParams, generate
+from gpt.summary import count_parameters
+from serving.engine.autotune import (
+    quantize_and_measure,
+    run_in_own_thread,
+    tune_num_threads,
+    tune_scheduler_steps,
+)
+from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Engine
+from serving.http.limits import STREAM_INTERVAL, Limits, Timeouts, check_minimums
+from serving.tokenization import IncrementalDetokenizer, tokenize_prompt, tokenize_source
 from tokenizer import Tokenizer, from_utf8
 
 if TYPE_CHECKING:
     from serving.engine.compilation import Compiler
-    from serving.http.app import Catalog
-    from serving.http.completions import Served
-    from serving.http.runs import Runs
+    from serving.http.app import ModelRegistry
+    from serving.http.completions import ModelEntry
+    from serving.http.runs import RunBrowser
 
 
 @dataclass
@@ -72,7 +77,7 @@ class Sample:
         if self.n < 1:
             raise ValueError(f"-n must be at least 1, not {self.n}")
         seed = secrets.randbits(31) if self.seed is None else self.seed
-        sampling = Sampling(
+        sampling = SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -80,18 +85,18 @@ class Sample:
             repetition_penalty=self.repetition_penalty,
             seed=seed,
         )
-        path, model, tokenizer = open_run(self.run, self.device)
+        path, model, tokenizer = load_run(self.run, self.device)
         prompt = self.prompt
         if prompt is None:
             stdin = sys.stdin
             prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
-        source = translates(path)
-        ids, space, first, *_ = (read_source if source else read_prompt)(tokenizer, prompt)
-        torch.set_num_threads(fastest_threads(model))
-        end = tokenizer.end_of_text
+        source = is_translation_run(path)
+        ids, space, first, *_ = (tokenize_source if source else tokenize_prompt)(tokenizer, prompt)
+        torch.set_num_threads(tune_num_threads(model))
+        end = tokenizer.eos_token
         begin = end if source else None
         for choice in range(self.n):
-            text = Text(tokenizer, self.stop, space)
+            text = IncrementalDetokenizer(tokenizer, self.stop, space)
             tokens = generate(model, ids, self.max_tokens, sampling, {end}, choice, first, begin)
             if choice:
                 print("-" * 20)
@@ -113,7 +118,7 @@ class Serve:
     """Run directories; without any, the newest in runs/."""
     watch: MaybePath = None
     """Serve each run in this folder too, as soon as it has finished."""
-    runs: MaybePath = None
+    runs_dir: MaybePath = None
     """Folder of runs whose curves the page shows; when not given, the one that the first run lies in, or --watch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 lets other machines in, for which a key is asked."""
@@ -121,17 +126,17 @@ class Serve:
     """Port to listen on; 0 takes any free one."""
     api_key: MaybeText = None
     """What clients must say to be answered; TINYGPT_API_KEY in the environment when not given, where `ps` does not show it."""
-    without_key: bool = False
+    no_api_key: bool = False
     """Listen on an address that other machines reach, and ask for no key."""
-    origin: UseAppendAction[tuple[str, ...]] = ()
+    allowed_origins: UseAppendAction[tuple[str, ...]] = ()
     """Let web pages of this address ask too (CORS); may be given several times."""
-    rows: int = 16
+    max_num_seqs: int = 16
     """Texts made at once by each model."""
-    queue: int = 64
+    max_queue: int = 64
     """Texts that may wait for a row of each model; more are refused with 429."""
-    context: MaybeInt = None
+    max_model_len: MaybeInt = None
     """Positions of a row, prompt and text together; the model's context when not given."""
-    step_tokens: int = BUDGET
+    max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     """Tokens that a step takes in: a longer prompt is read in parts, so that it holds up nobody."""
     dtype: DType = "float32"
     """What to compute with: int8, for a CPU, takes a quarter of the memory and time, and says what that costs in perplexity."""
@@ -141,24 +146,32 @@ class Serve:
     """On a CPU with a C++ compiler, compile each model's steps in the background; on a card, record them as graphs."""
     deterministic: bool = False
     """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
-    interval: float = INTERVAL
+    stream_interval: float = STREAM_INTERVAL
     """Seconds: tokens of a stream that come faster share a chunk, but for its first and its last; 0 tells each at once."""
-    stall: float = 60.0
+    stall_timeout: float = 60.0
     """Seconds without a step, though there is work, after which /health is red."""
     device: str = "auto"
     """Where to compute: auto, cpu, cuda, cuda:1, mps, …"""
     limits: Limits = field(default_factory=Limits)
-    deadlines: Deadlines = field(default_factory=Deadlines)
+    timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
-        at_least(self, rows=1, queue=0, step_tokens=1, context=1, threads=1, interval=0)
+        check_minimums(
+            self,
+            max_num_seqs=1,
+            max_queue=0,
+            max_num_batched_tokens=1,
+            max_model_len=1,
+            threads=1,
+            stream_interval=0,
+        )
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         # FastAPI takes longer to import than a small model to sample from.
         from serving.engine.compilation import Compiler
-        from serving.http.app import Catalog, create_app
-        from serving.http.runs import Runs
+        from serving.http.app import ModelRegistry, create_app
+        from serving.http.runs import RunBrowser
         from serving.http.server import Server
 
         key = self._key()
@@ -168,32 +181,32 @@ class Serve:
         names = [folder.resolve().name for folder in folders]
         if len(set(names)) < len(names):
             raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-        for name, folder in (("watch", self.watch), ("runs", self.runs)):
+        for name, folder in (("watch", self.watch), ("runs", self.runs_dir)):
             if folder and not folder.is_dir():
                 raise ValueError(f"--{name} {folder}: no such folder")
-        runs = Runs(self.runs or (folders[0].resolve().parent if folders else self.watch))
+        runs = RunBrowser(self.runs_dir or (folders[0].resolve().parent if folders else self.watch))
         with (
             bind(self.host, self.port) as listener,
             contextlib.closing(Compiler()) as compiler,
         ):
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}"
-            catalog = Catalog()
+            catalog = ModelRegistry()
 
             async def load() -> None:
                 for folder in folders:
                     await catalog.add(await self._load(folder, compiler, runs))
                 catalog.missing = ""
                 gc.freeze()  # what stays is not looked through again, which takes a tenth of a second
-                print(_invitation(list(catalog.served), address, key), flush=True)
+                print(_invitation(list(catalog.entries), address, key), flush=True)
                 while self.watch:
-                    for folder in finished(self.watch):
-                        if folder.resolve().name not in catalog.served:
+                    for folder in finished_runs(self.watch):
+                        if folder.resolve().name not in catalog.entries:
                             await self._join(catalog, folder, compiler, runs)
                     await asyncio.sleep(WATCH)
 
-            app = create_app(catalog, self.limits, key=key, origins=self.origin, runs=runs)
-            server = Server(app, catalog, load, self.deadlines, key)
+            app = create_app(catalog, self.limits, key=key, origins=self.allowed_origins, runs=runs)
+            server = Server(app, catalog, load, self.timeouts, key)
             server.run([listener])
             if server.failure:
                 raise server.failure
@@ -203,71 +216,73 @@ class Serve:
         key = self.api_key or os.environ.get("TINYGPT_API_KEY")
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
-        if not key and not self.without_key and not is_loopback(self.host):
+        if not key and not self.no_api_key and not is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: give --api-key KEY, or "
-                "--without-key to let everybody in"
+                "--no-api-key to let everybody in"
             )
         return key
 
-    async def _load(self, folder: Path, compiler: "Compiler", runs: "Runs") -> "Served":
-        return await asyncio.to_thread(apart, partial(self._open, folder, compiler, runs))
+    async def _load(self, folder: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
+        return await asyncio.to_thread(
+            run_in_own_thread, partial(self._open, folder, compiler, runs)
+        )
 
-    def _open(self, folder: Path, compiler: "Compiler", runs: "Runs") -> "Served":
+    def _open(self, folder: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
         """Load a run, and say what it will take."""
-        from serving.engine.async_engine import Service
-        from serving.http.completions import Served
-        from serving.http.runs import newest
+        from serving.engine.async_engine import AsyncEngine
+        from serving.http.completions import ModelEntry
+        from serving.http.runs import latest_metrics
         from serving.metrics import Metrics
 
-        path, model, tokenizer = open_run(folder, self.device)
+        path, model, tokenizer = load_run(folder, self.device)
         name = path.resolve().name
-        size = parameters(model)
-        model, cost = in_format(model, self.dtype, path)
-        threads = self.threads or fastest_threads(model)
+        size = count_parameters(model)
+        model, cost = quantize_and_measure(model, self.dtype, path)
+        threads = self.threads or tune_num_threads(model)
         torch.set_num_threads(threads)
         engine = Engine(
             model,
-            self.rows,
-            self.context,
-            budget=self.step_tokens,
+            self.max_num_seqs,
+            self.max_model_len,
+            max_num_batched_tokens=self.max_num_batched_tokens,
             deterministic=self.deterministic,
-            ahead=1 if self.deterministic else ahead(model),
-            recorded=self.compile and next(model.parameters()).device.type == "cuda",
+            num_scheduler_steps=1 if self.deterministic else tune_scheduler_steps(model),
+            cuda_graphs=self.compile and next(model.parameters()).device.type == "cuda",
         )
-        mebibytes = engine.bytes / 2**20
+        mebibytes = engine.memory_bytes / 2**20
         print(
-            f"{name}: {size:,} parameters in {self.dtype}; {self.rows} rows of "
-            f"{engine.length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
+            f"{name}: {size:,} parameters in {self.dtype}; {self.max_num_seqs} rows of "
+            f"{engine.cache_length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
             file=sys.stderr,
         )
         if cost:
             print(f"{name}: {cost}", file=sys.stderr)
-        service = Service(
+        service = AsyncEngine(
             engine,
-            places=self.queue,
-            stall=self.stall,
+            max_queue=self.max_queue,
+            stall_timeout=self.stall_timeout,
             metrics=Metrics(name),
             threads=threads,
-            interval=self.interval,
+            stream_interval=self.stream_interval,
         )
         if self.compile:
             compiler.add(engine, threads)
         created = int((path / "model.safetensors").stat().st_mtime)
-        return Served(
+        return ModelEntry(
             name,
             service,
             tokenizer,
             created,
-            translates(path),
+            is_translation_run(path),
             dtype=self.dtype,
-            parameters=size,
-            bits_per_byte=newest(path).get("final_bits_per_byte"),
+            num_parameters=size,
+            bits_per_byte=latest_metrics(path).get("final_bits_per_byte"),
             run=runs.name_of(path),
         )
 
     async def _join(
-        self, catalog: "Catalog", folder: Path, compiler: "Compiler", runs: "Runs"
+        self, catalog: "ModelRegistry", folder: Path, compiler: "Compiler", runs: "RunBrowser"
     ) -> None:
         """Serve one more run; one that cannot be is named, and the others go on."""
         try:
@@ -281,7 +296,7 @@ WATCH = 2.0
 """Seconds between two looks at a watched folder."""
 
 
-def finished(folder: Path) -> list[Path]:
+def finished_runs(folder: Path) -> list[Path]:
     """The runs in a folder whose training has ended, the oldest first."""
     found = []
     for metrics in folder.glob("*/metrics.jsonl"):
@@ -315,15 +330,15 @@ def _invitation(names: Sequence[str], address: str, key: str | None) -> str:
     )
 
 
-def open_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
+def load_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
     """The directory, model and tokenizer of a run; a ValueError says what is wrong with one of them."""
     path = find_run(run)
-    model = open_language_model(path, find_device(device))
-    tokenizer = Tokenizer.open(path)
-    if model.vocabulary != tokenizer.vocabulary:
+    model = load_language_model(path, resolve_device(device))
+    tokenizer = Tokenizer.load(path)
+    if model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"{path}: the model has {model.vocabulary} tokens and its tokenizer.json "
-            f"{tokenizer.vocabulary}: they are not of the same run"
+            f"{path}: the model has {model.vocab_size} tokens and its tokenizer.json "
+            f"{tokenizer.vocab_size}: they are not of the same run"
         )
     return path, model, tokenizer
 

@@ -12,7 +12,7 @@ class PromptTokens(NamedTuple):
 
     ids: list[int]
     space: str = ""
-    first: Sequence[int] = ()
+    allowed_first_tokens: Sequence[int] = ()
     """The tokens to choose the first one from, where there is a choice to be made."""
     text: str = ""
     """What the tokens were read from."""
@@ -20,7 +20,7 @@ class PromptTokens(NamedTuple):
     """Whether the first token is the end-of-text before a document, which is in no text."""
 
 
-def read_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
+def tokenize_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
     """The tokens to continue `text` from: like every document in training, it begins with end-of-text.
 
     A space at the end is part of the word that follows, to the tokenizer and so to the model,
@@ -30,11 +30,11 @@ def read_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
     space = " " if len(spaced) > 1 else ""
     ids = tokenizer.encode(text.removesuffix(space))
     return PromptTokens(
-        [tokenizer.end_of_text, *ids], space, spaced if space else (), text, begins=True
+        [tokenizer.eos_token, *ids], space, spaced if space else (), text, begins=True
     )
 
 
-def read_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
+def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
     """The tokens of a sentence to translate, as in training; a ValueError if there are none.
 
     A translation's first word has a space before it, which is left out.
@@ -47,7 +47,7 @@ def read_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
     """A token for people to read: its text, or its bytes where they are only a part of a character."""
-    if token == tokenizer.end_of_text:
+    if token == tokenizer.eos_token:
         return END_OF_TEXT
     data = tokenizer.token_bytes(token)
     try:
@@ -58,11 +58,11 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 @functools.cache
 def _beginning_with_space(tokenizer: Tokenizer) -> Sequence[int]:
-    ids = range(tokenizer.vocabulary)
+    ids = range(tokenizer.vocab_size)
     return [token for token in ids if tokenizer.token_bytes(token).startswith(b" ")]
 
 
-class Text:
+class IncrementalDetokenizer:
     """The text of one request as its tokens come, cut before the first stop string.
 
     All the pushes and the flush, joined, are the text. What a push gives is never taken

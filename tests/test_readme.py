@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 
 SMALL = (
-    "--steps 2 --batch 2 --window 64 --width 32 --depth 1 --heads 1 --validation-interval 2 "
-    "--validation-tokens 256 --vocabulary 300 --accumulation 1 --device cpu"
+    "--steps 2 --batch-size 2 --context-length 64 --width 32 --depth 1 --heads 1 --eval-interval 2 "
+    "--eval-tokens 256 --vocab-size 300 --gradient-accumulation-steps 1 --device cpu"
 )
 
 
@@ -42,7 +42,7 @@ def quickened(command: str) -> str:
     if command == "make test":
         return "make test ARGS='--collect-only --quiet'"
     if match := re.fullmatch(r'(make train.*?)(?: ARGS="(.*)")?', command):
-        own = re.sub(r"--window \d+", "", match[2] or "")
+        own = re.sub(r"--context-length \d+", "", match[2] or "")
         small = SMALL
         if "=lstm" in match[1] or "=translate-attention" in match[1]:
             small = SMALL.replace("--heads 1", "").replace("--depth 1", "")

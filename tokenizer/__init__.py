@@ -27,7 +27,7 @@ from tokenizers import Tokenizer as Library
 
 __all__ = [
     "END_OF_TEXT",
-    "Stream",
+    "StreamDecoder",
     "Tokenizer",
     "byte_tokenizer",
     "from_utf8",
@@ -123,11 +123,11 @@ def from_utf8(data: bytes, name: str, line: int = 1) -> str:
 class Tokenizer:
     """A byte-level tokenizer: made by a `train_…` below, `byte_tokenizer` or `Tokenizer.open`."""
 
-    vocabulary: int
+    vocab_size: int
     """Number of ids."""
-    end_of_text: int
+    eos_token: int
     """The id of `<|endoftext|>`."""
-    unknown: int | None
+    unk_token: int | None
     """The id that stands for all words or characters that have none; None where every text has ids."""
     fingerprint: str
     """The same for two tokenizers that write the same tokenizer.json."""
@@ -138,12 +138,12 @@ class Tokenizer:
             raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
         vocabulary = library.get_vocab(with_added_tokens=True)
         added = library.get_added_tokens_decoder()
-        self.vocabulary = 1 + max(vocabulary.values())
-        self.end_of_text = end_of_text
+        self.vocab_size = 1 + max(vocabulary.values())
+        self.eos_token = end_of_text
         whole_words = isinstance(library.model, models.WordLevel)
-        self.unknown = library.token_to_id(library.model.unk_token) if whole_words else None
+        self.unk_token = library.token_to_id(library.model.unk_token) if whole_words else None
         self.fingerprint = hashlib.sha256(library.to_str().encode()).hexdigest()
-        self._bytes = [b""] * self.vocabulary
+        self._bytes = [b""] * self.vocab_size
         for token, index in vocabulary.items():
             if index in added:
                 self._bytes[index] = b"" if added[index].special else token.encode()
@@ -188,13 +188,13 @@ class Tokenizer:
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that one token stands for: b"" for a special token."""
-        if not 0 <= token < self.vocabulary:
-            raise ValueError(f"token ids go from 0 to {self.vocabulary - 1}, not {token}")
+        if not 0 <= token < self.vocab_size:
+            raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, not {token}")
         return self._bytes[token]
 
-    def stream(self) -> "Stream":
+    def stream(self) -> "StreamDecoder":
         """Decode tokens as they come."""
-        return Stream(self)
+        return StreamDecoder(self)
 
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json, or leave what was there."""
@@ -207,7 +207,7 @@ class Tokenizer:
         beside.replace(path)
 
     @classmethod
-    def open(cls, path: Path | str) -> "Tokenizer":
+    def load(cls, path: Path | str) -> "Tokenizer":
         """Read a tokenizer.json, or the one in a run directory; a ValueError says what is wrong."""
         path = Path(path)
         file = path / "tokenizer.json" if path.is_dir() else path
@@ -226,7 +226,7 @@ class Tokenizer:
             raise ValueError(f"{file}: {error}") from None
 
 
-class Stream:
+class StreamDecoder:
     """Decodes one token at a time into whole characters.
 
     All the pushes and the flush, joined, are what `Tokenizer.decode` gives.
@@ -245,16 +245,16 @@ class Stream:
         return self._decoder.decode(b"", final=True)
 
 
-def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Learn a tokenizer of `vocabulary` ids, or fewer if the texts have no more pairs to merge."""
-    if vocabulary <= 256:
+    if vocab_size <= 256:
         raise ValueError(
-            f"a vocabulary holds at least 256 bytes and {END_OF_TEXT}: 257, not {vocabulary}"
+            f"a vocabulary holds at least 256 bytes and {END_OF_TEXT}: 257, not {vocab_size}"
         )
     library = Library(models.BPE())
     library.pre_tokenizer = _cut(WORDS)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocabulary - 1, min_frequency=2, initial_alphabet=LETTERS, show_progress=False
+        vocab_size=vocab_size - 1, min_frequency=2, initial_alphabet=LETTERS, show_progress=False
     )
     try:
         library.train_from_iterator(itertools.chain.from_iterable(map(pieces, texts)), trainer)
@@ -263,27 +263,27 @@ def train_bpe(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return _finish(library)
 
 
-def train_words(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def train_words(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Take the most frequent words, ` <unk>` among them, until there are `vocabulary` ids."""
-    if vocabulary < 3:
-        raise ValueError(f"a vocabulary of words needs at least 3 ids, not {vocabulary}")
+    if vocab_size < 3:
+        raise ValueError(f"a vocabulary of words needs at least 3 ids, not {vocab_size}")
     library = _whole(SPACED, [])
-    trainer = trainers.WordLevelTrainer(vocab_size=vocabulary - 1, show_progress=False)
+    trainer = trainers.WordLevelTrainer(vocab_size=vocab_size - 1, show_progress=False)
     library.train_from_iterator(itertools.chain.from_iterable(map(pieces, texts)), trainer)
     learned = library.get_vocab(with_added_tokens=False)
     learned.pop(_letters(UNKNOWN), None)
-    words = sorted(learned, key=lambda word: learned[word])[: vocabulary - 2]
+    words = sorted(learned, key=lambda word: learned[word])[: vocab_size - 2]
     return _finish(_whole(SPACED, words))
 
 
-def train_characters(texts: Iterable[str], vocabulary: int) -> Tokenizer:
+def train_characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Take the most frequent characters, ` <unk>` besides, until there are `vocabulary` ids."""
-    if vocabulary < 3:
-        raise ValueError(f"a vocabulary of characters needs at least 3 ids, not {vocabulary}")
+    if vocab_size < 3:
+        raise ValueError(f"a vocabulary of characters needs at least 3 ids, not {vocab_size}")
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(text)
-    characters = [character for character, _ in counts.most_common(vocabulary - 2)]
+    characters = [character for character, _ in counts.most_common(vocab_size - 2)]
     try:
         return _finish(_whole(CHARACTER, list(map(_letters, characters))))
     except UnicodeEncodeError:

@@ -32,7 +32,7 @@ def _parser(prog: str) -> Parser:
     )
     train.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a UTF-8 text file")
     train.add_argument(
-        "--vocabulary", type=int, default=4096, metavar="N", help="number of ids (default: 4096)"
+        "--vocab-size", type=int, default=4096, metavar="N", help="number of ids (default: 4096)"
     )
     train.add_argument(
         "--output",
@@ -62,7 +62,7 @@ def _parser(prog: str) -> Parser:
 
 
 def _open(name: str) -> Tokenizer:
-    return byte_tokenizer() if name == "bytes" else Tokenizer.open(name)
+    return byte_tokenizer() if name == "bytes" else Tokenizer.load(name)
 
 
 def _stdin() -> str:
@@ -74,8 +74,8 @@ def _train(files: list[Path], vocabulary: int, output: Path) -> None:
     texts = (from_utf8(file.read_bytes(), str(file)) for file in files)
     tokenizer = train_bpe(texts, vocabulary)
     tokenizer.save(output)
-    print(f"{output}: {tokenizer.vocabulary} ids", file=sys.stderr)
-    if tokenizer.vocabulary < vocabulary:
+    print(f"{output}: {tokenizer.vocab_size} ids", file=sys.stderr)
+    if tokenizer.vocab_size < vocabulary:
         print(f"fewer than {vocabulary}: the text has no more pairs to merge", file=sys.stderr)
 
 

@@ -15,33 +15,33 @@ import tyro
 
 from gpt import CHAPTERS, Model, cli, summary
 from gpt.checkpoint import (
-    BY_NAME,
+    MODEL_CLASSES,
     RUNS,
-    build,
+    build_model,
+    did_you_mean,
     find_run,
-    near,
-    open_model,
+    load_model,
     read_json,
     write_atomically,
 )
 from gpt.cli import MaybeInt, MaybePath, MaybeText
-from gpt.device import describe, find_device
-from gpt.summary import parameters
+from gpt.device import device_name, resolve_device
+from gpt.summary import count_parameters
 from training import distributed
 from training.evaluation import ladder
 from training.plots import figures
 from training.plots.commands import Xray
-from training.presets import PRESETS, Run, model_options, preset, resolved
-from training.progress import duration
-from training.run_directory import begin, is_begun, resume, tokenizer_of
+from training.presets import PRESETS, TrainingConfig, get_preset, model_options, resolve_config
+from training.progress import format_duration
+from training.run_directory import create_run, is_same_run, load_run_tokenizer, resume_run
 from training.tasks import TASKS, check, open_task
 from training.tasks.translation import comparison
 from training.trainer import (
     Diverged,
     Stopped,
     Trainer,
+    load_training_config,
     new_model,
-    read_run,
 )
 
 PROG = "python -m training"
@@ -51,11 +51,11 @@ DEFAULT_PRESET = {"cuda": "gpt-micro"}
 
 def train_command(name: str) -> Callable[..., cli.Command]:
     """The `train` command with the options of preset `name`, its values as their defaults."""
-    chosen = preset(name)
+    chosen = get_preset(name)
     options: Any = model_options(chosen)
 
     def train(
-        settings: Run = chosen,
+        settings: TrainingConfig = chosen,
         model: options = options(),  # noqa: B008 (frozen)
         run: MaybePath = None,
     ) -> cli.Command:
@@ -68,25 +68,25 @@ def train_command(name: str) -> Callable[..., cli.Command]:
             model: The model's own arguments.
             run: Where to write the run; runs/<preset>-<time> when not given.
         """
-        return lambda: start(resolved(settings, model, chosen), run)
+        return lambda: start(resolve_config(settings, model, chosen), run)
 
     return train
 
 
 def plan_command(name: str) -> Callable[..., cli.Command]:
     """The `plan` command with the options of preset `name`, as `train` has them."""
-    chosen = preset(name)
+    chosen = get_preset(name)
     options: Any = model_options(chosen)
 
     def plan(
-        settings: Run = chosen,
+        settings: TrainingConfig = chosen,
         model: options = options(),  # noqa: B008 (frozen)
         gpus: int = 1,
         card: MaybeText = None,
         mfu: float = 0.4,
         json: bool = False,
     ) -> cli.Command:
-        """Say what a run will take before it is trained: `plan [PRESET] [options as in train] --gpus N`.
+        """Say what a run will take before it is trained: `plan [PRESET] [options as in train] --num-gpus N`.
 
         Memory of each card by kind, tokens, operations, tokens per second and time.
 
@@ -98,7 +98,9 @@ def plan_command(name: str) -> Callable[..., cli.Command]:
             mfu: Share of the card's peak that is expected to be reached.
             json: Print one JSON object, for machines.
         """
-        return lambda: show_plan(resolved(settings, model, chosen), gpus, card, mfu, as_json=json)
+        return lambda: show_plan(
+            resolve_config(settings, model, chosen), gpus, card, mfu, as_json=json
+        )
 
     return plan
 
@@ -129,22 +131,22 @@ class Describe:
         """What was named, without its weights; a ValueError says what can be."""
         config = Path(self.model) / "config.json"
         if self.model == "gpt3":
-            return summary.gpt3()
-        if self.model in BY_NAME:
-            return summary.shapes(BY_NAME[self.model])
+            return summary.build_gpt3()
+        if self.model in MODEL_CLASSES:
+            return summary.build_on_meta(MODEL_CLASSES[self.model])
         if self.model in PRESETS:
             run = PRESETS[self.model]
-            expected = TASKS[run.task].expects(run)
+            expected = TASKS[run.task].expected_model_args(run)
             with torch.device("meta"):
                 return new_model(run, expected)
         if config.is_file():
             given = read_json(config)
             with torch.device("meta"):
-                return build(given["model"], given["arguments"])
-        presets = [name for name in PRESETS if name not in BY_NAME]
+                return build_model(given["model"], given["model_args"])
+        presets = [name for name in PRESETS if name not in MODEL_CLASSES]
         raise ValueError(
             f"{self.model!r} is neither a model nor a preset"
-            f"{near(self.model, [*BY_NAME, *PRESETS])} nor a run directory; "
+            f"{did_you_mean(self.model, [*MODEL_CLASSES, *PRESETS])} nor a run directory; "
             f"the models are {', '.join(CHAPTERS)}, gpt3; further presets {', '.join(presets)}"
         )
 
@@ -160,7 +162,7 @@ class Resume:
 
     def __call__(self) -> None:
         """Train on."""
-        world = distributed.join(self.device)
+        world = distributed.init_process_group(self.device)
         go_on(world.broadcast(find_run(self.run, "run.json")), self.device, world)
 
 
@@ -184,9 +186,9 @@ class Eval:
     """Split to score; when not given, validation of the run's own corpus, else the first there is of test, validation, train."""
     stride: MaybeInt = None
     """Tokens that each window scores; as many as the model can when not given. A smaller one is slower and gives every token more context."""
-    context: MaybeInt = None
+    context_length: MaybeInt = None
     """Tokens of a window; the model's context when not given."""
-    beams: MaybeInt = None
+    num_beams: MaybeInt = None
     """Translations followed at once by a beam search; when not given, the likeliest word is always taken."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
@@ -198,8 +200,8 @@ class Eval:
     def __call__(self) -> None:
         """Score and print."""
         directory = find_run(self.run)
-        model = open_model(directory, find_device(self.device))
-        trained = dataclasses.replace(read_run(directory), precision=self.precision)
+        model = load_model(directory, resolve_device(self.device))
+        trained = dataclasses.replace(load_training_config(directory), precision=self.precision)
         about_data = ("data_config", "text_column", "data_limit", "streaming")
         if self.data is None:
             if any(getattr(self, name) for name in about_data):
@@ -209,14 +211,18 @@ class Eval:
         else:
             others = {name: getattr(self, name) for name in about_data}
             trained = dataclasses.replace(trained, data=self.data, data_split=None, **others)
-        task = open_task(trained, tokenizer_of(directory), to_train=self.data is None)
+        task = open_task(trained, load_run_tokenizer(directory), to_train=self.data is None)
         names = ("test", "validation", "train") if self.data else ("validation",)
         wanted = self.split or next(name for name in names if name in task.splits)
         if wanted not in task.splits:
             raise ValueError(f"no split is named {wanted!r}; there are {', '.join(task.splits)}")
-        asked = {"stride": self.stride, "context": self.context, "beams": self.beams}
+        asked = {
+            "stride": self.stride,
+            "context_length": self.context_length,
+            "num_beams": self.num_beams,
+        }
         options = {name: value for name, value in asked.items() if value is not None}
-        for name in options.keys() - task.options:
+        for name in options.keys() - task.eval_options:
             raise ValueError(f"--{name} has no meaning in the task {trained.task}: leave it out")
         report = task.score(model, wanted, final=True, **options)
         if self.json:
@@ -252,7 +258,7 @@ class Translators:
     """Run directories."""
     split: str = "test"
     """Split to translate."""
-    beams: int = 1
+    num_beams: int = 1
     """Translations followed at once by a beam search; 1 always takes the likeliest word."""
     output: Path = Path("bleu.svg")
     """Where the plot goes: .svg, .png or .pdf; the table and a .json beside it."""
@@ -268,22 +274,22 @@ class Translators:
         plot.check_output(self.output)
         rows = []
         for directory in map(find_run, self.run):
-            run = read_run(directory)
-            if TASKS[run.task].kind != "pairs":
+            run = load_training_config(directory)
+            if TASKS[run.task].kind != "translation":
                 raise ValueError(f"{directory}: was not trained to translate, but on {run.task}")
-            task = open_task(run, tokenizer_of(directory))
+            task = open_task(run, load_run_tokenizer(directory))
             if self.split not in task.splits:
                 raise ValueError(
                     f"{run.data} has no split named {self.split!r}; there are {', '.join(task.splits)}"
                 )
-            model = open_model(directory, find_device(self.device))
-            score = task.score(model, self.split, beams=self.beams)
+            model = load_model(directory, resolve_device(self.device))
+            score = task.score(model, self.split, beams=self.num_beams)
             last = plot.read_metrics(directory)
             row = {
                 "run": directory.name,
                 "model": run.model,
                 "split": self.split,
-                "parameters": parameters(model),
+                "parameters": count_parameters(model),
                 "seconds": max(line.get("seconds", 0.0) for line in last),
                 **score.to_json(),
             }
@@ -302,21 +308,21 @@ class Ladder:
 
     rungs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUNG …]")] = ()
     """Which rungs; all when none is given."""
-    data: str = Run.data
+    data: str = TrainingConfig.data
     """Corpus, as in `train`."""
-    tokenizer: str = Run.tokenizer
+    tokenizer: str = TrainingConfig.tokenizer
     """As in `train`."""
-    vocabulary: int = Run.vocabulary
+    vocab_size: int = TrainingConfig.vocab_size
     """Number of tokens that the tokenizer learns."""
-    tokens: int = 240 * Run.batch * Run.window
+    tokens: int = 240 * TrainingConfig.batch_size * TrainingConfig.context_length
     """Tokens that each rung is trained on."""
     seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Seconds that each rung is trained for, instead of `--tokens`."""
     output: Path = RUNS / "ladder"
     """Folder of the rungs' runs, ladder.json, ladder.md and ladder.svg; one that was begun is gone on with."""
-    seed: int = Run.seed
+    seed: int = TrainingConfig.seed
     """Of every rung."""
-    device: str = Run.device
+    device: str = TrainingConfig.device
     """auto, cpu, cuda, cuda:1, mps."""
 
     def __call__(self) -> None:
@@ -325,9 +331,11 @@ class Ladder:
 
         if self.tokens < 1 or (self.seconds is not None and not 0 < self.seconds < math.inf):
             raise ValueError("--tokens must be at least 1, and --seconds above 0")
-        names = ("data", "tokenizer", "vocabulary", "seed", "device")
+        names = ("data", "tokenizer", "vocab_size", "seed", "device")
         common = {name: getattr(self, name) for name in names}
-        rows = ladder.climb(self.output, self.rungs, common, self.tokens, self.seconds, train_on)
+        rows = ladder.run_ladder(
+            self.output, self.rungs, common, self.tokens, self.seconds, train_on
+        )
         write_atomically(self.output / "ladder.json", json.dumps(rows, indent=2) + "\n")
         write_atomically(self.output / "ladder.md", ladder.table(rows))
         plot.plot_ladder(rows, self.output / "ladder.svg")
@@ -353,45 +361,47 @@ class Figures:
             print(path, flush=True)
 
 
-def show_plan(run: Run, gpus: int, card: str | None, mfu: float, *, as_json: bool) -> None:
+def show_plan(
+    run: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float, *, as_json: bool
+) -> None:
     """Print what a run will take."""
     from training.plan import plan
 
-    found = plan(run, gpus, card, mfu)
+    found = plan(run, num_gpus, gpu, mfu)
     print(json.dumps(found.to_json()) if as_json else found.table())
 
 
-def start(run: Run, directory: Path | None) -> None:
+def start(run: TrainingConfig, directory: Path | None) -> None:
     """Say what will be done, and do it; where lost workers are restarted, go on with what they did."""
-    if directory is None and distributed.may_restart():
+    if directory is None and distributed.is_restartable():
         raise ValueError(
             "--max-restarts needs --run DIR, by which the run is found again: torchrun … -m -- "
             "training train … --run DIR (without -- torchrun takes --run for an option of its own)"
         )
-    world = distributed.join(run.device)
+    world = distributed.init_process_group(run.device)
     directory = directory or RUNS / f"{run.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = world.broadcast(directory)
-    if distributed.may_restart() and world.broadcast(is_begun(run, directory)):
+    if distributed.is_restartable() and world.broadcast(is_same_run(run, directory)):
         go_on(directory, run.device, world)
         return
     processes = f", {world.size} processes" if world.size > 1 else ""
-    print(f"preset {run.preset}: {run.model} on {describe(world.device(run.device))}{processes}")
+    print(f"preset {run.preset}: {run.model} on {device_name(world.device(run.device))}{processes}")
     check(run)
     for name, value in dataclasses.asdict(run).items():
-        if name not in {"preset", "model", *TASKS[run.task].foreign}:
+        if name not in {"preset", "model", *TASKS[run.task].unsupported_options}:
             print(f"  {name} = {value}")
-    trainer = begin(run, directory, world)
+    trainer = create_run(run, directory, world)
     print(f"data: {trainer.task.description}")
     for line in trainer.task.sizes:
         print(f"  {line}")
-    print(f"run: {directory}, {parameters(trainer.model):,} parameters", flush=True)
+    print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
     work(trainer)
 
 
 def go_on(directory: Path, device: str, world: distributed.World) -> None:
     """Train on from the newest checkpoint of a run."""
-    trainer = resume(directory, device, world)
-    where = f"step {trainer.step} of {trainer.run.steps}"
+    trainer = resume_run(directory, device, world)
+    where = f"step {trainer.step} of {trainer.config.steps}"
     print(f"{trainer.directory}: continues at {where}", flush=True)
     work(trainer)
 
@@ -400,8 +410,8 @@ def work(trainer: Trainer) -> None:
     """Train to the end and report."""
     begun = time.monotonic()
     train_on(trainer, f"continue with: {PROG} train --resume {trainer.directory}")
-    print(f"\ntrained in {duration(time.monotonic() - begun)}")
-    if trainer.world.first:
+    print(f"\ntrained in {format_duration(time.monotonic() - begun)}")
+    if trainer.world.is_main_process:
         report(trainer)
 
 
@@ -410,11 +420,11 @@ def train_on(trainer: Trainer, advice: str = "continue with the same command") -
     try:
         trainer.train()
     except Stopped as stop:
-        if trainer.world.first:
+        if trainer.world.is_main_process:
             print(f"\n{stop}; {advice}", file=sys.stderr)
         sys.exit(stop.exit_code)
     except Diverged as divergence:
-        if trainer.world.first:
+        if trainer.world.is_main_process:
             print(f"\n{PROG}: {divergence}", file=sys.stderr)
         sys.exit(1)
 
@@ -424,18 +434,20 @@ def report(trainer: Trainer) -> None:
     directory, task = trainer.directory, trainer.task
     score = trainer.score()
     print(f"the whole validation split, with the best weights:\n{score.table()}")
-    print(f"a sample:\n\n{task.sample(trainer.judged, min(200, trainer.run.window - 1))}")
+    print(
+        f"a sample:\n\n{task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))}"
+    )
     print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
     if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
-    if task.kind == "pairs":
+    if task.kind == "translation":
         print(f'  tinygpt xray {directory} "a sentence to translate"')
 
 
 def main(prog: str = PROG, arguments: Sequence[str] | None = None) -> None:
     """Choose the command; `train` and `plan` take their options from the preset named after them."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    name = DEFAULT_PRESET.get(find_device("auto").type, "gpt-nano")
+    name = DEFAULT_PRESET.get(resolve_device("auto").type, "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")
         train: Callable[..., cli.Command] = Resume

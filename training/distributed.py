@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.device import find_device, in_bfloat16
+from gpt.device import resolve_device, uses_bfloat16
 
 # What sharding needs takes a second to import: a run without it does not.
 if TYPE_CHECKING:
@@ -44,13 +44,13 @@ class World:
     """The rank among those of this machine."""
 
     @property
-    def first(self) -> bool:
+    def is_main_process(self) -> bool:
         """Whether it is this process that prints and writes."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
         """This process's own device; a ValueError says why it has none."""
-        device = find_device(name)
+        device = resolve_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
         if device.type != "cuda" or device.index is not None:
@@ -65,11 +65,11 @@ class World:
             )
         return torch.device("cuda", self.local_rank)
 
-    def share(self, rows: int) -> slice:
+    def local_rows(self, rows: int) -> slice:
         """This process's rows of so many."""
         return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
 
-    def most(self, number: int) -> int:
+    def all_reduce_max(self, number: int) -> int:
         """The largest of the processes' numbers."""
         if self.size == 1:
             return number
@@ -77,11 +77,11 @@ class World:
         dist.all_reduce(numbers, dist.ReduceOp.MAX)
         return int(numbers)
 
-    def wait(self) -> None:
+    def barrier(self) -> None:
         """Go on when all have come here."""
-        self.most(0)
+        self.all_reduce_max(0)
 
-    def mean(self, tensor: Tensor) -> Tensor:
+    def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """The mean of the processes' tensors."""
         if self.size == 1:
             return tensor
@@ -101,41 +101,41 @@ class World:
         """The tensors of every rank, for rank 0; the others get an empty list."""
         if self.size == 1:
             return [tensors]
-        found: list[Any] = [None] * self.size if self.first else []
+        found: list[Any] = [None] * self.size if self.is_main_process else []
         own = {name: tensor.cpu() for name, tensor in tensors.items()}
-        dist.gather_object(own, found if self.first else None)
+        dist.gather_object(own, found if self.is_main_process else None)
         return found
 
-    def whole(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def gather_full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """The same tensors, each sharded one whole, for rank 0; the others get less."""
         found = {}
         for name, tensor in tensors.items():
-            full = gathered(tensor)
-            if self.first:
+            full = full_tensor(tensor)
+            if self.is_main_process:
                 found[name] = full.cpu() if is_sharded(tensor) else full
         return found
 
     @contextmanager
-    def first_of_machine_first(self) -> Iterator[None]:
+    def local_main_process_first(self) -> Iterator[None]:
         """What one process of each machine does before the others: it leaves them what it found."""
         if self.local_rank:
-            self.wait()
+            self.barrier()
         yield
         if not self.local_rank:
-            self.wait()
+            self.barrier()
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
-def join(device: str) -> World:
+def init_process_group(device: str) -> World:
     """The world that torchrun made of this process and others; without it, ALONE.
 
     All but rank 0 are silent from here on.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
-        return ALONE
+        return SINGLE_PROCESS
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     own = world.device(device)
     cuda = own.type == "cuda"
@@ -150,7 +150,7 @@ def join(device: str) -> World:
         device_id=own if cuda else None,
     )
     atexit.register(dist.destroy_process_group)
-    if not world.first:
+    if not world.is_main_process:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115
     return world
 
@@ -162,7 +162,7 @@ def _fresh_store(world: World) -> Store:
     each start has a part of its own; rank 0 numbers it, and answers only to who is there.
     """
     store, _, _ = next(rendezvous("env://"))
-    if world.first:
+    if world.is_main_process:
         start = store.add("start", 1)
         for rank in range(1, world.size):
             store.set(f"{start}/welcome/{rank}", store.get(f"{start}/hello/{rank}"))
@@ -177,12 +177,12 @@ def _fresh_store(world: World) -> Store:
         time.sleep(0.05)
 
 
-def may_restart() -> bool:
+def is_restartable() -> bool:
     """Whether torchrun starts all processes again when one is lost."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
-def averaged(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def wrap_ddp(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """An objective whose backward pass leaves the mean of all processes' gradients."""
     assert isinstance(objective, nn.Module)
     # Compiled in parts, so that sums could be sent early, a recomputed loss is refused.
@@ -192,7 +192,7 @@ def averaged(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-def kept_back(objective: Callable[..., Tensor], parts: int) -> AbstractContextManager[None]:
+def no_sync(objective: Callable[..., Tensor], parts: int) -> AbstractContextManager[None]:
     """Where gradients only add up while parts of the batch are left: the last sends the sum.
 
     Sharded ones are sent at once: otherwise each process would hold all of them.
@@ -202,7 +202,7 @@ def kept_back(objective: Callable[..., Tensor], parts: int) -> AbstractContextMa
     return nullcontext()
 
 
-def shard(objective: nn.Module, device: torch.device, precision: str) -> None:
+def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> None:
     """Leave each process its slice of every parameter, on its device.
 
     They are put together for one element of a ModuleList at a time, that is for a layer; what
@@ -217,7 +217,7 @@ def shard(objective: nn.Module, device: torch.device, precision: str) -> None:
 
     # Nothing here changes the result of a layer in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    half = device.type == "cuda" and in_bfloat16(device, precision)
+    half = device.type == "cuda" and uses_bfloat16(device, precision)
     policy = MixedPrecisionPolicy(
         torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False
     )
@@ -240,7 +240,7 @@ def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
     return hasattr(tensor, "full_tensor")
 
 
-def gathered(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """A sharded tensor whole, on every process; any other as it is."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 

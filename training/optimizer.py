@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.device import in_bfloat16
+from gpt.device import uses_bfloat16
 from gpt.models.base import Model
 from training.distributed import each_whole, sharded_like
-from training.presets import Run
+from training.presets import TrainingConfig
 
 MOMENTUM_WARM_UP = 200
 """Steps over which Muon's momentum goes from 0.85 to 0.95: early gradients turn quickly."""
@@ -99,7 +99,7 @@ class Muon(torch.optim.Optimizer):
         return torch._foreach_lerp(gradients, kept, momentum)
 
 
-def groups(model: Model) -> dict[str, list[nn.Parameter]]:
+def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     """The model's parameters by kind: embeddings, unembedding, matrices, vectors. Each is in one."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
@@ -133,26 +133,26 @@ class Optimizers:
     """
 
     def __init__(
-        self, model: Model, run: Run, device: torch.device, half: bool | None = None
+        self, model: Model, run: TrainingConfig, device: torch.device, half: bool | None = None
     ) -> None:
-        half = in_bfloat16(device, run.precision) if half is None else half
+        half = uses_bfloat16(device, run.precision) if half is None else half
         self.run = run
         self.model = model
         rates = {
             "matrices": run.learning_rate,
-            "embeddings": run.embedding_rate,
-            "unembedding": run.unembedding_rate,
-            "vectors": run.vector_rate,
+            "embeddings": run.embedding_lr,
+            "unembedding": run.unembedding_lr,
+            "vectors": run.vector_lr,
         }
         decays = {
             "matrices": run.weight_decay,
-            "embeddings": run.embedding_decay,
-            "unembedding": run.embedding_decay,
+            "embeddings": run.embedding_weight_decay,
+            "unembedding": run.embedding_weight_decay,
             "vectors": 0.0,
         }
         by_kind: dict[str, dict[str, Any]] = {
             kind: {"params": parameters, "lr": rates[kind], "weight_decay": decays[kind]}
-            for kind, parameters in groups(model).items()
+            for kind, parameters in parameter_groups(model).items()
             if parameters
         }
         self.all: list[torch.optim.Optimizer] = []
@@ -179,9 +179,9 @@ class Optimizers:
 
     def step(self, index: int) -> None:
         """Clip, set the rates of step `index`, move the weights, drop the gradients."""
-        if self.run.clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.clip)
-        share = schedule(self.run, index)
+        if self.run.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip)
+        share = lr_schedule(self.run, index)
         for group in self._groups():
             group["lr"] = group["peak"] * share
             if group.get("momentum"):
@@ -215,16 +215,18 @@ class Optimizers:
             optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
 
 
-def schedule(run: Run, index: int) -> float:
+def lr_schedule(run: TrainingConfig, index: int) -> float:
     """The share of the peak rate at step `index`: a linear warm-up, a plateau, a cool-down.
 
     The cool-down is linear, or half a cosine (Loshchilov & Hutter 2017), or halves the rate at
     equal distances, first where it begins (Zaremba et al. 2014).
     """
-    warm = (index + 1) / run.warm_up if run.warm_up else 1.0
-    cool = (run.steps - index) / (run.steps * run.cool_down) if run.cool_down else 1.0
-    if run.halvings:
-        return min(warm, 0.5 ** math.floor(1 + run.halvings * (1 - cool))) if cool <= 1 else warm
-    if run.cosine:
+    warm = (index + 1) / run.warmup_steps if run.warmup_steps else 1.0
+    cool = (
+        (run.steps - index) / (run.steps * run.cooldown_fraction) if run.cooldown_fraction else 1.0
+    )
+    if run.step_decays:
+        return min(warm, 0.5 ** math.floor(1 + run.step_decays * (1 - cool))) if cool <= 1 else warm
+    if run.cosine_decay:
         cool = (1 - math.cos(math.pi * min(cool, 1.0))) / 2
-    return min(warm, 1.0, run.final_rate + (1 - run.final_rate) * min(cool, 1.0))
+    return min(warm, 1.0, run.final_lr_fraction + (1 - run.final_lr_fraction) * min(cool, 1.0))

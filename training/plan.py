@@ -23,12 +23,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import LanguageModel, Model
-from gpt.device import Card, find_card, find_device, in_bfloat16
+from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
 from gpt.models.attention import RMSNorm
-from gpt.summary import describe, kinds, parameters
+from gpt.summary import count_by_kind, count_parameters, describe
 from training.optimizer import Optimizers
-from training.presets import Run
-from training.progress import duration
+from training.presets import TrainingConfig
+from training.progress import format_duration
 from training.tasks import TASKS, check
 from training.tasks.text import Text
 from training.trainer import Objective, new_model
@@ -38,7 +38,7 @@ USABLE = 0.9
 GIB = 2**30
 
 
-class Live(TorchDispatchMode):
+class TensorMemoryTracker(TorchDispatchMode):
     """Counts the bytes of all tensors that are alive, each storage once."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Memory:
         return kept + max(step, self.update, self.validation)
 
 
-def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) -> Memory:
+def measure(run: TrainingConfig, rows: int, bfloat16: bool, card: bool, shards: int = 1) -> Memory:
     """The memory of one step of a run, taken with fake tensors.
 
     Args:
@@ -149,10 +149,10 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         shards: Cards among which weights, gradients and the optimizers' state are divided.
     """
     task = TASKS[run.task]
-    given = task.expects(run)
-    arrays = [torch.from_numpy(array) for array in task.largest(run, rows)]
+    given = task.expected_model_args(run)
+    arrays = [torch.from_numpy(array) for array in task.largest_batch(run, rows)]
     kernels = CardKernels() if card else contextlib.nullcontext()
-    with FakeTensorMode() as fake, Live() as live, kernels:
+    with FakeTensorMode() as fake, TensorMemoryTracker() as live, kernels:
         batch = [fake.from_tensor(array) for array in arrays]
         for tensor in batch:
             live.count(tensor)
@@ -174,9 +174,9 @@ def measure(run: Run, rows: int, bfloat16: bool, card: bool, shards: int = 1) ->
         give_gradients(model)
         kept = live.now
         carried = None
-        if run.carry:
+        if run.stateful:
             assert isinstance(model, LanguageModel)
-            carried = model.init_state(rows, run.window)
+            carried = model.init_state(rows, run.context_length)
         noted = note_at_loss(model, lambda: live.now - kept)
         live.peak = live.now
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
@@ -251,19 +251,19 @@ def gathered(model: Model) -> int:
         if isinstance(modules, nn.ModuleList)
         for layer in modules
     ]
-    alone, largest = parameters(model) - sum(layers), max(layers, default=0)
+    alone, largest = count_parameters(model) - sum(layers), max(layers, default=0)
     width = next(model.parameters()).itemsize
     return (2 * width + 4) * largest + (width + 4) * alone
 
 
 @dataclass(frozen=True)
-class Place:
+class Hardware:
     """Where a run is to be trained."""
 
     cards: int
     card: str
     """The name of each."""
-    sheet: Card
+    sheet: GPUSpec
     """What is known of it."""
     is_card: bool
     """Or else this machine's CPU."""
@@ -275,33 +275,33 @@ class Place:
         room = self.sheet.memory
         return None if room is None else memory.together <= USABLE * room
 
-    def measure(self, run: Run, rows: int) -> Memory:
+    def measure(self, run: TrainingConfig, rows: int) -> Memory:
         """The memory of each card."""
-        shards = self.cards if run.shard else 1
+        shards = self.cards if run.fsdp else 1
         return measure(run, rows, self.bfloat16, self.is_card, shards)
 
 
-def find_place(run: Run, cards: int, card: str | None) -> Place:
+def resolve_hardware(run: TrainingConfig, cards: int, card: str | None) -> Hardware:
     """The cards of that name, or this machine's own device without one."""
     if card is not None:
         if run.device != "auto":
-            raise ValueError("--card and --device both say where: leave out one of them")
-        return Place(cards, card, find_card(card), True, run.precision != "float32")
-    device = find_device(run.device)
-    bfloat16 = in_bfloat16(device, run.precision)
+            raise ValueError("--gpu and --device both say where: leave out one of them")
+        return Hardware(cards, card, find_gpu_spec(card), True, run.precision != "float32")
+    device = resolve_device(run.device)
+    bfloat16 = uses_bfloat16(device, run.precision)
     if device.type != "cuda":
-        return Place(cards, device.type, Card(None, None), False, bfloat16)
+        return Hardware(cards, device.type, GPUSpec(None, None), False, bfloat16)
     name = torch.cuda.get_device_name(device)
     memory = torch.cuda.get_device_properties(device).total_memory
-    return Place(cards, name, Card(memory, find_card(name).flops), True, bfloat16)
+    return Hardware(cards, name, GPUSpec(memory, find_gpu_spec(name).flops), True, bfloat16)
 
 
 @dataclass(frozen=True)
 class Plan:
     """A run in a place, and what it will take."""
 
-    run: Run
-    place: Place
+    run: TrainingConfig
+    place: Hardware
     mfu: float
     """Share of the card's peak at which the model's operations are expected."""
     rows: int
@@ -315,12 +315,12 @@ class Plan:
         """Tokens of the whole run; None where the rows are not all of one length."""
         if not issubclass(TASKS[self.run.task], Text):
             return None
-        return self.run.steps * self.run.batch * self.run.window
+        return self.run.steps * self.run.batch_size * self.run.context_length
 
     @property
     def tokens_per_second(self) -> float | None:
         """Of all cards together; None where the peak is not known: it is of products in bfloat16."""
-        peak, flops = self.place.sheet.flops, self.model.flops_per_token(self.run.window)
+        peak, flops = self.place.sheet.flops, self.model.flops_per_token(self.run.context_length)
         if not (self.tokens and peak and flops and self.place.bfloat16):
             return None
         return self.place.cards * self.mfu * peak / flops
@@ -330,34 +330,38 @@ class Plan:
         """The options that make it fit where it does not."""
         if self.place.holds(self.memory) is not False:
             return None
-        for shard in dict.fromkeys((self.run.shard, self.place.cards > 1)):
-            run = dataclasses.replace(self.run, shard=shard)
+        for shard in dict.fromkeys((self.run.fsdp, self.place.cards > 1)):
+            run = dataclasses.replace(self.run, fsdp=shard)
             parts = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
-            if run.carry:
+            if run.stateful:
                 parts = [1]  # such a batch is taken at once
             elif not self.place.holds(self.place.measure(run, 1)):
                 continue
             for n in parts:
                 if self.place.holds(self.place.measure(run, self.rows // n)):
-                    options = [f"--accumulation {run.accumulation * n}"] * (n > 1)
-                    return " ".join(options + ["--shard"] * (shard and not self.run.shard))
-        return "more cards with --shard, or a smaller model"
+                    options = [
+                        f"--gradient-accumulation-steps {run.gradient_accumulation_steps * n}"
+                    ] * (n > 1)
+                    return " ".join(options + ["--fsdp"] * (shard and not self.run.fsdp))
+        return "more cards with --fsdp, or a smaller model"
 
     def to_json(self) -> dict[str, Any]:
         """Every figure by name; None is not known."""
-        tokens, speed, count = self.tokens, self.tokens_per_second, parameters(self.model)
+        tokens, speed, count = self.tokens, self.tokens_per_second, count_parameters(self.model)
         return {
             "preset": self.run.preset,
             "model": self.run.model,
             "parameters": count,
-            "weights_by_kind": {kind: weights for kind, (_, weights) in kinds(self.model).items()},
+            "weights_by_kind": {
+                kind: weights for kind, (_, weights) in count_by_kind(self.model).items()
+            },
             "cards": self.place.cards,
             "card": self.place.card,
             "card_memory": self.place.sheet.memory,
             "card_flops": self.place.sheet.flops,
             "precision": "bfloat16" if self.place.bfloat16 else "float32",
-            "shard": self.run.shard,
-            "accumulation": self.run.accumulation,
+            "fsdp": self.run.fsdp,
+            "gradient_accumulation_steps": self.run.gradient_accumulation_steps,
             "rows": self.rows,
             "memory": {**dataclasses.asdict(self.memory), "together": self.memory.together},
             "fits": self.place.holds(self.memory),
@@ -365,7 +369,7 @@ class Plan:
             "steps": self.run.steps,
             "tokens": tokens,
             "tokens_per_parameter": tokens and tokens / count,
-            "flops_per_token": tokens and self.model.flops_per_token(self.run.window),
+            "flops_per_token": tokens and self.model.flops_per_token(self.run.context_length),
             "mfu": self.mfu,
             "tokens_per_second": speed,
             "seconds": tokens / speed if tokens and speed else None,
@@ -373,13 +377,13 @@ class Plan:
 
     def table(self) -> str:
         """The figures in lines, their units and settings with them."""
-        run, place, count = self.run, self.place, parameters(self.model)
+        run, place, count = self.run, self.place, count_parameters(self.model)
         cards = f"{place.cards} x {place.card}"
         lines = [f"preset {run.preset}: {run.model} on {cards}", describe(self.model), ""]
         lines += [
-            f"batch: {run.batch:,} rows = {place.cards} x {run.accumulation} micro-batches of {self.rows:,}, "
+            f"batch: {run.batch_size:,} rows = {place.cards} x {run.gradient_accumulation_steps} micro-batches of {self.rows:,}, "
             f"in {'bfloat16' if place.bfloat16 else 'float32'}",
-            f"memory of each, GiB{', sharded' if run.shard else ''}:",
+            f"memory of each, GiB{', sharded' if run.fsdp else ''}:",
         ]
         notes = {
             "activations": "kept from a micro-batch for its backward pass",
@@ -395,14 +399,18 @@ class Plan:
         lines.append("time:")
         if self.tokens is None:
             return "\n".join([*lines, "  unknown: rows are not all of one length"])
-        flops, speed = self.model.flops_per_token(run.window), self.tokens_per_second
+        flops, speed = self.model.flops_per_token(run.context_length), self.tokens_per_second
         peak = place.sheet.flops
         lines += [
             f"  {self.tokens:,} tokens in {run.steps:,} steps, {self.tokens / count:,.1f} a parameter",
             f"  {flops / 1e9:,.3f} GFLOP a token, {flops * self.tokens:.2e} FLOP together",
             f"  {cards} at {self.mfu:.0%} of "
             + (f"{peak / 1e12:,.0f} TFLOP/s: " if peak else "an unknown peak: ")
-            + (f"{speed:,.0f} tokens/s, {duration(self.tokens / speed)}" if speed else "unknown"),
+            + (
+                f"{speed:,.0f} tokens/s, {format_duration(self.tokens / speed)}"
+                if speed
+                else "unknown"
+            ),
         ]
         return "\n".join(lines)
 
@@ -414,28 +422,28 @@ class Plan:
         return f"{of} too much: {self.remedy}" if self.remedy else f"{of} fits"
 
 
-def plan(run: Run, cards: int, card: str | None, mfu: float) -> Plan:
+def plan(run: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float) -> Plan:
     """What a run will take on so many cards; a ValueError says what does not fit together.
 
     Args:
         run: The run.
-        cards: How many.
-        card: The name of each; this machine's own device if None.
+        num_gpus: How many.
+        gpu: The name of each; this machine's own device if None.
         mfu: Share of the card's peak at which the model's operations are expected.
     """
     check(run)
-    if cards < 1:
-        raise ValueError(f"--gpus must be at least 1, not {cards}")
+    if num_gpus < 1:
+        raise ValueError(f"--num-gpus must be at least 1, not {num_gpus}")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu must be above 0 and at most 1, not {mfu}")
-    rows, rest = divmod(run.batch, cards * run.accumulation)
+    rows, rest = divmod(run.batch_size, num_gpus * run.gradient_accumulation_steps)
     if rest:
         raise ValueError(
-            f"--batch {run.batch} cannot be divided among --gpus {cards}, in --accumulation "
-            f"{run.accumulation} equal parts each: choose a multiple of {cards * run.accumulation}"
+            f"--batch-size {run.batch_size} cannot be divided among --num-gpus {num_gpus}, in --gradient-accumulation-steps "
+            f"{run.gradient_accumulation_steps} equal parts each: choose a multiple of {num_gpus * run.gradient_accumulation_steps}"
         )
-    given = TASKS[run.task].expects(run)
+    given = TASKS[run.task].expected_model_args(run)
     with torch.device("meta"):
         model = new_model(run, given)
-    place = find_place(run, cards, card)
+    place = resolve_hardware(run, num_gpus, gpu)
     return Plan(run, place, mfu, rows, place.measure(run, rows), model)

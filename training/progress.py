@@ -6,7 +6,7 @@ import time
 from dataclasses import dataclass
 
 
-def duration(seconds: float) -> str:
+def format_duration(seconds: float) -> str:
     """90061 -> '25:01:01', 75 -> '1:15'."""
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
@@ -44,7 +44,7 @@ class Progress:
         parts.append(f"{speed:,.0f} {self.unit}/s")
         if self.peak_flops:
             parts.append(f"MFU {flops / self.peak_flops:.0%}")
-        parts.append(f"{duration(left)} left")
+        parts.append(f"{format_duration(left)} left")
         line = "   ".join(parts)
         if self.live:
             width = shutil.get_terminal_size().columns - 1
@@ -52,7 +52,7 @@ class Progress:
         else:
             print(line, flush=True)
 
-    def say(self, text: str) -> None:
+    def print(self, text: str) -> None:
         """Print lines of their own; the live line goes on below them."""
         if self.live:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r")

@@ -12,110 +12,110 @@ import torch
 
 from gpt import LanguageModel
 from gpt.checkpoint import save_config, save_tensors
-from gpt.device import describe
-from gpt.summary import parameters
+from gpt.device import device_name
+from gpt.summary import count_parameters
 from tokenizer import Tokenizer
-from training.distributed import ALONE, World
-from training.presets import Run
+from training.distributed import SINGLE_PROCESS, World
+from training.presets import TrainingConfig
 from training.tasks import TASKS, check, open_task
 from training.trainer import (
     Trainer,
-    configuration,
+    load_training_config,
+    model_arguments,
     new_model,
     newest_checkpoint,
-    read_run,
-    save_run,
+    save_training_config,
 )
 
 
-def begin(run: Run, directory: Path, world: World = ALONE) -> Trainer:
+def create_run(run: TrainingConfig, directory: Path, world: World = SINGLE_PROCESS) -> Trainer:
     """Prepare the data and write a new run's directory, up to its first step.
 
     A ValueError says what of the model, the task, the data and the directory does not fit.
     """
     check(run)
     check_world(run, world)
-    if run.shard and world.size == 1:
+    if run.fsdp and world.size == 1:
         raise ValueError(
-            "--shard divides a model among several processes: start it with "
+            "--fsdp divides a model among several processes: start it with "
             "torchrun --nproc-per-node N -m training train …"
         )
     device = world.device(run.device)
-    expected = TASKS[run.task].expects(run)
+    expected = TASKS[run.task].expected_model_args(run)
     with torch.device("meta"):  # what does not fit together is said before the data is read
         model = new_model(run, expected)
-    if run.carry and (not isinstance(model, LanguageModel) or model.limit is not None):
-        raise ValueError(f"--carry: the state of the model {run.model} cannot go on for ever")
+    if run.stateful and (not isinstance(model, LanguageModel) or model.max_length is not None):
+        raise ValueError(f"--stateful: the state of the model {run.model} cannot go on for ever")
     if world.broadcast((directory / "run.json").exists()):
         raise ValueError(
             f"{directory} already holds a run: continue it with --resume {directory}, "
             "or choose another --run"
         )
-    with world.first_of_machine_first():
+    with world.local_main_process_first():
         task = open_task(run)
     trainer = Trainer(run, directory, task, device, world=world)
-    trainer.begin()
-    if not world.first:
+    trainer.load_init_embedding()
+    if not world.is_main_process:
         return trainer
     directory.mkdir(parents=True, exist_ok=True)
     if task.tokenizer:
         task.tokenizer.save(directory / "tokenizer.json")
-    if task.held_out is not None:
-        tokens = torch.from_numpy(task.held_out.astype("int32"))
+    if task.calibration_tokens is not None:
+        tokens = torch.from_numpy(task.calibration_tokens.astype("int32"))
         save_tensors(directory / "validation.safetensors", {"tokens": tokens})
-    save_config(directory, run.model, configuration(run, task.given))
-    save_run(run, directory, facts(trainer))
+    save_config(directory, run.model, model_arguments(run, task.model_args))
+    save_training_config(run, directory, environment_info(trainer))
     return trainer
 
 
-def is_begun(run: Run, directory: Path) -> bool:
+def is_same_run(run: TrainingConfig, directory: Path) -> bool:
     """Whether the directory holds this very run."""
     if not (directory / "run.json").exists():
         return False
     as_written = json.loads(json.dumps(dataclasses.asdict(run)))
-    return bool(dataclasses.asdict(read_run(directory)) == as_written)
+    return bool(dataclasses.asdict(load_training_config(directory)) == as_written)
 
 
-def resume(directory: Path, device: str, world: World = ALONE) -> Trainer:
+def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> Trainer:
     """A run as its newest checkpoint has it."""
-    run = dataclasses.replace(read_run(directory), device=device)
+    run = dataclasses.replace(load_training_config(directory), device=device)
     check_world(run, world)
-    with world.first_of_machine_first():
-        task = open_task(run, tokenizer_of(directory))
+    with world.local_main_process_first():
+        task = open_task(run, load_run_tokenizer(directory))
     trainer = Trainer(run, directory, task, world.device(device), world=world)
     checkpoint = newest_checkpoint(directory)
     if checkpoint:
         trainer.resume(checkpoint)
     else:
-        trainer.begin()
+        trainer.load_init_embedding()
     return trainer
 
 
-def check_world(run: Run, world: World) -> None:
+def check_world(run: TrainingConfig, world: World) -> None:
     """A ValueError if a batch has not the same number of rows for each process in each of its parts."""
-    parts = world.size * run.accumulation
-    if run.batch % parts:
+    parts = world.size * run.gradient_accumulation_steps
+    if run.batch_size % parts:
         raise ValueError(
-            f"--batch {run.batch} cannot be divided among {world.size} processes, in "
-            f"--accumulation {run.accumulation} equal parts each: choose a multiple of {parts}, "
+            f"--batch-size {run.batch_size} cannot be divided among {world.size} processes, in "
+            f"--gradient-accumulation-steps {run.gradient_accumulation_steps} equal parts each: choose a multiple of {parts}, "
             "or another --nproc-per-node"
         )
 
 
-def tokenizer_of(directory: Path) -> Tokenizer | None:
+def load_run_tokenizer(directory: Path) -> Tokenizer | None:
     """The tokenizer of a run, if it has one."""
     path = directory / "tokenizer.json"
-    return Tokenizer.open(path) if path.exists() else None
+    return Tokenizer.load(path) if path.exists() else None
 
 
-def facts(trainer: Trainer) -> dict[str, Any]:
+def environment_info(trainer: Trainer) -> dict[str, Any]:
     """What run.json says beside the configuration."""
     task = trainer.task
     packages = ("tinygpt", "torch", "tokenizers", "datasets")
     return {
         "data": {"fingerprint": task.fingerprint, "description": task.description},
-        "parameters": parameters(trainer.model),
-        "device": describe(trainer.device),
+        "parameters": count_parameters(trainer.model),
+        "device": device_name(trainer.device),
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in packages},
         "commit": _commit(),

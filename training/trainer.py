@@ -27,23 +27,32 @@ from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
 from gpt.checkpoint import (
-    build,
+    FORMAT,
+    build_model,
     find_run,
     load_tensors,
     load_weights,
     model_class,
     read_json,
     save_tensors,
-    weights,
+    unique_state_dict,
     write_atomically,
 )
-from gpt.device import autocast, keep_freed_memory, peak_flops
+from gpt.device import autocast, peak_flops, retain_freed_memory
 from tokenizer import Tokenizer
-from training.distributed import ALONE, World, averaged, gathered, kept_back, shard, sharded_like
-from training.optimizer import Optimizers, schedule
-from training.presets import Run
+from training.distributed import (
+    SINGLE_PROCESS,
+    World,
+    apply_fsdp,
+    full_tensor,
+    no_sync,
+    sharded_like,
+    wrap_ddp,
+)
+from training.optimizer import Optimizers, lr_schedule
+from training.presets import TrainingConfig
 from training.progress import Progress
-from training.tasks.base import Feed, Report, Task
+from training.tasks.base import Prefetcher, Report, Task
 
 CHECKPOINTS_KEPT = 2
 
@@ -72,10 +81,10 @@ class Objective(nn.Module):
         if state is None:
             return self.model.loss(*batch)
         assert isinstance(self.model, LanguageModel)
-        return self.model.carried_loss(state, *batch)
+        return self.model.stateful_loss(state, *batch)
 
 
-class Signals:
+class SignalHandler:
     """Remembers SIGINT or SIGTERM until the loop has a moment; a second SIGINT interrupts at once."""
 
     received: int | None = None
@@ -97,7 +106,7 @@ class Signals:
                 signal.signal(number, handler)
 
 
-class Metrics:
+class MetricsLogger:
     """metrics.jsonl, one object a line; TensorBoard too where asked for."""
 
     def __init__(self, directory: Path, tensorboard: bool, resume_at: int) -> None:
@@ -153,36 +162,36 @@ class Trainer:
 
     def __init__(
         self,
-        run: Run,
+        config: TrainingConfig,
         directory: Path,
         task: Task,
         device: torch.device,
         progress: Progress | None = None,
-        world: World = ALONE,
+        world: World = SINGLE_PROCESS,
     ) -> None:
-        keep_freed_memory()
-        self.run, self.directory, self.task = run, directory, task
+        retain_freed_memory()
+        self.config, self.directory, self.task = config, directory, task
         self.device, self.world = device, world
-        peak = peak_flops(device) if task.row else None
-        self.progress = progress or Progress(run.steps, peak, task.unit)
-        torch.manual_seed(run.seed)
-        self.model: Model = new_model(run, task.given)
+        peak = peak_flops(device) if task.sequence_length else None
+        self.progress = progress or Progress(config.steps, peak, task.unit)
+        torch.manual_seed(config.seed)
+        self.model: Model = new_model(config, task.model_args)
         self.objective = Objective(self.model)
-        self.judged = self.model
+        self.eval_model = self.model
         """What rank 0 validates and samples: where the model is sharded, a whole copy."""
-        self.sharded = run.shard and world.size > 1
+        self.sharded = config.fsdp and world.size > 1
         if self.sharded:
-            self.judged = copy.deepcopy(self.model) if world.first else self.model
-            shard(self.objective, device, run.precision)
+            self.eval_model = copy.deepcopy(self.model) if world.is_main_process else self.model
+            apply_fsdp(self.objective, device, config.precision)
         else:
             self.model.to(device)
         # On a CPU the batch would only be made at the cost of the step beside it.
-        self.feed = Feed(task, run.steps, ahead=device.type != "cpu")
-        self.optimizers = Optimizers(self.model, run, device)
-        self.flops = self.model.flops_per_token(task.row or 1)
-        self.signals = Signals()
+        self.prefetcher = Prefetcher(task, config.steps, enabled=device.type != "cpu")
+        self.optimizers = Optimizers(self.model, config, device)
+        self.flops = self.model.flops_per_token(task.sequence_length or 1)
+        self.signals = SignalHandler()
         self.step = 0
-        self.seen = 0
+        self.tokens_seen = 0
         """Targets that it has been trained on."""
         self.seconds = 0.0
         """Spent on that, up to the last line of the log."""
@@ -191,35 +200,35 @@ class Trainer:
         """What is carried from one batch to the next, if anything is."""
         self.pending: list[float] = []
         """Losses of the steps since the last line of the log."""
-        if not world.first:
+        if not world.is_main_process:
             self._seed()
 
     def _seed(self) -> None:
         """Random numbers that no other rank has, nor this one at another step."""
-        words = np.random.SeedSequence([self.run.seed, self.world.rank, self.step])
+        words = np.random.SeedSequence([self.config.seed, self.world.rank, self.step])
         torch.manual_seed(int(words.generate_state(1)[0]))
 
-    def begin(self) -> None:
+    def load_init_embedding(self) -> None:
         """Take over the embedding of another run where that was asked for.
 
         A ValueError says why it does not fit.
         """
-        if self.run.vectors is None:
+        if self.config.init_embedding is None:
             return
-        other = Path(self.run.vectors)
+        other = Path(self.config.init_embedding)
         path = find_run(other) / "model.safetensors"
         found = load_tensors(path, self.device).get("embedding.weight")
         own = self.model.get_parameter("embedding.weight")
         assert self.task.tokenizer
-        if Tokenizer.open(other).fingerprint != self.task.tokenizer.fingerprint:
+        if Tokenizer.load(other).fingerprint != self.task.tokenizer.fingerprint:
             raise ValueError(
-                f"--vectors {other} has another tokenizer: give it to this run too, "
+                f"--init-embedding {other} has another tokenizer: give it to this run too, "
                 f"with --tokenizer {other}"
             )
         if found is None or found.shape != own.shape:
             shape = "none" if found is None else f"{list(found.shape)}"
             raise ValueError(
-                f"--vectors {other}: its embedding has the shape {shape}, this model's "
+                f"--init-embedding {other}: its embedding has the shape {shape}, this model's "
                 f"{list(own.shape)}: choose the same width"
             )
         with torch.no_grad():
@@ -231,37 +240,37 @@ class Trainer:
         Raises Stopped after a signal and Diverged after a loss that is not finite.
         """
         objective: Callable[..., Tensor] = self.objective
-        if self.run.compile:
+        if self.config.compile:
             objective = torch.compile(objective)
         if self.world.size > 1 and not self.sharded:
-            objective = averaged(objective)
-        if self.world.first:
-            self.metrics = Metrics(self.directory, self.run.tensorboard, self.step)
+            objective = wrap_ddp(objective)
+        if self.world.is_main_process:
+            self.metrics = MetricsLogger(self.directory, self.config.tensorboard, self.step)
         losses: list[Tensor] = []
         self.model.train()
-        first, first_seen, before = self.step, self.seen, self.seconds
+        first, first_seen, before = self.step, self.tokens_seen, self.seconds
         begun = time.monotonic()
         try:
             with self.signals.watched():
-                while self.step < self.run.steps:
-                    losses.append(self.advance(objective))
+                while self.step < self.config.steps:
+                    losses.append(self.train_step(objective))
                     self.step += 1
-                    last = self.step == self.run.steps
+                    last = self.step == self.config.steps
                     due = {
-                        "log": last or self.step % self.run.log_interval == 0,
-                        "validation": last or self.step % self.run.validation_interval == 0,
-                        "checkpoint": last or self.step % self.run.checkpoint_interval == 0,
+                        "log": last or self.step % self.config.log_interval == 0,
+                        "validation": last or self.step % self.config.eval_interval == 0,
+                        "checkpoint": last or self.step % self.config.checkpoint_interval == 0,
                     }
-                    signalled = self.world.most(self.signals.received or 0)
+                    signalled = self.world.all_reduce_max(self.signals.received or 0)
                     if any(due.values()) or signalled:
-                        self.pending += self.world.mean(torch.stack(losses)).tolist()
+                        self.pending += self.world.all_reduce_mean(torch.stack(losses)).tolist()
                         losses.clear()
                         self._check_finite()
                     if due["log"]:
                         elapsed = time.monotonic() - begun
                         self.seconds = before + elapsed
-                        left = elapsed / (self.step - first) * (self.run.steps - self.step)
-                        self._log((self.seen - first_seen) / elapsed, left)
+                        left = elapsed / (self.step - first) * (self.config.steps - self.step)
+                        self._log((self.tokens_seen - first_seen) / elapsed, left)
                     if due["validation"]:
                         self._validate()
                     if due["checkpoint"] or signalled:
@@ -269,31 +278,36 @@ class Trainer:
                         if signalled and not last:
                             raise Stopped(signalled, path)
         finally:
-            self.feed.close()
-            if self.world.first:
+            self.prefetcher.close()
+            if self.world.is_main_process:
                 self.metrics.close()
 
-    def advance(self, objective: Callable[..., Tensor]) -> Tensor:
+    def train_step(self, objective: Callable[..., Tensor]) -> Tensor:
         """One optimizer step; returns its mean loss, still on the device: the ranks' mean is the batch's.
 
         The device is only told what to do, and never waited for.
         """
-        arrays = self.feed.batch(self.step)
+        arrays = self.prefetcher.batch(self.step)
         targets = int((arrays[-1] != -100).sum())
-        self.seen += targets
-        mine = self.world.share(len(arrays[0]))
+        self.tokens_seen += targets
+        mine = self.world.local_rows(len(arrays[0]))
         arrays = tuple(array[mine] for array in arrays)
-        if not self.task.follows(self.step):
+        if not self.task.continues_previous(self.step):
             self.state = self._first_state(len(arrays[0]))
-        counted = np.array_split(arrays[-1] != -100, self.run.accumulation)
-        batch = (_sent(array, self.device) for array in arrays)
-        parts = zip(*(tensor.tensor_split(self.run.accumulation) for tensor in batch), strict=True)
+        counted = np.array_split(arrays[-1] != -100, self.config.gradient_accumulation_steps)
+        batch = (_to_device(array, self.device) for array in arrays)
+        parts = zip(
+            *(tensor.tensor_split(self.config.gradient_accumulation_steps) for tensor in batch),
+            strict=True,
+        )
         total = torch.zeros((), device=self.device)
-        for left, part in zip(reversed(range(self.run.accumulation)), parts, strict=True):
+        for left, part in zip(
+            reversed(range(self.config.gradient_accumulation_steps)), parts, strict=True
+        ):
             # Each part counts for the targets in it, so that the mean is that of the whole batch.
             share = counted[-1 - left].sum() / targets * self.world.size
-            with kept_back(objective, left):
-                with autocast(self.device, self.run.precision):
+            with no_sync(objective, left):
+                with autocast(self.device, self.config.precision):
                     loss = objective(*part, state=self.state) * share
                 loss.backward()
             total += loss.detach()
@@ -302,11 +316,11 @@ class Trainer:
 
     def _first_state(self, rows: int) -> State | None:
         """An empty state where one is to be carried."""
-        if not self.run.carry:
+        if not self.config.stateful:
             return None
         assert isinstance(self.model, LanguageModel)
-        state = self.model.init_state(rows, self.run.window)
-        return {name: gathered(tensor) for name, tensor in state.items()}
+        state = self.model.init_state(rows, self.config.context_length)
+        return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def _check_finite(self) -> None:
         if all(map(math.isfinite, self.pending)):
@@ -323,45 +337,45 @@ class Trainer:
         """A line about the steps since the last one; `speed` in targets a second, `left` in seconds."""
         loss = sum(self.pending) / len(self.pending)
         self.pending.clear()
-        if not self.world.first:
+        if not self.world.is_main_process:
             return
         unit = self.task.unit
-        counts = {unit: self.seen, f"{unit}_per_second": round(speed, 1)}
+        counts = {unit: self.tokens_seen, f"{unit}_per_second": round(speed, 1)}
         counts["seconds"] = round(self.seconds, 2)
-        share = schedule(self.run, self.step - 1)
+        share = lr_schedule(self.config, self.step - 1)
         self.metrics.write(self.step, loss=loss, rate_share=share, **counts)
         self.progress.update(self.step, loss, speed, speed * self.flops, left)
 
     def _validate(self) -> None:
         """Score what is held out, keep the weights if they are the best yet, show a sample."""
-        whole = self.world.whole(weights(self.model))
-        if not self.world.first:
+        whole = self.world.gather_full(unique_state_dict(self.model))
+        if not self.world.is_main_process:
             return
         if self.sharded:
-            self.judged.load_state_dict(whole, strict=False)
-            self.judged.to(self.device)
-        loss = self.task.validate(self.judged)
+            self.eval_model.load_state_dict(whole, strict=False)
+            self.eval_model.to(self.device)
+        loss = self.task.validate(self.eval_model)
         if loss < self.best:
             self.best = loss
             save_tensors(self.directory / "model.safetensors", whole)
-        sample = self.task.sample(self.judged, self.run.sample_tokens)
+        sample = self.task.sample(self.eval_model, self.config.sample_tokens)
         if self.sharded:
-            self.judged.cpu()
+            self.eval_model.cpu()
         self.metrics.write(self.step, validation_loss=loss, sample=sample)
         self.progress.validation = loss
-        self.progress.say(
-            f"\nstep {self.step}: {self.task.say(loss)}"
+        self.progress.print(
+            f"\nstep {self.step}: {self.task.format_loss(loss)}"
             + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
         )
 
     def score(self, **options: Any) -> Report:  # noqa: ANN401 (as the task's)
         """Score the best weights on all that is held out, and log it; `judged` has them then."""
-        model = self.judged.to(self.device)
+        model = self.eval_model.to(self.device)
         path = self.directory / "model.safetensors"
         load_weights(model, load_tensors(path, self.device), path)
         model.eval()
         # In float32, as `eval` does: the same on every machine.
-        self.task.run = dataclasses.replace(self.task.run, precision="float32")
+        self.task.config = dataclasses.replace(self.task.config, precision="float32")
         score = self.task.score(model, "validation", **options)
         self.metrics.write(
             self.step, **{f"final_{name}": value for name, value in score.to_json().items()}
@@ -372,14 +386,14 @@ class Trainer:
         """Have rank 0 write a checkpoint, the same at any number of processes; all wait for it."""
         folder = self.directory / "checkpoints" / f"step-{self.step}"
         tensors = {
-            "model": self.world.whole(weights(self.model)),
-            "optimizer": self.world.whole(self.optimizers.state()),
+            "model": self.world.gather_full(unique_state_dict(self.model)),
+            "optimizer": self.world.gather_full(self.optimizers.state()),
             "random": self._random(),
             "carried": self._carried(),
         }
-        if self.world.first:
+        if self.world.is_main_process:
             self._write(folder, tensors)
-        self.world.wait()
+        self.world.barrier()
         return folder
 
     def _random(self) -> dict[str, Tensor]:
@@ -392,7 +406,7 @@ class Trainer:
 
     @property
     def _suffix(self) -> str:
-        return "" if self.world.first else f".{self.world.rank}"
+        return "" if self.world.is_main_process else f".{self.world.rank}"
 
     def _carried(self) -> State:
         """The carried state of all rows."""
@@ -412,7 +426,7 @@ class Trainer:
             "step": self.step,
             "best": None if math.isinf(self.best) else self.best,
             "pending": self.pending,
-            "seen": self.seen,
+            "seen": self.tokens_seen,
             "seconds": self.seconds,
             "data": self.task.fingerprint,
         }
@@ -439,10 +453,10 @@ class Trainer:
             )
         if state["data"] != self.task.fingerprint:
             raise ValueError(
-                f"{folder}: was trained on another corpus than {self.run.data} holds now "
+                f"{folder}: was trained on another corpus than {self.config.data} holds now "
                 f"({state['data'][:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
-        path, own = folder / "model.safetensors", weights(self.model)
+        path, own = folder / "model.safetensors", unique_state_dict(self.model)
         found = load_tensors(path).items()
         load_weights(
             self.model,
@@ -461,13 +475,13 @@ class Trainer:
             torch.cuda.set_rng_state(random[cuda], self.device)
         carried = load_tensors(folder / "carried.safetensors", self.device)
         self.state = {
-            name: tensor[self.world.share(len(tensor))] for name, tensor in carried.items()
+            name: tensor[self.world.local_rows(len(tensor))] for name, tensor in carried.items()
         } or None
-        self.seen, self.seconds = state["seen"], state["seconds"]
+        self.tokens_seen, self.seconds = state["seen"], state["seconds"]
         self.best = math.inf if state["best"] is None else state["best"]
 
 
-def _sent(array: NDArray[Any], device: torch.device) -> Tensor:
+def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
     """An array on the device. A card fetches it when its turn comes, which it can from pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
@@ -475,15 +489,15 @@ def _sent(array: NDArray[Any], device: torch.device) -> Tensor:
     return tensor.to(device)
 
 
-def configuration(run: Run, given: dict[str, Any]) -> dict[str, Any]:
+def model_arguments(run: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
     """The arguments of the run's model: its own, and those of the data's that it knows."""
     known = inspect.signature(model_class(run.model)).parameters
-    return {name: value for name, value in given.items() if name in known} | run.arguments
+    return {name: value for name, value in given.items() if name in known} | run.model_args
 
 
-def new_model(run: Run, given: dict[str, Any]) -> Model:
+def new_model(run: TrainingConfig, given: dict[str, Any]) -> Model:
     """The run's model with its first weights."""
-    return build(run.model, configuration(run, given))
+    return build_model(run.model, model_arguments(run, given))
 
 
 def checkpoints(directory: Path) -> list[Path]:
@@ -498,20 +512,20 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return next(reversed(checkpoints(directory)), None)
 
 
-def save_run(run: Run, directory: Path, facts: dict[str, Any]) -> None:
+def save_training_config(run: TrainingConfig, directory: Path, facts: dict[str, Any]) -> None:
     """Write run.json: the whole configuration and what it ran on. A run exists from here on."""
-    content = {"format": 1, "run": dataclasses.asdict(run), **facts}
+    content = {"format": FORMAT, "config": dataclasses.asdict(run), **facts}
     write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
 
 
-def read_run(directory: Path) -> Run:
+def load_training_config(directory: Path) -> TrainingConfig:
     """The configuration in run.json; a ValueError says what is wrong with it."""
     path = directory / "run.json"
     if not path.is_file():
         raise ValueError(f"{directory}: not a training run: it has no run.json")
     content = read_json(path)
     try:
-        return Run(**content["run"])
+        return TrainingConfig(**content["config"])
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: written by another version of tinygpt ({error})") from error
 

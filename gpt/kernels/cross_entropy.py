@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def linear_nll(
+def linear_cross_entropy(
     features_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, size: int
 ) -> Tensor:
     """The sum of the cross-entropies in nats; a target of -100 does not count.

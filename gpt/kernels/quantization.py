@@ -54,7 +54,7 @@ def _rounded(x_BK: Tensor) -> tuple[Tensor, Tensor]:
     return (x_BK / scale_B1).round().to(torch.int8), scale_B1
 
 
-def converted(model: LanguageModel, dtype: DType) -> LanguageModel:
+def quantize(model: LanguageModel, dtype: DType) -> LanguageModel:
     """The model, in evaluation mode and changed in place to compute in `dtype`.
 
     A ValueError says where a device cannot.
@@ -75,7 +75,7 @@ def converted(model: LanguageModel, dtype: DType) -> LanguageModel:
     return model
 
 
-def exact(model: LanguageModel) -> bool:
+def has_exact_logits(model: LanguageModel) -> bool:
     """Whether rounding moves a logit by no more than float32 does, on a CPU."""
     kinds = {tensor.dtype for tensor in (*model.parameters(), *model.buffers())}
     device = next(model.parameters()).device

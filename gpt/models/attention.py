@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from gpt.models.base import State
 
 
-def importance(queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def attention_weights(
+    queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None
+) -> Tensor:
     """weights_BHTS: softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
     The layers below leave this product to torch's fused kernel, which never shows it.
@@ -131,7 +133,7 @@ def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = 
         raise ValueError(f"width must be a multiple of heads, not {width} with {heads} heads")
 
 
-class Places:
+class Positions:
     """Where this call's tokens stand, worked out once and used by every layer.
 
     Without a state the tokens are positions 0..T-1 of their rows. With one, row b continues
@@ -179,19 +181,19 @@ def init_cache(
     }
 
 
-def cache_part(state: State, length: int) -> State:
+def cache_prefix(state: State, length: int) -> State:
     """`LanguageModel.part` of a state made by `init_cache`: its first `length` positions."""
     return {name: state[name][..., :length, :] for name in ("keys", "values")}
 
 
-class Cache:
+class KVCache:
     """One layer's keys and values, in a state made by `init_cache`."""
 
     def __init__(self, state: State, layer: int) -> None:
         self.keys_BLHSK, self.values_BLHSK, self.layer = state["keys"], state["values"], layer
 
     def extend(
-        self, keys_BHTK: Tensor, values_BHTK: Tensor, places: Places
+        self, keys_BHTK: Tensor, values_BHTK: Tensor, places: Positions
     ) -> tuple[Tensor, Tensor]:
         """Write the new keys and values in their places; return all that may be attended to."""
         # All of the state is indexed at once, by tensors: a compiler then writes in place, where it
@@ -203,7 +205,7 @@ class Cache:
         return self.keys_BLHSK[:, self.layer], self.values_BLHSK[:, self.layer]
 
 
-class Heads(nn.Module):
+class MultiHeadAttention(nn.Module):
     """The four matrices of an attention, shared among several heads that look at once.
 
     Args:
@@ -225,7 +227,7 @@ class Heads(nn.Module):
         """x_BHTK: each head's part of the width."""
         return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
-    def mix(
+    def attend(
         self,
         queries_BHTK: Tensor,
         keys_BHSK: Tensor,
@@ -245,23 +247,23 @@ class Heads(nn.Module):
         return self.output(mixed_BHTK.transpose(1, 2).flatten(2))
 
 
-class CausalSelfAttention(Heads):
+class CausalSelfAttention(MultiHeadAttention):
     """Every token looks back at itself and those before it."""
 
-    def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Positions, cache: KVCache | None = None) -> Tensor:
         """x_BTD -> x_BTD."""
         queries_BHTK, keys_BHSK = self.queries_and_keys(x_BTD, places)
         values_BHSK = self.split(self.value(x_BTD))
         if cache is not None:
             keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, places)
-        return self.mix(queries_BHTK, keys_BHSK, values_BHSK, places.mask_B1TS, cache is None)
+        return self.attend(queries_BHTK, keys_BHSK, values_BHSK, places.mask_B1TS, cache is None)
 
-    def importance(self, x_BTD: Tensor, places: Places) -> Tensor:
+    def attention_weights(self, x_BTD: Tensor, places: Positions) -> Tensor:
         """weights_BHTS, S = T: how much of each token's value a token takes in `forward` without a cache."""
         past_TS = places.positions_BT.unsqueeze(-1) >= places.positions_BT
-        return importance(*self.queries_and_keys(x_BTD, places), past_TS)
+        return attention_weights(*self.queries_and_keys(x_BTD, places), past_TS)
 
-    def queries_and_keys(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+    def queries_and_keys(self, x_BTD: Tensor, places: Positions) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """queries_BHTK and keys_BHTK; here x says itself where its tokens stand."""
         return self.split(self.query(x_BTD)), self.split(self.key(x_BTD))
 
@@ -274,7 +276,7 @@ class RotarySelfAttention(CausalSelfAttention):
         self.query_norm = RMSNorm(width // heads)
         self.key_norm = RMSNorm(width // heads)
 
-    def queries_and_keys(self, x_BTD: Tensor, places: Places) -> tuple[Tensor, Tensor]:
+    def queries_and_keys(self, x_BTD: Tensor, places: Positions) -> tuple[Tensor, Tensor]:
         """queries_BHTK and keys_BHTK."""
         queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, places)
         cos_BTK, sin_BTK = places.cos_BTK, places.sin_BTK

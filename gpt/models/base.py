@@ -24,27 +24,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from gpt.kernels.cross_entropy import linear_nll
+from gpt.kernels.cross_entropy import linear_cross_entropy
 
 State = dict[str, Tensor]
 """What a language model remembers between calls. The first axis of every tensor is the row."""
 
-CHUNK_ELEMENTS = 2**26
+MAX_LOGITS = 2**26
 """Logits are made at most this many at a time in a loss: 256 MiB in float32."""
 
 
-def rows(state: State, start: int, stop: int) -> State:
+def batch_slice(state: State, start: int, stop: int) -> State:
     """A view of rows [start, stop): what is written through it is written in `state`."""
     return {name: tensor[start:stop] for name, tensor in state.items()}
 
 
-def overwrite(state: State, new: State) -> None:
+def copy_state(state: State, new: State) -> None:
     """Let `state` hold what `new` does; one row of `new` goes to every row."""
     for name, tensor in state.items():
         tensor.copy_(new[name].expand_as(tensor))
 
 
-class Importance(NamedTuple):
+class ActivationMap(NamedTuple):
     """One kind of choice inside a model, made visible: a map for each layer and head.
 
     It carries what stands at its axes, so that whoever draws or serves it needs to know no model.
@@ -73,7 +73,7 @@ class Model(nn.Module):
     """Who described it first, and where."""
     idea: ClassVar[str]
     """What it adds to the rung before it, in a clause."""
-    learns: ClassVar[tuple[str, ...]]
+    supported_tasks: ClassVar[tuple[str, ...]]
     """The kinds of batches that it takes: numbers, choice (of two classes), classes, vectors, text, pairs."""
 
     def loss(self, *batch: Tensor) -> Tensor:
@@ -100,44 +100,44 @@ class LanguageModel(Model):
     sentences for a batch. The others refuse both.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
     """
 
-    learns: ClassVar[tuple[str, ...]] = ("text",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("text",)
 
     unembedding: nn.Linear
     """From features to logits, in all models but those with `logits` of their own."""
     cache_dtype: torch.dtype | None = None
     """What keys and values are kept in; the weights' own when None."""
 
-    def __init__(self, vocabulary: int, context: int) -> None:
+    def __init__(self, vocab_size: int, context_length: int) -> None:
         super().__init__()
-        if vocabulary < 1 or context < 1:
+        if vocab_size < 1 or context_length < 1:
             raise ValueError(
-                f"vocabulary and context must be at least 1, not {vocabulary} and {context}"
+                f"vocabulary and context must be at least 1, not {vocab_size} and {context_length}"
             )
-        self.vocabulary = vocabulary
-        self.context = context
+        self.vocab_size = vocab_size
+        self.context_length = context_length
 
     @property
-    def limit(self) -> int | None:
+    def max_length(self) -> int | None:
         """The most positions a row can hold, or None where a row can go on for ever."""
         return None
 
     @property
-    def scorable(self) -> int:
+    def max_scored_tokens(self) -> int:
         """How many tokens at the end of a window it is trained to predict: evaluation scores no more at once."""
-        return self.context
+        return self.context_length
 
-    reads_in_parts: ClassVar[bool] = True
+    supports_chunked_prefill: ClassVar[bool] = True
     """Whether a prompt may be read as `features` of one part of it after the other."""
 
     def init_state(self, rows: int, length: int) -> State:
         """An empty state for `rows` rows of up to `length` tokens each."""
         raise NotImplementedError
 
-    def part(self, state: State, length: int) -> State:  # noqa: ARG002 (for those that grow)
+    def prefix_view(self, state: State, length: int) -> State:  # noqa: ARG002 (for those that grow)
         """A view of what `length` tokens fill of each row: all that `features` needs to see until then."""
         return state
 
@@ -148,14 +148,14 @@ class LanguageModel(Model):
         """
         raise NotImplementedError
 
-    def read(self, prompt_BT: Tensor, state: State) -> Tensor:
+    def prefill(self, prompt_BT: Tensor, state: State) -> Tensor:
         """features_BD of what follows a prompt, with which rows of an empty state begin.
 
         `features` goes on from the state with the next token.
         """
         return self.features(prompt_BT, state)[:, -1]
 
-    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
+    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
         """A state from which `features` writes the translation of each row's source.
 
         The first token to feed is one that begins a translation; `search.translate` does it.
@@ -164,14 +164,14 @@ class LanguageModel(Model):
             source_BS: Source sentences; what stands after a sentence's end does not matter.
             lengths_B: Tokens of each sentence.
         """
-        raise ValueError(self._no_translation)
+        raise ValueError(self._no_translation_message)
 
-    def target_room(self, source: int) -> int | None:  # noqa: ARG002
+    def max_target_length(self, source: int) -> int | None:  # noqa: ARG002
         """How many tokens can be fed after `start` on `source` tokens; None where there is no limit."""
-        return self.limit
+        return self.max_length
 
     @property
-    def _no_translation(self) -> str:
+    def _no_translation_message(self) -> str:
         return f"the model {type(self).__name__} does not translate: it takes text, not pairs"
 
     def logits(self, features_BTD: Tensor) -> Tensor:
@@ -182,29 +182,29 @@ class LanguageModel(Model):
         """logits_BTV of the token that follows each token."""
         return self.logits(self.features(tokens_BT, state))
 
-    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """What a batch is scored on: features_BTD, and the targets_BT to be predicted from them.
 
         A batch is text (tokens_BT, targets_BT) or, for a model that translates, pairs
         (source_BS, lengths_B, tokens_BT, targets_BT), the sources as in `start`.
         """
         if len(batch) != 2:
-            raise ValueError(self._no_translation)
+            raise ValueError(self._no_translation_message)
         tokens_BT, targets_BT = batch
         return self.features(tokens_BT), targets_BT
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Mean cross-entropy in nats of a batch's targets (see `predictions`); a target of -100 does not count."""
-        return self.mean_nll(*self.predictions(*batch))
+        return self.mean_nll(*self.features_and_targets(*batch))
 
-    def carried_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def stateful_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """The loss of text that goes on from a state, which is updated in place."""
         return self.mean_nll(self.features(tokens_BT, state), targets_BT)
 
     def mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """The mean cross-entropy in nats of the targets that count, from what precedes the logits."""
         if type(self).logits is LanguageModel.logits:
-            total = linear_nll(
+            total = linear_cross_entropy(
                 features_BTD.flatten(0, 1),
                 self.unembedding.weight,
                 self.unembedding.bias,
@@ -217,15 +217,15 @@ class LanguageModel(Model):
 
     def nll(self, *batch: Tensor) -> Tensor:
         """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100."""
-        return self.each_nll(*self.predictions(*batch))
+        return self.token_nll(*self.features_and_targets(*batch))
 
-    def each_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def token_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """nll_BT, from what precedes the logits."""
         chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
         return torch.cat(chunks).view_as(targets_BT)
 
     @torch.no_grad()
-    def xray(self, *batch: Tensor) -> list[Importance]:
+    def xray(self, *batch: Tensor) -> list[ActivationMap]:
         """What the model listens to as it reads and writes a batch, without its targets.
 
         The numbers are those that `predictions` computes with in evaluation mode, from a pass
@@ -236,17 +236,17 @@ class LanguageModel(Model):
                 lengths_B, tokens_BT).
         """
         if len(batch) != 1:
-            raise ValueError(self._no_translation)
-        return self.importances(*batch)
+            raise ValueError(self._no_translation_message)
+        return self.activation_maps(*batch)
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """The X-ray of a text: what there is to see, by name."""
         raise NotImplementedError
 
     @property
     def _at_once(self) -> int:
         """Positions whose logits are made at a time."""
-        return max(1, CHUNK_ELEMENTS // self.vocabulary)
+        return max(1, MAX_LOGITS // self.vocab_size)
 
     def _chunked_nll(
         self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
@@ -281,8 +281,8 @@ class EncoderDecoder(LanguageModel):
     `encode` gives have room for a source of `context` tokens, and beyond it hold zeros.
     """
 
-    learns: ClassVar[tuple[str, ...]] = ("text", "pairs")
-    reads_in_parts: ClassVar[bool] = False
+    supported_tasks: ClassVar[tuple[str, ...]] = ("text", "translation")
+    supports_chunked_prefill: ClassVar[bool] = False
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """All that the decoder has of a source: part of a state, each tensor cut to the source's length.
@@ -298,16 +298,16 @@ class EncoderDecoder(LanguageModel):
         """
         raise NotImplementedError
 
-    def importances_of_pair(
+    def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
-    ) -> list[Importance]:
+    ) -> list[ActivationMap]:
         """The X-ray of a source being read and tokens being written, by name."""
         raise NotImplementedError
 
     @property
-    def scorable(self) -> int:
+    def max_scored_tokens(self) -> int:
         """The half that it writes."""
-        return max(1, self.context // 2)
+        return max(1, self.context_length // 2)
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD; without a state, after an empty source."""
@@ -318,19 +318,19 @@ class EncoderDecoder(LanguageModel):
             tokens_BT, self.encode(tokens_BT.new_zeros(rows, 1), tokens_BT.new_zeros(rows))
         )
 
-    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """A state from which `features` writes the translation of each row's source."""
-        empty = self.init_state(len(source_BS), self.context)
+        empty = self.init_state(len(source_BS), self.context_length)
         return empty | self.encode(source_BS, lengths_B)
 
-    def read(self, prompt_BT: Tensor, state: State) -> Tensor:
+    def prefill(self, prompt_BT: Tensor, state: State) -> Tensor:
         """features_BD of what follows a prompt: its last `context` tokens are the source."""
-        source_BS = prompt_BT[:, -self.context :]
+        source_BS = prompt_BT[:, -self.context_length :]
         for name, tensor in self.encode(source_BS, _whole(source_BS)).items():
             state[name][tuple(slice(size) for size in tensor.shape)] = tensor
         return self.features(prompt_BT[:, -1:], state)[:, -1]
 
-    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """features_BTD and targets_BT of pairs, or of the second halves of windows of text.
 
         In training half of the windows lose a part of their beginning, so that short
@@ -362,11 +362,11 @@ class EncoderDecoder(LanguageModel):
         return torch.cat([early_BT, late_BT], dim=1)
 
     @torch.no_grad()
-    def xray(self, *batch: Tensor) -> list[Importance]:
+    def xray(self, *batch: Tensor) -> list[ActivationMap]:
         """What it listens to in pairs; of text the first half is read and the second written."""
         if len(batch) == 1:
             batch = _halves(batch[0], batch[0])[:3]
-        return self.importances_of_pair(*batch)
+        return self.pair_activation_maps(*batch)
 
     def flops_per_token(self, length: int) -> float:
         """Each token of a window goes through one of the two networks: half of the weights each."""

@@ -25,17 +25,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.attention import (
-    Cache,
     CausalSelfAttention,
-    Places,
+    KVCache,
+    Positions,
     RMSNorm,
     RotarySelfAttention,
-    cache_part,
+    cache_prefix,
     check_sizes,
     init_cache,
     rotary_table,
 )
-from gpt.models.base import Importance, LanguageModel, State
+from gpt.models.base import ActivationMap, LanguageModel, State
 from gpt.models.transformer import FeedForward
 
 
@@ -69,7 +69,7 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, places: Places, cache: Cache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, places: Positions, cache: KVCache | None) -> Tensor:
         """x_BTD -> x_BTD."""
         x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), places, cache))
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
@@ -79,8 +79,8 @@ class DecoderOnly(LanguageModel):
     """What every GPT shares; a model brings its blocks, its last norm and its kind of positions.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: The most tokens it can look back on, S.
+        vocab_size: Number of token ids, V.
+        context_length: The most tokens it can look back on, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
@@ -90,12 +90,12 @@ class DecoderOnly(LanguageModel):
         dropout: Share of the embedding that training drops.
     """
 
-    learns = ("text", "pairs")
+    supported_tasks = ("text", "translation")
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int,
         depth: int,
@@ -105,32 +105,32 @@ class DecoderOnly(LanguageModel):
         tied: bool,
         dropout: float,
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         self.width, self.depth, self.heads = width, depth, heads
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
         self.norm = norm
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        self.unembedding = nn.Linear(width, vocab_size, bias=False)
         if tied:
             self.unembedding.weight = self.embedding.weight
 
-    def places(self, tokens_BT: Tensor, state: State | None) -> Places:
+    def positions(self, tokens_BT: Tensor, state: State | None) -> Positions:
         """Where the tokens stand, as the model's attention wants to know it."""
-        return Places(tokens_BT, state)
+        return Positions(tokens_BT, state)
 
-    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:  # noqa: ARG002 (for those that need it)
+    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:  # noqa: ARG002 (for those that need it)
         """x_BTD, what the first block sees."""
         return self.embedding(tokens_BT)
 
     @property
-    def limit(self) -> int:
+    def max_length(self) -> int:
         """Positions and the training end at the context."""
-        return self.context
+        return self.context_length
 
-    def target_room(self, source: int) -> int:
+    def max_target_length(self, source: int) -> int:
         """What the source leaves of the context."""
-        return self.context - source
+        return self.context_length - source
 
     def flops_per_token(self, length: int) -> float:
         """Adds the attention's scores and averages: 12 L D T (Chowdhery et al. 2022)."""
@@ -142,27 +142,27 @@ class DecoderOnly(LanguageModel):
 
     def init_state(self, rows: int, length: int) -> State:
         """position_B, keys_BLHSK and values_BLHSK, on the device of the weights."""
-        weight, length = self.embedding.weight, min(length, self.context)
+        weight, length = self.embedding.weight, min(length, self.context_length)
         return init_cache(weight, rows, self.depth, self.heads, length, self.cache_dtype)
 
-    def part(self, state: State, length: int) -> State:
+    def prefix_view(self, state: State, length: int) -> State:
         """Its first `length` positions."""
-        return state | cache_part(state, length)
+        return state | cache_prefix(state, length)
 
-    def start(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """A state in which each row has its source for a prefix.
 
         What follows is written over the padding before anything looks there.
         """
-        state = self.init_state(len(source_BS), self.context)
-        self.features(source_BS, self.part(state, source_BS.shape[1]))
+        state = self.init_state(len(source_BS), self.context_length)
+        self.features(source_BS, self.prefix_view(state, source_BS.shape[1]))
         state["position"].copy_(lengths_B)
         return state
 
-    def predictions(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """features_BTD and targets_BT; of pairs, the target's part of one text: source, then target."""
         if len(batch) == 2:
-            return super().predictions(*batch)
+            return super().features_and_targets(*batch)
         source_BS, lengths_B, tokens_BT, targets_BT = batch
         features_BND = self.features(one_text(source_BS, lengths_B, tokens_BT))
         places_T = torch.arange(tokens_BT.shape[1], device=source_BS.device)
@@ -170,38 +170,38 @@ class DecoderOnly(LanguageModel):
         return features_BND[rows_B1, lengths_B.unsqueeze(1) + places_T], targets_BT
 
     @torch.no_grad()
-    def xray(self, *batch: Tensor) -> list[Importance]:
+    def xray(self, *batch: Tensor) -> list[ActivationMap]:
         """What it listens to in text; a pair is one text: source, then target."""
         if len(batch) == 3:
             batch = (one_text(*batch),)
         return super().xray(*batch)
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """`attention`, by layer and head: rows sum to one, exactly zero above the diagonal."""
         self._check(tokens_BT.shape[1])
-        places = self.places(tokens_BT, None)
+        places = self.positions(tokens_BT, None)
         x_BTD = self.embed(tokens_BT, places, None)
         maps = []
         for block in cast(Iterable[Block], self.blocks):
-            maps.append(block.attention.importance(block.attention_norm(x_BTD), places))
+            maps.append(block.attention.attention_weights(block.attention_norm(x_BTD), places))
             x_BTD = block(x_BTD, places, None)
-        return [Importance("attention", torch.stack(maps, dim=1), tokens_BT, tokens_BT)]
+        return [ActivationMap("attention", torch.stack(maps, dim=1), tokens_BT, tokens_BT)]
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTD; with a state, the new tokens follow those already in it."""
         length = tokens_BT.shape[1]
         self._check(length)
-        places = self.places(tokens_BT, state)
+        places = self.positions(tokens_BT, state)
         x_BTD = self.dropout(self.embed(tokens_BT, places, state))
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, places, None if state is None else Cache(state, layer))
+            x_BTD = block(x_BTD, places, None if state is None else KVCache(state, layer))
         if state is not None:
             state["position"] += length
         return self.norm(x_BTD)
 
     def _check(self, length: int) -> None:
-        if length > self.context:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context_length}")
 
 
 def one_text(source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor) -> Tensor:
@@ -217,8 +217,8 @@ class GPT2(DecoderOnly):
     """GPT-2, the unembedding tied to the embedding.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: The most tokens it can look back on, S.
+        vocab_size: Number of token ids, V.
+        context_length: The most tokens it can look back on, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
@@ -235,8 +235,8 @@ class GPT2(DecoderOnly):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int = 192,
         depth: int = 4,
@@ -258,8 +258,8 @@ class GPT2(DecoderOnly):
             )
 
         super().__init__(
-            vocabulary,
-            context,
+            vocab_size,
+            context_length,
             width=width,
             depth=depth,
             heads=heads,
@@ -268,7 +268,7 @@ class GPT2(DecoderOnly):
             tied=True,
             dropout=dropout,
         )
-        self.position = nn.Embedding(context, width)
+        self.position = nn.Embedding(context_length, width)
         self._init_weights()
 
     def _init_weights(self) -> None:
@@ -282,7 +282,7 @@ class GPT2(DecoderOnly):
             for matrix in (block.attention.output, block.mlp.down):
                 nn.init.normal_(matrix.weight, std=0.02 / (2 * self.depth) ** 0.5)
 
-    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:  # noqa: ARG002
+    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:  # noqa: ARG002
         """x_BTD: a vector for what the token is, plus one for where it stands."""
         return self.embedding(tokens_BT) + self.position(places.positions_BT)
 
@@ -295,18 +295,18 @@ class NGrams(nn.Module):
     its size. What is before the first token counts as token 0.
 
     Args:
-        vocabulary: Number of token ids, V.
+        vocab_size: Number of token ids, V.
         rows: Rows of each of the two tables.
         width: Width of a vector, D.
     """
 
-    def __init__(self, vocabulary: int, rows: int, width: int) -> None:
+    def __init__(self, vocab_size: int, rows: int, width: int) -> None:
         super().__init__()
-        self.vocabulary = vocabulary
-        self.pairs = nn.Embedding(min(rows, vocabulary**2), width)
-        self.triples = nn.Embedding(min(rows, vocabulary**3), width)
+        self.vocabulary = vocab_size
+        self.pairs = nn.Embedding(min(rows, vocab_size**2), width)
+        self.triples = nn.Embedding(min(rows, vocab_size**3), width)
 
-    def forward(self, seen_BS: Tensor, places: Places) -> Tensor:
+    def forward(self, seen_BS: Tensor, places: Positions) -> Tensor:
         """x_BTD of the tokens in their places; seen_BS are those from the first position on."""
         positions_BT = places.positions_BT
 
@@ -326,8 +326,8 @@ class GPT(DecoderOnly):
     """Today's decoder-only transformer.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: The most tokens it can look back on, S.
+        vocab_size: Number of token ids, V.
+        context_length: The most tokens it can look back on, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
@@ -346,8 +346,8 @@ class GPT(DecoderOnly):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int = 192,
         depth: int = 4,
@@ -373,8 +373,8 @@ class GPT(DecoderOnly):
             )
 
         super().__init__(
-            vocabulary,
-            context,
+            vocab_size,
+            context_length,
             width=width,
             depth=depth,
             heads=heads,
@@ -383,8 +383,8 @@ class GPT(DecoderOnly):
             tied=tied,
             dropout=dropout,
         )
-        self.ngrams = NGrams(vocabulary, ngrams, width) if ngrams else None
-        cos_SK, sin_SK = rotary_table(context, width // heads, rotary_base)
+        self.ngrams = NGrams(vocab_size, ngrams, width) if ngrams else None
+        cos_SK, sin_SK = rotary_table(context_length, width // heads, rotary_base)
         self.cos_SK: Tensor
         self.sin_SK: Tensor
         self.register_buffer("cos_SK", cos_SK, persistent=False)
@@ -407,9 +407,9 @@ class GPT(DecoderOnly):
             # Between 0.1 and 1 by trial: small enough to be learned away, large enough to tell apart.
             nn.init.normal_(self.embedding.weight, std=0.3)
 
-    def places(self, tokens_BT: Tensor, state: State | None) -> Places:
+    def positions(self, tokens_BT: Tensor, state: State | None) -> Positions:
         """With the turns of the positions."""
-        return Places(tokens_BT, state, (self.cos_SK, self.sin_SK))
+        return Positions(tokens_BT, state, (self.cos_SK, self.sin_SK))
 
     def init_state(self, rows: int, length: int) -> State:
         """With n-grams also tokens_BS, to look back on."""
@@ -418,12 +418,12 @@ class GPT(DecoderOnly):
             state["tokens"] = state["position"].new_zeros(rows, state["keys"].shape[3])
         return state
 
-    def part(self, state: State, length: int) -> State:
+    def prefix_view(self, state: State, length: int) -> State:
         """Its first `length` positions."""
-        part = super().part(state, length)
+        part = super().prefix_view(state, length)
         return part | {"tokens": state["tokens"][:, :length]} if self.ngrams else part
 
-    def embed(self, tokens_BT: Tensor, places: Places, state: State | None) -> Tensor:
+    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:
         """x_BTD: a vector for what the token is, and for what it is with those before it."""
         x_BTD = self.embedding(tokens_BT)
         if self.ngrams:

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.models.base import Importance, LanguageModel, Model, State
+from gpt.models.base import ActivationMap, LanguageModel, Model, State
 
 
 def squared_error(prediction_B: Tensor, y_B: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class Linear(Model):
     year: ClassVar[int] = 1805
     paper: ClassVar[str] = "Legendre, Nouvelles méthodes pour la détermination des orbites"
     idea: ClassVar[str] = "a line, fitted by gradient descent"
-    learns: ClassVar[tuple[str, ...]] = ("numbers",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -110,7 +110,7 @@ class SigmaPi(Model):
     year: ClassVar[int] = 1986
     paper: ClassVar[str] = "Rumelhart, Hinton & McClelland, A General Framework for PDP"
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
-    learns: ClassVar[tuple[str, ...]] = ("numbers",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self, inputs: int = 2, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())
@@ -151,7 +151,7 @@ class Logistic(Model):
     year: ClassVar[int] = 1958
     paper: ClassVar[str] = "Cox, The Regression Analysis of Binary Sequences"
     idea: ClassVar[str] = "squash to a probability"
-    learns: ClassVar[tuple[str, ...]] = ("choice",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("binary-classification",)
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Softmax(Model):
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = "Bridle, Probabilistic Interpretation of Feedforward Classification"
     idea: ClassVar[str] = "many classes"
-    learns: ClassVar[tuple[str, ...]] = ("choice", "classes")
+    supported_tasks: ClassVar[tuple[str, ...]] = ("binary-classification", "classification")
 
     def __init__(self, inputs: int = 1, classes: int = 3, temperature: float = 1.0) -> None:
         super().__init__()
@@ -234,8 +234,8 @@ class BigramLM(LanguageModel):
     nothing of what two tokens have in common, and nothing before the last.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
     """
 
     chapter: ClassVar[int] = 4
@@ -243,10 +243,10 @@ class BigramLM(LanguageModel):
     paper: ClassVar[str] = Softmax.paper
     idea: ClassVar[str] = Softmax.idea
 
-    def __init__(self, vocabulary: int, context: int) -> None:
-        super().__init__(vocabulary, context)
-        self.table = nn.Embedding(vocabulary, vocabulary)
-        self.bias = nn.Parameter(torch.zeros(vocabulary))
+    def __init__(self, vocab_size: int, context_length: int) -> None:
+        super().__init__(vocab_size, context_length)
+        self.table = nn.Embedding(vocab_size, vocab_size)
+        self.bias = nn.Parameter(torch.zeros(vocab_size))
         # All tokens alike at first; the loss has one valley, so there is nothing to tell apart.
         nn.init.zeros_(self.table.weight)
 
@@ -258,11 +258,11 @@ class BigramLM(LanguageModel):
         """tokens_BT1: where the only 1 of each one-hot input stands."""
         return tokens_BT.unsqueeze(-1)
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """`last token`: all that counts is the token itself."""
         rows, length = tokens_BT.shape
         weights_BTS = torch.eye(length, device=tokens_BT.device).expand(rows, -1, -1)
-        return [Importance("last token", weights_BTS[:, None, None], tokens_BT, tokens_BT)]
+        return [ActivationMap("last token", weights_BTS[:, None, None], tokens_BT, tokens_BT)]
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """logits_BTV."""
@@ -280,29 +280,31 @@ class Windowed(LanguageModel):
     last W - 1 tokens, so a row can go on for ever, at one price a token.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
-        span: Tokens that it sees, W: the window.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
+        window: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of the features, F.
     """
 
-    def __init__(self, vocabulary: int, context: int, span: int, width: int, hidden: int) -> None:
-        super().__init__(vocabulary, context)
-        if min(span, width, hidden) < 1:
+    def __init__(
+        self, vocab_size: int, context_length: int, window: int, width: int, hidden: int
+    ) -> None:
+        super().__init__(vocab_size, context_length)
+        if min(window, width, hidden) < 1:
             raise ValueError(
-                f"span, width and hidden must be at least 1, not {span}, {width} and {hidden}"
+                f"span, width and hidden must be at least 1, not {window}, {width} and {hidden}"
             )
-        self.span = span
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.unembedding = nn.Linear(hidden, vocabulary, bias=False)
+        self.window = window
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.unembedding = nn.Linear(hidden, vocab_size, bias=False)
         # All tokens alike at first. The features are not zero, so this learns, then they do.
         nn.init.zeros_(self.unembedding.weight)
 
     def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (nothing grows)
         """last_BW, without the newest: the tokens that the next one's window also holds."""
         device = self.embedding.weight.device
-        return {"last": torch.full((rows, self.span - 1), NOTHING, device=device)}
+        return {"last": torch.full((rows, self.window - 1), NOTHING, device=device)}
 
     def embed(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """embeddings_BSD of the W - 1 tokens before the new ones, and theirs: S = W - 1 + T.
@@ -320,15 +322,15 @@ class Windowed(LanguageModel):
         """effects_BSWF: what each embedding does to the first F numbers, at each place of a window."""
         raise NotImplementedError
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """`effect in the window`: the length of what each token of the window does to the first F numbers."""
         lengths_BSW = self.effects(self.embedding(tokens_BT)).norm(dim=-1)
         places_S = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        places_TS = places_S - places_S.unsqueeze(1) + self.span - 1  # in the window of token t
-        inside_TS = (places_TS >= 0) & (places_TS < self.span)
-        weights_BTS = lengths_BSW[:, places_S, places_TS.clamp(0, self.span - 1)] * inside_TS
+        places_TS = places_S - places_S.unsqueeze(1) + self.window - 1  # in the window of token t
+        inside_TS = (places_TS >= 0) & (places_TS < self.window)
+        weights_BTS = lengths_BSW[:, places_S, places_TS.clamp(0, self.window - 1)] * inside_TS
         return [
-            Importance("effect in the window", weights_BTS[:, None, None], tokens_BT, tokens_BT)
+            ActivationMap("effect in the window", weights_BTS[:, None, None], tokens_BT, tokens_BT)
         ]
 
 
@@ -343,9 +345,9 @@ class SigmaPiLM(Windowed):
     factor is 1.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
-        span: Tokens that it sees, W: the window.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
+        window: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Number of products, F.
     """
@@ -357,27 +359,27 @@ class SigmaPiLM(Windowed):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
-        span: int = 4,
+        window: int = 4,
         width: int = 128,
         hidden: int = 256,
     ) -> None:
-        super().__init__(vocabulary, context, span, width, hidden)
-        self.factors = nn.Linear(width, span * hidden, bias=False)
+        super().__init__(vocab_size, context_length, window, width, hidden)
+        self.factors = nn.Linear(width, window * hidden, bias=False)
         # A feature's second moment is the product of its factors', (1 + 1/W)^W: less than e.
-        nn.init.normal_(self.factors.weight, std=(width * span) ** -0.5)
+        nn.init.normal_(self.factors.weight, std=(width * window) ** -0.5)
 
     def effects(self, embeddings_BSD: Tensor) -> Tensor:
         """effects_BSWF: how far each factor is from 1, which changes nothing."""
-        return self.factors(embeddings_BSD).unflatten(-1, (self.span, -1))
+        return self.factors(embeddings_BSD).unflatten(-1, (self.window, -1))
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""
         factors_BSWF = 1 + self.effects(self.embed(tokens_BT, state))
         length = tokens_BT.shape[1]
         products_BTF = torch.ones_like(factors_BSWF[:, :length, 0])
-        for place in range(self.span):
+        for place in range(self.window):
             products_BTF = products_BTF * factors_BSWF[:, place : place + length, place]
         return F.rms_norm(products_BTF, products_BTF.shape[-1:])

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.models.base import Importance, Model, State
+from gpt.models.base import ActivationMap, Model, State
 from gpt.models.linear import Windowed, softmax, squared_error
 
 
@@ -83,7 +83,7 @@ class MLP(Model):
         "Rumelhart, Hinton & Williams, Learning Representations by Back-Propagating Errors"
     )
     idea: ClassVar[str] = "stack it; bend it"
-    learns: ClassVar[tuple[str, ...]] = ("numbers",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self, inputs: int = 1, hidden: tuple[int, ...] = (8,), activation: Activation = "relu"
@@ -167,7 +167,7 @@ class Experts(Model):
     year: ClassVar[int] = 1991
     paper: ClassVar[str] = "Jacobs, Jordan, Nowlan & Hinton, Adaptive Mixtures of Local Experts"
     idea: ClassVar[str] = "softmax gates choose among experts"
-    learns: ClassVar[tuple[str, ...]] = ("numbers",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self,
@@ -207,9 +207,9 @@ class WindowLM(Windowed):
         logits   = W features
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
-        span: Tokens that it sees, W: the window.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
+        window: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of a hidden layer, F.
         depth: Number of hidden layers.
@@ -225,31 +225,31 @@ class WindowLM(Windowed):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
-        span: int = 8,
+        window: int = 8,
         width: int = 128,
         hidden: int = 256,
         depth: int = 1,
         activation: Activation = "tanh",
     ) -> None:
-        super().__init__(vocabulary, context, span, width, hidden)
+        super().__init__(vocab_size, context_length, window, width, hidden)
         if depth < 1:
             raise ValueError(f"depth must be at least 1, not {depth}")
-        self.layers = Layers([span * width, *[hidden] * depth], activation)
+        self.layers = Layers([window * width, *[hidden] * depth], activation)
 
     def effects(self, embeddings_BSD: Tensor) -> Tensor:
         """effects_BSWF: what each embedding adds to the sums of the first hidden layer."""
         first = cast(nn.Linear, self.layers.layers[0])
-        weight_FDW = first.weight.unflatten(1, (-1, self.span))
+        weight_FDW = first.weight.unflatten(1, (-1, self.window))
         return torch.einsum("bsd,fdw->bswf", embeddings_BSD, weight_FDW)
 
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
         """hidden_BTF: the last hidden layer."""
         embeddings_BSD = self.embed(tokens_BT, state)
         # Every window at once: unfold puts its W tokens last, so F counts D, then W.
-        windows_BTF = embeddings_BSD.unfold(1, self.span, 1).flatten(2)
+        windows_BTF = embeddings_BSD.unfold(1, self.window, 1).flatten(2)
         return self.layers(windows_BTF)
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
@@ -262,9 +262,9 @@ class ExpertsLM(WindowLM):
     """The window's last layer is gated experts, who see what the gates see.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
-        span: Tokens that it sees, W: the window.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
+        window: Tokens that it sees, W: the window.
         width: Width of an embedding, D.
         hidden: Width of a hidden layer and of what an expert says, F.
         depth: Number of hidden layers.
@@ -279,10 +279,10 @@ class ExpertsLM(WindowLM):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
-        span: int = 8,
+        window: int = 8,
         width: int = 128,
         hidden: int = 256,
         depth: int = 1,
@@ -290,9 +290,9 @@ class ExpertsLM(WindowLM):
         experts: int = 8,
     ) -> None:
         super().__init__(
-            vocabulary,
-            context,
-            span=span,
+            vocab_size,
+            context_length,
+            window=window,
             width=width,
             hidden=hidden,
             depth=depth,
@@ -300,11 +300,11 @@ class ExpertsLM(WindowLM):
         )
         self.gated = Gated(hidden, hidden, experts, hidden)
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """`experts`, how much each is listened to; and the `effect in the window`."""
         gates_BTE = self.gated.weights(self.hidden(tokens_BT, None))
-        chosen = Importance("experts", gates_BTE[:, None, None], tokens_BT, "experts")
-        return [chosen, *super().importances(tokens_BT)]
+        chosen = ActivationMap("experts", gates_BTE[:, None, None], tokens_BT, "experts")
+        return [chosen, *super().activation_maps(tokens_BT)]
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         """features_BTF."""

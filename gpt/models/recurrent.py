@@ -41,7 +41,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from gpt.models.base import Importance, LanguageModel, State
+from gpt.models.base import ActivationMap, LanguageModel, State
 
 
 class Cell(nn.Module):
@@ -120,10 +120,10 @@ def watch(
 
 def over_time(
     tokens_BT: Tensor, layers: list[dict[str, Tensor]], network: str = ""
-) -> list[Importance]:
+) -> list[ActivationMap]:
     """What was watched in each layer as `network` went over the tokens, whose name goes before it."""
     return [
-        Importance(
+        ActivationMap(
             f"{network} {name}".strip(),
             torch.stack([layer[name] for layer in layers], dim=1).unsqueeze(2),
             tokens_BT,
@@ -214,8 +214,8 @@ class RecurrentLM(LanguageModel):
     step (Zaremba et al. 2014): a memory survives it.
 
     Args:
-        vocabulary: Number of token ids, V.
-        context: Tokens of a row that it is trained on at once.
+        vocab_size: Number of token ids, V.
+        context_length: Tokens of a row that it is trained on at once.
         width: Width of every memory, D.
         depth: Number of layers, L.
         embedding_width: Width of a token's vector; 0 means `width`.
@@ -229,8 +229,8 @@ class RecurrentLM(LanguageModel):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int = 256,
         depth: int = 1,
@@ -239,7 +239,7 @@ class RecurrentLM(LanguageModel):
         dropout: float = 0.0,
         init_range: float = 0.0,
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         if min(width, depth) < 1 or min(embedding_width, init_range) < 0:
             raise ValueError(
                 f"width and depth must be at least 1, embedding_width and init_range at least 0, "
@@ -252,12 +252,12 @@ class RecurrentLM(LanguageModel):
                 f"{embedding_width} is not {width}"
             )
         self.tied = tied
-        self.embedding = nn.Embedding(vocabulary, embedding_width)
+        self.embedding = nn.Embedding(vocab_size, embedding_width)
         self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(
             self.cell(width if layer else embedding_width, width) for layer in range(depth)
         )
-        self.unembedding = nn.Linear(width, vocabulary)
+        self.unembedding = nn.Linear(width, vocab_size)
         if tied:
             # An unembedding as large as an embedding's first values would be sure of anything.
             nn.init.normal_(self.embedding.weight, std=width**-0.5)
@@ -292,7 +292,7 @@ class RecurrentLM(LanguageModel):
                 before[name][:, layer] = last_BD.detach()
         return self.dropout(x_TBD).transpose(0, 1)
 
-    def importances(self, tokens_BT: Tensor) -> list[Importance]:
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """Every gate and memory of the cell by its name, in each layer, over time."""
         empty = self.init_state(len(tokens_BT), 0)
         firsts = [

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.models.attention import source_mask
-from gpt.models.base import EncoderDecoder, Importance, State
+from gpt.models.base import ActivationMap, EncoderDecoder, State
 from gpt.models.recurrent import Cell, GRUCell, over_time, watch
 
 
@@ -40,8 +40,8 @@ class Seq2Seq(EncoderDecoder):
     """An encoder and a decoder of gated recurrent units, joined by one state per layer.
 
     Args:
-        vocabulary: Number of token ids, V, of source and target alike.
-        context: Tokens of a window: half of them are read, half written.
+        vocab_size: Number of token ids, V, of source and target alike.
+        context_length: Tokens of a window: half of them are read, half written.
         width: Width of embeddings and states, D.
         depth: Recurrent layers of the encoder, and of the decoder, L.
         dropout: Share of what enters and leaves each layer that training drops.
@@ -56,22 +56,22 @@ class Seq2Seq(EncoderDecoder):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int = 192,
         depth: int = 2,
         dropout: float = 0.0,
         reverse: bool = False,
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         _check_sizes(width, depth)
         self.width, self.depth, self.reverse = width, depth, reverse
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(GRUCell(width, width) for _ in range(depth))
         self.decoder = nn.ModuleList(GRUCell(width, width) for _ in range(depth))
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        self.unembedding = nn.Linear(width, vocab_size, bias=False)
 
     def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (the same for all)
         """hidden_BLD: the decoder's state, which begins as the encoder's last."""
@@ -99,9 +99,9 @@ class Seq2Seq(EncoderDecoder):
             x_TBD = self.dropout(x_TBD)
         return x_TBD.transpose(0, 1)
 
-    def importances_of_pair(
+    def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
-    ) -> list[Importance]:
+    ) -> list[ActivationMap]:
         """Every gate and memory of `encoder` and `decoder`, in each layer, over time as it is read."""
         first_BLD = self.init_state(len(source_BS), 0)["hidden"]
         hidden_BLD = self.encode(source_BS, lengths_B)["hidden"]
@@ -157,8 +157,8 @@ class Seq2SeqAttention(EncoderDecoder):
     """A recurrent encoder in both directions, and a decoder that looks back at all of its states.
 
     Args:
-        vocabulary: Number of token ids, V, of source and target alike.
-        context: The most tokens that it can look back at; of a window, half are read, half written.
+        vocab_size: Number of token ids, V, of source and target alike.
+        context_length: The most tokens that it can look back at; of a window, half are read, half written.
         width: Width of embeddings and states, D; an encoder state is two of them.
         dropout: Share of embeddings and features that training drops.
     """
@@ -169,12 +169,12 @@ class Seq2SeqAttention(EncoderDecoder):
     idea = "look back at every encoder state"
 
     def __init__(
-        self, vocabulary: int, context: int, *, width: int = 192, dropout: float = 0.0
+        self, vocab_size: int, context_length: int, *, width: int = 192, dropout: float = 0.0
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         _check_sizes(width, 1)
         self.width = width
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.ahead = GRUCell(width, width)
         self.back = GRUCell(width, width)
@@ -185,11 +185,11 @@ class Seq2SeqAttention(EncoderDecoder):
         # The context's share of the input, which cannot be projected before the loop.
         self.summary = nn.Linear(2 * width, 3 * width, bias=False)
         self.readout = nn.Linear(4 * width, width)
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        self.unembedding = nn.Linear(width, vocab_size, bias=False)
 
     def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (the same for all)
         """hidden_BD, the decoder's; source_length_B, memory_BSD, the encoder's states, and keys_BSD, W2 times them."""
-        weight, room = self.embedding.weight, self.context
+        weight, room = self.embedding.weight, self.context_length
         return {
             "hidden": weight.new_zeros(rows, self.width),
             "source_length": torch.zeros(rows, dtype=torch.long, device=weight.device),
@@ -224,9 +224,9 @@ class Seq2SeqAttention(EncoderDecoder):
         all_BTD = torch.cat([hidden_BTD, contexts_BTD, x_BTD], dim=-1)
         return self.dropout(torch.tanh(self.readout(all_BTD)))
 
-    def importances_of_pair(
+    def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
-    ) -> list[Importance]:
+    ) -> list[ActivationMap]:
         """`alignment of the next token`: how much each source token matters to it; then the gates.
 
         They are those of the encoder `ahead` and `back`, over time as it reads, and the `decoder`.
@@ -235,7 +235,7 @@ class Seq2SeqAttention(EncoderDecoder):
         x_BTD = self.embedding(tokens_BT)
         _, contexts_BTD, weights_BTS = self._write(x_BTD, encoded)
         found = [
-            Importance(
+            ActivationMap(
                 "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
             )
         ]

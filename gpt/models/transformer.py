@@ -28,20 +28,20 @@ import torch
 from torch import Tensor, nn
 
 from gpt.models.attention import (
-    Cache,
     CausalSelfAttention,
-    Heads,
-    Places,
-    cache_part,
+    KVCache,
+    MultiHeadAttention,
+    Positions,
+    attention_weights,
+    cache_prefix,
     check_sizes,
-    importance,
     init_cache,
     source_mask,
 )
-from gpt.models.base import EncoderDecoder, Importance, State
+from gpt.models.base import ActivationMap, EncoderDecoder, State
 
 
-class Attention(Heads):
+class Attention(MultiHeadAttention):
     """Everyone may look everywhere: the encoder's at itself, the decoder's at the encoder."""
 
     def remember(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
@@ -52,11 +52,11 @@ class Attention(Heads):
         self, x_BTD: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, mask_B11S: Tensor
     ) -> Tensor:
         """x_BTD -> x_BTD."""
-        return self.mix(self.split(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
+        return self.attend(self.split(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
 
-    def importance(self, x_BTD: Tensor, keys_BHSK: Tensor, mask_B11S: Tensor) -> Tensor:
+    def attention_weights(self, x_BTD: Tensor, keys_BHSK: Tensor, mask_B11S: Tensor) -> Tensor:
         """weights_BHTS: how much of each value a token takes."""
-        return importance(self.split(self.query(x_BTD)), keys_BHSK, mask_B11S)
+        return attention_weights(self.split(self.query(x_BTD)), keys_BHSK, mask_B11S)
 
 
 class FeedForward(nn.Module):
@@ -92,11 +92,11 @@ class EncoderBlock(nn.Module):
         x_BSD = x_BSD + self.dropout(found_BSD)
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
 
-    def importance(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
+    def attention_weights(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
         """weights_BHSS of the attention, in `forward` on the same."""
         normed_BSD = self.attention_norm(x_BSD)
         keys_BHSK, _ = self.attention.remember(normed_BSD)
-        return self.attention.importance(normed_BSD, keys_BHSK, mask_B11S)
+        return self.attention.attention_weights(normed_BSD, keys_BHSK, mask_B11S)
 
 
 class DecoderBlock(nn.Module):
@@ -119,8 +119,8 @@ class DecoderBlock(nn.Module):
     def forward(
         self,
         x_BTD: Tensor,
-        places: Places,
-        cache: Cache | None,
+        places: Positions,
+        cache: KVCache | None,
         keys_BHSK: Tensor,
         values_BHSK: Tensor,
         mask_B11S: Tensor,
@@ -131,14 +131,14 @@ class DecoderBlock(nn.Module):
         x_BTD = x_BTD + self.dropout(found_BTD)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
-    def importance(
-        self, x_BTD: Tensor, places: Places, keys_BHSK: Tensor, mask_B11S: Tensor
+    def attention_weights(
+        self, x_BTD: Tensor, places: Positions, keys_BHSK: Tensor, mask_B11S: Tensor
     ) -> tuple[Tensor, Tensor]:
         """weights_BHTT of the attention to what is written, and weights_BHTS to the source, in `forward`."""
         normed_BTD = self.attention_norm(x_BTD)
-        own_BHTT = self.attention.importance(normed_BTD, places)
+        own_BHTT = self.attention.attention_weights(normed_BTD, places)
         x_BTD = x_BTD + self.attention(normed_BTD, places)
-        return own_BHTT, self.cross.importance(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
+        return own_BHTT, self.cross.attention_weights(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
 
 
 def sinusoids(positions: int, width: int) -> Tensor:
@@ -152,8 +152,8 @@ class Transformer(EncoderDecoder):
     """The encoder-decoder transformer.
 
     Args:
-        vocabulary: Number of token ids, V, of source and target alike.
-        context: The most tokens that it can read, and the most that it can write.
+        vocab_size: Number of token ids, V, of source and target alike.
+        context_length: The most tokens that it can read, and the most that it can write.
         width: Width of the residual stream, D.
         depth: Number of blocks of the encoder, and of the decoder, L.
         heads: Attention heads of each block, H.
@@ -168,8 +168,8 @@ class Transformer(EncoderDecoder):
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int = 160,
         depth: int = 2,
@@ -177,11 +177,11 @@ class Transformer(EncoderDecoder):
         hidden: int = 0,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         check_sizes(width, depth, heads, hidden)
         hidden = hidden or 4 * width
         self.width, self.depth, self.heads = width, depth, heads
-        self.embedding = nn.Embedding(vocabulary, width)
+        self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
             EncoderBlock(width, heads, hidden, dropout) for _ in range(depth)
@@ -191,14 +191,14 @@ class Transformer(EncoderDecoder):
             DecoderBlock(width, heads, hidden, dropout) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
-        self.unembedding = nn.Linear(width, vocabulary, bias=False)
+        self.unembedding = nn.Linear(width, vocab_size, bias=False)
         self.positions_SD: Tensor
-        self.register_buffer("positions_SD", sinusoids(context, width), persistent=False)
+        self.register_buffer("positions_SD", sinusoids(context_length, width), persistent=False)
 
     @property
-    def limit(self) -> int:
+    def max_length(self) -> int:
         """The table of positions ends at the context."""
-        return self.context
+        return self.context_length
 
     def flops_per_token(self, length: int) -> float:
         """Adds scores and averages: each half of the window to itself, and the second to the first."""
@@ -207,17 +207,17 @@ class Transformer(EncoderDecoder):
     def init_state(self, rows: int, length: int) -> State:
         """position_B, keys_BLHSK and values_BLHSK of what is written; source_* of what was read."""
         shape, dtype = (self.embedding.weight, rows, self.depth, self.heads), self.cache_dtype
-        own = init_cache(*shape, min(length, self.context), dtype)
-        source = init_cache(*shape, self.context, dtype)
+        own = init_cache(*shape, min(length, self.context_length), dtype)
+        source = init_cache(*shape, self.context_length, dtype)
         return own | {
             "source_length": source["position"],
             "source_keys": source["keys"],
             "source_values": source["values"],
         }
 
-    def part(self, state: State, length: int) -> State:
+    def prefix_view(self, state: State, length: int) -> State:
         """The first `length` positions of what is written, and all of what was read."""
-        return state | cache_part(state, length)
+        return state | cache_prefix(state, length)
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
         """source_length_B, and each decoder layer's source_keys_BLHSK and source_values_BLHSK."""
@@ -244,7 +244,7 @@ class Transformer(EncoderDecoder):
         """features_BTD of the tokens written so far; with a state, the new ones follow those in it."""
         length = tokens_BT.shape[1]
         self._check(length)
-        places = Places(tokens_BT, state)
+        places = Positions(tokens_BT, state)
         keys_BLHSK, values_BLHSK = encoded["source_keys"], encoded["source_values"]
         mask_BS = source_mask(encoded["source_length"], keys_BLHSK.shape[-2])
         x_BTD = self.dropout(self.embedding(tokens_BT) + self.positions_SD[places.positions_BT])
@@ -252,7 +252,7 @@ class Transformer(EncoderDecoder):
             x_BTD = block(
                 x_BTD,
                 places,
-                None if state is None else Cache(state, layer),
+                None if state is None else KVCache(state, layer),
                 keys_BLHSK[:, layer],
                 values_BLHSK[:, layer],
                 mask_BS[:, None, None],
@@ -261,9 +261,9 @@ class Transformer(EncoderDecoder):
             state["position"] += length
         return self.norm(x_BTD)
 
-    def importances_of_pair(
+    def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
-    ) -> list[Importance]:
+    ) -> list[ActivationMap]:
         """`encoder attention`, `decoder attention` and `cross-attention`, by layer and head.
 
         Rows sum to one: exactly zero on padding and, in the decoder's, above the diagonal.
@@ -273,11 +273,11 @@ class Transformer(EncoderDecoder):
         x_BSD = self.embedding(source_BS) + self.positions_SD[: source_BS.shape[1]]
         read = []
         for reader in cast(Iterable[EncoderBlock], self.encoder):
-            read.append(reader.importance(x_BSD, mask_B11S))
+            read.append(reader.attention_weights(x_BSD, mask_B11S))
             x_BSD = reader(x_BSD, mask_B11S)
 
         self._check(tokens_BT.shape[1])
-        places = Places(tokens_BT, None)
+        places = Positions(tokens_BT, None)
         y_BTD = self.embedding(tokens_BT) + self.positions_SD[places.positions_BT]
         written, crossed = [], []
         for writer, keys_BHSK, values_BHSK in zip(
@@ -286,16 +286,16 @@ class Transformer(EncoderDecoder):
             encoded["source_values"].unbind(1),
             strict=True,
         ):
-            own_BHTT, cross_BHTS = writer.importance(y_BTD, places, keys_BHSK, mask_B11S)
+            own_BHTT, cross_BHTS = writer.attention_weights(y_BTD, places, keys_BHSK, mask_B11S)
             written.append(own_BHTT)
             crossed.append(cross_BHTS)
             y_BTD = writer(y_BTD, places, None, keys_BHSK, values_BHSK, mask_B11S)
         return [
-            Importance("encoder attention", torch.stack(read, dim=1), source_BS, source_BS),
-            Importance("decoder attention", torch.stack(written, dim=1), tokens_BT, tokens_BT),
-            Importance("cross-attention", torch.stack(crossed, dim=1), tokens_BT, source_BS),
+            ActivationMap("encoder attention", torch.stack(read, dim=1), source_BS, source_BS),
+            ActivationMap("decoder attention", torch.stack(written, dim=1), tokens_BT, tokens_BT),
+            ActivationMap("cross-attention", torch.stack(crossed, dim=1), tokens_BT, source_BS),
         ]
 
     def _check(self, length: int) -> None:
-        if length > self.context:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context}")
+        if length > self.context_length:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.context_length}")

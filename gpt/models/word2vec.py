@@ -27,9 +27,9 @@ class Word2Vec(Model):
     """Skip-gram with negative sampling.
 
     Args:
-        vocabulary: Number of token ids, V.
+        vocab_size: Number of token ids, V.
         width: Width of a vector, D.
-        span: A word's neighbours are at most this many places away.
+        window: A word's neighbours are at most this many places away.
         negatives: Words drawn by chance against each neighbour, N.
     """
 
@@ -37,26 +37,26 @@ class Word2Vec(Model):
     year: ClassVar[int] = 2013
     paper: ClassVar[str] = "Mikolov et al., Distributed representations of words and phrases"
     idea: ClassVar[str] = "words become vectors"
-    learns: ClassVar[tuple[str, ...]] = ("vectors",)
+    supported_tasks: ClassVar[tuple[str, ...]] = ("word-vectors",)
 
     def __init__(
-        self, vocabulary: int, *, width: int = 256, span: int = 5, negatives: int = 5
+        self, vocab_size: int, *, width: int = 256, window: int = 5, negatives: int = 5
     ) -> None:
         super().__init__()
-        if min(vocabulary, width, span, negatives) < 1:
+        if min(vocab_size, width, window, negatives) < 1:
             raise ValueError(
-                f"vocabulary, width, span and negatives must be at least 1, not {vocabulary}, "
-                f"{width}, {span} and {negatives}"
+                f"vocabulary, width, span and negatives must be at least 1, not {vocab_size}, "
+                f"{width}, {window} and {negatives}"
             )
-        self.vocabulary, self.span, self.negatives = vocabulary, span, negatives
-        self.embedding = nn.Embedding(vocabulary, width)
-        self.neighbour = nn.Embedding(vocabulary, width)
+        self.vocab_size, self.window, self.negatives = vocab_size, window, negatives
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.neighbour = nn.Embedding(vocab_size, width)
         # Small, as in the authors' program: every sigmoid begins near a half, where it learns
         # fastest. One side may be zero, since its gradient is the other.
         nn.init.uniform_(self.embedding.weight, -0.5 / width, 0.5 / width)
         nn.init.zeros_(self.neighbour.weight)
         self.counts_V: Tensor
-        self.register_buffer("counts_V", torch.ones(vocabulary))
+        self.register_buffer("counts_V", torch.ones(vocab_size))
 
     @property
     def vectors_VD(self) -> Tensor:
@@ -65,7 +65,7 @@ class Word2Vec(Model):
 
     def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (the same for any length)
         """A dot product with each neighbour and each negative, forward and backward."""
-        return 6.0 * (2 * self.span + self.negatives) * self.embedding.embedding_dim
+        return 6.0 * (2 * self.window + self.negatives) * self.embedding.embedding_dim
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Mean over all pairs of neighbours in the texts of tokens_BT and, last, targets_BT[:, -1].
@@ -89,7 +89,7 @@ class Word2Vec(Model):
 
         total, pairs = refused_BW.new_zeros(()), 0
         length = text_BW.shape[1]
-        for distance in range(1, min(self.span, length - 1) + 1):
+        for distance in range(1, min(self.window, length - 1) + 1):
             early, late = slice(0, length - distance), slice(distance, length)
             for centre, other in ((early, late), (late, early)):
                 scores_BW = (vectors_BWD[:, centre] * neighbours_BWD[:, other]).sum(dim=-1)

@@ -31,7 +31,7 @@ library.register_fake(
 )
 
 
-def use_kernel(program: ExportedProgram) -> None:
+def substitute_kernel(program: ExportedProgram) -> None:
     """Let a traced step use the operator wherever one query attends to what is kept for it."""
     aten, graph = torch.ops.aten, program.graph
     attention = aten.scaled_dot_product_attention.default
@@ -52,7 +52,7 @@ def use_kernel(program: ExportedProgram) -> None:
     program.graph_module.recompile()
 
 
-def configuration(threads: int) -> dict[str, Any]:
+def inductor_config(threads: int) -> dict[str, Any]:
     """What makes TorchInductor put the kernel, for so many threads, beside the graph's own code."""
     # Torch writes `extern` before and a semicolon behind what should declare the operator's C function.
     code = f'"C++" {{\n#define THREADS {threads}\n#include "{KERNEL}"\n}}'

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from gpt.checkpoint import load_tensors
-from gpt.kernels.quantization import DType, converted
+from gpt.kernels.quantization import DType, quantize
 from gpt.models.base import LanguageModel
-from serving.engine.engine import Step
+from serving.engine.engine import DecodeStep
 
 TRIALS = 4
 """Times that a token is made with each number of threads."""
@@ -23,7 +23,7 @@ MEASURING = 0.5
 Result = TypeVar("Result")
 
 
-def apart(work: Callable[[], Result]) -> Result:
+def run_in_own_thread(work: Callable[[], Result]) -> Result:
     """What the work gives, done in a thread of its own, with which its OpenMP workers end.
 
     Where a process has more workers than cores, even idle ones, libgomp lets none of them wait
@@ -33,7 +33,7 @@ def apart(work: Callable[[], Result]) -> Result:
         return executor.submit(work).result()
 
 
-def fastest_threads(model: LanguageModel) -> int:
+def tune_num_threads(model: LanguageModel) -> int:
     """With how many threads a token takes least, by trying; of nearly equal ones the fewest.
 
     The products of small models are over before a second thread has joined in, and the cores
@@ -58,35 +58,37 @@ def fastest_threads(model: LanguageModel) -> int:
 @torch.inference_mode()
 def _first_token(model: LanguageModel) -> None:
     state, last_B1 = model.init_state(1, 1), torch.zeros(1, 1, dtype=torch.long)
-    Step(model)(last_B1, model.part(state, 1))
+    DecodeStep(model)(last_B1, model.prefix_view(state, 1))
 
 
-def ahead(model: LanguageModel) -> int:
+def tune_scheduler_steps(model: LanguageModel) -> int:
     """How many steps to take before their tokens are looked at: several, where looking takes as long."""
     weights = sum(parameter.numel() for parameter in model.parameters())
     on_card = next(model.parameters()).device.type == "cuda"
     return 4 if weights < (1_000_000_000 if on_card else 3_000_000) else 1
 
 
-def in_format(model: LanguageModel, dtype: DType, run: Path) -> tuple[LanguageModel, str]:
+def quantize_and_measure(
+    model: LanguageModel, dtype: DType, run: Path
+) -> tuple[LanguageModel, str]:
     """The model in a number format, and in words what that costs on the run's own validation tokens.
 
     A ValueError says what is wrong with these, or where a device cannot.
     """
     if dtype == "float32":
-        return converted(model, dtype), ""
+        return quantize(model, dtype), ""
     file = run / "validation.safetensors"
     if not file.exists():
         cost = f"what {dtype} costs in perplexity is not known: the run has no {file.name}"
-        return converted(model, dtype), cost
+        return quantize(model, dtype), cost
     ids_N = load_tensors(file).get("tokens")
     if ids_N is None or ids_N.ndim != 1 or len(ids_N) < 2:
         raise ValueError(f"{file}: expected a list of `tokens`; remove the file")
-    if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < model.vocabulary:
+    if not 0 <= int(ids_N.min()) <= int(ids_N.max()) < model.vocab_size:
         raise ValueError(f"{file}: its tokens are not of this run's vocabulary; remove the file")
-    windows = [ids_T for ids_T in ids_N.long().split(model.context + 1) if len(ids_T) > 1]
+    windows = [ids_T for ids_T in ids_N.long().split(model.context_length + 1) if len(ids_T) > 1]
     before = _nats(model, windows, MEASURING)
-    model = converted(model, dtype)
+    model = quantize(model, dtype)
     after = _nats(model, windows[: len(before)], math.inf)
     tokens = sum(len(ids_T) - 1 for ids_T in windows[: len(before)])
     old, new = (math.exp(sum(nats) / tokens) for nats in (before, after))
@@ -107,9 +109,11 @@ def _nats(model: LanguageModel, windows: Sequence[Tensor], seconds: float) -> li
             break
         ids_1T = ids_T.unsqueeze(0).to(device)
         before_1T, targets_1T = ids_1T[:, :-1], ids_1T[:, 1:]
-        if model.reads_in_parts:  # as the engine does: with keys and values as they are kept
+        if (
+            model.supports_chunked_prefill
+        ):  # as the engine does: with keys and values as they are kept
             state = model.init_state(1, before_1T.shape[1])
-            nats_1T = model.each_nll(model.features(before_1T, state), targets_1T)
+            nats_1T = model.token_nll(model.features(before_1T, state), targets_1T)
         else:
             nats_1T = model.nll(before_1T, targets_1T)
         found.append(nats_1T.double().sum().item())

@@ -33,13 +33,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from gpt.checkpoint import cache
-from gpt.device import processor
-from gpt.models.base import LanguageModel, State, rows
-from gpt.sampling import DRAWN, Sampler, Sampling
-from serving.engine.attention_kernel import KERNEL, configuration, use_kernel
-from serving.engine.autotune import apart
-from serving.engine.engine import Engine, Kind, whole
+from gpt.checkpoint import cache_dir
+from gpt.device import cpu_info
+from gpt.models.base import LanguageModel, State, batch_slice
+from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
+from serving.engine.attention_kernel import KERNEL, inductor_config, substitute_kernel
+from serving.engine.autotune import run_in_own_thread
+from serving.engine.engine import Engine, StepKind, eager_step
 
 logger = logging.getLogger(__name__)
 
@@ -53,13 +53,13 @@ TOLERANCE = 0.02
 """Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
 
 
-def compiler() -> str | None:
+def find_cpp_compiler() -> str | None:
     """The C++ compiler that would be used, if there is one."""
     wanted = (os.environ.get("CXX"), "g++", "clang++")
     return next((path for name in wanted if name and (path := shutil.which(name))), None)
 
 
-class Compiled:
+class CompiledStep:
     """Compiled code from a file, with the weights of a model.
 
     It is called through its C interface, that of torch's `aoti_runtime/interface.h`: torch's own
@@ -159,26 +159,26 @@ def _release(library: ctypes.CDLL, container: ctypes.c_void_p, handles: Sequence
         alias.data = alias.new_empty(0)
 
 
-def examples(model: LanguageModel, length: int, kind: Kind) -> list[tuple[Any, ...]]:
+def example_inputs(model: LanguageModel, length: int, kind: StepKind) -> list[tuple[Any, ...]]:
     """Two inputs as an engine gives them, that differ in every size that may."""
     most = 3 if kind == "rows" else 1
     state = model.init_state(most, length)
-    sampler = Sampler(most, model.vocabulary)
+    sampler = Sampler(most, model.vocab_size)
     for row in range(most):
-        sampler.start(row, Sampling(seed=row), ())
+        sampler.add_sequence(row, SamplingParams(seed=row), ())
     found: list[tuple[Any, ...]] = []
     for more in (0, 1):
         count = 2 + more if kind == "rows" else 1
         tokens_BT = torch.zeros(count, 2 + more if kind == "prompt" else 1, dtype=torch.long)
-        inputs = tokens_BT, model.part(rows(state, 0, count), length // 2 + more)
-        drawn = {name: sampler.state[name][:count] for name in DRAWN}
+        inputs = tokens_BT, model.prefix_view(batch_slice(state, 0, count), length // 2 + more)
+        drawn = {name: sampler.state[name][:count] for name in RANDOM_STATE}
         found.append(inputs if kind == "prompt" else (*inputs, drawn))
     return found
 
 
-def traced(model: LanguageModel, length: int, kind: Kind) -> torch.export.ExportedProgram:
+def trace_step(model: LanguageModel, length: int, kind: StepKind) -> torch.export.ExportedProgram:
     """A part of a model, of which only the structure matters, for rows of so many positions."""
-    given, other = examples(model, length, kind)
+    given, other = example_inputs(model, length, kind)
 
     def open_ones(one: Tensor, two: Tensor) -> dict[int, Any]:
         sizes = enumerate(zip(one.shape, two.shape, strict=True))
@@ -190,16 +190,16 @@ def traced(model: LanguageModel, length: int, kind: Kind) -> torch.export.Export
         else {name: open_ones(one[name], two[name]) for name in one}
         for one, two in zip(given, other, strict=True)
     )
-    with torch.no_grad(), Turning():
+    with torch.no_grad(), TransposedLinear():
         return torch.export.export(
-            whole(model, kind),
+            eager_step(model, kind),
             given,
             dynamic_shapes=(open_tokens, *open_states),
             strict=False,
         )
 
 
-class Turning(TorchFunctionMode):
+class TransposedLinear(TorchFunctionMode):
     """`F.linear` in the order of factors that suits the number of rows, which code sees only when it runs."""
 
     def __torch_function__(
@@ -237,44 +237,45 @@ def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tenso
     return y_NO.view(*x.shape[:-1], -1)
 
 
-def compile_part(program: torch.export.ExportedProgram, path: Path) -> None:
+def compile_step(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write what was traced as machine code, without weights, to a file."""
-    use_kernel(program)
+    substitute_kernel(program)
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
         inductor_configs={
             "aot_inductor.package_constants_in_so": False,
-            **configuration(torch.get_num_threads()),
+            **inductor_config(torch.get_num_threads()),
         },
     )
 
 
-class Job:
+class CompileJob:
     """What is to be compiled for an engine: the same work has the same name."""
 
-    def __init__(self, engine: Engine, kind: Kind, threads: int) -> None:
+    def __init__(self, engine: Engine, kind: StepKind, threads: int) -> None:
         self.engine, self.kind = engine, kind
         # As lists: tensors of the same contents are not always pickled to the same bytes.
         inlined = [tensor.tolist() for tensor in _inlined(engine.model)]
         structure = _skeleton(engine.model)
-        self.work = pickle.dumps((structure, inlined, engine.length, kind, threads))
-        here = Path(__file__).parent
-        names = ("engine.py", "compiled.py", "attend.py", KERNEL.name)
-        sources = [*sorted(here.parent.glob("gpt/*.py")), *(here / name for name in names)]
-        made_for = (torch.__version__, platform.system(), processor())
+        self.work = pickle.dumps((structure, inlined, engine.cache_length, kind, threads))
+        root = Path(__file__).parents[2]
+        sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), KERNEL])
+        made_for = (torch.__version__, platform.system(), cpu_info())
         parts = [self.work, repr(made_for).encode()]
         parts += [source.read_bytes() for source in sources]
-        self.path = cache() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
+        self.path = (
+            cache_dir() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
+        )
 
-    def load(self) -> Compiled:
+    def load(self) -> CompiledStep:
         """The compiled part, compared with the model's own; a ValueError says that it is another."""
-        part = whole(self.engine.model, self.kind)
-        compiled = Compiled(self.path, part)
+        part = eager_step(self.engine.model, self.kind)
+        compiled = CompiledStep(self.path, part)
         found = []
         with torch.inference_mode():
             for run in (part, compiled):
-                inputs = examples(self.engine.model, self.engine.length, self.kind)[0]
+                inputs = example_inputs(self.engine.model, self.engine.cache_length, self.kind)[0]
                 found.append([run(*inputs)[0].float() for _ in range(2)][1])
         wanted, got = found
         off = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
@@ -305,7 +306,7 @@ class Compiler:
     """Compiles for engines in the background, one job after the other."""
 
     def __init__(self) -> None:
-        self._jobs: queue.Queue[tuple[Engine, Kind, int] | None] = queue.Queue()
+        self._jobs: queue.Queue[tuple[Engine, StepKind, int] | None] = queue.Queue()
         self._child: subprocess.Popen[bytes] | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._work, name="compiler", daemon=True)
@@ -314,11 +315,16 @@ class Compiler:
     def add(self, engine: Engine, threads: int) -> None:
         """Let an engine's steps become compiled ones, for so many cores."""
         on_cpu = engine.last_B1.device.type == "cpu"
-        if not on_cpu or engine.length < SHORTEST or engine.deterministic or not compiler():
+        if (
+            not on_cpu
+            or engine.cache_length < SHORTEST
+            or engine.deterministic
+            or not find_cpp_compiler()
+        ):
             return
-        kinds: list[Kind] = ["row"]
-        kinds += ["prompt"] if engine.model.reads_in_parts else []
-        kinds += ["rows"] if engine.size > 1 else []
+        kinds: list[StepKind] = ["row"]
+        kinds += ["prompt"] if engine.model.supports_chunked_prefill else []
+        kinds += ["rows"] if engine.max_num_seqs > 1 else []
         for kind in kinds:
             self._jobs.put((engine, kind, threads))
 
@@ -343,17 +349,17 @@ class Compiler:
                 logger.warning("%s stays uncompiled: %s", work[1], error)
             self._jobs.task_done()
 
-    def _replace(self, engine: Engine, kind: Kind, threads: int) -> None:
+    def _replace(self, engine: Engine, kind: StepKind, threads: int) -> None:
         """Put compiled code in the place of an engine's part, if there is any to be had."""
-        job = Job(engine, kind, threads)
+        job = CompileJob(engine, kind, threads)
         if job.path.exists() or self._compile(job):
             try:
-                engine.parts[kind] = apart(job.load)
+                engine.steps[kind] = run_in_own_thread(job.load)
             except Exception as error:
                 job.path.unlink()  # the next server makes it anew
                 raise ValueError(f"what was compiled cannot be used: {error}") from error
 
-    def _compile(self, job: Job) -> bool:
+    def _compile(self, job: CompileJob) -> bool:
         """Whether it worked; what went wrong is logged in a line."""
         job.path.parent.mkdir(parents=True, exist_ok=True)
         beside = job.path.with_name(f"{os.getpid()}-{job.path.name}")
@@ -398,8 +404,8 @@ def main() -> None:
     model.to_empty(device="cpu")
     for tensor, numbers in zip(_inlined(model), inlined, strict=True):
         tensor.copy_(torch.tensor(numbers))
-    program = traced(model, length, kind)
-    compile_part(program, Path(sys.argv[1]))
+    program = trace_step(model, length, kind)
+    compile_step(program, Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -19,21 +19,26 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gpt import CHAPTERS
-from gpt.summary import parameters
-from serving.engine.async_engine import BusyError, UnavailableError
+from gpt.summary import count_parameters
+from serving.engine.async_engine import QueueFullError, UnavailableError
 from serving.http.completions import (
-    Answer,
     ApiError,
-    Completion,
-    Served,
-    Strict,
+    CompletionRequest,
+    CompletionStream,
+    ModelEntry,
+    StrictModel,
     api_error,
-    prompts_of,
+    encode_prompts,
     to_json,
 )
-from serving.http.introspection import Next, Xray, answer_next, answer_xray
+from serving.http.introspection import (
+    NextTokenRequest,
+    XrayRequest,
+    next_tokens_response,
+    xray_response,
+)
 from serving.http.limits import Limits
-from serving.http.runs import Runs
+from serving.http.runs import RunBrowser
 from serving.http.static import is_page, page_routes
 from serving.metrics import exposition
 from tokenizer import END_OF_TEXT
@@ -46,28 +51,28 @@ SHORT = 4096
 """Characters or ids of prompts below which to read them takes no longer than to ask a thread to."""
 
 
-class Catalog:
+class ModelRegistry:
     """The runs that are served, by name; the first is the default. More may come while it serves."""
 
     def __init__(self) -> None:
-        self.served: dict[str, Served] = {}
+        self.entries: dict[str, ModelEntry] = {}
         self.missing = "the server is loading its models"
         """Why there are not all yet; empty when there are."""
 
-    async def add(self, served: Served) -> None:
+    async def add(self, served: ModelEntry) -> None:
         """Serve one more, from now on."""
-        await served.service.start()
-        self.served[served.name] = served
+        await served.engine.start()
+        self.entries[served.name] = served
 
-    def find(self, name: str | None) -> Served:
+    def find(self, name: str | None) -> ModelEntry:
         """The one of that name; an ApiError if there is none."""
-        if name is None and self.served:
-            return next(iter(self.served.values()))
-        if name in self.served:
-            return self.served[name]
+        if name is None and self.entries:
+            return next(iter(self.entries.values()))
+        if name in self.entries:
+            return self.entries[name]
         if self.missing:
             raise UnavailableError(self.missing)
-        known = ", ".join(self.served)
+        known = ", ".join(self.entries)
         raise ApiError(
             404,
             f"no model {(name or '')[:80]!r} here; there is {known}",
@@ -78,15 +83,15 @@ class Catalog:
     @property
     def ready(self) -> bool:
         """True when all are there and take requests."""
-        return not self.missing and all(s.service.ready for s in self.served.values())
+        return not self.missing and all(s.engine.ready for s in self.entries.values())
 
     @property
     def healthy(self) -> bool:
         """True while no engine hangs or has failed."""
-        return not any(s.service.stalled or s.service.failed for s in self.served.values())
+        return not any(s.engine.stalled or s.engine.failed for s in self.entries.values())
 
 
-class Tokenize(Strict):
+class TokenizeRequest(StrictModel):
     """A text to be made tokens."""
 
     model: str | None = None
@@ -94,7 +99,7 @@ class Tokenize(Strict):
     add_special_tokens: bool = Field(True, description="begin with end-of-text, as a prompt does")
 
 
-class Detokenize(Strict):
+class DetokenizeRequest(StrictModel):
     """Tokens to be made a text."""
 
     model: str | None = None
@@ -106,7 +111,7 @@ class EventStream(StreamingResponse):
 
     media_type = "text/event-stream"
 
-    def __init__(self, answer: Answer, *, include_usage: bool) -> None:
+    def __init__(self, answer: CompletionStream, *, include_usage: bool) -> None:
         super().__init__(answer.stream(include_usage), headers={"cache-control": "no-cache"})
         self.answer = answer
 
@@ -141,7 +146,7 @@ async def _unless_left(request: Request, work: Coroutine[Any, Any, bytes]) -> Re
     return Response(status_code=499) if found is None else _response(found)
 
 
-class Key:
+class APIKeyMiddleware:
     """Lets through who says the key, and anybody to `/health` and the page, which asks for the key."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
@@ -165,7 +170,7 @@ class Key:
         await self.app(scope, receive, send)
 
 
-class BodyLimit:
+class BodySizeLimitMiddleware:
     """Refuses what is too large, with 413: at once where its size is said, else as it comes."""
 
     def __init__(self, app: ASGIApp, most: int) -> None:
@@ -195,7 +200,7 @@ class BodyLimit:
         await self.app(scope, counted, send)
 
 
-class Door:
+class EarlyRefusal:
     """Refuses texts for which there is no place before the application is asked, which takes far longer.
 
     Args:
@@ -203,7 +208,7 @@ class Door:
         key: What the application asks for, if anything.
     """
 
-    def __init__(self, catalog: Catalog, key: str | None = None) -> None:
+    def __init__(self, catalog: ModelRegistry, key: str | None = None) -> None:
         self.catalog, self.key = catalog, _bearer(key)
         self.coming: set[Hashable] = set()
         """Whose requests were let in, until the application has given them a place, or anything else."""
@@ -213,7 +218,7 @@ class Door:
 
         None where the application must look. A crowd is let in before it has looked at the first.
         """
-        served = [*self.catalog.served.values()]
+        served = [*self.catalog.entries.values()]
         head, ended, body = data.partition(b"\r\n\r\n")
         first, *lines = head.split(b"\r\n")
         if len(served) != 1 or not ended or first != b"POST /v1/completions HTTP/1.1":
@@ -226,9 +231,9 @@ class Door:
         if not (known and length.isdigit() and len(length) < 6) or b"origin" in fields:
             return None
         try:
-            served[0].service.find_room(1, len(self.coming))
+            served[0].engine.check_capacity(1, len(self.coming))
             self.coming.add(client)
-        except BusyError as error:
+        except QueueFullError as error:
             return _shaped(error), max(0, int(length) - len(body))
         except UnavailableError:
             pass  # why, the application says
@@ -240,12 +245,12 @@ def _bearer(key: str | None) -> bytes:
 
 
 def create_app(
-    catalog: Catalog,
+    catalog: ModelRegistry,
     limits: Limits | None = None,
     *,
     key: str | None = None,
     origins: Sequence[str] = (),
-    runs: Runs | None = None,
+    runs: RunBrowser | None = None,
 ) -> FastAPI:
     """The application.
 
@@ -256,33 +261,33 @@ def create_app(
         origins: Web pages of these addresses may ask too.
         runs: Those whose curves are told.
     """
-    limits, runs = limits or Limits(), runs or Runs()
+    limits, runs = limits or Limits(), runs or RunBrowser()
     about = f"Texts from trained runs, as OpenAI's API has it. Limits:\n\n{limits.described()}"
     app = FastAPI(
         title="tinygpt", description=about, routes=page_routes(), docs_url=None, redoc_url=None
     )
     _shape_errors(app)
-    app.add_middleware(BodyLimit, most=limits.max_body)
+    app.add_middleware(BodySizeLimitMiddleware, most=limits.max_body_bytes)
     if key:
-        app.add_middleware(Key, key=key)
+        app.add_middleware(APIKeyMiddleware, key=key)
     if origins:
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["*"], allow_headers=["*"]
         )
 
     @app.post("/v1/completions", response_class=Response)
-    async def completions(completion: Completion, request: Request) -> Response:
+    async def completions(completion: CompletionRequest, request: Request) -> Response:
         """Continue a text, or several; with a translator, translate."""
         served = catalog.find(completion.model)
         completion.check(limits)
         try:
-            served.service.find_room(len(completion.prompt) * completion.n)
+            served.engine.check_capacity(len(completion.prompt) * completion.n)
             # A text of megabytes would hold up the other streams.
             if sum(map(len, completion.prompt)) < SHORT:
-                prompts = prompts_of(served, completion, limits)
+                prompts = encode_prompts(served, completion, limits)
             else:
-                prompts = await asyncio.to_thread(prompts_of, served, completion, limits)
-            answer = Answer(served, completion, prompts)
+                prompts = await asyncio.to_thread(encode_prompts, served, completion, limits)
+            answer = CompletionStream(served, completion, prompts)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
         finally:
@@ -298,14 +303,16 @@ def create_app(
             answer.close()
 
     @app.post("/v1/next", response_class=Response)
-    async def what_follows(asked: Next, request: Request) -> Response:
+    async def what_follows(asked: NextTokenRequest, request: Request) -> Response:
         """The likeliest next tokens, by the model alone and after all that sampling does."""
-        return await _unless_left(request, answer_next(catalog.find(asked.model), asked, limits))
+        return await _unless_left(
+            request, next_tokens_response(catalog.find(asked.model), asked, limits)
+        )
 
     @app.post("/v1/xray", response_class=Response)
-    async def xray(asked: Xray, request: Request) -> Response:
+    async def xray(asked: XrayRequest, request: Request) -> Response:
         """What the model listens to in a text: maps of attention, alignments, gates, experts."""
-        return await _unless_left(request, answer_xray(catalog.find(asked.model), asked, limits))
+        return await _unless_left(request, xray_response(catalog.find(asked.model), asked, limits))
 
     @app.get("/v1/runs", response_class=Response)
     async def list_runs() -> Response:
@@ -335,26 +342,26 @@ def create_app(
     @app.get("/tokenizer_info", response_class=Response)
     async def tokenizer_info(model: str | None = None) -> Response:
         """The special tokens, as evaluation harnesses ask for them: there is one."""
-        vocabulary = catalog.find(model).tokenizer.vocabulary
+        vocabulary = catalog.find(model).tokenizer.vocab_size
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         return _response(to_json({**names, "vocab_size": vocabulary}))
 
     @app.post("/tokenize", response_class=Response)
-    async def tokenize(body: Tokenize) -> Response:
+    async def tokenize(body: TokenizeRequest) -> Response:
         """The tokens of a text; `<|endoftext|>` means its token where it stands alone."""
         served = catalog.find(body.model)
-        end = served.tokenizer.end_of_text
+        end = served.tokenizer.eos_token
         try:
             ids = await asyncio.to_thread(served.tokenizer.encode, body.prompt)
         except ValueError as error:
             raise ApiError(400, str(error), "prompt") from error
-        begins = body.add_special_tokens and not served.translates
+        begins = body.add_special_tokens and not served.is_translation
         ids = [end] * begins + ([end] if body.prompt == END_OF_TEXT else ids)
-        length = served.service.engine.limit
+        length = served.engine.engine.max_model_len
         return _response(to_json({"count": len(ids), "max_model_len": length, "tokens": ids}))
 
     @app.post("/detokenize", response_class=Response)
-    async def detokenize(body: Detokenize) -> Response:
+    async def detokenize(body: DetokenizeRequest) -> Response:
         """The text of tokens."""
         served = catalog.find(body.model)
         try:
@@ -363,24 +370,24 @@ def create_app(
             raise ApiError(400, str(error), "tokens") from error
         return _response(to_json({"prompt": text}))
 
-    def describe(served: Served) -> dict[str, Any]:
-        model = served.service.engine.model
+    def describe(served: ModelEntry) -> dict[str, Any]:
+        model = served.engine.engine.model
         return {
             "id": served.name,
             "object": "model",
             "created": served.created,
             "owned_by": "tinygpt",
-            "max_model_len": served.service.engine.limit,
+            "max_model_len": served.engine.engine.max_model_len,
             "rung": next(name for name, kind in CHAPTERS.items() if kind is type(model)),
             "chapter": model.chapter,
             "year": model.year,
             "paper": model.paper,
             "idea": model.idea,
-            "parameters": served.parameters or parameters(model),
-            "vocabulary": model.vocabulary,
-            "end_of_text": served.tokenizer.end_of_text,
+            "parameters": served.num_parameters or count_parameters(model),
+            "vocab_size": model.vocab_size,
+            "eos_token": served.tokenizer.eos_token,
             "dtype": served.dtype,
-            "translates": served.translates,
+            "translates": served.is_translation,
             "bits_per_byte": served.bits_per_byte,
             "run": served.run,
         }
@@ -388,7 +395,7 @@ def create_app(
     @app.get("/v1/models", response_class=Response)
     async def list_models() -> Response:
         """The names that `model` may be."""
-        models = [describe(served) for served in catalog.served.values()]
+        models = [describe(served) for served in catalog.entries.values()]
         return _response(to_json({"object": "list", "data": models}))
 
     @app.get("/v1/models/{name}", response_class=Response)
@@ -427,7 +434,7 @@ def _shape_errors(app: FastAPI) -> None:
 
     for kind in (
         ApiError,
-        BusyError,
+        QueueFullError,
         UnavailableError,
         RequestValidationError,
         HTTPException,
@@ -440,8 +447,8 @@ def _shaped(error: Exception) -> ApiError:
     match error:
         case ApiError() | UnavailableError():
             return api_error(error)
-        case BusyError():
-            return _busy(str(error), error.seconds)
+        case QueueFullError():
+            return _busy(str(error), error.retry_after)
         case RequestValidationError():
             return _wrong_field(error.errors()[0])
         case HTTPException(status_code=404 | 405):

@@ -18,35 +18,41 @@ from typing import Annotated, Any, Self
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 
 from gpt.kernels.quantization import DType
-from gpt.sampling import Sampling
+from gpt.sampling import SamplingParams
 from serving.engine import engine
-from serving.engine.async_engine import Service, UnavailableError
-from serving.engine.engine import Score
+from serving.engine.async_engine import AsyncEngine, UnavailableError
+from serving.engine.engine import TokenLogprobs
 from serving.http.limits import Limits
-from serving.tokenization import PromptTokens, Text, read_prompt, read_source, token_text
+from serving.tokenization import (
+    IncrementalDetokenizer,
+    PromptTokens,
+    token_text,
+    tokenize_prompt,
+    tokenize_source,
+)
 from tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 SERVER, NUMBERS = secrets.token_hex(8), itertools.count(1)
 """An answer's name: the system's own random numbers can take half a millisecond."""
-LONGEST = 65_536
+MAX_PROMPT_TOKENS = 65_536
 """Tokens of a prompt for a model whose context has no end."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Served:
+class ModelEntry:
     """A run behind the API, under the name that clients give as `model`."""
 
     name: str
-    service: Service
+    engine: AsyncEngine
     tokenizer: Tokenizer
     created: int
-    translates: bool = False
+    is_translation: bool = False
     """Whether a prompt is a source sentence."""
     dtype: DType = "float32"
     """What its model computes with."""
-    parameters: int | None = None
+    num_parameters: int | None = None
     """Numbers that training moved, where its model does not say: rounded to 8 bits they are counted no more."""
     bits_per_byte: float | None = None
     """The run's own final score."""
@@ -54,9 +60,9 @@ class Served:
     """Its name in the runs folder, where it is there."""
 
     @property
-    def begin(self) -> int | None:
+    def decoder_start_token(self) -> int | None:
         """The token after which a translation is written; None for models that write on."""
-        return self.tokenizer.end_of_text if self.translates else None
+        return self.tokenizer.eos_token if self.is_translation else None
 
 
 class ApiError(Exception):
@@ -131,7 +137,7 @@ def _biases(value: object) -> tuple[tuple[int, float], ...]:
 Prompt = str | list[str] | list[int] | list[list[int]]
 
 
-class Strict(BaseModel):
+class StrictModel(BaseModel):
     """No unknown fields, no NaN, no text where a number belongs; null is the default."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
@@ -144,7 +150,7 @@ class Strict(BaseModel):
         return value
 
 
-class Drawing(Strict):
+class SamplingFields(StrictModel):
     """How tokens are chosen."""
 
     temperature: float = Field(
@@ -176,19 +182,19 @@ class Drawing(Strict):
         self.sampling(0)
         return self
 
-    def sampling(self, seed: int) -> Sampling:
+    def sampling(self, seed: int) -> SamplingParams:
         """Its sampling parameters."""
-        names = [field.name for field in dataclasses.fields(Sampling) if field.name != "seed"]
-        return Sampling(**{name: getattr(self, name) for name in names}, seed=seed)
+        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
+        return SamplingParams(**{name: getattr(self, name) for name in names}, seed=seed)
 
 
-class StreamOptions(Strict):
+class StreamOptions(StrictModel):
     """What a stream tells besides the text."""
 
     include_usage: bool = Field(False, description="end with a chunk that counts the tokens")
 
 
-class Completion(Drawing):
+class CompletionRequest(SamplingFields):
     """OpenAI's completion request, with top_k, min_p, repetition_penalty and beams beside its own fields."""
 
     model: str | None = Field(None, description="a name from /v1/models; default: the first")
@@ -201,7 +207,9 @@ class Completion(Drawing):
     seed: int | None = Field(None, description="the same seed gives the same text; default: random")
     n: int = Field(1, ge=1, description="texts for each prompt")
     best_of: int | None = Field(None, description="nothing but n")
-    beams: int = Field(1, ge=1, description="of a translator: search among so many; greedy if 1")
+    num_beams: int = Field(
+        1, ge=1, description="of a translator: search among so many; greedy if 1"
+    )
     stop: Annotated[Any, PlainValidator(_stops, json_schema_input_type=str | list[str])] = Field(
         (), description="the text ends before the first of these"
     )
@@ -223,10 +231,10 @@ class Completion(Drawing):
             raise ValueError("suffix is not possible: these models only write on; leave it out")
         return self
 
-    def sampling(self, seed: int) -> Sampling:
+    def sampling(self, seed: int) -> SamplingParams:
         """Its sampling parameters; `seed` where it has none."""
         sampling = super().sampling(seed if self.seed is None else self.seed)
-        if self.beams > 1 and "temperature" not in self.model_fields_set:
+        if self.num_beams > 1 and "temperature" not in self.model_fields_set:
             return dataclasses.replace(sampling, temperature=0.0)  # a search draws nothing
         return sampling
 
@@ -234,11 +242,11 @@ class Completion(Drawing):
         """An ApiError says which limit it does not keep."""
         for name, asked, most in (
             ("max_tokens", self.max_tokens, limits.max_tokens),
-            ("n", len(self.prompt) * self.n, limits.max_texts),
-            ("stop", len(self.stop), limits.max_stops),
+            ("n", len(self.prompt) * self.n, limits.max_sequences),
+            ("stop", len(self.stop), limits.max_stop_strings),
             ("stop", max(map(len, self.stop), default=0), limits.max_stop_length),
             ("logprobs", self.logprobs or 0, limits.max_logprobs),
-            ("beams", self.beams, limits.max_beams),
+            ("num_beams", self.num_beams, limits.max_num_beams),
         ):
             if asked > most:
                 what = {
@@ -260,19 +268,19 @@ class Choice:
     """One of the texts that a request asked for, as far as it has come."""
 
     index: int
-    text: Text
+    text: IncrementalDetokenizer
     prompt: PromptTokens
     before: str
     """What is echoed in front of the text."""
     begun: bool = False
     tokens: int = 0
-    finish: str | None = None
+    finish_reason: str | None = None
     waiting: list[Token] = dataclasses.field(default_factory=list)
     """Tokens whose text is not certain yet."""
 
 
 @dataclasses.dataclass
-class News:
+class ChoiceDelta:
     """What one chunk tells of one choice."""
 
     choice: Choice
@@ -295,7 +303,7 @@ class News:
             self.choice.index,
             to_json(self.text),
             to_json(_lists(self.tokens)) if logprobs else b"null",
-            to_json(self.choice.finish),
+            to_json(self.choice.finish_reason),
             more,
         )
 
@@ -305,14 +313,14 @@ def _lists(tokens: Sequence[Token]) -> dict[str, list[Any]]:
     return {name: [token[name] for token in tokens] for name in names}
 
 
-class Answer:
+class CompletionStream:
     """The texts for one completion request, which are made from now on until `close`.
 
     What `Service.admit` raises says why there are none.
     """
 
     def __init__(
-        self, served: Served, completion: Completion, prompts: Sequence[PromptTokens]
+        self, served: ModelEntry, completion: CompletionRequest, prompts: Sequence[PromptTokens]
     ) -> None:
         self.served, self.completion = served, completion
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
@@ -320,7 +328,7 @@ class Answer:
         self.requests: list[engine.Request] = []
         self.told = completion.logprobs is not None, completion.return_token_ids
         """Whether logprobs are told, and whether ids are."""
-        end = served.tokenizer.end_of_text
+        end = served.tokenizer.eos_token
         for prompt in prompts:
             # Drawn for each prompt: the same prompt twice without a seed is two different texts.
             request = engine.Request(
@@ -329,19 +337,19 @@ class Answer:
                 completion.sampling(random.getrandbits(63)),
                 {end},
                 completion.n,
-                prompt.first,
-                begin=served.begin,
-                beams=completion.beams,
+                prompt.allowed_first_tokens,
+                decoder_start_token=served.decoder_start_token,
+                num_beams=completion.num_beams,
                 logprobs=completion.logprobs,
-                score=completion.echo and completion.logprobs is not None,
+                prompt_logprobs=completion.echo and completion.logprobs is not None,
             )
             self.requests.append(request)
             for number in range(completion.n):
-                text = Text(served.tokenizer, completion.stop, prompt.space)
+                text = IncrementalDetokenizer(served.tokenizer, completion.stop, prompt.space)
                 before = prompt.text if completion.echo else ""
                 choice = Choice(len(self.choices), text, prompt, before)
                 self.choices[request, number] = choice
-        self.inbox = served.service.admit(self.requests)
+        self.inbox = served.engine.add_requests(self.requests)
         self.head = {
             "id": f"cmpl-{SERVER}-{next(NUMBERS)}",
             "object": "text_completion",
@@ -361,33 +369,33 @@ class Answer:
 
     def close(self) -> None:
         """Give up what has not ended."""
-        self.served.service.release(self.inbox)
+        self.served.engine.abort_stream(self.inbox)
 
-    async def parts(self) -> AsyncGenerator[list[News]]:
+    async def parts(self) -> AsyncGenerator[list[ChoiceDelta]]:
         """What is new about the choices, as often as there is news."""
-        service = self.served.service
-        scores: dict[engine.Request, Sequence[Score]] = {}
+        service = self.served.engine
+        scores: dict[engine.Request, Sequence[TokenLogprobs]] = {}
         async for events in self.inbox:
-            news: dict[int, News] = {}
-            failed: engine.Event | None = None
+            news: dict[int, ChoiceDelta] = {}
+            failed: engine.SequenceOutput | None = None
             for event in events:
                 choice = self.choices[event.request, event.choice]
-                if choice.finish:  # by a stop string, while the engine went on
+                if choice.finish_reason:  # by a stop string, while the engine went on
                     continue
-                if event.finish == "error":
+                if event.finish_reason == "error":
                     failed = event
                     break
                 if event.choice == 0 and not choice.begun:
-                    scores[event.request] = event.prompt
-                part = news.setdefault(choice.index, News(choice))
+                    scores[event.request] = event.prompt_logprobs
+                part = news.setdefault(choice.index, ChoiceDelta(choice))
                 self._read(part, event, scores.get(event.request, ()))
                 if choice.text.stopped:
-                    service.cancel(event.request, event.choice)
+                    service.abort(event.request, event.choice)
             ids = self.completion.return_token_ids
             yield [
                 part
                 for part in news.values()
-                if part.text or part.tokens or part.choice.finish or (ids and part.begins)
+                if part.text or part.tokens or part.choice.finish_reason or (ids and part.begins)
             ]
             if failed and not service.ready:
                 raise UnavailableError(failed.error)
@@ -395,7 +403,9 @@ class Answer:
                 logger.error("a request has failed: %s", failed.error)
                 raise ApiError(500, "the model failed on this request")
 
-    def _read(self, news: News, event: engine.Event, scores: Sequence[Score]) -> None:
+    def _read(
+        self, news: ChoiceDelta, event: engine.SequenceOutput, scores: Sequence[TokenLogprobs]
+    ) -> None:
         """Add what an event tells to what is new about its choice."""
         choice = news.choice
         if not choice.begun:
@@ -407,20 +417,20 @@ class Answer:
         if event.token is not None:
             choice.tokens += 1
             news.text += choice.text.push(event.token)
-        token = event.score.token if event.score else event.token
+        token = event.logprobs.token if event.logprobs else event.token
         if token is not None and any(self.told):
             place = len(choice.before) + seen, len(choice.before) + choice.text.seen
             ends = event.token is None
-            choice.waiting.append(self._token(token, event.score, place, ends=ends))
-        if event.finish:
+            choice.waiting.append(self._token(token, event.logprobs, place, ends=ends))
+        if event.finish_reason:
             news.text += choice.text.flush()
-        choice.finish = "stop" if choice.text.stopped else event.finish
+        choice.finish_reason = "stop" if choice.text.stopped else event.finish_reason
         sure = len(choice.before) + choice.text.sure
-        whole = bool(choice.finish) and not choice.text.stopped
+        whole = bool(choice.finish_reason) and not choice.text.stopped
         while choice.waiting and (whole or choice.waiting[0]["text_offset"] < sure):
             news.tokens.append(choice.waiting.pop(0))
 
-    def _prompt_tokens(self, prompt: PromptTokens, scores: Sequence[Score]) -> list[Token]:
+    def _prompt_tokens(self, prompt: PromptTokens, scores: Sequence[TokenLogprobs]) -> list[Token]:
         """The tokens of the prompt; the very first was predicted by nothing, and all where there are no scores."""
         found, stream, seen = [], self.served.tokenizer.stream(), 0
         for token, score in itertools.zip_longest(prompt.ids, (None, *scores)):
@@ -430,7 +440,7 @@ class Answer:
         return found[1:] if prompt.begins else found
 
     def _token(
-        self, token: int, score: Score | None, place: tuple[int, int], *, ends: bool = False
+        self, token: int, score: TokenLogprobs | None, place: tuple[int, int], *, ends: bool = False
     ) -> Token:
         """How likely a token and its rivals were, in words; `place` is the text's length before it and after.
 
@@ -442,7 +452,7 @@ class Answer:
         whole = tokenizer.token_bytes(token) == text.encode()
         likeliest = None
         if score:
-            likeliest = {token_text(tokenizer, one): logprob for one, logprob in score.likeliest}
+            likeliest = {token_text(tokenizer, one): logprob for one, logprob in score.top_logprobs}
         return Token(
             id=None if ends else token,
             tokens=text,
@@ -453,7 +463,7 @@ class Answer:
 
     async def whole(self) -> bytes:
         """The answer that is not streamed."""
-        all_news = [News(choice, begins=True) for choice in self.choices.values()]
+        all_news = [ChoiceDelta(choice, begins=True) for choice in self.choices.values()]
         async with contextlib.aclosing(self.parts()) as parts:
             async for some in parts:
                 for news in some:
@@ -473,7 +483,7 @@ class Answer:
             async with contextlib.aclosing(self.parts()) as parts:
                 async for some in parts:
                     told += b"".join(head + news.to_json(*self.told) + end for news in some)
-                    if told and self.inbox.open:  # the last goes with what ends the stream
+                    if told and self.inbox.unfinished:  # the last goes with what ends the stream
                         yield told
                         told = b""
             if include_usage:
@@ -490,8 +500,8 @@ def api_error(error: ApiError | UnavailableError) -> ApiError:
     return ApiError(503, str(error), headers={"retry-after": "1"})
 
 
-def prompt_of(
-    served: Served, prompt: str | list[int], limits: Limits, *, echo: bool = False
+def encode_prompt(
+    served: ModelEntry, prompt: str | list[int], limits: Limits, *, echo: bool = False
 ) -> PromptTokens:
     """The tokens of a prompt; a ValueError says what is wrong with it.
 
@@ -503,12 +513,12 @@ def prompt_of(
     """
     tokenizer = served.tokenizer
     if isinstance(prompt, str):
-        found = (read_source if served.translates else read_prompt)(tokenizer, prompt)
+        found = (tokenize_source if served.is_translation else tokenize_prompt)(tokenizer, prompt)
     else:
-        known(tokenizer, prompt, "the prompt")
+        check_token_ids(tokenizer, prompt, "the prompt")
         found = PromptTokens(prompt, text=tokenizer.decode(prompt) if echo else "")
-    ends = served.service.engine.limit is not None  # then the engine says it better
-    most = limits.max_prompt or (math.inf if ends else LONGEST)
+    ends = served.engine.engine.max_model_len is not None  # then the engine says it better
+    most = limits.max_prompt_tokens or (math.inf if ends else MAX_PROMPT_TOKENS)
     if len(found.ids) > most:
         raise ValueError(
             f"the prompt is {len(found.ids)} tokens long, this server takes {most}: "
@@ -517,15 +527,19 @@ def prompt_of(
     return found
 
 
-def known(tokenizer: Tokenizer, ids: Sequence[int], what: str) -> None:
+def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int], what: str) -> None:
     """A ValueError names the first that is no token."""
-    wrong = next((token for token in ids if not 0 <= token < tokenizer.vocabulary), None)
+    wrong = next((token for token in ids if not 0 <= token < tokenizer.vocab_size), None)
     if wrong is not None:
         raise ValueError(
-            f"{what} has token {wrong}, the model knows 0 to {tokenizer.vocabulary - 1}"
+            f"{what} has token {wrong}, the model knows 0 to {tokenizer.vocab_size - 1}"
         )
 
 
-def prompts_of(served: Served, completion: Completion, limits: Limits) -> list[PromptTokens]:
+def encode_prompts(
+    served: ModelEntry, completion: CompletionRequest, limits: Limits
+) -> list[PromptTokens]:
     """The tokens of each prompt; a ValueError says what is wrong with one."""
-    return [prompt_of(served, prompt, limits, echo=completion.echo) for prompt in completion.prompt]
+    return [
+        encode_prompt(served, prompt, limits, echo=completion.echo) for prompt in completion.prompt
+    ]

@@ -17,18 +17,18 @@ from pydantic import Field, PlainValidator
 from torch import Tensor
 
 from gpt.models.base import LanguageModel, State
-from gpt.sampling import NOT_A_NUMBER, Sampler, Sampling, only, opened
-from serving.engine.async_engine import BusyError, UnavailableError
-from serving.engine.engine import BUDGET, Request
+from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits, prefill
+from serving.engine.async_engine import QueueFullError, UnavailableError
+from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Request
 from serving.http.completions import (
-    Answer,
     ApiError,
-    Completion,
-    Drawing,
-    Served,
-    Strict,
-    known,
-    prompt_of,
+    CompletionRequest,
+    CompletionStream,
+    ModelEntry,
+    SamplingFields,
+    StrictModel,
+    check_token_ids,
+    encode_prompt,
     to_json,
 )
 from serving.http.limits import Limits
@@ -55,7 +55,7 @@ def _prompt(value: object) -> object:
 Prompt = Annotated[Any, PlainValidator(_prompt, json_schema_input_type=str | list[int])]
 
 
-class Next(Drawing):
+class NextTokenRequest(SamplingFields):
     """What may follow a text, before and after everything that sampling does."""
 
     model: str | None = Field(None, description="a name from /v1/models; default: the first")
@@ -65,7 +65,7 @@ class Next(Drawing):
     include: list[int] = Field([], max_length=16, description="tokens that are told in any case")
 
 
-class Xray(Strict):
+class XrayRequest(StrictModel):
     """What a model listens to in a text: attention, alignments, gates, experts."""
 
     model: str | None = Field(None, description="a name from /v1/models; default: the first")
@@ -77,11 +77,11 @@ class Xray(Strict):
     only: str | None = Field(None, description="maps whose name contains this")
 
 
-async def _ask(served: Served, function: Callable[[], Result]) -> Result:
+async def _ask(served: ModelEntry, function: Callable[[], Result]) -> Result:
     """What the function gives on the engine's thread; a fault there is this request's alone."""
     try:
-        return await served.service.ask(function)
-    except (ValueError, BusyError, UnavailableError):
+        return await served.engine.run_on_engine(function)
+    except (ValueError, QueueFullError, UnavailableError):
         raise
     except Exception as error:
         logger.exception("a question has failed")
@@ -112,7 +112,7 @@ class Candidate(NamedTuple):
     """From 1, by the model alone."""
 
 
-class Following(NamedTuple):
+class NextTokenDistribution(NamedTuple):
     """All that may come next: some of it one by one, the rest together."""
 
     candidates: list[Candidate]
@@ -124,16 +124,16 @@ class Following(NamedTuple):
     """Both probabilities of all that are not among the candidates."""
 
 
-def following(
+def next_token_distribution(
     logits_V: Tensor,
-    sampling: Sampling,
+    sampling: SamplingParams,
     prompt: Sequence[int],
     text: Sequence[int] = (),
     *,
     first: Sequence[int] = (),
     most: int = 20,
     include: Sequence[int] = (),
-) -> Following:
+) -> NextTokenDistribution:
     """What may come next after a text.
 
     Args:
@@ -146,12 +146,12 @@ def following(
         include: Further ones.
     """
     sampler = Sampler(1, len(logits_V), logits_V.device)
-    sampler.start(0, sampling, prompt, text=text)
-    logits_1V = only(logits_V.unsqueeze(0), first)
+    sampler.add_sequence(0, sampling, prompt, output=text)
+    logits_1V = mask_logits(logits_V.unsqueeze(0), first)
     sampled_V = sampler.probabilities(logits_1V)[0].cpu().double()
     probability_V = logits_V.cpu().double().softmax(dim=-1)
     if not (sampled_V.isfinite().all() and probability_V.isfinite().all()):
-        raise FloatingPointError(NOT_A_NUMBER)
+        raise FloatingPointError(NAN_LOGITS)
     order_V = probability_V.argsort(descending=True, stable=True)
     rank_V = torch.empty_like(order_V)
     rank_V[order_V] = torch.arange(1, len(order_V) + 1)
@@ -161,7 +161,7 @@ def following(
     rest_2V = both_2V.clone()
     rest_2V[:, told] = 0
     bits_2 = torch.special.entr(both_2V).sum(dim=-1) / math.log(2)
-    return Following(
+    return NextTokenDistribution(
         [
             Candidate(
                 token, float(probability_V[token]), float(sampled_V[token]), int(rank_V[token])
@@ -174,20 +174,28 @@ def following(
     )
 
 
-async def answer_next(served: Served, asked: Next, limits: Limits) -> bytes:
+async def next_tokens_response(
+    served: ModelEntry, asked: NextTokenRequest, limits: Limits
+) -> bytes:
     """The answer to what may follow; an ApiError says what is wrong with the question."""
-    tokenizer, engine = served.tokenizer, served.service.engine
+    tokenizer, engine = served.tokenizer, served.engine.engine
     for name, ids in (("tokens", asked.tokens), ("include", asked.include)):
         with _about(name):
-            known(tokenizer, ids, name)
+            check_token_ids(tokenizer, ids, name)
             if len(ids) > limits.max_tokens:
                 raise ValueError(f"{len(ids)} {name}: this server allows {limits.max_tokens}")
     with _about("prompt"):
-        prompt = await to_thread(prompt_of, served, asked.prompt, limits)
-        first = () if asked.tokens else prompt.first
+        prompt = await to_thread(encode_prompt, served, asked.prompt, limits)
+        first = () if asked.tokens else prompt.allowed_first_tokens
         count = len(asked.tokens) + 1
-        request = Request(prompt.ids, count, asked.sampling(0), first=first, begin=served.begin)
-        if engine.check(request) < count:
+        request = Request(
+            prompt.ids,
+            count,
+            asked.sampling(0),
+            allowed_first_tokens=first,
+            decoder_start_token=served.decoder_start_token,
+        )
+        if engine.validate(request) < count:
             raise ValueError(
                 f"prompt and tokens are {len(prompt.ids) + count - 1} tokens long: the model's "
                 f"context has no room for another; send fewer tokens"
@@ -196,9 +204,9 @@ async def answer_next(served: Served, asked: Next, limits: Limits) -> bytes:
     found = await _ask(
         served,
         functools.partial(
-            following,
+            next_token_distribution,
             logits_V,
-            request.sampling,
+            request.sampling_params,
             prompt.ids,
             asked.tokens,
             first=first,
@@ -225,13 +233,18 @@ async def answer_next(served: Served, asked: Next, limits: Limits) -> bytes:
     )
 
 
-async def _read(served: Served, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
+async def _read(served: ModelEntry, prompt: Sequence[int], text: Sequence[int]) -> Tensor:
     """logits_V of what follows a text after a prompt; others' steps come between its parts."""
-    model, begin = served.service.engine.model, served.begin
+    model, begin = served.engine.engine.model, served.decoder_start_token
     length = len(prompt) + len(text)
-    whole = begin is not None or not model.reads_in_parts
-    head, *tail = [*_parts(prompt, length if whole else BUDGET), *_parts(text, BUDGET)]
-    state, features_1D = await _ask(served, lambda: opened(model, _row(model, head), length, begin))
+    whole = begin is not None or not model.supports_chunked_prefill
+    head, *tail = [
+        *_parts(prompt, length if whole else MAX_NUM_BATCHED_TOKENS),
+        *_parts(text, MAX_NUM_BATCHED_TOKENS),
+    ]
+    state, features_1D = await _ask(
+        served, lambda: prefill(model, _row(model, head), length, begin)
+    )
     seen = len(head) + (begin is not None)
     for part in tail:
         seen += len(part)
@@ -250,13 +263,13 @@ def _row(model: LanguageModel, ids: Sequence[int]) -> Tensor:
 
 def _go_on(model: LanguageModel, state: State, ids: Sequence[int], seen: int) -> Tensor:
     """features_1D of what follows more ids, with which the row is `seen` tokens long."""
-    return model.features(_row(model, ids), model.part(state, seen))[:, -1]
+    return model.features(_row(model, ids), model.prefix_view(state, seen))[:, -1]
 
 
 # X-rays.
 
 
-class Map(NamedTuple):
+class LayerMap(NamedTuple):
     """One kind of choice, of some of its layers."""
 
     name: str
@@ -273,13 +286,13 @@ class Map(NamedTuple):
     most: float
 
 
-def maps(
+def activation_maps(
     model: LanguageModel,
     ids: Sequence[int],
     fed: Sequence[int] | None = None,
     layer: int | None = None,
     only: str = "",
-) -> list[Map]:
+) -> list[LayerMap]:
     """What a model listens to as it reads a text, or a source with what it is fed as it writes.
 
     A ValueError says what cannot be shown.
@@ -306,9 +319,9 @@ def maps(
             f"below {most}, `only` one of {names}, or a shorter text"
         )
     if not all(weights_LHTS.isfinite().all() for _, weights_LHTS in chosen):
-        raise FloatingPointError(NOT_A_NUMBER)
+        raise FloatingPointError(NAN_LOGITS)
     return [
-        Map(
+        LayerMap(
             one.name,
             weights_LHTS.double().round(decimals=DIGITS).cpu(),
             one.rows[0].tolist(),
@@ -322,30 +335,30 @@ def maps(
     ]
 
 
-async def answer_xray(served: Served, asked: Xray, limits: Limits) -> bytes:
+async def xray_response(served: ModelEntry, asked: XrayRequest, limits: Limits) -> bytes:
     """The answer to what a model listens to; an ApiError says what is wrong with the question."""
-    tokenizer, model = served.tokenizer, served.service.engine.model
+    tokenizer, model = served.tokenizer, served.engine.engine.model
     with _about("prompt"):
         ids = await to_thread(_ids, tokenizer, asked.prompt, "the prompt")
-        if isinstance(asked.prompt, str) and not served.translates:
-            ids = [tokenizer.end_of_text, *ids]
+        if isinstance(asked.prompt, str) and not served.is_translation:
+            ids = [tokenizer.eos_token, *ids]
         if not ids:
             raise ValueError("the prompt is empty: expected at least one token")
         _check_length(len(ids), limits)
     fed = None
     with _about("translation"):
-        if served.begin is None and asked.translation is not None:
+        if served.decoder_start_token is None and asked.translation is not None:
             raise ValueError("translation is for models that translate: leave it out")
-        if served.begin is not None:
+        if served.decoder_start_token is not None:
             if asked.translation is None:
-                text = await _translation(served, ids, limits.max_xray - len(ids) - 1)
+                text = await _translation(served, ids, limits.max_xray_tokens - len(ids) - 1)
             else:
                 text = await to_thread(_ids, tokenizer, asked.translation, "the translation")
             # Where there was no room for more, the last token was written but never fed.
-            fed = [served.begin, *text][: model.target_room(len(ids))]
+            fed = [served.decoder_start_token, *text][: model.max_target_length(len(ids))]
             _check_length(len(ids) + len(fed), limits)
     with _about("prompt"):
-        told = functools.partial(maps, model, ids, fed, asked.layer, asked.only or "")
+        told = functools.partial(activation_maps, model, ids, fed, asked.layer, asked.only or "")
         found = await _ask(served, told)
     head = {
         "model": served.name,
@@ -358,24 +371,24 @@ async def answer_xray(served: Served, asked: Xray, limits: Limits) -> bytes:
 def _ids(tokenizer: Tokenizer, given: str | list[int], what: str) -> list[int]:
     if isinstance(given, str):
         return tokenizer.encode(given)
-    known(tokenizer, given, what)
+    check_token_ids(tokenizer, given, what)
     return given
 
 
 def _check_length(count: int, limits: Limits) -> None:
-    if count > limits.max_xray:
+    if count > limits.max_xray_tokens:
         raise ValueError(
-            f"{count} tokens are to be shown, this server shows {limits.max_xray}: "
-            f"shorten the text by {count - limits.max_xray}"
+            f"{count} tokens are to be shown, this server shows {limits.max_xray_tokens}: "
+            f"shorten the text by {count - limits.max_xray_tokens}"
         )
 
 
-async def _translation(served: Served, source: list[int], most: int) -> list[int]:
+async def _translation(served: ModelEntry, source: list[int], most: int) -> list[int]:
     """The model's own, greedily, of so many tokens: made among the other texts."""
     asked = {"prompt": source, "max_tokens": max(0, most), "temperature": 0}
-    wanted = Completion.model_validate({**asked, "return_token_ids": True})
+    wanted = CompletionRequest.model_validate({**asked, "return_token_ids": True})
     written: list[int] = []
-    with contextlib.closing(Answer(served, wanted, [PromptTokens(source)])) as answer:
+    with contextlib.closing(CompletionStream(served, wanted, [PromptTokens(source)])) as answer:
         async with contextlib.aclosing(answer.parts()) as parts:
             async for some in parts:
                 written += [token for news in some for token in news.ids]
@@ -386,13 +399,13 @@ def _tokens(tokenizer: Tokenizer, ids: Sequence[int]) -> list[dict[str, Any]]:
     return [{"id": token, "text": token_text(tokenizer, token)} for token in ids]
 
 
-def _xray_json(tokenizer: Tokenizer, head: dict[str, Any], told: Sequence[Map]) -> bytes:
+def _xray_json(tokenizer: Tokenizer, head: dict[str, Any], told: Sequence[LayerMap]) -> bytes:
     """The whole answer, written in small pieces: Python lets the event loop in between two of them.
 
     It computes nothing: torch would keep workers for its thread (see `tuning.apart`).
     """
 
-    def one(shown: Map) -> bytes:
+    def one(shown: LayerMap) -> bytes:
         weights_LHTS, columns = shown.weights_LHTS, shown.columns
         about = {
             "name": shown.name,

@@ -20,7 +20,7 @@ TAIL = 2**16
 Json = dict[str, Any]
 
 
-class Runs:
+class RunBrowser:
     """A folder of runs, and of folders of runs, such as a ladder.
 
     Args:
@@ -51,7 +51,7 @@ class Runs:
             config, newest = self._config(run), self._newest(run)
             if config is not None:
                 asked = {
-                    key: config["run"].get(key) for key in ("task", "model", "preset", "steps")
+                    key: config["config"].get(key) for key in ("task", "model", "preset", "steps")
                 }
                 figures = ("step", "tokens", "seconds", "loss", "validation_loss")
                 reached = {key: newest.get(key) for key in (*figures, "final_bits_per_byte")}
@@ -82,7 +82,7 @@ class Runs:
         start, end = 0 if restarted else after, data.rfind(b"\n") + 1
         return {
             "name": name,
-            "config": config["run"],
+            "config": config["config"],
             "metrics": [*_lines(data[start:end])],
             "next": end,
             "finished": self._is_finished(run, self._newest(run)),
@@ -127,7 +127,7 @@ class Runs:
         return config if good else None
 
     def _newest(self, run: Path) -> Json:
-        return newest(run) if self._inside(run / "metrics.jsonl") else {}
+        return latest_metrics(run) if self._inside(run / "metrics.jsonl") else {}
 
     def _is_finished(self, run: Path, figures: Json) -> bool:
         """Whether it has its final score; a ladder's rung has it in a file of its own."""
@@ -156,7 +156,7 @@ def _folders(folder: Path) -> list[Path]:
         return []
 
 
-def newest(run: Path) -> Json:
+def latest_metrics(run: Path) -> Json:
     """The newest value of each figure at the end of a run's metrics."""
     found: Json = {}
     try:

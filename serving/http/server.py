@@ -19,9 +19,9 @@ import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.http.app import Catalog, Door
+from serving.http.app import EarlyRefusal, ModelRegistry
 from serving.http.completions import ApiError
-from serving.http.limits import Deadlines
+from serving.http.limits import Timeouts
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ def _plain(error: ApiError) -> bytes:
     return "\r\n".join(lines).encode() + data
 
 
-def protocol_with(deadlines: Deadlines, door: Door) -> type[H11Protocol]:
+def make_protocol(deadlines: Timeouts, door: EarlyRefusal) -> type[H11Protocol]:
     """The protocol of uvicorn, which closes a connection that takes too long to ask, or is one too many."""
 
     class Protocol(H11Protocol):
@@ -59,7 +59,7 @@ def protocol_with(deadlines: Deadlines, door: Door) -> type[H11Protocol]:
                 message = "too many connections: try again later"
                 self.refuse(ApiError(503, message, headers={"retry-after": "1"}))
             else:
-                self.expect("head", deadlines.head_timeout)
+                self.expect("head", deadlines.header_timeout)
 
         def connection_lost(self, exc: Exception | None) -> None:
             self.relax()
@@ -80,7 +80,7 @@ def protocol_with(deadlines: Deadlines, door: Door) -> type[H11Protocol]:
                     self.refuse(*refusal)
                     return
                 if self.deadline is None:
-                    self.expect("head", deadlines.head_timeout)
+                    self.expect("head", deadlines.header_timeout)
             super().data_received(data)
             if self in door.coming and self.scope:
                 self.scope["state"]["looked_at"] = functools.partial(door.coming.discard, self)
@@ -144,15 +144,15 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         app: ASGIApp,
-        catalog: Catalog,
+        catalog: ModelRegistry,
         load: Callable[[], Awaitable[None]],
-        deadlines: Deadlines | None = None,
+        deadlines: Timeouts | None = None,
         key: str | None = None,
     ) -> None:
-        self.deadlines = deadlines or Deadlines()
+        self.deadlines = deadlines or Timeouts()
         config = uvicorn.Config(
             app,
-            http=protocol_with(self.deadlines, Door(catalog, key)),
+            http=make_protocol(self.deadlines, EarlyRefusal(catalog, key)),
             log_config=None,
             ws="none",
             server_header=False,
@@ -179,8 +179,8 @@ class Server(uvicorn.Server):
         """Let the texts end, then end them, before uvicorn waits for the answers that wait for them."""
         self.loading.cancel()
         await asyncio.wait({self.loading})
-        services = [served.service for served in self.catalog.served.values()]
-        drains = [asyncio.create_task(s.drain(self.deadlines.grace)) for s in services]
+        services = [served.engine for served in self.catalog.entries.values()]
+        drains = [asyncio.create_task(s.drain(self.deadlines.shutdown_timeout)) for s in services]
         while drains and not self.force_exit:
             _, waiting = await asyncio.wait(drains, timeout=0.05)
             drains = list(waiting)

@@ -79,7 +79,7 @@ def test_a_process_that_ends_is_said_in_a_line():
 
 @pytest.mark.long
 def test_the_command_writes_both_files_and_memory_does_not_grow(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(growth, "RUN", dataclasses.replace(growth.RUN, vocabulary=300))
+    monkeypatch.setattr(growth, "RUN", dataclasses.replace(growth.RUN, vocab_size=300))
     output = tmp_path / "growth.json"
     growth.main(f"--small 1 --large 5 --steps 20 --threads 1 --output {output}".split())
     found = json.loads(output.read_text())

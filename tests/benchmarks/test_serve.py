@@ -8,7 +8,7 @@ import torch
 
 from benchmarks import rivals, serve
 from benchmarks.serve import Timing, quantiles, summary
-from gpt.sampling import Sampling, generate
+from gpt.sampling import SamplingParams, generate
 from serving.engine.engine import Engine
 
 TINY = rivals.Size(300, 32, 2, 2, context=512)
@@ -23,7 +23,7 @@ def uncompiled(monkeypatch):
 
 def wanted():
     model = TINY.build()
-    return [list(generate(model, prompt, 9, Sampling(0.0))) for prompt in PROMPTS]
+    return [list(generate(model, prompt, 9, SamplingParams(0.0))) for prompt in PROMPTS]
 
 
 def test_every_rival_makes_the_same_texts_of_the_same_weights():
@@ -103,6 +103,6 @@ def test_the_whole_benchmark_writes_its_tables(tmp_path, monkeypatch, capsys):
 
 def test_a_mistake_is_one_line(capsys):
     with pytest.raises(SystemExit) as ended:
-        serve.main(["--rows", "0"])
+        serve.main(["--max-num-seqs", "0"])
     assert ended.value.code == 2
-    assert "--rows must be at least 1, not 0" in capsys.readouterr().err
+    assert "--max-num-seqs must be at least 1, not 0" in capsys.readouterr().err

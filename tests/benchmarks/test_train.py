@@ -14,10 +14,10 @@ import torch
 from benchmarks import models, train
 from benchmarks.report import spread
 from benchmarks.train import Contestant, Race, judge, race, slices, throughput
-from gpt.checkpoint import build
-from gpt.summary import parameters
+from gpt.checkpoint import build_model
+from gpt.summary import count_parameters
 from tokenizer import train_characters, train_words
-from training.data.corpus import CorpusWriter, Part
+from training.data.corpus import CorpusWriter, TextChunk
 from training.presets import PRESETS
 from training.tasks import open_task
 from training.trainer import Objective, Trainer
@@ -30,8 +30,8 @@ NEW = ("nanogpt-cpu", "nanogpt-gpu", "gpt2-124m", "shakespeare", "shakespeare-gp
 def prepared(folder, tokenizer):
     folder.mkdir()
     writer = CorpusWriter(folder, tokenizer)
-    writer.write("train", [Part(TEXT * 20, True)])
-    writer.write("validation", [Part(TEXT, True)])
+    writer.write("train", [TextChunk(TEXT * 20, True)])
+    writer.write("validation", [TextChunk(TEXT, True)])
     writer.close("a cat")
     return str(folder)
 
@@ -43,8 +43,14 @@ def data(tmp_path_factory):
 
 def tiny(run, data, **others):
     arguments = run.arguments | TINY
-    small = {"batch": 4, "window": 16, "accumulation": 1, "compile": False, "device": "cpu"}
-    return dataclasses.replace(run, data=data, arguments=arguments, **small | others)
+    small = {
+        "batch_size": 4,
+        "context_length": 16,
+        "gradient_accumulation_steps": 1,
+        "compile": False,
+        "device": "cpu",
+    }
+    return dataclasses.replace(run, data=data, model_args=arguments, **small | others)
 
 
 class Local:
@@ -74,7 +80,7 @@ def test_the_presets_train(name, data, tmp_path):
     trainer = Trainer(run, tmp_path, open_task(run), torch.device("cpu"))
     before = [parameter.detach().clone() for parameter in trainer.model.parameters()]
     for _ in range(3):  # of matrices that begin at zero the first to move lets the next move
-        assert trainer.advance(Objective(trainer.model)).isfinite()
+        assert trainer.train_step(Objective(trainer.model)).isfinite()
         trainer.step += 1
     after = trainer.model.parameters()
     assert all(not torch.equal(one, other) for one, other in zip(before, after, strict=True))
@@ -88,9 +94,12 @@ def test_the_yardsticks_are_as_large_as_nanogpt_says(name, vocabulary, published
     """It counts all but the positions."""
     run = PRESETS[name]
     with torch.device("meta"):
-        model = build(run.model, {"vocabulary": vocabulary, "context": run.window, **run.arguments})
+        model = build_model(
+            run.model,
+            {"vocab_size": vocabulary, "context_length": run.context_length, **run.model_args},
+        )
     positions = model.get_parameter("position.weight").numel()
-    assert parameters(model) - positions == pytest.approx(published, abs=0.005e6)
+    assert count_parameters(model) - positions == pytest.approx(published, abs=0.005e6)
 
 
 def test_theirs_is_transformers_gpt2_with_its_own_loss():
@@ -130,7 +139,7 @@ def test_a_race_on_the_cpu(local, data):
 def test_what_one_change_is_worth(local, data):
     """Every change trains, for as many tokens as without it."""
     contest = train.ablations()
-    tokens = {run.steps * run.batch * run.window for run in contest.runs.values()}
+    tokens = {run.steps * run.batch_size * run.context_length for run in contest.runs.values()}
     assert max(tokens) - min(tokens) < 24 * 128
     assert len({repr(dataclasses.replace(run, steps=1)) for run in contest.runs.values()}) == len(
         contest.runs
@@ -154,7 +163,7 @@ def test_the_gpu_s_race_at_a_tiny_shape(local, data):
 
 def test_throughput_at_a_tiny_shape(local):
     runs = train.gpt2_124m()
-    assert {(run.vocabulary, run.batch * run.window) for run in runs.values()} == {
+    assert {(run.vocab_size, run.batch_size * run.context_length) for run in runs.values()} == {
         (50_304, 491_520)
     }
     assert {run.precision for run in runs.values()} == {"bfloat16"}
@@ -179,7 +188,7 @@ def curve(*points):
 
 
 def test_a_loss_is_reached_at_the_first_score_that_is_there():
-    run = dataclasses.replace(PRESETS["nanogpt-cpu"], batch=10, window=10)
+    run = dataclasses.replace(PRESETS["nanogpt-cpu"], batch_size=10, context_length=10)
     contest = Race("a race", {"ours": run, "theirs": run, "slow": run}, "theirs", 2.0)
     rows = {
         "ours": curve((1.0, 3.0), (2.0, 1.9), (3.0, 2.1), (9.0, 1.5)),
@@ -232,7 +241,7 @@ def test_the_command_trains_in_processes_and_writes_both_files(data, tmp_path, c
 
 
 def test_a_process_that_ends_is_said_in_a_line(data, capfd):
-    run = dataclasses.replace(PRESETS["nanogpt-cpu"], data=data, window=10_000)
+    run = dataclasses.replace(PRESETS["nanogpt-cpu"], data=data, context_length=10_000)
     remote = train.Remote("theirs", run, 1)
     with pytest.raises(ValueError, match="theirs: its process has ended, see above"):
         remote.answer()

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from gpt.beam_search import translate
-from gpt.models.base import EncoderDecoder, LanguageModel, State, rows
+from gpt.models.base import EncoderDecoder, LanguageModel, State, batch_slice
 from gpt.models.gpt import GPT, GPT2
 from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.models.transformer import Transformer
@@ -100,20 +100,20 @@ def test_a_prompt_is_read_then_continued(model) -> None:
     prompts = [torch.randint(VOCABULARY, (1, length), generator=generator) for length in (5, 1, 8)]
     state = model.init_state(4, CONTEXT)
     features_BD = torch.cat(
-        [model.read(prompt, rows(state, i, i + 1)) for i, prompt in enumerate(prompts)]
+        [model.read(prompt, batch_slice(state, i, i + 1)) for i, prompt in enumerate(prompts)]
     )
     texts = [prompt[0].tolist() for prompt in prompts]
     for _ in range(5):
         next_B = model.logits(features_BD).argmax(dim=-1)
         for text, token in zip(texts, next_B.tolist(), strict=True):
             text.append(token)
-        features_BD = model.features(next_B.unsqueeze(1), rows(state, 0, 3))[:, 0]
+        features_BD = model.features(next_B.unsqueeze(1), batch_slice(state, 0, 3))[:, 0]
     for prompt, text in zip(prompts, texts, strict=True):
         length = prompt.shape[1]
         for end in range(length, length + 5):
             so_far = torch.tensor([text[:end]])
             if isinstance(model, EncoderDecoder):
-                read = model.start(prompt, torch.tensor([length]))
+                read = model.encode_source(prompt, torch.tensor([length]))
                 logits_BTV = model.logits(model.features(so_far[:, length - 1 :], read))
             else:
                 logits_BTV = model(so_far)
@@ -175,7 +175,7 @@ def test_a_model_that_cannot_translate_says_so(pairs) -> None:
         pass
 
     model = Silent(5, 4)
-    for ask in (lambda: model.start(*pairs[:2]), lambda: model.loss(*pairs)):
+    for ask in (lambda: model.encode_source(*pairs[:2]), lambda: model.loss(*pairs)):
         with pytest.raises(ValueError, match="Silent does not translate"):
             ask()
 
@@ -187,7 +187,7 @@ def greedy(model: LanguageModel, source: list[int], most: int, end: int) -> list
     """From the source again for every token."""
     target = [BEGIN]
     while len(target) <= most:
-        state = model.start(torch.tensor([source]), torch.tensor([len(source)]))
+        state = model.encode_source(torch.tensor([source]), torch.tensor([len(source)]))
         logits_BTV = model.logits(model.features(torch.tensor([target]), state))
         token = int(logits_BTV[0, -1].argmax())
         if token == end:
@@ -220,7 +220,7 @@ def test_one_beam_is_greedy_for_many_sentences_at_once(name: str) -> None:
     model = build(name, vocabulary=5)
     lengths = set()
     for end in range(5):
-        got = translate(model, sources(5), begin=BEGIN, end=end, most=7)
+        got = translate(model, sources(5), decoder_start_token=BEGIN, eos_token=end, max_tokens=7)
         assert got == [greedy(model, source, 7, end) for source in sources(5)]
         lengths |= {len(target) for target in got}
     assert len(lengths) > 1  # they do end at different times
@@ -238,38 +238,54 @@ def test_many_beams_find_what_trying_all_targets_finds(name: str, penalty: float
         for ending in ([[END]] if length < 3 else [[]])
     ]
     every = [target for target in every if target]
-    got = translate(model, sources(4), begin=BEGIN, end=END, most=3, beams=64, penalty=penalty)
+    got = translate(
+        model,
+        sources(4),
+        decoder_start_token=BEGIN,
+        eos_token=END,
+        max_tokens=3,
+        num_beams=64,
+        length_penalty=penalty,
+    )
     for source, target in zip(sources(4), got, strict=True):
         best = max(every, key=lambda target: score(model, source, target, penalty))
         assert target == [token for token in best if token != END]
 
 
 def test_more_beams_find_no_worse_targets_and_rows_are_independent(model) -> None:
-    together = translate(model, sources(), begin=BEGIN, end=END, most=6, beams=4)
+    together = translate(
+        model, sources(), decoder_start_token=BEGIN, eos_token=END, max_tokens=6, num_beams=4
+    )
     for source, target in zip(sources(), together, strict=True):
-        assert [target] == translate(model, [source], begin=BEGIN, end=END, most=6, beams=4)
+        assert [target] == translate(
+            model, [source], decoder_start_token=BEGIN, eos_token=END, max_tokens=6, num_beams=4
+        )
 
     def total(targets: list[list[int]]) -> float:
         ended = [[*target, END][:6] for target in targets]
         return sum(map(lambda s, t: score(model, s, t, 1.0), sources(), ended))
 
-    assert total(together) >= total(translate(model, sources(), begin=BEGIN, end=END, most=6))
+    assert total(together) >= total(
+        translate(model, sources(), decoder_start_token=BEGIN, eos_token=END, max_tokens=6)
+    )
 
 
 def test_a_target_ends_where_the_model_has_no_more_room() -> None:
     for name, room in (("transformer", CONTEXT), ("gpt", CONTEXT - 9), ("seq2seq", 40)):
         model = build(name)
         source = sources()[4]
-        [target] = translate(model, [source], begin=BEGIN, end=VOCABULARY, most=40)
+        [target] = translate(
+            model, [source], decoder_start_token=BEGIN, eos_token=VOCABULARY, max_tokens=40
+        )
         assert len(target) == room
     with pytest.raises(ValueError, match=r"16 tokens long.*no room"):
-        translate(build("gpt"), [[2] * 16], begin=BEGIN, end=END, most=5)
+        translate(build("gpt"), [[2] * 16], decoder_start_token=BEGIN, eos_token=END, max_tokens=5)
 
 
 def test_mistakes_are_said() -> None:
     model = build("seq2seq")
-    assert translate(model, [], begin=BEGIN, end=END, most=5) == []
+    assert translate(model, [], decoder_start_token=BEGIN, eos_token=END, max_tokens=5) == []
     with pytest.raises(ValueError, match="source sentence is empty"):
-        translate(model, [[1], []], begin=BEGIN, end=END, most=5)
+        translate(model, [[1], []], decoder_start_token=BEGIN, eos_token=END, max_tokens=5)
     with pytest.raises(ValueError, match=r"beams and most must be at least 1.*0, 5"):
-        translate(model, [[1]], begin=BEGIN, end=END, most=5, beams=0)
+        translate(model, [[1]], decoder_start_token=BEGIN, eos_token=END, max_tokens=5, num_beams=0)

@@ -5,19 +5,28 @@ import torch
 from torch import Tensor, nn
 
 from gpt import MODELS, LanguageModel
-from gpt.checkpoint import build as build_model
-from gpt.checkpoint import load_tensors, open_language_model, save_config, save_tensors, weights
-from gpt.models.base import rows
+from gpt.checkpoint import build_model as build_model
+from gpt.checkpoint import (
+    load_language_model,
+    load_tensors,
+    save_config,
+    save_tensors,
+    unique_state_dict,
+)
+from gpt.models.base import batch_slice
 
 VOCABULARY, CONTEXT = 50, 24
 
 VARIANTS = {
-    "sigma-pi": ("sigma-pi", {"span": 5, "width": 24, "hidden": 32}),
-    "sigma-pi-1": ("sigma-pi", {"span": 1, "width": 24, "hidden": 32}),
+    "sigma-pi": ("sigma-pi", {"window": 5, "width": 24, "hidden": 32}),
+    "sigma-pi-1": ("sigma-pi", {"window": 1, "width": 24, "hidden": 32}),
     "softmax": ("softmax", {}),
-    "mlp": ("mlp", {"span": 5, "width": 24, "hidden": 32}),
-    "mlp-deep": ("mlp", {"span": 30, "width": 24, "hidden": 32, "depth": 2, "activation": "relu"}),
-    "experts": ("experts", {"span": 5, "width": 24, "hidden": 32, "experts": 3}),
+    "mlp": ("mlp", {"window": 5, "width": 24, "hidden": 32}),
+    "mlp-deep": (
+        "mlp",
+        {"window": 30, "width": 24, "hidden": 32, "depth": 2, "activation": "relu"},
+    ),
+    "experts": ("experts", {"window": 5, "width": 24, "hidden": 32, "experts": 3}),
     "rnn": ("rnn", {"width": 32}),
     "lstm": ("lstm", {"width": 64, "embedding_width": 48}),
     "lstm-tied": ("lstm", {"width": 48, "depth": 1, "tied": True}),
@@ -41,7 +50,11 @@ def model(request: pytest.FixtureRequest) -> LanguageModel:
     """In float64, with weights such that every part of the model matters."""
     torch.manual_seed(0)
     name, own = VARIANTS[request.param]
-    model = build_model(name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own}).double().eval()
+    model = (
+        build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
+        .double()
+        .eval()
+    )
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)
@@ -86,21 +99,21 @@ def test_rows_at_different_places_go_on_together(model: LanguageModel, tokens_BT
     state = model.init_state(4, CONTEXT)
     lengths = [9, 3, 20]
     for row, length in enumerate(lengths):
-        model(tokens_BT[row : row + 1, :length], rows(state, row, row + 1))
+        model(tokens_BT[row : row + 1, :length], batch_slice(state, row, row + 1))
     for step in range(3):
         places = torch.tensor(lengths) + step
         new_B1 = tokens_BT[torch.arange(3), places].unsqueeze(1)
-        got = model(new_B1, rows(state, 0, 3))[:, 0]
+        got = model(new_B1, batch_slice(state, 0, 3))[:, 0]
         torch.testing.assert_close(got, expected[torch.arange(3), places], rtol=0, atol=1e-12)
 
 
 def test_a_row_taken_over_by_another_is_that_other(model: LanguageModel, tokens_BT: Tensor) -> None:
     state = model.init_state(2, CONTEXT)
-    model(tokens_BT[:1, :4], rows(state, 0, 1))
-    model(tokens_BT[1:2, :10], rows(state, 1, 2))
+    model(tokens_BT[:1, :4], batch_slice(state, 0, 1))
+    model(tokens_BT[1:2, :10], batch_slice(state, 1, 2))
     for tensor in state.values():
         tensor[0] = tensor[1]
-    got = model(tokens_BT[1:2, 10:11], rows(state, 0, 1))[0, 0]
+    got = model(tokens_BT[1:2, 10:11], batch_slice(state, 0, 1))[0, 0]
     torch.testing.assert_close(got, model(tokens_BT)[1, 10], rtol=0, atol=1e-12)
 
 
@@ -109,8 +122,8 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
 ) -> None:
     targets_BT = tokens_BT.roll(-1, dims=1)
     targets_BT[0, 3:9] = -100
-    features_BTD, scored_BT = model.predictions(tokens_BT, targets_BT)
-    assert scored_BT.shape[1] == model.scorable
+    features_BTD, scored_BT = model.features_and_targets(tokens_BT, targets_BT)
+    assert scored_BT.shape[1] == model.max_scored_tokens
     logits_NV = model.logits(features_BTD).flatten(0, 1)
     expected = nn.functional.cross_entropy(logits_NV, scored_BT.flatten())
     expected_N = nn.functional.cross_entropy(logits_NV, scored_BT.flatten(), reduction="none")
@@ -123,7 +136,7 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
         loss.backward()
         torch.testing.assert_close(loss, expected)
         torch.testing.assert_close(
-            model.nll(tokens_BT, targets_BT)[:, -model.scorable :].flatten(), expected_N
+            model.nll(tokens_BT, targets_BT)[:, -model.max_scored_tokens :].flatten(), expected_N
         )
         for name, parameter in model.named_parameters():
             torch.testing.assert_close(parameter.grad, gradients[name])
@@ -134,11 +147,11 @@ def test_saved_and_opened_gives_the_same_logits(
 ) -> None:
     name, own = VARIANTS[request.node.callspec.params["model"]]
     model = model.float()
-    save_config(tmp_path, name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
-    save_tensors(tmp_path / "model.safetensors", weights(model))
-    opened = open_language_model(tmp_path)
+    save_config(tmp_path, name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
+    save_tensors(tmp_path / "model.safetensors", unique_state_dict(model))
+    opened = load_language_model(tmp_path)
     assert torch.equal(opened(tokens_BT), model(tokens_BT))
-    assert load_tensors(tmp_path / "model.safetensors").keys() == weights(opened).keys()
+    assert load_tensors(tmp_path / "model.safetensors").keys() == unique_state_dict(opened).keys()
 
 
 SEES_ONE_TOKEN = {"softmax": 1e-1, "sigma-pi-1": 1e-2}
@@ -152,7 +165,7 @@ def test_overfits_one_batch(variant: str, tokens_BT: Tensor) -> None:
     if variant in SEES_ONE_TOKEN:
         places_BT = torch.arange(CONTEXT) + torch.tensor([[0], [17], [31]])
         tokens_BT = torch.randperm(VOCABULARY)[places_BT % VOCABULARY]
-    model = build_model(name, {"vocabulary": VOCABULARY, "context": CONTEXT, **own})
+    model = build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
     optimizer = torch.optim.Adam(model.parameters(), lr=SEES_ONE_TOKEN.get(variant, 1e-2))
     for _ in range(80):
         optimizer.zero_grad()
@@ -163,7 +176,7 @@ def test_overfits_one_batch(variant: str, tokens_BT: Tensor) -> None:
 
 
 def test_more_tokens_than_the_context_are_refused(model: LanguageModel) -> None:
-    if model.limit is None:
+    if model.max_length is None:
         return
     with pytest.raises(ValueError, match=r"25 tokens.*24"):
         model(torch.zeros(1, CONTEXT + 1, dtype=torch.long))

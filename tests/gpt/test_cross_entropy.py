@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from gpt.kernels.cross_entropy import linear_nll
+from gpt.kernels.cross_entropy import linear_cross_entropy
 
 N, D, V = 23, 8, 50
 
@@ -31,7 +31,7 @@ def test_value_and_gradients_are_torchs(size, biased, given):
     tensors = (features_ND, weight_VD, bias_V)[: 2 + biased]
     logits_NV = F.linear(features_ND, weight_VD, bias_V if biased else None)
     expected = F.cross_entropy(logits_NV, targets_N, reduction="sum")
-    loss = linear_nll(features_ND, weight_VD, bias_V if biased else None, targets_N, size)
+    loss = linear_cross_entropy(features_ND, weight_VD, bias_V if biased else None, targets_N, size)
     torch.testing.assert_close(loss, expected)
     # A mean, and a part of a batch: what comes from behind is not 1.
     found = gradients_of(loss / 17, *tensors)
@@ -42,7 +42,7 @@ def test_value_and_gradients_are_torchs(size, biased, given):
 def test_a_tied_weight_gets_both_gradients(given):
     _, weight_VD, _, targets_N = given
     tokens_N = torch.arange(N)
-    loss = linear_nll(weight_VD[tokens_N].tanh(), weight_VD, None, targets_N, 5)
+    loss = linear_cross_entropy(weight_VD[tokens_N].tanh(), weight_VD, None, targets_N, 5)
     expected = F.cross_entropy(weight_VD[tokens_N].tanh() @ weight_VD.T, targets_N, reduction="sum")
     (found,), (wanted,) = gradients_of(loss, weight_VD), gradients_of(expected, weight_VD)
     torch.testing.assert_close(found, wanted)
@@ -50,7 +50,7 @@ def test_a_tied_weight_gets_both_gradients(given):
 
 def test_where_no_target_counts_nothing_is_learned(given):
     features_ND, weight_VD, bias_V, targets_N = given
-    loss = linear_nll(features_ND, weight_VD, bias_V, targets_N * 0 - 100, 7)
+    loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N * 0 - 100, 7)
     assert loss.item() == 0
     assert all(not by.any() for by in gradients_of(loss, features_ND, weight_VD, bias_V))
 
@@ -62,7 +62,7 @@ def test_under_autocast_products_are_bfloat16_and_the_softmax_is_not(given):
     )
     with torch.autocast("cpu", torch.bfloat16):
         logits_NV = F.linear(features_ND, weight_VD, bias_V)
-        loss = linear_nll(features_ND, weight_VD, bias_V, targets_N, 7)
+        loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N, 7)
     assert logits_NV.dtype == torch.bfloat16
     expected = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     torch.testing.assert_close(loss, expected)
@@ -81,7 +81,7 @@ def test_no_logits_are_kept_and_none_are_computed_twice(given):
         counter,
         torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
     ):
-        linear_nll(features_ND, weight_VD, None, targets_N, 7).backward()
+        linear_cross_entropy(features_ND, weight_VD, None, targets_N, 7).backward()
     assert {tensor.shape for tensor in kept} == {features_ND.shape, weight_VD.shape}
     assert counter.get_total_flops() == 3 * 2 * N * D * V
 
@@ -91,8 +91,10 @@ def test_no_logits_are_kept_and_none_are_computed_twice(given):
 def test_compiled_it_is_one_graph_and_the_same(given, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     *tensors, targets_N = given
-    compiled = torch.compile(linear_nll, fullgraph=True)
-    loss, expected = (function(*tensors, targets_N, 7) for function in (compiled, linear_nll))
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True)
+    loss, expected = (
+        function(*tensors, targets_N, 7) for function in (compiled, linear_cross_entropy)
+    )
     torch.testing.assert_close(loss, expected)
     for one, other in zip(
         gradients_of(loss, *tensors), gradients_of(expected, *tensors), strict=True

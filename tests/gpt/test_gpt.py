@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.rivals import as_transformers
-from gpt.models.attention import Places, RMSNorm, rotary_table, rotate
+from gpt.models.attention import Positions, RMSNorm, rotary_table, rotate
 from gpt.models.gpt import GPT, GPT2, NGrams
 
 
@@ -168,12 +168,12 @@ def test_a_norm_in_bfloat16_loses_no_more_than_its_rounding() -> None:
 
 def test_ngrams_are_the_rows_of_the_last_two_and_three_tokens() -> None:
     torch.manual_seed(0)
-    ngrams = NGrams(vocabulary=7, rows=100, width=4)
+    ngrams = NGrams(vocab_size=7, rows=100, width=4)
     assert len(ngrams.pairs.weight) == 49  # no more than there are
     assert len(ngrams.triples.weight) == 100
     text = [3, 0, 6, 6, 1]
     tokens_BT = torch.tensor([text])
-    found_BTD = ngrams(tokens_BT, Places(tokens_BT, None))
+    found_BTD = ngrams(tokens_BT, Positions(tokens_BT, None))
     for place, token in enumerate(text):
         before, first = [0, 0, *text][place + 1], [0, 0, *text][place]
         pair = ngrams.pairs.weight[before * 7 + token]

@@ -284,7 +284,7 @@ def test_chapter_4_a_learned_bigram_table_is_the_counted_one() -> None:
 
 def test_chapter_2_speaking_a_feature_is_the_sum_of_all_products_of_its_factors() -> None:
     torch.manual_seed(0)
-    model = SigmaPiLM(20, 8, span=3, width=5, hidden=4).double()
+    model = SigmaPiLM(20, 8, window=3, width=5, hidden=4).double()
     tokens_BT = torch.randint(20, (2, 8))
     embeddings_BTD = model.embedding(tokens_BT)
     weights_WFD = model.factors.weight.view(3, 4, 5)
@@ -305,7 +305,7 @@ def test_chapter_2_speaking_a_feature_is_the_sum_of_all_products_of_its_factors(
 
 def test_a_window_remembers_its_last_tokens_and_nothing_more() -> None:
     torch.manual_seed(0)
-    model = SigmaPiLM(20, 8, span=3, width=5, hidden=4).double()
+    model = SigmaPiLM(20, 8, window=3, width=5, hidden=4).double()
     torch.nn.init.normal_(model.unembedding.weight)
     tokens_BT = torch.randint(20, (2, 8))
     changed_BT = tokens_BT.clone()
@@ -322,12 +322,12 @@ def test_a_window_remembers_its_last_tokens_and_nothing_more() -> None:
 
 
 def test_a_row_may_be_longer_than_the_context() -> None:
-    for model in (BigramLM(20, 4), SigmaPiLM(20, 4, span=3, width=5, hidden=4)):
-        assert model.limit is None
+    for model in (BigramLM(20, 4), SigmaPiLM(20, 4, window=3, width=5, hidden=4)):
+        assert model.max_length is None
         assert model(torch.zeros(1, 9, dtype=torch.long)).shape == (1, 9, 20)
 
 
-@pytest.mark.parametrize("own", [{"span": 0}, {"width": 0}, {"hidden": 0}])
+@pytest.mark.parametrize("own", [{"window": 0}, {"width": 0}, {"hidden": 0}])
 def test_sizes_that_are_none_are_refused(own: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1, not"):
         SigmaPiLM(20, 4, **own)

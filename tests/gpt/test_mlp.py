@@ -221,7 +221,7 @@ def test_chapter_6_white_brown_and_franken_grain_together(apart: bool) -> None:
 
 def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
     torch.manual_seed(0)
-    model = WindowLM(20, 8, span=3, width=5, hidden=4, depth=2).double()
+    model = WindowLM(20, 8, window=3, width=5, hidden=4, depth=2).double()
     tokens_BT = torch.randint(20, (2, 8))
     embeddings_BTD = model.embedding(tokens_BT)
     for t in range(8):
@@ -235,7 +235,7 @@ def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
 
 def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
     torch.manual_seed(0)
-    model = ExpertsLM(20, 8, span=3, width=5, hidden=4, experts=3).double()
+    model = ExpertsLM(20, 8, window=3, width=5, hidden=4, experts=3).double()
     tokens_BT = torch.randint(20, (2, 8))
     hidden_BTF = model.hidden(tokens_BT, None)
     said_BTF = model.gated(hidden_BTF, hidden_BTF)
@@ -246,8 +246,8 @@ def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
 @pytest.mark.parametrize("make", [WindowLM, ExpertsLM])
 def test_a_window_is_as_long_as_it_says(make: type[WindowLM]) -> None:
     torch.manual_seed(0)
-    model = make(20, 4, span=3, width=5, hidden=4).double()
-    assert model.limit is None
+    model = make(20, 4, window=3, width=5, hidden=4).double()
+    assert model.max_length is None
     tokens_BT = torch.randint(20, (1, 9))
     changed_BT = tokens_BT.clone()
     changed_BT[:, 4] = (changed_BT[:, 4] + 1) % 20

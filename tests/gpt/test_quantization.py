@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from gpt.checkpoint import build
-from gpt.kernels.quantization import Int8Linear, converted, exact
+from gpt.checkpoint import build_model
+from gpt.kernels.quantization import Int8Linear, has_exact_logits, quantize
 from gpt.models.gpt import GPT2
-from gpt.sampling import Sampling, generate
+from gpt.sampling import SamplingParams, generate
 from serving.engine.engine import Engine, Request
 from tests.gpt.test_contract import VARIANTS
 
@@ -37,7 +37,7 @@ def test_rows_are_rounded_alone_and_a_row_of_zeros_gives_the_bias():
 def made(variant):
     torch.manual_seed(0)
     name, own = VARIANTS[variant]
-    model = build(name, {"vocabulary": 50, "context": 24, **own}).eval()
+    model = build_model(name, {"vocab_size": 50, "context_length": 24, **own}).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)
@@ -50,19 +50,19 @@ def test_every_model_speaks_with_8_bits_and_says_nearly_the_same(variant):
     tokens_BT = torch.randint(50, (2, 24))
     with torch.no_grad():
         wanted = model(tokens_BT).softmax(-1)
-        got = converted(model, "int8")(tokens_BT).softmax(-1)
+        got = quantize(model, "int8")(tokens_BT).softmax(-1)
     assert (
         any(isinstance(module, Int8Linear) for module in model.modules())
         or VARIANTS[variant][0] == "softmax"
     )
     assert (wanted - got).abs().sum(-1).mean() < 0.25
-    request = Request([1, 2, 3], 10, Sampling(temperature=0))
-    engine = Engine(model, 2, ahead=2)
-    engine.add(request)
+    request = Request([1, 2, 3], 10, SamplingParams(temperature=0))
+    engine = Engine(model, 2, num_scheduler_steps=2)
+    engine.add_request(request)
     tokens = []
     while not engine.idle:
         tokens += [event.token for event in engine.step()]
-    assert tokens == list(generate(model, [1, 2, 3], 10, Sampling(temperature=0)))
+    assert tokens == list(generate(model, [1, 2, 3], 10, SamplingParams(temperature=0)))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,7 +70,7 @@ def test_the_x_ray_of_every_model_with_8_bits_is_nearly_the_same(variant):
     model = made(variant)
     tokens_BT = torch.randint(50, (2, 12))
     wanted = model.xray(tokens_BT)
-    for one, other in zip(wanted, converted(model, "int8").xray(tokens_BT), strict=True):
+    for one, other in zip(wanted, quantize(model, "int8").xray(tokens_BT), strict=True):
         assert one.name == other.name
         off = (one.weights - other.weights).square().mean().sqrt()
         assert off <= 0.1 * one.weights.square().mean().sqrt(), one.name
@@ -92,9 +92,12 @@ def test_int8_takes_a_quarter_of_the_memory_of_what_is_multiplied():
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
     )
     whole = Engine(model, 1)
-    before, kept = whole.bytes, 2 * sum(whole.state[name].nbytes for name in ("keys", "values"))
+    before, kept = (
+        whole.memory_bytes,
+        2 * sum(whole.state[name].nbytes for name in ("keys", "values")),
+    )
     embedding = model.embedding.weight.nbytes  # shared until now with the unembedding
-    after = Engine(converted(model, "int8"), 1).bytes
+    after = Engine(quantize(model, "int8"), 1).memory_bytes
     scales = sum(m.scale.nbytes for m in model.modules() if isinstance(m, Int8Linear))
     # Of keys and values, of the row and of the prompt that is read, a half.
     assert before - after == 3 * multiplied - embedding - scales + kept // 2
@@ -104,9 +107,9 @@ def test_only_what_computes_in_float32_or_better_on_a_cpu_is_exact():
     def model():
         return GPT2(50, 16, width=32, depth=1, heads=2)
 
-    assert exact(model())
-    assert exact(model().double())
-    assert not exact(converted(model(), "int8"))
-    assert not exact(converted(model(), "bfloat16"))
+    assert has_exact_logits(model())
+    assert has_exact_logits(model().double())
+    assert not has_exact_logits(quantize(model(), "int8"))
+    assert not has_exact_logits(quantize(model(), "bfloat16"))
     with pytest.raises(ValueError, match="int8 is for a CPU: on meta take bfloat16"):
-        converted(model().to("meta"), "int8")
+        quantize(model().to("meta"), "int8")

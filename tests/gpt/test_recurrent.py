@@ -214,7 +214,7 @@ def test_chapter_10_r_0_ignores_the_past(memory_BD) -> None:
 @pytest.mark.parametrize("model_class", THEIRS)
 def test_a_row_costs_one_vector_a_layer_however_long(model_class: type[RecurrentLM]) -> None:
     model = model_class(20, 8, width=6, depth=3)
-    assert model.limit is None
+    assert model.max_length is None
     for length in (1, 8, 100_000):
         for tensor in model.init_state(5, length).values():
             assert tensor.shape == (5, 3, 6)

@@ -61,7 +61,7 @@ def test_chapter_11_one_state_is_all_that_the_decoder_has() -> None:
     model = Seq2Seq(20, 12, width=8, depth=2)
     for length in (1, 12, 100):
         source_BS = torch.zeros(1, length, dtype=torch.long)
-        state = model.start(source_BS, torch.tensor([length]))
+        state = model.encode_source(source_BS, torch.tensor([length]))
         assert {name: tensor.shape for name, tensor in state.items()} == {"hidden": (1, 2, 8)}
 
 
@@ -133,7 +133,7 @@ def test_rows_without_a_source_do_not_disturb_the_others() -> None:
         random(model)
         tokens_BT = SOURCE_BS[:, :5]
         lengths_B = torch.tensor([7, 0, 4, 6])
-        features_BTD = model.features(tokens_BT, model.start(SOURCE_BS, lengths_B))
+        features_BTD = model.features(tokens_BT, model.encode_source(SOURCE_BS, lengths_B))
         torch.testing.assert_close(features_BTD[1], model.features(tokens_BT)[1])
         loss = model.loss(SOURCE_BS, lengths_B, tokens_BT, tokens_BT)
         loss.backward()
@@ -166,7 +166,7 @@ def learn(model: EncoderDecoder, steps: int, rate: float) -> float:
     sources = [
         row[:length] for row, length in zip(source_BS.tolist(), lengths_B.tolist(), strict=True)
     ]
-    written = translate(model.eval(), sources, begin=10, end=11, most=12)
+    written = translate(model.eval(), sources, decoder_start_token=10, eos_token=11, max_tokens=12)
     return sum(w == s[::-1] for w, s in zip(written, sources, strict=True)) / len(sources)
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from gpt import CHAPTERS, MODELS, summary
-from gpt.checkpoint import build
+from gpt.checkpoint import build_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -26,9 +26,9 @@ def gpt(*arguments):
 
 def test_chapter_14_gpt3_by_its_shapes():
     """175,181,291,520 weights in 27,938 matrices, none of them in memory."""
-    model = summary.gpt3()
+    model = summary.build_gpt3()
     assert all(parameter.is_meta for parameter in model.parameters())
-    found = summary.kinds(model)
+    found = summary.count_by_kind(model)
     width, head, hidden, vocabulary, depth = 12_288, 128, 49_152, 50_257, 96
     each = depth * 96 * width * head
     assert found == {
@@ -50,10 +50,12 @@ def test_chapter_14_gpt3_by_its_shapes():
 
 @pytest.mark.parametrize("name", MODELS)
 def test_shapes_count_what_a_built_model_has(name):
-    built = build(name, summary.NANO)
-    assert summary.parameters(summary.shapes(MODELS[name])) == summary.parameters(built)
+    built = build_model(name, summary.NANO)
+    assert summary.count_parameters(
+        summary.build_on_meta(MODELS[name])
+    ) == summary.count_parameters(built)
     matrices = sum(p.numel() for p in built.parameters() if p.ndim > 1)
-    counted = sum(weights for _, weights in summary.kinds(built).values())
+    counted = sum(weights for _, weights in summary.count_by_kind(built).values())
     # Learned positions do not count, and a tied unembedding counts twice.
     position = built.position.weight.numel() if name == "gpt2" else 0
     tied = built.unembedding.weight.numel() if name == "gpt2" else 0
@@ -79,19 +81,19 @@ def test_the_table_lists_every_chapter_in_order():
 
 
 def test_a_run_is_described_by_its_config(tmp_path):
-    given = {"vocabulary": 300, "context": 16, "width": 32, "depth": 1, "heads": 2}
+    given = {"vocab_size": 300, "context_length": 16, "width": 32, "depth": 1, "heads": 2}
     (tmp_path / "config.json").write_text(
-        json.dumps({"format": 1, "model": "gpt", "arguments": given})
+        json.dumps({"format": 1, "model": "gpt", "model_args": given})
     )
     said = gpt("describe", tmp_path).stdout
     with torch.device("meta"):
-        assert f"{summary.parameters(build('gpt', given)):,}" in said
+        assert f"{summary.count_parameters(build_model('gpt', given)):,}" in said
 
 
 def test_a_preset_is_described_at_its_own_size():
-    size = {"vocabulary": 8192, "context": 512, "width": 384, "depth": 6, "heads": 6}
+    size = {"vocab_size": 8192, "context_length": 512, "width": 384, "depth": 6, "heads": 6}
     with torch.device("meta"):
-        expected = f"{summary.parameters(build('gpt', size)):,}"
+        expected = f"{summary.count_parameters(build_model('gpt', size)):,}"
     assert expected in gpt("describe", "gpt-micro").stdout
 
 

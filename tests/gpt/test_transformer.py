@@ -5,7 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.models.attention import CausalSelfAttention, Places, importance, init_cache, source_mask
+from gpt.models.attention import (
+    CausalSelfAttention,
+    Positions,
+    attention_weights,
+    init_cache,
+    source_mask,
+)
 from gpt.models.transformer import Attention, Transformer, sinusoids
 
 
@@ -20,7 +26,7 @@ def build(**own: int) -> Transformer:
 def causal_mask(length: int) -> Tensor:
     """The mask that cached attention uses."""
     state = init_cache(torch.zeros(1, 8), 1, 1, 2, length)
-    return Places(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
+    return Positions(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
 
 
 def random(*shape: int) -> Tensor:
@@ -31,15 +37,17 @@ def test_chapter_13_the_fused_attention_is_the_written_one() -> None:
     queries, keys, values = random(3, 2, 4, 6, 8)
     for mask, causal in ((None, False), (causal_mask(6), True)):
         expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
-        torch.testing.assert_close(importance(queries, keys, mask) @ values, expected)
+        torch.testing.assert_close(attention_weights(queries, keys, mask) @ values, expected)
 
 
 def test_chapter_13_the_mask_gives_exact_zeros_and_equal_scores_share() -> None:
-    weights_TS = importance(random(1, 1, 7, 4), random(1, 1, 7, 4), causal_mask(7))[0, 0]
+    weights_TS = attention_weights(random(1, 1, 7, 4), random(1, 1, 7, 4), causal_mask(7))[0, 0]
     assert (weights_TS.triu(1) == 0).all()
     assert (weights_TS.tril()[weights_TS.new_ones(7, 7).tril() > 0] > 0).all()
     torch.testing.assert_close(weights_TS.sum(dim=-1), weights_TS.new_ones(7))
-    equal_TS = importance(torch.zeros(1, 1, 3, 4), random(1, 1, 3, 4).float(), causal_mask(3))[0, 0]
+    equal_TS = attention_weights(
+        torch.zeros(1, 1, 3, 4), random(1, 1, 3, 4).float(), causal_mask(3)
+    )[0, 0]
     expected_TS = torch.tensor([[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
     torch.testing.assert_close(equal_TS, expected_TS)
 
@@ -48,7 +56,7 @@ def test_chapter_13_attention_is_asymmetric() -> None:
     """What "eat" sees in "bread" is not what "bread" sees in "eat"."""
     attention = Attention(8, 1).double()
     x_BTD = random(1, 3, 8)
-    weights_TS = importance(
+    weights_TS = attention_weights(
         attention.split(attention.query(x_BTD)), attention.split(attention.key(x_BTD))
     )[0, 0]
     assert not torch.allclose(weights_TS, weights_TS.T, atol=1e-3)
@@ -68,7 +76,7 @@ def test_chapter_13_without_positions_the_order_does_not_matter() -> None:
     torch.testing.assert_close(read(sentence[:, order]), read(sentence)[..., order, :])
     written = torch.tensor([[3, 4]])
     one, other = (
-        model.features(written, model.start(source_BS, lengths))
+        model.features(written, model.encode_source(source_BS, lengths))
         for source_BS in (sentence, sentence[:, order])
     )
     torch.testing.assert_close(one, other)
@@ -156,7 +164,7 @@ def test_an_empty_source_in_a_batch_is_no_source() -> None:
     model = build()
     source_BS, lengths_B = torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([3, 0])
     tokens_BT = torch.tensor([[1, 2], [1, 2]])
-    features_BTD = model.features(tokens_BT, model.start(source_BS, lengths_B))
+    features_BTD = model.features(tokens_BT, model.encode_source(source_BS, lengths_B))
     torch.testing.assert_close(features_BTD[1], model.features(tokens_BT)[1])
     assert not torch.allclose(features_BTD[0], features_BTD[1], atol=1e-3)
 
@@ -164,9 +172,9 @@ def test_an_empty_source_in_a_batch_is_no_source() -> None:
 def test_cached_causal_attention_equals_the_whole() -> None:
     attention = CausalSelfAttention(8, 2).double()
     x_BTD = random(2, 5, 8)
-    whole_BTD = attention(x_BTD, Places(torch.zeros(2, 5), None))
-    queries_BHTK, keys_BHSK = attention.queries_and_keys(x_BTD, Places(torch.zeros(2, 5), None))
-    weights_BHTS = importance(queries_BHTK, keys_BHSK, causal_mask(5))
+    whole_BTD = attention(x_BTD, Positions(torch.zeros(2, 5), None))
+    queries_BHTK, keys_BHSK = attention.queries_and_keys(x_BTD, Positions(torch.zeros(2, 5), None))
+    weights_BHTS = attention_weights(queries_BHTK, keys_BHSK, causal_mask(5))
     mixed_BHTK = weights_BHTS @ attention.split(attention.value(x_BTD))
     torch.testing.assert_close(attention.output(mixed_BHTK.transpose(1, 2).flatten(2)), whole_BTD)
 
@@ -177,7 +185,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
     with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
         Transformer(30, 8, width=32, depth=0, heads=2)
     with pytest.raises(ValueError, match="9 tokens do not fit in the context of 8"):
-        Transformer(30, 8).start(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
+        Transformer(30, 8).encode_source(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
 
 
 def test_flops_count_each_token_in_the_half_that_it_goes_through() -> None:

@@ -22,7 +22,7 @@ def corpus(rows: int, length: int) -> Tensor:
 @pytest.fixture(scope="module")
 def trained() -> Word2Vec:
     torch.manual_seed(0)
-    model = Word2Vec(VOCABULARY, width=16, span=3)
+    model = Word2Vec(VOCABULARY, width=16, window=3)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.03)
     for _ in range(150):
         tokens_BT = corpus(16, 64)
@@ -58,7 +58,7 @@ def test_chapter_7_vectors_load_as_another_rungs_embedding(trained, model_class)
 
 def test_the_loss_is_the_papers_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
-    model = Word2Vec(12, width=6, span=2, negatives=3).double()
+    model = Word2Vec(12, width=6, window=2, negatives=3).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
     text_BW = torch.randint(12, (2, 5))
@@ -95,7 +95,7 @@ def test_negatives_follow_the_counts_seen_in_training(monkeypatch: pytest.Monkey
 
 
 def test_a_seed_gives_the_same_loss_and_a_text_may_be_shorter_than_the_span() -> None:
-    model = Word2Vec(9, width=4, span=50).eval()
+    model = Word2Vec(9, width=4, window=50).eval()
     tokens_BT = torch.tensor([[1, 2]])
     losses = []
     for _ in range(2):
@@ -107,10 +107,10 @@ def test_a_seed_gives_the_same_loss_and_a_text_may_be_shorter_than_the_span() ->
 
 
 def test_flops_count_the_dot_products() -> None:
-    assert Word2Vec(9, width=4, span=2, negatives=3).flops_per_token(10) == 6 * 7 * 4
+    assert Word2Vec(9, width=4, window=2, negatives=3).flops_per_token(10) == 6 * 7 * 4
 
 
-@pytest.mark.parametrize("own", [{"width": 0}, {"span": 0}, {"negatives": 0}])
+@pytest.mark.parametrize("own", [{"width": 0}, {"window": 0}, {"negatives": 0}])
 def test_bad_arguments_are_refused(own: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Word2Vec(9, **own)

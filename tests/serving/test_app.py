@@ -13,14 +13,14 @@ import torch
 
 from gpt import GPT, MODELS
 from gpt.models.base import EncoderDecoder
-from gpt.sampling import Sampling, generate
-from serving.engine.async_engine import Service
+from gpt.sampling import SamplingParams, generate
+from serving.engine.async_engine import AsyncEngine
 from serving.engine.engine import Engine
-from serving.http.app import Catalog, create_app
-from serving.http.completions import Served
-from serving.http.limits import Deadlines, Limits
+from serving.http.app import ModelRegistry, create_app
+from serving.http.completions import ModelEntry
+from serving.http.limits import Limits, Timeouts
 from serving.http.server import Server
-from serving.tokenization import read_prompt, token_text
+from serving.tokenization import token_text, tokenize_prompt
 from tokenizer import END_OF_TEXT, byte_tokenizer
 
 CONTEXT = 20_000  # longer than any test waits for
@@ -31,12 +31,12 @@ DEADLINE = 120  # of waiting for what should take a moment, on a machine that st
 @pytest.fixture(scope="module")
 def model():
     torch.manual_seed(0)
-    model = GPT(TOKENIZER.vocabulary, CONTEXT, width=16, depth=2, heads=2).eval()
+    model = GPT(TOKENIZER.vocab_size, CONTEXT, width=16, depth=2, heads=2).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
     with torch.no_grad():
-        model.unembedding.weight[TOKENIZER.end_of_text] = 0  # so that a greedy text does not end
+        model.unembedding.weight[TOKENIZER.eos_token] = 0  # so that a greedy text does not end
     return model
 
 
@@ -57,18 +57,20 @@ class Running:
         **options,
     ):
         self.engine = Engine(model, rows, **options)
-        self.service = Service(self.engine, places=places)
+        self.service = AsyncEngine(self.engine, max_queue=places)
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.address = "http://{}:{}".format(*self.listener.getsockname())
-        self.catalog, ready = Catalog(), threading.Event()
+        self.catalog, ready = ModelRegistry(), threading.Event()
 
         async def load():
-            await self.catalog.add(Served("tiny", self.service, TOKENIZER, 1, translates))
+            await self.catalog.add(ModelEntry("tiny", self.service, TOKENIZER, 1, translates))
             self.catalog.missing = ""
             ready.set()
 
         app = create_app(self.catalog, limits, key=key, runs=runs)
-        self.server = Server(app, self.catalog, load, deadlines or Deadlines(grace=0), key)
+        self.server = Server(
+            app, self.catalog, load, deadlines or Timeouts(shutdown_timeout=0), key
+        )
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
         assert ready.wait(DEADLINE)
@@ -106,8 +108,8 @@ def client(served):
 
 
 def reference(model, prompt, sampling, max_tokens, choice=0):
-    ids = read_prompt(TOKENIZER, prompt).ids
-    end = {TOKENIZER.end_of_text}
+    ids = tokenize_prompt(TOKENIZER, prompt).ids
+    end = {TOKENIZER.eos_token}
     return TOKENIZER.decode(generate(model, ids, max_tokens, sampling, end, choice))
 
 
@@ -131,7 +133,7 @@ def read_stream(lines):
 
 def test_the_openai_client_completes_as_generate_does(model, client):
     answer = client.completions.create(model="tiny", prompt="def ", max_tokens=30, temperature=0)
-    assert answer.choices[0].text == reference(model, "def ", Sampling(0.0), 30)
+    assert answer.choices[0].text == reference(model, "def ", SamplingParams(0.0), 30)
     assert answer.choices[0].finish_reason == "length"
     assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (5, 30)
     assert answer.usage.total_tokens == 35
@@ -139,7 +141,7 @@ def test_the_openai_client_completes_as_generate_does(model, client):
 
 
 def test_every_parameter_reaches_the_sampler(model, client):
-    sampling = Sampling(1.2, 50, 0.9, 0.001, 1.1, 0.3, 0.2, seed=-7)
+    sampling = SamplingParams(1.2, 50, 0.9, 0.001, 1.1, 0.3, 0.2, seed=-7)
     answer = client.completions.create(
         model="tiny",
         prompt="ab",
@@ -173,7 +175,7 @@ def test_the_openai_client_streams(model, client):
         for choice in chunk.choices:
             texts[choice.index] += choice.text
         usage = chunk.usage or usage
-    assert texts == [reference(model, "é", Sampling(seed=3), 20, choice) for choice in (0, 1)]
+    assert texts == [reference(model, "é", SamplingParams(seed=3), 20, choice) for choice in (0, 1)]
     assert (usage.prompt_tokens, usage.completion_tokens) == (3, 40)
 
 
@@ -187,7 +189,7 @@ def test_the_openai_client_streams(model, client):
 )
 def test_the_four_forms_of_a_prompt(model, client, prompt, same):
     answer = client.completions.create(model="tiny", prompt=prompt, max_tokens=5, n=2, seed=1)
-    texts = [reference(model, text, Sampling(seed=1), 5, n) for text in same for n in (0, 1)]
+    texts = [reference(model, text, SamplingParams(seed=1), 5, n) for text in same for n in (0, 1)]
     assert [choice.text for choice in answer.choices] == texts
     assert [choice.index for choice in answer.choices] == list(range(2 * len(same)))
 
@@ -219,7 +221,7 @@ def test_curl_streams(model, served):
         check=True,
     )
     texts, finishes, usage = read_stream(done.stdout.splitlines())
-    assert texts == {0: reference(model, "x", Sampling(0.0), 12)}
+    assert texts == {0: reference(model, "x", SamplingParams(0.0), 12)}
     assert finishes == {0: "length"}
     assert usage is None
 
@@ -294,8 +296,8 @@ PROMPT = b'{"prompt": "a", '
         (PROMPT + b'"logit_bias": {"a": 1}}', "logit_bias: expected token ids"),
         (PROMPT + b'"logit_bias": {"257": 1}}', "logit_bias has token 257, the model knows 0 to"),
         (PROMPT + b'"logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
-        (PROMPT + b'"beams": 2}', "beams are for models that translate"),
-        (PROMPT + b'"beams": 17}', "beams = 17: this server allows 16"),
+        (PROMPT + b'"num_beams": 2}', "beams are for models that translate"),
+        (PROMPT + b'"num_beams": 17}', "num_beams = 17: this server allows 16"),
         (PROMPT + b'"temprature": 1}', "unknown field 'temprature'"),
         (PROMPT + b'"' + b"x" * 100_000 + b'": 1}', "unknown field"),
     ],
@@ -352,7 +354,7 @@ def test_null_means_the_default_and_neutral_values_are_taken(served):
     assert served.post(prompt="a", echo=False, logit_bias={}, **nulls).status_code == 200
     assert served.post(prompt="a", temperature=1, top_p=1, min_p=0).status_code == 200
     assert served.post(prompt="a", suffix="", best_of=1, user="x").status_code == 200
-    assert served.post(prompt="a", max_tokens=1, n=Limits.max_texts).status_code == 200
+    assert served.post(prompt="a", max_tokens=1, n=Limits.max_sequences).status_code == 200
 
 
 def test_a_streamed_text_is_the_unstreamed_text(served):
@@ -400,7 +402,7 @@ def test_token_ids_are_those_of_the_text_streamed_or_not(served, logprobs):
         }
         read = body["prompt"]
         if isinstance(read, str):
-            read = read_prompt(TOKENIZER, read).ids
+            read = tokenize_prompt(TOKENIZER, read).ids
         whole = served.post(**body).json()["choices"]
         streamed = {choice["index"]: [] for choice in whole}
         for line in served.post(**body, stream=True).text.split("\n"):
@@ -416,7 +418,7 @@ def test_token_ids_are_those_of_the_text_streamed_or_not(served, logprobs):
             ids = choice["token_ids"]
             assert [token for part in parts for token in part["token_ids"]] == ids
             decoded = TOKENIZER.decode(ids)
-            if choice["finish_reason"] == "stop" and TOKENIZER.end_of_text not in ids:
+            if choice["finish_reason"] == "stop" and TOKENIZER.eos_token not in ids:
                 # What a stop string cut through the middle of is no character of the text.
                 assert decoded.startswith(choice["text"])
             else:
@@ -439,7 +441,7 @@ def test_models_say_what_they_are(served, model):
     assert (told["chapter"], told["year"], told["paper"]) == (15, GPT.year, GPT.paper)
     assert told["idea"] == GPT.idea
     assert told["parameters"] == sum(weight.numel() for weight in model.parameters())
-    assert (told["vocabulary"], told["end_of_text"], told["dtype"]) == (257, 256, "float32")
+    assert (told["vocab_size"], told["eos_token"], told["dtype"]) == (257, 256, "float32")
     assert (told["translates"], told["bits_per_byte"], told["run"]) == (False, None, None)
 
 
@@ -460,7 +462,7 @@ def test_a_text_is_the_same_alone_and_among_others(served):
 
 
 def test_a_stop_string_frees_the_row_at_once(alone, model):
-    text = reference(model, "", Sampling(0.0), 40)
+    text = reference(model, "", SamplingParams(0.0), 40)
     stop = text[-2:]
     answer = alone.post(prompt="", temperature=0, max_tokens=CONTEXT, stop=stop).json()
     assert answer["choices"][0]["text"] == text[: text.index(stop)]
@@ -580,7 +582,7 @@ def test_the_documentation_is_there(served):
 @pytest.mark.parametrize("name", MODELS)
 def test_every_rung_streams_what_its_recomputation_says(name):
     torch.manual_seed(0)
-    model = MODELS[name](TOKENIZER.vocabulary, 64).eval()
+    model = MODELS[name](TOKENIZER.vocab_size, 64).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
@@ -592,7 +594,7 @@ def test_every_rung_streams_what_its_recomputation_says(name):
     finally:
         running.close()
     # Each token anew from all that is before it, without a state.
-    prompt = read_prompt(TOKENIZER, body["prompt"]).ids
+    prompt = tokenize_prompt(TOKENIZER, body["prompt"]).ids
     ids: list[int] = []
     with torch.inference_mode():
         while len(ids) < 20:
@@ -604,7 +606,7 @@ def test_every_rung_streams_what_its_recomputation_says(name):
             else:
                 features_BTD = model.features(torch.tensor([[*prompt, *ids]]))
             token = int(model.logits(features_BTD[:, -1]).argmax())
-            if token == TOKENIZER.end_of_text:
+            if token == TOKENIZER.eos_token:
                 break
             ids.append(token)
     assert texts[0] == TOKENIZER.decode(ids)

@@ -42,7 +42,7 @@ def given(rows, reach, seed=0, heads=3):
     return queries, *states
 
 
-@pytest.mark.skipif(not compiled.compiler(), reason="there is no C++ compiler")
+@pytest.mark.skipif(not compiled.find_cpp_compiler(), reason="there is no C++ compiler")
 @pytest.mark.filterwarnings("default")  # torch has its own about itself
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_kernel_computes_what_torch_does(tmp_path, threads, monkeypatch):
@@ -51,7 +51,7 @@ def test_the_kernel_computes_what_torch_does(tmp_path, threads, monkeypatch):
     shapes = (rows, {**state, "position": rows}, state)
     program = torch.export.export(Attention(), given(3, 40), dynamic_shapes=shapes)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    compiled.compile_part(program, tmp_path / "part.pt2")
+    compiled.compile_step(program, tmp_path / "part.pt2")
     assert [node.target for node in program.graph.nodes].count(
         torch.ops.tinygpt.attend.default
     ) == 2
@@ -87,5 +87,5 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(width, queries, maske
     mask = [torch.ones(1, 1, queries, 5, dtype=torch.bool)] * masked
     program = torch.export.export(Other(), (*tensors, *mask))
     before = str(program.graph)
-    attend.use_kernel(program)
+    attend.substitute_kernel(program)
     assert str(program.graph) == before

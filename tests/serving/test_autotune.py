@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from serving.engine.autotune import apart
+from serving.engine.autotune import run_in_own_thread
 
 
 def threads():
@@ -23,10 +23,10 @@ def test_what_is_done_apart_leaves_no_workers_behind():
     torch.set_num_threads(3)  # torch has a pool of its own beside, which stays
     torch.set_num_threads(1)
     before = threads()
-    assert apart(work) == before + 3
+    assert run_in_own_thread(work) == before + 3
     end = time.monotonic() + 30
     while threads() > before:
         assert time.monotonic() < end
         os.sched_yield()
     with pytest.raises(ZeroDivisionError):
-        apart(lambda: 1 // 0)
+        run_in_own_thread(lambda: 1 // 0)

@@ -18,15 +18,15 @@ import torch
 from gpt import GPT
 from gpt.beam_search import translate
 from gpt.checkpoint import (
+    load_language_model,
     load_tensors,
-    open_language_model,
     save_config,
     save_tensors,
-    weights,
+    unique_state_dict,
 )
-from gpt.sampling import Sampling, generate
-from serving.engine.compilation import compiler
-from serving.tokenization import read_prompt
+from gpt.sampling import SamplingParams, generate
+from serving.engine.compilation import find_cpp_compiler
+from serving.tokenization import tokenize_prompt
 from tokenizer import byte_tokenizer
 
 TOKENIZER = byte_tokenizer()
@@ -34,17 +34,17 @@ DEADLINE = 60
 
 
 def save(run, context):
-    arguments = {"vocabulary": 257, "context": context, "width": 16, "depth": 2, "heads": 2}
+    arguments = {"vocab_size": 257, "context_length": context, "width": 16, "depth": 2, "heads": 2}
     torch.manual_seed(0)
     model = GPT(**arguments).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
     with torch.no_grad():
-        model.unembedding.weight[TOKENIZER.end_of_text] = 0  # so that a greedy text does not end
+        model.unembedding.weight[TOKENIZER.eos_token] = 0  # so that a greedy text does not end
     run.mkdir(parents=True)
     save_config(run, "gpt", arguments)
-    save_tensors(run / "model.safetensors", weights(model))
+    save_tensors(run / "model.safetensors", unique_state_dict(model))
     TOKENIZER.save(run / "tokenizer.json")
     return model
 
@@ -77,7 +77,9 @@ def serving(here, *arguments, stdin=b""):
 
 def test_sample_prints_the_prompt_and_what_generate_adds_to_it(here, model):
     done = serving(here, "sample", "--prompt", "déf", "--temperature", "0", "--max-tokens", "20")
-    tokens = list(generate(model, read_prompt(TOKENIZER, "déf").ids, 20, Sampling(0.0), {256}))
+    tokens = list(
+        generate(model, tokenize_prompt(TOKENIZER, "déf").ids, 20, SamplingParams(0.0), {256})
+    )
     assert done.returncode == 0
     assert done.stdout.decode() == "déf" + TOKENIZER.decode(tokens) + "\n"
     assert done.stderr == b""
@@ -95,7 +97,7 @@ def test_sample_repeats_itself_with_the_seed_it_told(here):
 
 
 def test_sample_ends_before_the_first_stop_string(here, model):
-    tokens = generate(model, [256], 60, Sampling(0.0), {256})
+    tokens = generate(model, [256], 60, SamplingParams(0.0), {256})
     text = TOKENIZER.decode(tokens)
     stop = text[9:11]
     done = serving(here, "sample", "--temperature", "0", "--stop", "absent", "--stop", stop)
@@ -120,21 +122,27 @@ WRONG = {
     "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),
     "a host": (["serve", "runs/tiny", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
     "rows": (
-        ["serve", "runs/tiny", "--port", "0", "--rows", "0"],
-        "--rows must be at least 1, not 0",
+        ["serve", "runs/tiny", "--port", "0", "--max-num-seqs", "0"],
+        "--max-num-seqs must be at least 1, not 0",
     ),
-    "a queue": (["serve", "runs/tiny", "--queue", "-1"], "--queue must be at least 0, not -1"),
+    "a queue": (
+        ["serve", "runs/tiny", "--max-queue", "-1"],
+        "--max-queue must be at least 0, not -1",
+    ),
     "threads": (["serve", "runs/tiny", "--threads", "0"], "--threads must be at least 1, not 0"),
     "a format": (["serve", "runs/tiny", "--dtype", "int4"], "--dtype"),
     "a limit": (
-        ["serve", "runs/tiny", "--max-texts", "0"],
-        "--max-texts must be at least 1, not 0",
+        ["serve", "runs/tiny", "--max-sequences", "0"],
+        "--max-sequences must be at least 1, not 0",
     ),
     "connections": (
         ["serve", "runs/tiny", "--max-connections", "0"],
         "--max-connections must be at least 1, not 0",
     ),
-    "a deadline": (["serve", "runs/tiny", "--grace", "-1"], "--grace must be at least 0"),
+    "a deadline": (
+        ["serve", "runs/tiny", "--shutdown-timeout", "-1"],
+        "--shutdown-timeout must be at least 0",
+    ),
     "no key": (
         ["serve", "runs/tiny", "--host", "0.0.0.0", "--port", "0"],
         "--host 0.0.0.0 can be reached from other machines: give --api-key KEY",
@@ -142,10 +150,13 @@ WRONG = {
     "a key": (["serve", "runs/tiny", "--api-key", "a b"], "--api-key must be printable ASCII"),
     "a folder": (["serve", "--watch", "absent"], "--watch absent: no such folder"),
     "a folder of runs": (
-        ["serve", "runs/tiny", "--runs", "absent"],
-        "--runs absent: no such folder",
+        ["serve", "runs/tiny", "--runs-dir", "absent"],
+        "--runs-dir absent: no such folder",
     ),
-    "an X-ray": (["serve", "runs/tiny", "--max-xray", "0"], "--max-xray must be at least 1, not 0"),
+    "an X-ray": (
+        ["serve", "runs/tiny", "--max-xray-tokens", "0"],
+        "--max-xray-tokens must be at least 1, not 0",
+    ),
     "twice": (["serve", "runs/tiny", "runs/tiny", "--port", "0"], "two runs have one name"),
 }
 
@@ -285,7 +296,7 @@ def test_threads_are_what_is_fastest_or_what_is_asked_for(here):
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not compiler(), reason="there is no C++ compiler")
+@pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
 def test_a_server_answers_at_once_and_then_compiles_itself_while_it_answers(here, tmp_path):
     def compiled(server):
         metrics = httpx.get(f"{server.address}/metrics").text
@@ -312,7 +323,7 @@ def test_several_runs_are_chosen_by_their_names(here, tmp_path):
         assert [model["id"] for model in names] == ["tiny", "other"]
         body = {"model": "other", "prompt": "", "temperature": 0, "max_tokens": 99}
         answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
-    tokens = generate(other, [256], 99, Sampling(0.0), {256})
+    tokens = generate(other, [256], 99, SamplingParams(0.0), {256})
     assert answer["choices"][0]["text"] == TOKENIZER.decode(tokens)
     assert answer["usage"]["completion_tokens"] == 32
 
@@ -323,14 +334,16 @@ def test_a_run_that_was_trained_on_pairs_translates(tmp_path):
     for split in ("train", "validation", "test"):
         (tmp_path / "pairs" / f"{split}.jsonl").write_text(row * 8)
     command = "-m training train translate-attention --data pairs --run runs/fr --tokenizer bytes"
-    size = "--window 32 --width 16 --batch 4 --steps 30 --learning-rate 0.02 --device cpu"
+    size = (
+        "--context-length 32 --width 16 --batch-size 4 --steps 30 --learning-rate 0.02 --device cpu"
+    )
     made = subprocess.run(
         [sys.executable, *command.split(), *size.split()], cwd=tmp_path, capture_output=True
     )
     assert made.returncode == 0, made.stderr
-    model, tokenizer = open_language_model(tmp_path / "runs" / "fr"), byte_tokenizer()
-    source, end = tokenizer.encode("one cat"), tokenizer.end_of_text
-    [tokens] = translate(model, [source], begin=end, end=end, most=12)
+    model, tokenizer = load_language_model(tmp_path / "runs" / "fr"), byte_tokenizer()
+    source, end = tokenizer.encode("one cat"), tokenizer.eos_token
+    [tokens] = translate(model, [source], decoder_start_token=end, eos_token=end, max_tokens=12)
     expected = tokenizer.decode([token for token in tokens if token != end]).removeprefix(" ")
     assert expected
     asked = ("--prompt", "one cat", "--temperature", "0", "--max-tokens", "12")
@@ -347,13 +360,13 @@ def test_a_run_that_was_trained_on_pairs_translates(tmp_path):
 def test_what_training_left_is_told_beside_the_model_and_the_page_is_there(tmp_path):
     for run in (tmp_path / "runs" / "one", tmp_path / "others" / "two"):
         save(run, 64)
-        (run / "run.json").write_text('{"format": 1, "run": {"task": "text", "model": "gpt"}}')
+        (run / "run.json").write_text('{"format": 2, "config": {"task": "text", "model": "gpt"}}')
         line = {"step": 1, "final_loss": 2.0, "final_bits_per_byte": 1.5}
         (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     for arguments, name, told in (
         (("runs/one", "--dtype", "int8"), "one", ["one"]),
-        (("runs/one", "--runs", "others"), None, ["two"]),
-        (("runs/one", "--runs", "."), "runs/one", ["others/two", "runs/one"]),
+        (("runs/one", "--runs-dir", "others"), None, ["two"]),
+        (("runs/one", "--runs-dir", "."), "runs/one", ["others/two", "runs/one"]),
     ):
         with Serving(tmp_path, *arguments) as server:
             (about,) = httpx.get(f"{server.address}/v1/models").json()["data"]
@@ -412,7 +425,9 @@ def test_sigterm_brings_open_streams_to_their_end_and_exits(here, tmp_path):
     save(tmp_path / "long", 20_000)
     body = {"prompt": "", "temperature": 0, "max_tokens": 20_000, "stream": True}
     with (
-        Serving(here, str(tmp_path / "long"), "--rows", "2", "--grace", "0.2") as server,
+        Serving(
+            here, str(tmp_path / "long"), "--max-num-seqs", "2", "--shutdown-timeout", "0.2"
+        ) as server,
         httpx.Client(timeout=DEADLINE) as client,
         contextlib.ExitStack() as stack,
     ):

@@ -13,7 +13,7 @@ import numpy as np
 import openai
 import pytest
 
-from gpt.sampling import Sampling
+from gpt.sampling import SamplingParams
 from tests.serving.test_app import DEADLINE, TOKENIZER, Running, model, reference  # noqa: F401
 from tests.serving.test_server import LONG, until
 from training.cli import Eval
@@ -32,7 +32,7 @@ def server(model):  # noqa: F811
 
 
 def greedy(model, prompt, tokens):  # noqa: F811
-    return reference(model, prompt, Sampling(0.0), tokens)
+    return reference(model, prompt, SamplingParams(0.0), tokens)
 
 
 def test_openais_asynchronous_client_streams_many_at_once(server, model):  # noqa: F811
@@ -72,7 +72,7 @@ def test_openais_client_comes_again_by_itself_when_there_was_no_place(model):  #
 
         busy.engine.step = slow  # the row is taken until the client has been refused once
         blocker.start()
-        until(lambda: busy.service.texts == 1)
+        until(lambda: busy.service.num_unfinished == 1)
         client._client.event_hooks["response"].append(lambda _: go_on.set())
         answer = client.completions.create(model="tiny", prompt="x", max_tokens=3, temperature=0)
         blocker.join()
@@ -82,7 +82,7 @@ def test_openais_client_comes_again_by_itself_when_there_was_no_place(model):  #
         go_on.clear()
         blocker = threading.Thread(target=busy.post, kwargs=short)
         blocker.start()
-        until(lambda: busy.service.texts == 1)
+        until(lambda: busy.service.num_unfinished == 1)
         impatient = client.with_options(max_retries=0).completions
         with pytest.raises(openai.RateLimitError) as refused:
             impatient.create(model="tiny", prompt="x")
@@ -164,9 +164,9 @@ def test_the_evaluation_harness_finds_the_bits_per_byte_that_we_do(server, model
         "num_concurrent": 2,
     }
     theirs = said_by(HARNESS, json.dumps(arguments), str(tmp_path))
-    ids = np.array([TOKENIZER.end_of_text, *TOKENIZER.encode(TEXT)])
+    ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(TEXT)])
     size, precision = len(TEXT.encode()), Eval.precision  # of `python -m training eval`
-    windows = {"stride": window, "context": window}
+    windows = {"stride": window, "context_length": window}
     score = evaluate(model, ids, words=1, bytes=size, precision=precision, **windows)
     assert score.tokens > 3 * window
     assert theirs == pytest.approx(score.bits_per_byte, abs=1e-4)

@@ -9,14 +9,16 @@ import pytest
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from gpt.kernels.quantization import converted
-from gpt.sampling import DRAWN, Sampler, Sampling
+from gpt.kernels.quantization import quantize
+from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
 from serving.engine import compilation as compiled
-from serving.engine.engine import Engine, Request, Step
+from serving.engine.engine import DecodeStep, Engine, Request
 from tests.gpt.test_contract import VARIANTS
 from tests.serving.test_engine import Watch, alone, arrivals, make, one_thread  # noqa: F401 (a fixture)
 
-needs_compiler = pytest.mark.skipif(not compiled.compiler(), reason="there is no C++ compiler")
+needs_compiler = pytest.mark.skipif(
+    not compiled.find_cpp_compiler(), reason="there is no C++ compiler"
+)
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def compile_for(engine):
 
 
 def is_compiled(engine):
-    return {kind: type(part) is compiled.Compiled for kind, part in engine.parts.items()}
+    return {kind: type(part) is compiled.CompiledStep for kind, part in engine.parts.items()}
 
 
 @pytest.mark.parametrize(
@@ -51,18 +53,26 @@ def is_compiled(engine):
     [*((variant, "float32") for variant in VARIANTS), ("gpt2", "int8"), ("lstm", "int8")],
 )
 def test_every_model_can_be_traced_for_any_number_of_rows_and_any_reach(variant, dtype):
-    model = converted(make(variant, torch.float32), dtype)
+    model = quantize(make(variant, torch.float32), dtype)
     engine = Engine(model, 5)
-    few, many = (compiled.traced(model, engine.length, kind).module() for kind in ("row", "rows"))
-    for rows, reach in ((1, 17), (1, engine.length - 1), (5, 17), (5, engine.length - 1), (12, 17)):
+    few, many = (
+        compiled.trace_step(model, engine.cache_length, kind).module() for kind in ("row", "rows")
+    )
+    for rows, reach in (
+        (1, 17),
+        (1, engine.cache_length - 1),
+        (5, 17),
+        (5, engine.cache_length - 1),
+        (12, 17),
+    ):
         found, tokens = [], []
-        for run in (Step(model), few if rows == 1 else many):
-            state = model.part(model.init_state(rows, engine.length), reach)
+        for run in (DecodeStep(model), few if rows == 1 else many):
+            state = model.prefix_view(model.init_state(rows, engine.cache_length), reach)
             last_B1 = torch.arange(rows).unsqueeze(1)
             sampler = Sampler(rows, 30)
             for row in range(rows):
-                sampler.start(row, Sampling(row % 2 * 1.3, min_p=0.01, seed=row), ())
-            drawn = {name: sampler.state[name] for name in DRAWN}
+                sampler.add_sequence(row, SamplingParams(row % 2 * 1.3, min_p=0.01, seed=row), ())
+            drawn = {name: sampler.state[name] for name in RANDOM_STATE}
             with torch.no_grad():
                 steps = [run(last_B1, state, drawn) for _ in range(3)]
             found.append(steps[-1][0])
@@ -80,11 +90,11 @@ def test_compiled_steps_give_the_same_greedy_texts_with_any_number_of_rows(kept,
     shutil.copytree(kept, cache)
     model = make("gpt", torch.float32)
     for size, ahead in ((4, 3), (9, 1)):
-        engine = Engine(model, size, budget=40, ahead=ahead)
+        engine = Engine(model, size, max_num_batched_tokens=40, num_scheduler_steps=ahead)
         compile_for(engine)
         assert all(is_compiled(engine).values())
         watch, requests, cancelled = arrivals(
-            engine, random.Random(5), 60, lambda _: Sampling(temperature=0)
+            engine, random.Random(5), 60, lambda _: SamplingParams(temperature=0)
         )
         for request in requests:
             if (request, 0) not in cancelled:
@@ -111,8 +121,8 @@ def test_others_go_on_while_compiled_code_runs_and_it_keeps_no_weights_that_nobo
 ):
     torch.manual_seed(0)
     module, x = Long().requires_grad_(False), torch.randn(1500, 1500)
-    compiled.compile_part(torch.export.export(Long(), (x,)), tmp_path / "long.pt2")
-    part = compiled.Compiled(tmp_path / "long.pt2", module)
+    compiled.compile_step(torch.export.export(Long(), (x,)), tmp_path / "long.pt2")
+    part = compiled.CompiledStep(tmp_path / "long.pt2", module)
     found, turns = [], 0
     worker = threading.Thread(target=lambda part: found.extend(part(x)), args=(part,))
     worker.start()
@@ -152,15 +162,15 @@ def test_what_computes_something_else_or_is_damaged_is_not_used(kept, cache, cap
 @needs_compiler
 @pytest.mark.long
 def test_a_model_that_reads_a_prompt_token_by_token_is_compiled_but_for_that(cache, caplog):
-    model = converted(make("rnn", torch.float32), "int8")
+    model = quantize(make("rnn", torch.float32), "int8")
     engine = Engine(model, 1)
     with caplog.at_level("INFO"):
         compile_for(engine)
     assert is_compiled(engine) == {"row": True, "rows": False, "prompt": False}
     assert "prompt stays uncompiled" in caplog.text
     assert len(list(cache.iterdir())) == 1
-    request = Request([1, 2], 20, Sampling(temperature=0))
-    engine.add(request)
+    request = Request([1, 2], 20, SamplingParams(temperature=0))
+    engine.add_request(request)
     assert len(Watch(engine).run().text(request)) == 20
 
 

@@ -11,24 +11,24 @@ from scipy import stats
 
 from gpt import MODELS
 from gpt.beam_search import translate
-from gpt.kernels.quantization import converted
-from gpt.sampling import Sampling, anew
+from gpt.kernels.quantization import quantize
+from gpt.sampling import SamplingParams, recompute_logits
 from serving.engine.engine import Engine, Request
-from serving.http.introspection import following
+from serving.http.introspection import next_token_distribution
 from serving.http.limits import Limits
-from serving.tokenization import read_prompt, token_text
+from serving.tokenization import token_text, tokenize_prompt
 from tests.gpt.test_sampling import PROCESSED
 from tests.serving.test_app import DEADLINE, TOKENIZER, Running, model  # noqa: F401
 from tests.serving.test_server import LONG, raw, until
 from tests.training.test_xray import SMALL
 
-END = TOKENIZER.end_of_text
+END = TOKENIZER.eos_token
 VOCABULARY = 40
 
 
 def small(name, context=64):
     torch.manual_seed(0)
-    made = MODELS[name](TOKENIZER.vocabulary, context, **SMALL[name]).eval()
+    made = MODELS[name](TOKENIZER.vocab_size, context, **SMALL[name]).eval()
     for parameter in made.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
@@ -80,7 +80,9 @@ def test_probabilities_are_those_of_transformers(sampling, processors):
         for processor in processors:
             scores_1V = processor(torch.tensor([prompt + text]), scores_1V)
         drawn_V = scores_1V.softmax(-1)[0]
-        found = following(logits_V, sampling, prompt, text, most=10, include=[3, 39, 3])
+        found = next_token_distribution(
+            logits_V, sampling, prompt, text, most=10, include=[3, 39, 3]
+        )
         told = [one.id for one in found.candidates]
         likeliest = alone_V.argsort(descending=True).tolist()
         assert told[:10] == likeliest[:10]
@@ -102,34 +104,38 @@ def test_probabilities_are_those_of_transformers(sampling, processors):
 
 def test_penalties_and_biases_are_counted_by_hand():
     logits_V = torch.tensor([1.0, 2.0, 0.5, -1.0])
-    sampling = Sampling(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0),))
-    found = following(logits_V, sampling, [2], [0, 1, 1])
+    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0),))
+    found = next_token_distribution(logits_V, sampling, [2], [0, 1, 1])
     wanted_V = torch.tensor([1.0 - 0.75, 2.0 - 1.0, 0.5, 1.0]).softmax(-1)
     sampled = {one.id: one.sampled for one in found.candidates}
     assert sampled == {token: pytest.approx(float(wanted_V[token])) for token in range(4)}
-    greedy = following(logits_V, Sampling(0.0, frequency_penalty=1.0), [2], [1, 1])
+    greedy = next_token_distribution(
+        logits_V, SamplingParams(0.0, frequency_penalty=1.0), [2], [1, 1]
+    )
     assert [one.sampled for one in greedy.candidates] == [0, 1, 0, 0]
     assert (greedy.kept, greedy.entropy[1]) == (1, 0)
 
 
 def test_what_is_not_a_number_is_no_answer():
     for bad in (math.nan, math.inf):
-        for sampling in (Sampling(), Sampling(0.0)):
+        for sampling in (SamplingParams(), SamplingParams(0.0)):
             with pytest.raises(FloatingPointError, match="not numbers"):
-                following(torch.tensor([0.0, bad]), sampling, [0])
+                next_token_distribution(torch.tensor([0.0, bad]), sampling, [0])
 
 
 def test_the_engine_draws_as_often_as_is_told(model):  # noqa: F811
-    sampling = Sampling(0.9, 20, 0.9, 0.01, 1.3, seed=5)
-    prompt = read_prompt(TOKENIZER, "abc").ids
+    sampling = SamplingParams(0.9, 20, 0.9, 0.01, 1.3, seed=5)
+    prompt = tokenize_prompt(TOKENIZER, "abc").ids
     engine = Engine(model, 50)
-    engine.add(Request(prompt, 1, sampling, n=4000))
-    counts = torch.zeros(TOKENIZER.vocabulary)
+    engine.add_request(Request(prompt, 1, sampling, n=4000))
+    counts = torch.zeros(TOKENIZER.vocab_size)
     while not engine.idle:
         for event in engine.step():
             counts[event.token] += 1
     with torch.inference_mode():
-        found = following(anew(model, prompt, []), sampling, prompt, most=100)
+        found = next_token_distribution(
+            recompute_logits(model, prompt, []), sampling, prompt, most=100
+        )
     told = {one.id: one.sampled for one in found.candidates}
     assert sum(told.values()) == pytest.approx(1, abs=1e-6)
     often = [token for token, share in told.items() if share * 4000 >= 5]
@@ -143,11 +149,13 @@ def test_the_engine_draws_as_often_as_is_told(model):  # noqa: F811
 def test_what_follows_is_told_as_the_model_says_it(served, model):  # noqa: F811
     body = {"prompt": "def f", "tokens": [40, 120], "temperature": 0.7, "top_p": 0.8}
     told = ask(served, "next", **body, candidates=5, include=[END, 0])
-    ids = [*read_prompt(TOKENIZER, "def f").ids, 40, 120]
+    ids = [*tokenize_prompt(TOKENIZER, "def f").ids, 40, 120]
     with torch.inference_mode():
         logits_V = model(torch.tensor([ids]))[0, -1].double()
-    probability_V, sampling = logits_V.softmax(-1), Sampling(0.7, top_p=0.8)
-    found = following(logits_V, sampling, ids[:-2], [40, 120], most=5, include=[END, 0])
+    probability_V, sampling = logits_V.softmax(-1), SamplingParams(0.7, top_p=0.8)
+    found = next_token_distribution(
+        logits_V, sampling, ids[:-2], [40, 120], most=5, include=[END, 0]
+    )
     assert set(told) == {"model", "candidates", "entropy", "kept", "rest"}
     assert told["model"] == "tiny"
     for one, wanted in zip(told["candidates"], found.candidates, strict=True):
@@ -165,7 +173,7 @@ def test_what_follows_is_told_as_the_model_says_it(served, model):  # noqa: F811
 
 @pytest.mark.parametrize(
     ("name", "translates"),
-    [(name, kind == "pairs") for name in MODELS for kind in MODELS[name].learns],
+    [(name, kind == "translation") for name in MODELS for kind in MODELS[name].supported_tasks],
 )
 def test_of_every_rung_the_token_that_is_drawn_from_is_the_one_that_came(start, name, translates):
     running = start(small(name), translates=translates)
@@ -232,7 +240,7 @@ def shown(told, found, layer=None):
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("name", MODELS)
 def test_the_x_ray_of_every_rung_is_the_models(start, name, dtype):
-    made = converted(small(name), dtype)
+    made = quantize(small(name), dtype)
     running = start(made)
     told = ask(running, "xray", prompt="some text é")
     ids = [END, *TOKENIZER.encode("some text é")]
@@ -242,7 +250,9 @@ def test_the_x_ray_of_every_rung_is_the_models(start, name, dtype):
     assert again == told
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if "pairs" in MODELS[name].learns])
+@pytest.mark.parametrize(
+    "name", [name for name in MODELS if "translation" in MODELS[name].supported_tasks]
+)
 def test_the_x_ray_of_a_translation_is_of_both_texts(start, name):
     made = small(name)
     running = start(made, translates=True)
@@ -253,8 +263,10 @@ def test_the_x_ray_of_a_translation_is_of_both_texts(start, name):
     batch = torch.tensor([ids]), torch.tensor([len(ids)]), torch.tensor([fed])
     shown(given, made.xray(*batch))
     assert ask(running, "xray", prompt=ids, translation=fed[1:]) == given
-    (written,) = translate(made, [ids], begin=END, end=END, most=256 - len(ids) - 1)
-    fed = [END, *written][: made.target_room(len(ids))]
+    (written,) = translate(
+        made, [ids], decoder_start_token=END, eos_token=END, max_tokens=256 - len(ids) - 1
+    )
+    fed = [END, *written][: made.max_target_length(len(ids))]
     own = ask(running, "xray", prompt="un chat")
     assert own["written"] == texts_of(fed)
     shown(own, made.xray(*batch[:2], torch.tensor([fed])))
@@ -307,7 +319,7 @@ WRONG = [
 
 @pytest.fixture(scope="module")
 def narrow():
-    running = Running(small("gpt"), 1, limits=Limits(max_xray=100))
+    running = Running(small("gpt"), 1, limits=Limits(max_xray_tokens=100))
     yield running
     running.close()
 
@@ -332,7 +344,7 @@ def test_the_context_is_used_to_its_last_place(narrow):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_of_no_rung_a_long_text_is_a_fault(start, name):
-    running = start(small(name, 16), limits=Limits(max_xray=100))
+    running = start(small(name, 16), limits=Limits(max_xray_tokens=100))
     for length in (1, 16, 17, 31, 32, 40, 99):
         for route in ("xray", "next"):
             answer = running.http.post(f"/v1/{route}", json={"prompt": [7] * length})
@@ -340,7 +352,7 @@ def test_of_no_rung_a_long_text_is_a_fault(start, name):
 
 
 def test_too_many_numbers_are_refused_with_what_to_send_instead(start):
-    wide = MODELS["gpt"](TOKENIZER.vocabulary, 256, width=16, depth=4, heads=8).eval()
+    wide = MODELS["gpt"](TOKENIZER.vocab_size, 256, width=16, depth=4, heads=8).eval()
     running = start(wide)
     answer = running.http.post("/v1/xray", json={"prompt": "a" * 255})
     assert answer.status_code == 400

@@ -26,15 +26,15 @@ FLAGS = [
 DEADLINE = 120
 VIEWS = ("play", "compare", "xray", "ladder", "runs", "docs")
 TINY = ("--width", "64", "--heads", "4", "--depth", "2")
-LITTLE = ("--validation-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
+LITTLE = ("--eval-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
 SMALL = (
     "--tokenizer",
     "bytes",
-    "--window",
+    "--context-length",
     "64",
-    "--batch",
+    "--batch-size",
     "8",
-    "--validation-interval",
+    "--eval-interval",
     "20",
     *LITTLE,
 )
@@ -330,8 +330,17 @@ def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
     data.mkdir()
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(lines)
-    folder, size = tmp_path / "translator", ("--width", "32", "--batch", "16", "--steps", "20")
-    options = ("--data", str(data), "--run", str(folder), "--tokenizer", "bytes", "--window", "64")
+    folder, size = tmp_path / "translator", ("--width", "32", "--batch-size", "16", "--steps", "20")
+    options = (
+        "--data",
+        str(data),
+        "--run",
+        str(folder),
+        "--tokenizer",
+        "bytes",
+        "--context-length",
+        "64",
+    )
     run("training", "train", "translate-attention", *options, *size, "--device", "cpu")
     with contextlib.closing(Server(str(folder))) as server:
         page = visit(server.address, "xray")

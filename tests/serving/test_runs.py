@@ -8,7 +8,7 @@ import pytest
 
 import gpt
 from gpt import CHAPTERS
-from serving.http.runs import Runs, newest
+from serving.http.runs import RunBrowser, latest_metrics
 from tests.serving.test_app import Running, model  # noqa: F401
 from tests.serving.test_server import raw, whole
 
@@ -43,7 +43,7 @@ def server(model, tmp_path_factory):  # noqa: F811
     """A server whose runs folder is `server.folder`."""
     folder = tmp_path_factory.mktemp("here") / "runs"
     folder.mkdir()
-    running = Running(model, 1, runs=Runs(folder))
+    running = Running(model, 1, runs=RunBrowser(folder))
     running.folder = folder
     yield running
     running.close()
@@ -189,10 +189,10 @@ def test_of_a_long_log_the_end_is_looked_at(folder):
     lines = [{"step": step, "loss": 1.0, "sample": "x" * 50} for step in range(3000)]
     run = write(folder / "long", [{"step": 0, "validation_loss": 1.0}, *lines, FINAL])
     assert (run / "metrics.jsonl").stat().st_size > 2 * 65_536
-    assert newest(run)["final_bits_per_byte"] == 1.5
-    assert Runs(folder).overview()[0]["step"] == 20
-    assert len(Runs(folder).one("long")["metrics"]) == 3002
-    assert newest(folder) == {}
+    assert latest_metrics(run)["final_bits_per_byte"] == 1.5
+    assert RunBrowser(folder).overview()[0]["step"] == 20
+    assert len(RunBrowser(folder).one("long")["metrics"]) == 3002
+    assert latest_metrics(folder) == {}
 
 
 def test_no_name_and_no_link_leads_out_of_the_folder(server, tmp_path):
@@ -259,7 +259,7 @@ def test_the_ladder_is_told_with_what_the_code_says_of_each_rung(server, folder)
         (folder / name).mkdir(parents=True)
         (folder / name / "ladder.json").write_text(json.dumps([{**row, "sample": name}]))
         os.utime(folder / name / "ladder.json", (changed, changed))
-    told = Runs(folder).ladder()
+    told = RunBrowser(folder).ladder()
     assert told["source"] == "second"
     (shown,) = told["rows"]
     assert {name: shown[name] for name in row} == {**row, "sample": "second"}
@@ -272,17 +272,17 @@ def test_the_ladder_is_told_with_what_the_code_says_of_each_rung(server, folder)
     write(folder / "ladder", LINES)
     (folder / "ladder" / "ladder.json").write_text(json.dumps([row, {"rung": "of the future"}]))
     os.utime(folder / "ladder" / "ladder.json", (1, 1))
-    told = Runs(folder).ladder()
+    told = RunBrowser(folder).ladder()
     assert told["source"] == "ladder"
     assert told["rows"][1] == {"rung": "of the future", "paper": None, "idea": None, "about": None}
     for damage in ('[{"rung"', "{}", "[1]", "[" * 100_000):
         (folder / "ladder" / "ladder.json").write_text(damage)
-        assert Runs(folder).ladder()["source"] == "second"
+        assert RunBrowser(folder).ladder()["source"] == "second"
     # Who serves a rung has the ladder's own folder.
-    assert Runs(folder / "second").ladder()["source"] == "second"
+    assert RunBrowser(folder / "second").ladder()["source"] == "second"
 
 
 def test_without_a_folder_there_are_no_runs():
-    runs = Runs()
+    runs = RunBrowser()
     assert (runs.overview(), runs.one("a"), runs.name_of(Path("a"))) == ([], None, None)
     assert runs.ladder()["rows"] == []

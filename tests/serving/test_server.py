@@ -10,9 +10,9 @@ import time
 import httpx
 import pytest
 
-from gpt.sampling import Sampling
-from serving.http.app import Door
-from serving.http.limits import Deadlines, Limits
+from gpt.sampling import SamplingParams
+from serving.http.app import EarlyRefusal
+from serving.http.limits import Limits, Timeouts
 from tests.serving.test_app import (  # noqa: F401
     CONTEXT,
     DEADLINE,
@@ -24,7 +24,7 @@ from tests.serving.test_app import (  # noqa: F401
 )
 
 LONG = {"prompt": "", "temperature": 0, "max_tokens": 10_000}
-QUICK = Deadlines(head_timeout=0.2, body_timeout=0.4, grace=0.5, max_connections=8)
+QUICK = Timeouts(header_timeout=0.2, body_timeout=0.4, shutdown_timeout=0.5, max_connections=8)
 
 
 @pytest.fixture
@@ -165,7 +165,7 @@ def test_of_a_crowd_that_comes_at_once_the_door_lets_in_as_many_as_there_is_room
     until(lambda: not server.server.server_state.connections)
     answers = [whole(raw(server, head + body)) for _ in range(4)]
     assert all(answer.startswith(b"HTTP/1.1 200") for answer in answers)  # they had left the door
-    door = Door(server.server.catalog)  # nobody goes on from this one
+    door = EarlyRefusal(server.server.catalog)  # nobody goes on from this one
     refused = [door(client, head + body) is not None for client in range(20)]
     assert refused == [False] * 3 + [True] * 17
     door.coming.discard(1)
@@ -195,7 +195,7 @@ def test_sixty_of_two_hundred_hang_up_and_nothing_of_them_is_left(start, stream)
 
 
 def test_a_server_that_is_told_to_stop_lets_texts_end_and_ends_the_others(start):
-    server = start(rows=4, deadlines=Deadlines(grace=3.0))
+    server = start(rows=4, deadlines=Timeouts(shutdown_timeout=3.0))
     streams = Clients(
         server, [{**LONG, "stream": True}] * 3 + [{**LONG, "stream": True, "max_tokens": 30}]
     )
@@ -252,7 +252,7 @@ def test_what_was_made_before_a_stream_is_ended_is_told(start):
 
 def test_a_server_that_loads_says_so(model):  # noqa: F811
     server = Running(model, 1)
-    server.catalog.missing, served = "the server is loading its models", server.catalog.served
+    server.catalog.missing, served = "the server is loading its models", server.catalog.entries
     kept = dict(served)
     served.clear()
     try:
@@ -334,7 +334,7 @@ def test_a_slow_answer_is_no_slow_request(start, monkeypatch):
 
 
 def test_one_connection_too_many_is_told_so(start):
-    server = start(deadlines=Deadlines(max_connections=3, grace=0))
+    server = start(deadlines=Timeouts(max_connections=3, shutdown_timeout=0))
     idle = [raw(server) for _ in range(3)]
     until(lambda: len(server.server.server_state.connections) >= 3)
     status, error = error_of(whole(raw(server)))
@@ -352,7 +352,7 @@ def test_what_is_no_http_is_a_400_in_openais_shape(start):
 
 
 def test_a_body_that_is_too_large_is_a_413(start):
-    server = start(limits=Limits(max_body=1000))
+    server = start(limits=Limits(max_body_bytes=1000))
     answer = server.post(prompt="a" * 1000)
     assert answer.status_code == 413
     assert "larger than 1,000 bytes" in answer.json()["error"]["message"]
@@ -365,7 +365,7 @@ def test_a_body_that_is_too_large_is_a_413(start):
 
 
 def test_a_prompt_may_be_limited(start):
-    server = start(limits=Limits(max_prompt=10))
+    server = start(limits=Limits(max_prompt_tokens=10))
     assert server.post(prompt="a" * 9, max_tokens=1).status_code == 200
     answer = server.post(prompt="a" * 10)
     assert answer.status_code == 400
@@ -525,4 +525,4 @@ def test_a_seeded_text_is_the_same_under_load_when_the_server_is_deterministic(s
 
 
 def test_sampling_of_the_reference_has_what_the_api_has():
-    assert Sampling(logit_bias=((1, 2.0),)).adjusted
+    assert SamplingParams(logit_bias=((1, 2.0),)).adjusted

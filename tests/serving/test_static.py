@@ -2,7 +2,7 @@
 
 import pytest
 
-from serving.http.runs import Runs
+from serving.http.runs import RunBrowser
 from serving.http.static import FOLDER, TYPES, page_routes
 from tests.serving.test_app import Running, model  # noqa: F401
 from tests.serving.test_server import raw, whole
@@ -12,7 +12,7 @@ NAMES = sorted(file.name for file in FOLDER.iterdir())
 
 @pytest.fixture(scope="module")
 def locked(model):  # noqa: F811
-    running = Running(model, 1, key="sesame", runs=Runs(FOLDER.parents[1]))
+    running = Running(model, 1, key="sesame", runs=RunBrowser(FOLDER.parents[1]))
     yield running
     running.close()
 

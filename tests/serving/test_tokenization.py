@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.tokenization import Text, read_prompt
+from serving.tokenization import IncrementalDetokenizer, tokenize_prompt
 from tokenizer import byte_tokenizer, train_bpe
 
 BYTES = byte_tokenizer()
@@ -27,7 +27,7 @@ class Chunks:
 
 
 def through(tokenizer, ids, stops):
-    text = Text(tokenizer, stops)
+    text = IncrementalDetokenizer(tokenizer, stops)
     parts = [text.push(token) for token in ids]
     return [*parts, text.flush()], text.stopped
 
@@ -72,7 +72,7 @@ def test_what_might_have_become_a_stop_string_is_not_lost():
     assert "".join(parts) == "EEN"
 
 
-@given(st.lists(st.integers(0, BPE.vocabulary - 1), max_size=30), STOPS)
+@given(st.lists(st.integers(0, BPE.vocab_size - 1), max_size=30), STOPS)
 def test_any_tokens_read_as_they_decode(ids, stops):
     parts, stopped = through(BPE, ids, stops)
     assert ("".join(parts), stopped) == cut(BPE.decode(ids), stops)
@@ -86,25 +86,25 @@ def test_characters_are_whole():
 
 
 def test_a_prompt_begins_where_a_document_does():
-    assert read_prompt(BYTES, "").ids == [256]
-    assert read_prompt(BYTES, "<|e").ids == [256, *b"<|e"]
+    assert tokenize_prompt(BYTES, "").ids == [256]
+    assert tokenize_prompt(BYTES, "<|e").ids == [256, *b"<|e"]
     with pytest.raises(ValueError, match="surrogate"):
-        read_prompt(BYTES, "\ud800")
+        tokenize_prompt(BYTES, "\ud800")
     with pytest.raises(ValueError, match="stop string is empty"):
-        Text(BYTES, [""])
+        IncrementalDetokenizer(BYTES, [""])
 
 
 def test_a_space_at_the_end_is_left_to_the_first_token():
     """Whichever way the user's space falls, what follows begins with one and it is shown once."""
-    ids, space, first, *_ = read_prompt(BPE, "def ")
-    assert [BPE.end_of_text, *BPE.encode("def")] == ids
+    ids, space, first, *_ = tokenize_prompt(BPE, "def ")
+    assert [BPE.eos_token, *BPE.encode("def")] == ids
     assert space == " "
-    assert set(first) == {i for i in range(BPE.vocabulary) if BPE.token_bytes(i)[:1] == b" "}
-    text = Text(BPE, (), space)
+    assert set(first) == {i for i in range(BPE.vocab_size) if BPE.token_bytes(i)[:1] == b" "}
+    text = IncrementalDetokenizer(BPE, (), space)
     word = max(first, key=lambda token: len(BPE.token_bytes(token)))
     follow = [word, BPE.encode("x")[0]]
     shown = "".join(map(text.push, follow)) + text.flush()
     assert "def " + shown == "def" + BPE.decode(follow)
     # Where a space is always a token by itself there is nothing to leave.
-    assert read_prompt(BYTES, "def ")[:3] == ([256, *b"def "], "", ())
-    assert read_prompt(BPE, "def\n").space == ""
+    assert tokenize_prompt(BYTES, "def ")[:3] == ([256, *b"def "], "", ())
+    assert tokenize_prompt(BPE, "def\n").space == ""

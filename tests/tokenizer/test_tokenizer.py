@@ -101,24 +101,24 @@ def test_end_of_text_is_the_last_id_and_no_text_becomes_it(tokenizer):
 
 def test_training_on_end_of_text_does_not_make_it_text():
     tokenizer = train_bpe([END_OF_TEXT * 100], 300)
-    assert tokenizer.end_of_text == tokenizer.vocabulary - 1
-    assert tokenizer.end_of_text not in tokenizer.encode(END_OF_TEXT)
+    assert tokenizer.eos_token == tokenizer.vocab_size - 1
+    assert tokenizer.eos_token not in tokenizer.encode(END_OF_TEXT)
 
 
 def test_a_byte_is_its_own_id():
-    assert BYTES.vocabulary == 257
+    assert BYTES.vocab_size == 257
     assert BYTES.encode("aé\0") == list("aé\0".encode())
 
 
 def test_bpe_has_the_size_asked_for_and_shortens_text():
-    assert BPE.vocabulary == 1000
+    assert BPE.vocab_size == 1000
     assert len(BPE.encode(CODE)) < len(CODE) / 2
-    assert train_bpe(["hm"], 1000).vocabulary == 257
+    assert train_bpe(["hm"], 1000).vocab_size == 257
 
 
 def test_numbers_are_cut_into_groups_of_at_most_three_digits():
     tokenizer = train_bpe(["1234567890 " * 1000], 1000)
-    words = [tokenizer.token_bytes(token) for token in range(256, tokenizer.vocabulary)]
+    words = [tokenizer.token_bytes(token) for token in range(256, tokenizer.vocab_size)]
     assert max(len(word.strip()) for word in words) == 3
 
 
@@ -161,7 +161,7 @@ def test_a_vocabulary_without_room_for_bytes_is_refused():
 def test_saved_and_opened_it_is_the_same(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        opened = Tokenizer.open(path)
+        opened = Tokenizer.load(path)
         assert opened.fingerprint == tokenizer.fingerprint
         assert opened.encode(CODE + END_OF_TEXT) == tokenizer.encode(CODE + END_OF_TEXT)
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
@@ -173,13 +173,13 @@ def test_transformers_reads_it(tmp_path):
     BPE.save(tmp_path / "tokenizer.json")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
     assert theirs.encode(CODE, add_special_tokens=False) == BPE.encode(CODE)
-    assert theirs.encode(END_OF_TEXT) == [BPE.end_of_text]
+    assert theirs.encode(END_OF_TEXT) == [BPE.eos_token]
 
 
 def test_a_damaged_file_is_refused(tmp_path):
     path = tmp_path / "tokenizer.json"
     with pytest.raises(ValueError, match=r"no such file"):
-        Tokenizer.open(tmp_path)
+        Tokenizer.load(tmp_path)
     BPE.save(path)
     whole = path.read_text()
     for damaged, why in {
@@ -191,12 +191,12 @@ def test_a_damaged_file_is_refused(tmp_path):
     }.items():
         path.write_text(damaged)
         with pytest.raises(ValueError, match=why) as refusal:
-            Tokenizer.open(path)
+            Tokenizer.load(path)
         assert str(path) in str(refusal.value)
         assert "\n" not in str(refusal.value)
     path.write_bytes(b'{\n"\xff')
     with pytest.raises(ValueError, match="line 2: byte 0xff is not UTF-8"):
-        Tokenizer.open(path)
+        Tokenizer.load(path)
 
 
 def run(*arguments, stdin=b""):
@@ -207,7 +207,7 @@ def run(*arguments, stdin=b""):
 def test_command_line_round_trip(tmp_path):
     text = "def café():\r\n\treturn '👍'\n\n".encode()
     (tmp_path / "a.txt").write_bytes(text * 20)
-    trained = run("train", tmp_path / "a.txt", "--vocabulary", 280, "--output", tmp_path / "t.json")
+    trained = run("train", tmp_path / "a.txt", "--vocab-size", 280, "--output", tmp_path / "t.json")
     assert (trained.returncode, trained.stdout) == (0, b"")
     for which in (tmp_path / "t.json", "bytes"):
         encoded = run("encode", which, stdin=text)
@@ -240,37 +240,37 @@ def test_whole_words_are_the_most_frequent_ones():
     tokenizer = train_words([text], 5)
     assert tokenizer.decode(tokenizer.encode(text)) == " the <unk> <unk> the dog \n the dog \n"
     assert tokenizer.encode(" the dog \n") == [1, 2, 3]
-    assert tokenizer.encode(" mouse") == [tokenizer.unknown]
-    assert tokenizer.encode(" <unk>") == [tokenizer.unknown]
-    assert tokenizer.end_of_text == tokenizer.vocabulary - 1 == 4
+    assert tokenizer.encode(" mouse") == [tokenizer.unk_token]
+    assert tokenizer.encode(" <unk>") == [tokenizer.unk_token]
+    assert tokenizer.eos_token == tokenizer.vocab_size - 1 == 4
 
 
 def test_whole_words_lose_nothing_that_is_in_the_vocabulary(tmp_path):
     text = "Some words,\n\n  and  more\tof them; été 東京 \n"
     tokenizer = train_words([text], 1000)
     tokenizer.save(tmp_path / "tokenizer.json")
-    for one in (tokenizer, Tokenizer.open(tmp_path)):
+    for one in (tokenizer, Tokenizer.load(tmp_path)):
         assert one.decode(one.encode(text)) == text
-        assert one.unknown == 0
+        assert one.unk_token == 0
         assert one.fingerprint == tokenizer.fingerprint
-    assert byte_tokenizer().unknown is None
+    assert byte_tokenizer().unk_token is None
 
 
 def test_words_of_the_penn_treebank_are_counted_as_mikolov_did(real_data):
     tokenizer = train_words([(real_data / "ptb" / "train.txt").read_text("utf-8")], 10_001)
     text = (real_data / "ptb" / "validation.txt").read_text("utf-8")
     ids = tokenizer.encode(text)
-    assert (tokenizer.vocabulary, len(ids)) == (10_001, 73_760)
+    assert (tokenizer.vocab_size, len(ids)) == (10_001, 73_760)
     assert tokenizer.decode(ids) == text
 
 
 def test_characters_are_the_most_frequent_ones():
     tokenizer = train_characters(["aaab", "bb\nc"], 5)
     assert tokenizer.encode("ab\n") == [1, 2, 3]
-    assert tokenizer.encode("ac") == [1, tokenizer.unknown]
+    assert tokenizer.encode("ac") == [1, tokenizer.unk_token]
     assert tokenizer.decode(tokenizer.encode("acb")) == "a <unk>b"
-    assert tokenizer.end_of_text == tokenizer.vocabulary - 1 == 4
-    assert train_characters(["abc"], 4096).vocabulary == 5
+    assert tokenizer.eos_token == tokenizer.vocab_size - 1 == 4
+    assert train_characters(["abc"], 4096).vocab_size == 5
     with pytest.raises(ValueError, match="at least 3 ids, not 2"):
         train_characters(["abc"], 2)
     with pytest.raises(ValueError, match=r"U\+D83D, half of a surrogate pair"):
@@ -292,14 +292,14 @@ def test_any_text_of_known_characters_comes_back_one_id_for_each(text):
     stream = CHARACTERS.stream()
     assert [stream.push(token) for token in ids] == list(text)
     assert stream.flush() == ""
-    assert not {CHARACTERS.unknown, CHARACTERS.end_of_text} & set(ids)
+    assert not {CHARACTERS.unk_token, CHARACTERS.eos_token} & set(ids)
 
 
 def test_characters_saved_and_opened_are_the_same(tmp_path):
     CHARACTERS.save(tmp_path / "tokenizer.json")
-    opened = Tokenizer.open(tmp_path)
+    opened = Tokenizer.load(tmp_path)
     assert opened.fingerprint == CHARACTERS.fingerprint
-    assert opened.unknown == CHARACTERS.unknown == 0
+    assert opened.unk_token == CHARACTERS.unk_token == 0
     long = "".join(KNOWN) * 5000
     assert opened.encode(long) == CHARACTERS.encode(long)
     assert opened.decode(opened.encode(long)) == long
@@ -308,7 +308,7 @@ def test_characters_saved_and_opened_are_the_same(tmp_path):
 def test_tinyshakespeare_has_65_characters(real_data):
     text = (real_data / "tinyshakespeare" / "input.txt").read_text("utf-8")
     tokenizer = train_characters([text[: int(0.9 * len(text))]], 4096)
-    assert tokenizer.vocabulary == 65 + len(["<unk>", END_OF_TEXT])
+    assert tokenizer.vocab_size == 65 + len(["<unk>", END_OF_TEXT])
     ids = tokenizer.encode(text)
     assert len(ids) == len(text) == 1_115_394
     assert tokenizer.decode(ids) == text

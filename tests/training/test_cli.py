@@ -20,9 +20,9 @@ TINY = [
     "bytes",
     "--steps",
     "6",
-    "--batch",
+    "--batch-size",
     "4",
-    "--window",
+    "--context-length",
     "32",
     "--width",
     "16",
@@ -30,9 +30,9 @@ TINY = [
     "1",
     "--heads",
     "1",
-    "--warm-up",
+    "--warmup-steps",
     "1",
-    "--validation-interval",
+    "--eval-interval",
     "3",
     "--checkpoint-interval",
     "3",
@@ -89,7 +89,7 @@ def test_a_run_says_what_it_does_and_what_comes_next(run):
     config = json.loads((directory / "run.json").read_text())
     assert "preset gpt-nano: gpt on cpu" in out
     assert f"run: {directory}, {config['parameters']:,} parameters" in out
-    for name, value in config["run"].items():
+    for name, value in config["config"].items():
         if name not in ("preset", "model", "languages"):
             assert f"{name} = {value}\n" in out
     assert "last 10% of the characters" in out
@@ -129,7 +129,7 @@ def test_eval_counts_every_token_and_prints_its_setting(run, here):
     text = (here / "text.txt").read_text()
     held_out = text[int(0.9 * len(text)) :]
     for stride, found in figures.items():
-        assert (found["context"], found["stride"]) == (32, stride)
+        assert (found["context_length"], found["stride"]) == (32, stride)
         assert found["tokens"] == found["bytes"] == len(held_out)
         assert found["words"] == len(held_out.split()) + held_out.count("\n")
         assert f"{found['bits_per_byte']:.4f}" in out or stride != 32
@@ -194,7 +194,7 @@ def test_resume_goes_on_where_a_signal_stopped_it(here, request):
 
 
 def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(here):
-    options = ("--unembedding-rate", "1e38", "--clip", "0", "--warm-up", "0")
+    options = ("--unembedding-lr", "1e38", "--grad-clip", "0", "--warmup-steps", "0")
     code, _, err = training(
         "train", *TINY, *options, "--data", here / "text.txt", "--run", here / "runs" / "nan"
     )
@@ -220,11 +220,11 @@ WRONG = {
     "a word for a number": (["train", "--steps", "many"], "--steps: invalid literal for int()"),
     "a number out of range": (["train", "--steps", "0"], "--steps must be at least 1, not 0"),
     "an infinite rate": (["train", "--learning-rate", "inf"], "--learning-rate must be above 0"),
-    "NaN": (["train", "--clip", "nan"], "--clip must be at least 0, not nan"),
+    "NaN": (["train", "--grad-clip", "nan"], "--grad-clip must be at least 0, not nan"),
     "no such choice": (["train", "--precision", "int4"], "invalid choice 'int4'"),
     "a batch that does not divide": (
-        ["train", "--accumulation", "5"],
-        "--batch 16 cannot be divided",
+        ["train", "--gradient-accumulation-steps", "5"],
+        "--batch-size 16 cannot be divided",
     ),
     "an unknown command": (["trian"], "Available subcommands: train, plan, eval, ladder,"),
     "no command": ([], "Expected one of {train, plan, eval, ladder,"),
@@ -282,15 +282,15 @@ def spoiled(run, here):
     (here / "mixed" / "b.jsonl").write_text('{"text": "b"}')
     config = json.loads((run[0] / "config.json").read_text())
     weights = (run[0] / "model.safetensors").read_bytes()
-    own = config["arguments"]
+    own = config["model_args"]
     for name, changed, kept in (
         ("cut", config, weights[: len(weights) // 2]),
-        ("other", config | {"arguments": own | {"width": 32}}, weights),
+        ("other", config | {"model_args": own | {"width": 32}}, weights),
         ("newer", config | {"format": 99}, weights),
         ("young", config, None),
         ("half", None, weights),
         ("martian", config | {"model": "gtp"}, weights),
-        ("odd", config | {"arguments": own | {"widht": 1}}, weights),
+        ("odd", config | {"model_args": own | {"widht": 1}}, weights),
     ):
         folder = here / "runs" / name
         folder.mkdir()
@@ -351,8 +351,8 @@ def test_the_presets_are_listed_with_what_they_train():
     rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines()}
     assert rows["gpt-micro"] == ["gpt", "text"]
     assert rows["grain-experts"] == ["experts-table", "grains"]
-    assert rows["translate-attention"] == ["attention", "pairs"]
-    assert rows["word2vec"] == ["word2vec", "vectors"]
+    assert rows["translate-attention"] == ["attention", "translation"]
+    assert rows["word2vec"] == ["word2vec", "word-vectors"]
 
 
 def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
@@ -365,7 +365,7 @@ def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
     for split in ("train", "validation", "test"):
         (tmp_path / "pairs" / f"{split}.jsonl").write_text("\n".join(rows * 3) + "\n")
 
-    small = "--tokenizer bytes --window 64 --batch 6 --steps 2 --width 16 --device cpu"
+    small = "--tokenizer bytes --context-length 64 --batch-size 6 --steps 2 --width 16 --device cpu"
     for name in ("seq2seq", "attention"):
         command = f"train translate-{name} --data pairs --run runs/{name} {small}"
         assert training(*command.split())[0] == 0
@@ -384,7 +384,7 @@ def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
         (["translators", "runs/attention", "--split", "dev"], "has no split named 'dev'"),
         (["eval", "runs/attention", "--data", "text.txt"], "translation"),
         (["eval", "runs/attention", "--stride", "3"], "--stride has no meaning in the task pairs"),
-        (["train", "lstm", "--task", "pairs", "--data", "pairs"], "lstm cannot learn"),
+        (["train", "lstm", "--task", "translation", "--data", "pairs"], "lstm cannot learn"),
     ]:
         code, out, err = training(*arguments)
         assert code == 2

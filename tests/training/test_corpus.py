@@ -9,17 +9,20 @@ from hypothesis import strategies as st
 
 from benchmarks.growth import memory_of
 from tokenizer import byte_tokenizer
-from training.data.corpus import CorpusWriter, Part, Windows, open_corpus
+from training.data.corpus import CorpusWriter, ShuffledWindows, TextChunk, open_corpus
 
 TOKENIZER = byte_tokenizer()
-END = TOKENIZER.end_of_text
+END = TOKENIZER.eos_token
 
 
 @pytest.fixture
 def folder(tmp_path):
     writer = CorpusWriter(tmp_path, TOKENIZER)
-    writer.write("train", [Part("one two\nthrée\n", True), Part("more", False), Part("b", True)])
-    writer.write("validation", [Part("c", True)])
+    writer.write(
+        "train",
+        [TextChunk("one two\nthrée\n", True), TextChunk("more", False), TextChunk("b", True)],
+    )
+    writer.write("validation", [TextChunk("c", True)])
     writer.close("a corpus")
     return tmp_path
 
@@ -49,7 +52,9 @@ def test_a_long_corpus_takes_no_room_in_memory(tmp_path):
     tokens[::2048] = np.arange(2**14)
     tokens.flush()
     del tokens
-    order = Windows(np.memmap(tmp_path / "train.bin", np.uint16, "r", shape=(2**25,)), 128, 16, 0)
+    order = ShuffledWindows(
+        np.memmap(tmp_path / "train.bin", np.uint16, "r", shape=(2**25,)), 128, 16, 0
+    )
     begun, seen = in_memory(), 0
     for index in range(4000):
         seen += int((order.batch(index)[0] > 0).sum())
@@ -61,7 +66,7 @@ def test_fingerprint_is_of_the_content(folder, tmp_path_factory):
     prints = []
     for text in ("c", "c", "d"):
         writer = CorpusWriter(other := tmp_path_factory.mktemp("other"), TOKENIZER)
-        writer.write("train", [Part(text, True)])
+        writer.write("train", [TextChunk(text, True)])
         writer.close(f"another {len(prints)}")
         prints.append(open_corpus(other).fingerprint)
     assert prints[0] == prints[1] != prints[2]
@@ -93,7 +98,7 @@ SIZES = given(
 
 
 def windows_of(length, window, rows, seed):
-    return Windows(np.arange(length, dtype=np.uint16), min(window, length - 1), rows, seed)
+    return ShuffledWindows(np.arange(length, dtype=np.uint16), min(window, length - 1), rows, seed)
 
 
 @SIZES
@@ -136,5 +141,5 @@ def test_epochs_and_seeds_differ():
 
 
 def test_less_than_a_window_is_refused_with_the_numbers():
-    with pytest.raises(ValueError, match=r"has 64 tokens.*window of 64 needs 65.*--window"):
-        Windows(np.zeros(64, np.uint16), 64, 1, 0)
+    with pytest.raises(ValueError, match=r"has 64 tokens.*window of 64 needs 65.*--context-length"):
+        ShuffledWindows(np.zeros(64, np.uint16), 64, 1, 0)

@@ -46,7 +46,7 @@ def texts(path, **options):
     tokenizer = byte_tokenizer()
     found = {}
     for name, ids in tokens(path, **options).items():
-        marks = [i for i, token in enumerate(ids) if token == tokenizer.end_of_text]
+        marks = [i for i, token in enumerate(ids) if token == tokenizer.eos_token]
         ends = [*marks[1:], len(ids)]
         found[name] = [tokenizer.decode(ids[a + 1 : b]) for a, b in zip(marks, ends, strict=True)]
     return found
@@ -253,7 +253,7 @@ def test_a_tokenizer_is_trained_on_the_training_split(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "TOKENIZER_BYTES", 50)
     (tmp_path / "a.txt").write_text("ab" * 40 + "\n" + "xyz" * 200)
     corpus = prepare(Source(str(tmp_path / "a.txt")), "bpe", 300)
-    assert corpus.tokenizer.vocabulary > 257
+    assert corpus.tokenizer.vocab_size > 257
     assert len(corpus.tokenizer.encode("abab")) < 4
     assert len(corpus.tokenizer.encode("xyzxyz")) == 6
     assert "first 50 bytes" in corpus.description
@@ -265,7 +265,7 @@ def test_a_tokenizer_from_a_file_or_an_object(tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     expected = tokens(tmp_path / "a.txt", tokenizer)
     assert expected["train"] == [
-        tokenizer.end_of_text,
+        tokenizer.eos_token,
         *tokenizer.encode(STORY[: int(0.9 * len(STORY))]),
     ]
     assert tokens(tmp_path / "a.txt", str(tmp_path / "tokenizer.json")) == expected

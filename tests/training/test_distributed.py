@@ -12,17 +12,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torchrun_worker import EQUAL, GRADIENT, TASKS, TINY, Uneven, trainer_of
 
-from gpt.checkpoint import load_tensors, open_model, save_config
+from gpt.checkpoint import load_model, load_tensors, save_config
+from tests.training.torchrun_worker import EQUAL, GRADIENT, TASKS, TINY, Uneven, trainer_of
 from tokenizer import byte_tokenizer
 from training import distributed
 from training.cli import start
-from training.data.corpus import CorpusWriter, Part, open_corpus
-from training.presets import Run
-from training.run_directory import begin, check_world
+from training.data.corpus import CorpusWriter, TextChunk, open_corpus
+from training.presets import TrainingConfig
+from training.run_directory import check_world, create_run
 from training.tasks.text import Text
-from training.trainer import checkpoints, configuration, newest_checkpoint
+from training.trainer import checkpoints, model_arguments, newest_checkpoint
 
 KINDS = ("whole", "shard")
 WORKER = Path(__file__).with_name("torchrun_worker.py")
@@ -38,7 +38,7 @@ def folder(tmp_path_factory):
     writer = CorpusWriter(folder / "corpus", byte_tokenizer())
     for name, count in (("train", 200), ("validation", 20)):
         texts = [" ".join(chance.choices(words, k=12)) + "\n" for _ in range(count)]
-        writer.write(name, [Part(text, True) for text in texts])
+        writer.write(name, [TextChunk(text, True) for text in texts])
     writer.close("cats and dogs")
     return folder
 
@@ -167,17 +167,17 @@ def test_two_go_on_where_one_stopped(kind, two):
 def test_one_process_scores_what_two_trained_as_they_did(kind, two, corpus):
     directory = two / kind / "muon"
     task = Text(TINY, corpus)
-    save_config(directory, TINY.model, configuration(TINY, task.given))
+    save_config(directory, TINY.model, model_arguments(TINY, task.model_args))
     best = min(losses_of(directory, "validation_loss"))
-    assert task.validate(open_model(directory)) == pytest.approx(best, rel=1e-6)
+    assert task.validate(load_model(directory)) == pytest.approx(best, rel=1e-6)
 
 
 def options_of(folder, steps):
     """Of the command, for a run of dropout and Muon."""
     return (
-        "train gpt-nano --width 16 --depth 2 --heads 2 --dropout 0.1 --batch 4 --window 16 "
-        f"--steps {steps} --log-interval 1 --checkpoint-interval 3 --validation-interval 6 "
-        f"--validation-tokens 64 --device cpu --precision float32 --data {folder / 'corpus'}"
+        "train gpt-nano --width 16 --depth 2 --heads 2 --dropout 0.1 --batch-size 4 --context-length 16 "
+        f"--steps {steps} --log-interval 1 --checkpoint-interval 3 --eval-interval 6 "
+        f"--eval-tokens 64 --device cpu --precision float32 --data {folder / 'corpus'}"
     ).split()
 
 
@@ -190,7 +190,7 @@ def test_a_lost_worker_is_restarted_and_the_run_goes_on(folder, request, tmp_pat
     assert said.count("step 12: validation loss") == said.count("2 processes") == 1
 
     process = torchrun(
-        request, "--", WORKER, 7, *options, "--run", tmp_path / "broken", "--shard", restarts=3
+        request, "--", WORKER, 7, *options, "--run", tmp_path / "broken", "--fsdp", restarts=3
     )
     said, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
@@ -224,10 +224,10 @@ def test_a_signal_to_torchrun_saves_one_checkpoint(folder, request, tmp_path):
 
 def test_what_does_not_fit_the_processes_is_one_line(folder, tmp_path, monkeypatch):
     three = distributed.World(1, 3, 1)
-    with pytest.raises(ValueError, match=r"--batch 16 .* 3 processes, .* a multiple of 6"):
-        check_world(Run(accumulation=2), three)
+    with pytest.raises(ValueError, match=r"--batch-size 16 .* 3 processes, .* a multiple of 6"):
+        check_world(TrainingConfig(gradient_accumulation_steps=2), three)
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
-        begin(Run(shard=True), tmp_path / "run")
+        create_run(TrainingConfig(fsdp=True), tmp_path / "run")
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     with pytest.raises(ValueError, match="--device cuda:0 is one device and the processes are 3"):
@@ -242,5 +242,5 @@ def test_what_does_not_fit_the_processes_is_one_line(folder, tmp_path, monkeypat
 
 def test_every_row_is_one_processs():
     for rows in (1, 7, 12):
-        shares = [distributed.World(rank, 3).share(rows) for rank in range(3)]
+        shares = [distributed.World(rank, 3).local_rows(rows) for rank in range(3)]
         assert [i for share in shares for i in range(rows)[share]] == list(range(rows))

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt import GPT, LanguageModel, State
-from training.evaluation.evaluate import Score, compressors, estimate, evaluate, windows
+from training.evaluation.evaluate import (
+    Score,
+    compression_baselines,
+    estimate_loss,
+    evaluate,
+    windows,
+)
 
 CONTEXT = 16
 
@@ -24,7 +30,7 @@ class Uniform(LanguageModel):
         return tokens_BT.double().unsqueeze(-1) * 0
 
     def logits(self, features_BTD: Tensor) -> Tensor:
-        return features_BTD.expand(*features_BTD.shape[:-1], self.vocabulary) + self.weight
+        return features_BTD.expand(*features_BTD.shape[:-1], self.vocab_size) + self.weight
 
 
 @pytest.fixture
@@ -92,8 +98,8 @@ def test_batching_windows_changes_nothing(model: GPT, monkeypatch: pytest.Monkey
 def test_an_estimate_with_budget_for_all_is_the_loss(model: GPT) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, 500)
     whole = evaluate(model, tokens, words=1, bytes=1, precision="float32")
-    assert estimate(model, tokens, 10_000, "float32") == pytest.approx(whole.loss)
-    some = estimate(model, tokens, 100, "float32")
+    assert estimate_loss(model, tokens, 10_000, "float32") == pytest.approx(whole.loss)
+    some = estimate_loss(model, tokens, 100, "float32")
     assert some != whole.loss
     assert some == pytest.approx(whole.loss, rel=0.3)
 
@@ -116,6 +122,6 @@ def test_perplexity_of_a_hopeless_loss_is_infinite_not_an_error() -> None:
 
 
 def test_compressors_give_bits_per_byte() -> None:
-    found = compressors(b"abcd" * 10_000)
+    found = compression_baselines(b"abcd" * 10_000)
     assert found.keys() == {"gzip -9", "xz -9e"}
     assert all(0 < bits < 0.2 for bits in found.values())

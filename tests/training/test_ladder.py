@@ -19,12 +19,12 @@ def common(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
     text = "".join(f"the cat {i % 7} saw the dog {i % 5} on the mat\n" for i in range(200))
     (tmp_path / "text.txt").write_text(text)
-    small = {"window": 32, "batch": 4}
+    small = {"context_length": 32, "batch_size": 4}
     return {"data": str(tmp_path / "text.txt"), "tokenizer": "bytes", "device": "cpu", **small}
 
 
 def climb(common, tmp_path, *names, train=Trainer.train, seconds=None, tokens=TOKENS):
-    return ladder.climb(tmp_path / "ladder", names, common, tokens, seconds, train)
+    return ladder.run_ladder(tmp_path / "ladder", names, common, tokens, seconds, train)
 
 
 def test_a_rung_for_every_model_that_speaks_the_last_the_gpt():
@@ -36,7 +36,7 @@ def test_a_rung_for_every_model_that_speaks_the_last_the_gpt():
 def test_all_are_scored_on_the_same_tokens_and_done_once(common, tmp_path, capsys):
     rows = climb(common, tmp_path, "softmax", "seq2seq")
     assert [row["rung"] for row in rows] == ["softmax", "seq2seq"]
-    assert len({(row["scored"], row["context"], row["stride"]) for row in rows}) == 1
+    assert len({(row["scored"], row["context_length"], row["stride"]) for row in rows}) == 1
     assert {row["tokens"] for row in rows} == {TOKENS}
     assert all(row["seconds"] > 0 for row in rows)
     for row in rows:  # where the server and its page find it
@@ -83,7 +83,9 @@ def test_a_stopped_rung_is_gone_on_with(common, tmp_path):
 
     (row,) = climb(common, tmp_path, "softmax", train=train)
     assert steps == [1]
-    (straight,) = ladder.climb(tmp_path / "other", ["softmax"], common, TOKENS, None, Trainer.train)
+    (straight,) = ladder.run_ladder(
+        tmp_path / "other", ["softmax"], common, TOKENS, None, Trainer.train
+    )
     assert row["loss"] == straight["loss"]
     assert json.loads((tmp_path / "ladder" / "softmax" / "rung.json").read_text()) == row
 

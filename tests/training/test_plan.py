@@ -14,10 +14,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from gpt import cli
-from gpt.device import Card, find_card
+from gpt.device import GPUSpec, find_gpu_spec
 from tests.training.test_cli import training
 from training.optimizer import Optimizers
-from training.plan import Place, gathered, measure, plan
+from training.plan import Hardware, gathered, measure, plan
 from training.presets import PRESETS
 from training.tasks import TASKS
 from training.trainer import Objective, new_model
@@ -31,11 +31,11 @@ ROWS = 4
 def tiny(name, **changes):
     """A preset at a tiny shape."""
     run = PRESETS[name]
-    sizes = {"vocabulary": 300, "window": 32, "batch": ROWS}
+    sizes = {"vocab_size": 300, "context_length": 32, "batch_size": ROWS}
     if run.model in ("gpt", "gpt2", "transformer"):
-        sizes["arguments"] = run.arguments | {"width": 32, "depth": 2, "heads": 2}
+        sizes["model_args"] = run.model_args | {"width": 32, "depth": 2, "heads": 2}
     if run.model == "lstm":
-        sizes["arguments"] = run.arguments | {"width": 16}
+        sizes["model_args"] = run.model_args | {"width": 16}
     return dataclasses.replace(run, **(sizes | changes))
 
 
@@ -59,9 +59,9 @@ class Real:
     def __init__(self, run, bfloat16):
         torch.manual_seed(0)
         task = TASKS[run.task]
-        self.model = new_model(run, task.expects(run)).train()
+        self.model = new_model(run, task.expected_model_args(run)).train()
         self.optimizers = Optimizers(self.model, run, CPU, bfloat16)
-        self.batch = [torch.from_numpy(array) for array in task.largest(run, ROWS)]
+        self.batch = [torch.from_numpy(array) for array in task.largest_batch(run, ROWS)]
         self.bfloat16, self.carry, self.window = bfloat16, run.carry, run.window
 
     def loss(self):
@@ -153,8 +153,13 @@ def test_logits_are_made_in_chunks(monkeypatch):
 
 def test_every_model_can_be_planned():
     for name, run in {run.model: run for run in reversed(PRESETS.values())}.items():
-        sizes = {"window": 4} if TASKS[run.task].unit == "tokens" else {}
-        found = plan(dataclasses.replace(run, **sizes, batch=2, accumulation=1), 1, "H100", 0.4)
+        sizes = {"context_length": 4} if TASKS[run.task].unit == "tokens" else {}
+        found = plan(
+            dataclasses.replace(run, **sizes, batch_size=2, gradient_accumulation_steps=1),
+            1,
+            "H100",
+            0.4,
+        )
         assert found.memory.together > 0, name
         assert found.place.holds(found.memory), name
         assert json.dumps(found.to_json())
@@ -164,7 +169,7 @@ def test_every_model_can_be_planned():
 @pytest.mark.parametrize(("card", "bytes_each"), [(True, 1), (False, 4)])
 def test_the_mask_of_a_dropout_takes_a_byte_on_a_card_and_four_on_a_cpu(card, bytes_each):
     run = RUNS["gpt"]
-    dropping = dataclasses.replace(run, arguments=run.arguments | {"dropout": 0.1})
+    dropping = dataclasses.replace(run, model_args=run.model_args | {"dropout": 0.1})
     without, found = (measure(it, ROWS, False, card).activations for it in (run, dropping))
     rows, width, layers = ROWS * 32, 32, 2
     # Two branches a layer, and the embedding.
@@ -178,9 +183,9 @@ def test_a_card_computes_norms_in_float32():
 
 
 def test_what_is_sharded_is_divided_and_its_largest_layer_put_together():
-    run = dataclasses.replace(RUNS["gpt"], batch=2 * ROWS)
+    run = dataclasses.replace(RUNS["gpt"], batch_size=2 * ROWS)
     whole, half = (
-        plan(dataclasses.replace(run, shard=shard), 2, "H100", 0.4) for shard in (False, True)
+        plan(dataclasses.replace(run, fsdp=shard), 2, "H100", 0.4) for shard in (False, True)
     )
     model = whole.model
     layer = sum(parameter.numel() for parameter in model.blocks[0].parameters())
@@ -197,7 +202,7 @@ def test_what_is_sharded_is_divided_and_its_largest_layer_put_together():
 
 
 def test_time_is_operations_over_what_the_cards_reach():
-    run = dataclasses.replace(RUNS["gpt"], steps=100, batch=16)
+    run = dataclasses.replace(RUNS["gpt"], steps=100, batch_size=16)
     found = plan(run, 4, "H100", 0.5)
     per_token = found.model.flops_per_token(32)
     assert found.tokens == 100 * 16 * 32
@@ -222,14 +227,18 @@ def test_what_is_not_known_is_said_so():
 
 
 def test_cards_by_their_drivers_names():
-    assert find_card("NVIDIA A100-SXM4-80GB") == find_card("a100 80gb") == Card(80 * 10**9, 312e12)
-    assert find_card("A100").memory is None
-    assert find_card("A100").flops == 312e12
-    assert find_card("NVIDIA H100 80GB HBM3") == find_card("H100")
-    assert find_card("NVIDIA H100 PCIe").flops == 756e12
-    assert find_card("NVIDIA GeForce RTX 4090") == find_card("RTX 4090")
+    assert (
+        find_gpu_spec("NVIDIA A100-SXM4-80GB")
+        == find_gpu_spec("a100 80gb")
+        == GPUSpec(80 * 10**9, 312e12)
+    )
+    assert find_gpu_spec("A100").memory is None
+    assert find_gpu_spec("A100").flops == 312e12
+    assert find_gpu_spec("NVIDIA H100 80GB HBM3") == find_gpu_spec("H100")
+    assert find_gpu_spec("NVIDIA H100 PCIe").flops == 756e12
+    assert find_gpu_spec("NVIDIA GeForce RTX 4090") == find_gpu_spec("RTX 4090")
     for other in ("NVIDIA L40", "NVIDIA GB200", "NVIDIA GeForce RTX 3090 Ti", "H100 64GB", ""):
-        assert find_card(other) == Card(None, None)
+        assert find_gpu_spec(other) == GPUSpec(None, None)
 
 
 def test_what_does_not_fit_is_told_what_helps(monkeypatch):
@@ -237,27 +246,27 @@ def test_what_does_not_fit_is_told_what_helps(monkeypatch):
     run = tiny("gpt-nano", optimizer="adamw", batch=8, arguments=one_layer)
 
     def told(room, cards=1, **changes):
-        monkeypatch.setattr("training.plan.find_card", lambda _: Card(room, None))
+        monkeypatch.setattr("training.plan.find_card", lambda _: GPUSpec(room, None))
         return plan(dataclasses.replace(run, **changes), cards, "small", 0.4).remedy
 
     def needed(rows, shard=False):
-        one = Place(2, "", Card(None, None), True, True)
-        return int(one.measure(dataclasses.replace(run, shard=shard), rows).together / 0.9) + 1
+        one = Hardware(2, "", GPUSpec(None, None), True, True)
+        return int(one.measure(dataclasses.replace(run, fsdp=shard), rows).together / 0.9) + 1
 
     assert told(needed(8)) is None
-    assert told(needed(4)) == "--accumulation 2"
-    assert told(needed(2), accumulation=2) == "--accumulation 4"
-    assert told(needed(1) // 2) == "more cards with --shard, or a smaller model"
+    assert told(needed(4)) == "--gradient-accumulation-steps 2"
+    assert told(needed(2), accumulation=2) == "--gradient-accumulation-steps 4"
+    assert told(needed(1) // 2) == "more cards with --fsdp, or a smaller model"
     # What is gathered is most of so small a model.
     monkeypatch.setattr("training.plan.gathered", lambda _: 0)
-    assert told(needed(1, shard=True), cards=2) == "--accumulation 4 --shard"
+    assert told(needed(1, shard=True), cards=2) == "--gradient-accumulation-steps 4 --fsdp"
 
 
 def test_the_command_prints_a_table_or_json():
     options = [
-        "--gpus",
+        "--num-gpus",
         "8",
-        "--card",
+        "--gpu",
         "H100",
         "--mfu",
         "0.5",
@@ -267,7 +276,7 @@ def test_the_command_prints_a_table_or_json():
         "1",
         "--heads",
         "1",
-        "--window",
+        "--context-length",
         "32",
     ]
     code, table, _ = training("plan", "gpt-micro", *options)
@@ -291,14 +300,14 @@ def test_the_vocabulary_is_that_of_the_tokenizer(tmp_path):
     ("options", "complaint"),
     [
         ("gpt-nanoo", "no preset is named 'gpt-nanoo' (did you mean gpt-nano"),
-        ("--gpus 0", "--gpus must be at least 1, not 0"),
-        ("--gpus 3", "--batch 16 cannot be divided among --gpus 3"),
+        ("--num-gpus 0", "--num-gpus must be at least 1, not 0"),
+        ("--num-gpus 3", "--batch-size 16 cannot be divided among --num-gpus 3"),
         ("--mfu 40", "--mfu must be above 0 and at most 1, not 40.0"),
-        ("--card H100 --device cpu", "--card and --device both say where"),
+        ("--gpu H100 --device cpu", "--gpu and --device both say where"),
         ("--task rice", "the model gpt cannot learn the task rice"),
         ("--heads 5", "width must be a multiple of"),
         ("--tokenizer none.json", "none.json: no such tokenizer"),
-        ("--gpus many", "--gpus"),
+        ("--num-gpus many", "--num-gpus"),
     ],
 )
 def test_a_mistake_is_one_line(options, complaint):
@@ -334,7 +343,7 @@ if __name__ == "__main__":
     print("| model | precision | planned | measured |\n|---|---|---:|---:|")
     for model in ("gpt-nano", "gpt2", "transformer", "lstm", "softmax"):
         for half in (False, True):
-            chosen = dataclasses.replace(PRESETS[model], batch=ROWS)
+            chosen = dataclasses.replace(PRESETS[model], batch_size=ROWS)
             said = measure(chosen, ROWS, half, card=False)
             precision = "bfloat16" if half else "float32"
             sizes = (said.activations + said.loss, Real(chosen, half).peak())

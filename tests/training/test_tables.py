@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from gpt.checkpoint import build
-from training.presets import PRESETS, Run
+from gpt.checkpoint import build_model
+from training.presets import PRESETS, TrainingConfig
 from training.presets import TABLES as TABLE_PRESETS
 from training.tasks import check, open_task
 from training.tasks.tables import BROWN, CURVES, FRANKEN, TABLES, WHITE, Numbers, grains
@@ -15,14 +15,16 @@ from training.trainer import Trainer
 
 
 def opened(name, **own):
-    return open_task(Run(task=name, model=model_of(name), **own))
+    return open_task(TrainingConfig(task=name, model=model_of(name), **own))
 
 
 def model_of(name):
     """Any model that learns the table."""
-    return {"numbers": "linear", "choice": "logistic", "classes": "softmax-table"}[
-        TABLES[name].kind
-    ]
+    return {
+        "regression": "linear",
+        "binary-classification": "logistic",
+        "classification": "softmax-table",
+    }[TABLES[name].kind]
 
 
 def trained(name, folder, **own):
@@ -186,7 +188,7 @@ def test_the_best_weights_are_kept_and_their_figures_are_flat_numbers(tmp_path):
     assert figures["loss"] == figures["validation_loss"]
     assert figures.keys() == {"loss", *(f"{part}_loss" for part in task.splits)}
     assert all(isinstance(value, float) for value in figures.values())
-    assert task.say(0.25) == "validation: mean squared error 0.25"
+    assert task.format_loss(0.25) == "validation: mean squared error 0.25"
 
 
 def test_two_classes_are_the_same_to_logistic_and_softmax(tmp_path):
@@ -213,7 +215,7 @@ def test_a_softmax_parts_grains_half_way_between_them(tmp_path):
 
 
 def test_accuracy_is_the_share_of_rows_that_are_right():
-    model = build("logistic", {"inputs": 2})
+    model = build_model("logistic", {"inputs": 2})
     with torch.no_grad():
         model.score.weight.copy_(torch.tensor([-2.5, 1.0]))
     task = opened("white-or-brown")
@@ -225,7 +227,7 @@ def test_accuracy_is_the_share_of_rows_that_are_right():
 
 
 def test_judging_leaves_the_model_as_it_was():
-    task, model = opened("rice"), build("linear", {"inputs": 2})
+    task, model = opened("rice"), build_model("linear", {"inputs": 2})
     model.train()
     assert task.validate(model) == task.validate(model)
     assert model.training
@@ -235,11 +237,20 @@ def test_judging_leaves_the_model_as_it_was():
 @pytest.mark.parametrize(
     ("run", "message"),
     [
-        (Run(model="linear", task="which-grain"), "linear cannot learn the task which-grain"),
-        (Run(model="logistic", task="rice"), "its --task can be white-or-brown$"),
-        (Run(model="linear", task="rise"), r"no task is named 'rise' \(did you mean rice"),
-        (Run(model="linear", task="rice", window=8), "--window has no meaning in the task rice"),
-        (Run(model="linear", task="rice", data="a.txt"), "--data has no meaning"),
+        (
+            TrainingConfig(model="linear", task="which-grain"),
+            "linear cannot learn the task which-grain",
+        ),
+        (TrainingConfig(model="logistic", task="rice"), "its --task can be white-or-brown$"),
+        (
+            TrainingConfig(model="linear", task="rise"),
+            r"no task is named 'rise' \(did you mean rice",
+        ),
+        (
+            TrainingConfig(model="linear", task="rice", context_length=8),
+            "--context-length has no meaning in the task rice",
+        ),
+        (TrainingConfig(model="linear", task="rice", data="a.txt"), "--data has no meaning"),
     ],
 )
 def test_what_does_not_fit_is_said(run, message):
@@ -254,5 +265,5 @@ def test_experts_that_see_what_a_table_does_not_have_are_refused(tmp_path):
 
 
 def test_options_that_mean_nothing_are_options_of_a_run():
-    fields = {field.name for field in dataclasses.fields(Run)}
-    assert fields >= Numbers.foreign
+    fields = {field.name for field in dataclasses.fields(TrainingConfig)}
+    assert fields >= Numbers.unsupported_options

@@ -18,11 +18,11 @@ import torch
 
 from gpt.checkpoint import load_tensors, model_class
 from tokenizer import byte_tokenizer, train_words
-from training.data.corpus import CorpusWriter, Part, open_corpus
-from training.optimizer import Muon, Optimizers, groups, orthogonal, schedule
-from training.presets import PRESETS, Run
+from training.data.corpus import CorpusWriter, TextChunk, open_corpus
+from training.optimizer import Muon, Optimizers, lr_schedule, orthogonal, parameter_groups
+from training.presets import PRESETS, TrainingConfig
 from training.tasks import TASKS
-from training.tasks.base import Feed
+from training.tasks.base import Prefetcher
 from training.tasks.tables import TABLES
 from training.tasks.text import Text, Vectors
 from training.trainer import (
@@ -30,21 +30,21 @@ from training.trainer import (
     Stopped,
     Trainer,
     checkpoints,
+    load_training_config,
     newest_checkpoint,
-    read_run,
-    save_run,
+    save_training_config,
 )
 
-TINY = Run(
+TINY = TrainingConfig(
     preset="tiny",
-    arguments={"width": 16, "depth": 2, "heads": 2, "dropout": 0.1},
+    model_args={"width": 16, "depth": 2, "heads": 2, "dropout": 0.1},
     steps=12,
-    batch=4,
-    window=16,
-    accumulation=2,
-    warm_up=2,
-    validation_interval=4,
-    validation_tokens=64,
+    batch_size=4,
+    context_length=16,
+    gradient_accumulation_steps=2,
+    warmup_steps=2,
+    eval_interval=4,
+    eval_tokens=64,
     checkpoint_interval=3,
     log_interval=2,
     sample_tokens=4,
@@ -73,7 +73,7 @@ def corpus(tmp_path_factory):
     writer = CorpusWriter(folder := tmp_path_factory.mktemp("corpus"), byte_tokenizer())
     for name, count in (("train", 200), ("validation", 20)):
         texts = [" ".join(chance.choices(words, k=12)) + "\n" for _ in range(count)]
-        writer.write(name, [Part(text, True) for text in texts])
+        writer.write(name, [TextChunk(text, True) for text in texts])
     writer.close("cats and dogs")
     return open_corpus(folder)
 
@@ -107,18 +107,20 @@ def tensors_of(directory):
 
 VARIANTS = {
     "muon": TINY,
-    "adamw": dataclasses.replace(TINY, optimizer="adamw", learning_rate=1e-3, accumulation=1),
-    "tied": dataclasses.replace(TINY, arguments=TINY.arguments | {"tied": True}),
+    "adamw": dataclasses.replace(
+        TINY, optimizer="adamw", learning_rate=1e-3, gradient_accumulation_steps=1
+    ),
+    "tied": dataclasses.replace(TINY, model_args=TINY.model_args | {"tied": True}),
     "bfloat16": dataclasses.replace(TINY, precision="bfloat16"),
     "sgd-carry": dataclasses.replace(
         TINY,
         model="lstm",
-        arguments={"width": 16},
+        model_args={"width": 16},
         optimizer="sgd",
-        carry=True,
-        accumulation=1,
-        cool_down=0.5,
-        halvings=2,
+        stateful=True,
+        gradient_accumulation_steps=1,
+        cooldown_fraction=0.5,
+        step_decays=2,
     ),
 }
 
@@ -135,14 +137,14 @@ def assert_resumed_equals_undisturbed(run, task, stop, folder):
     straight.train()
 
     first = trainer("broken")
-    take_step = first.advance
+    take_step = first.train_step
 
     def step_then_signal(objective):
         if first.step == stop - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return take_step(objective)
 
-    first.advance = step_then_signal
+    first.train_step = step_then_signal
     with pytest.raises(Stopped) as stopped:
         first.train()
     assert stopped.value.exit_code == 128 + signal.SIGTERM
@@ -171,8 +173,8 @@ def test_resumed_equals_undisturbed_to_the_last_digit(variant, stop, corpus, tmp
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
 def test_resumed_equals_undisturbed_where_it_is_compiled(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
-    arguments = TINY.arguments | {"depth": 1}
-    run = dataclasses.replace(TINY, arguments=arguments, compile=True, precision="bfloat16")
+    arguments = TINY.model_args | {"depth": 1}
+    run = dataclasses.replace(TINY, model_args=arguments, compile=True, precision="bfloat16")
     assert_resumed_equals_undisturbed(run, Text(run, corpus), 5, tmp_path)
 
 
@@ -185,14 +187,14 @@ def tiny(run):
     small = {} if run.task in TABLES else {k: v for k, v in TINIEST.items() if k in known}
     return dataclasses.replace(
         run,
-        arguments=run.arguments | small,
+        model_args=run.arguments | small,
         steps=4,
-        batch=4,
-        window=8,
-        accumulation=1 if run.carry else 2,
-        warm_up=min(run.warm_up, 2),
-        validation_interval=2,
-        validation_tokens=16,
+        batch_size=4,
+        context_length=8,
+        gradient_accumulation_steps=1 if run.carry else 2,
+        warmup_steps=min(run.warm_up, 2),
+        eval_interval=2,
+        eval_tokens=16,
         checkpoint_interval=4,
         log_interval=1,
         sample_tokens=2,
@@ -206,7 +208,7 @@ def pairs(tmp_path_factory):
     few = [("dog", "ami"), ("cat", "lui"), ("is", "est")]
     writer = CorpusWriter(folder := tmp_path_factory.mktemp("pairs"), byte_tokenizer())
     for name in ("train", "validation"):
-        writer.write(name, [Part(source, True, target) for source, target in few * 6])
+        writer.write(name, [TextChunk(source, True, target) for source, target in few * 6])
     writer.close("dogs and cats", ("en", "fr"))
     return open_corpus(folder, pairs=True)
 
@@ -217,13 +219,13 @@ def test_every_preset_resumes_exactly(name, corpus, pairs, tmp_path):
     if run.task in TABLES:
         task = TABLES[run.task].open(run, None, True)
     else:
-        task = TASKS[run.task](run, pairs if run.task == "pairs" else corpus)
+        task = TASKS[run.task](run, pairs if run.task == "translation" else corpus)
     assert_resumed_equals_undisturbed(run, task, 3, tmp_path)
 
 
 def read_ahead(trainer):
     """As where the device is a card."""
-    trainer.feed = Feed(trainer.task, trainer.run.steps, ahead=True)
+    trainer.feed = Prefetcher(trainer.task, trainer.run.steps, enabled=True)
     return trainer
 
 
@@ -236,7 +238,7 @@ def test_batches_made_ahead_are_the_same(variant, corpus, tmp_path):
     trainer_of(VARIANTS[variant], tmp_path / "one", corpus).train()
     made = []
     ahead = read_ahead(trainer_of(VARIANTS[variant], tmp_path / "ahead", corpus))
-    take_step, make = ahead.advance, ahead.task.batch
+    take_step, make = ahead.train_step, ahead.task.batch
 
     def noted(index):
         made.append((index, threading.current_thread()))
@@ -245,13 +247,13 @@ def test_batches_made_ahead_are_the_same(variant, corpus, tmp_path):
     def step(objective):
         loss = take_step(objective)
         # The next one is under way before this step has left the device.
-        assert ahead.step + 1 in ahead.feed.coming or ahead.step + 1 == ahead.run.steps
+        assert ahead.step + 1 in ahead.prefetcher.coming or ahead.step + 1 == ahead.config.steps
         return loss
 
-    ahead.task.batch, ahead.advance = noted, step
+    ahead.task.batch, ahead.train_step = noted, step
     ahead.train()
     assert log_of(tmp_path / "ahead") == log_of(tmp_path / "one")
-    assert [index for index, _ in made] == list(range(ahead.run.steps))
+    assert [index for index, _ in made] == list(range(ahead.config.steps))
     assert threading.current_thread() not in [thread for _, thread in made]
     assert not threads_of_feeds()
 
@@ -285,7 +287,7 @@ def test_no_step_waits_for_the_card(variant, corpus, tmp_path):
     trainer = Trainer(run, tmp_path, Text(run, corpus), torch.device("cuda"))
     try:
         for step in range(run.steps):
-            trainer.advance(trainer.objective)
+            trainer.train_step(trainer.objective)
             trainer.step += 1
             if step == 3:  # the first steps may: they make what later ones use
                 torch.cuda.set_sync_debug_mode("error")
@@ -295,11 +297,14 @@ def test_no_step_waits_for_the_card(variant, corpus, tmp_path):
 
 def test_accumulation_is_the_same_step(corpus, tmp_path):
     whole = dataclasses.replace(
-        TINY, accumulation=1, arguments=TINY.arguments | {"dropout": 0.0}, precision="float32"
+        TINY,
+        gradient_accumulation_steps=1,
+        model_args=TINY.model_args | {"dropout": 0.0},
+        precision="float32",
     )
     logs = []
     for parts in (1, 2, 4):
-        run = dataclasses.replace(whole, accumulation=parts, steps=4)
+        run = dataclasses.replace(whole, gradient_accumulation_steps=parts, steps=4)
         trainer_of(run, tmp_path / str(parts), corpus).train()
         logs.append([line["loss"] for line in log_of(tmp_path / str(parts)) if "loss" in line])
     assert logs[0] == pytest.approx(logs[1], rel=1e-4)
@@ -307,7 +312,7 @@ def test_accumulation_is_the_same_step(corpus, tmp_path):
 
 
 def test_it_learns_and_keeps_the_best_weights(corpus, tmp_path):
-    run = dataclasses.replace(TINY, steps=120, validation_interval=20, validation_tokens=10_000)
+    run = dataclasses.replace(TINY, steps=120, eval_interval=20, eval_tokens=10_000)
     trainer = trainer_of(run, tmp_path / "run", corpus)
     trainer.train()
     log = log_of(tmp_path / "run")
@@ -363,13 +368,13 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole(corpus, tmp_path, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_and_names_the_last_good_checkpoint(corpus, tmp_path):
     trainer = trainer_of(TINY, tmp_path / "run", corpus)
-    take_step = trainer.advance
+    take_step = trainer.train_step
 
     def spoiled(objective):
         loss = take_step(objective)
         return loss * math.nan if trainer.step == 7 else loss
 
-    trainer.advance = spoiled
+    trainer.train_step = spoiled
     with pytest.raises(Diverged, match=r"loss of step 8 is not finite.*step-6.*--learning-rate"):
         trainer.train()
     assert newest_checkpoint(tmp_path / "run").name == "step-6"
@@ -395,38 +400,46 @@ def test_tensorboard_gets_what_the_log_gets(corpus, tmp_path):
 
 def test_run_json_holds_the_whole_configuration(tmp_path):
     for run in (TINY, *PRESETS.values()):
-        save_run(run, tmp_path, {"parameters": 1})
+        save_training_config(run, tmp_path, {"parameters": 1})
         as_json = json.loads(json.dumps(dataclasses.asdict(run)))  # whose tuples are lists
-        assert dataclasses.asdict(read_run(tmp_path)) == as_json
+        assert dataclasses.asdict(load_training_config(tmp_path)) == as_json
 
 
 def test_the_schedule_rises_stays_and_falls():
-    run = dataclasses.replace(TINY, steps=100, warm_up=10, cool_down=0.5, final_rate=0.1)
-    shares = [schedule(run, index) for index in range(100)]
+    run = dataclasses.replace(
+        TINY, steps=100, warmup_steps=10, cooldown_fraction=0.5, final_lr_fraction=0.1
+    )
+    shares = [lr_schedule(run, index) for index in range(100)]
     assert shares[:3] == pytest.approx([0.1, 0.2, 0.3])
     assert shares[9:51] == pytest.approx([1.0] * 42)
     assert shares[75] == pytest.approx(0.1 + 0.9 * 0.5)
     assert shares[99] == pytest.approx(0.1 + 0.9 * 0.02)
     assert all(
-        schedule(dataclasses.replace(run, warm_up=0, cool_down=0.0), index) == 1
+        lr_schedule(dataclasses.replace(run, warmup_steps=0, cooldown_fraction=0.0), index) == 1
         for index in (0, 99)
     )
 
 
 @pytest.mark.parametrize(("warm_up", "cool_down"), [(10, 0.9), (0, 1.0), (5, 0.5)])
 def test_the_cosine_is_torchs(warm_up, cool_down):
-    run = Run(steps=100, warm_up=warm_up, cool_down=cool_down, cosine=True, final_rate=0.1)
+    run = TrainingConfig(
+        steps=100,
+        warmup_steps=warm_up,
+        cooldown_fraction=cool_down,
+        cosine_decay=True,
+        final_lr_fraction=0.1,
+    )
     falling = round(100 * cool_down)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     theirs = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, falling, eta_min=0.1)
     for index in range(100):
         rising = min(1.0, (index + 1) / max(1, warm_up))
-        assert schedule(run, index) == pytest.approx(min(rising, theirs.get_last_lr()[0]))
+        assert lr_schedule(run, index) == pytest.approx(min(rising, theirs.get_last_lr()[0]))
         if index >= 100 - falling:
             optimizer.step()
             theirs.step()
     with pytest.raises(ValueError, match="two ways to cool down"):
-        dataclasses.replace(run, final_rate=0.0, halvings=3)
+        dataclasses.replace(run, final_lr_fraction=0.0, step_decays=3)
 
 
 def test_the_rate_of_the_cosine_is_nanogpts():
@@ -434,11 +447,11 @@ def test_the_rate_of_the_cosine_is_nanogpts():
     for index in range(100, run.steps):
         share = (index - 100) / (run.steps - 100)
         expected = 1e-4 + 0.5 * (1 + math.cos(math.pi * share)) * (1e-3 - 1e-4)
-        assert run.learning_rate * schedule(run, index) == pytest.approx(expected)
+        assert run.learning_rate * lr_schedule(run, index) == pytest.approx(expected)
 
 
 def test_decay_reaches_what_it_is_asked_for_and_no_vector(corpus, tmp_path):
-    run = dataclasses.replace(TINY, optimizer="adamw", weight_decay=0.1, embedding_decay=0.2)
+    run = dataclasses.replace(TINY, optimizer="adamw", weight_decay=0.1, embedding_weight_decay=0.2)
     trainer = trainer_of(run, tmp_path / "run", corpus)
     decay_of = {
         id(parameter): group["weight_decay"]
@@ -452,12 +465,14 @@ def test_decay_reaches_what_it_is_asked_for_and_no_vector(corpus, tmp_path):
         "unembedding": 0.2,
         "vectors": 0.0,
     }.items():
-        assert {decay_of[id(parameter)] for parameter in groups(trainer.model)[kind]} == {decay}
+        assert {decay_of[id(parameter)] for parameter in parameter_groups(trainer.model)[kind]} == {
+            decay
+        }
 
 
 def test_every_parameter_is_moved_by_one_optimizer(corpus, tmp_path):
     trainer = trainer_of(TINY, tmp_path / "run", corpus)
-    kinds = groups(trainer.model)
+    kinds = parameter_groups(trainer.model)
     assert sum(map(len, kinds.values())) == len(list(trainer.model.parameters()))
     assert kinds["embeddings"][0] is trainer.model.embedding.weight
     assert kinds["unembedding"][0] is trainer.model.unembedding.weight
@@ -487,8 +502,8 @@ def test_killed_five_times_at_random_moments_equals_undisturbed(tmp_path, reques
     }
     command = [sys.executable, "-m", "training", "train"]
     options = (
-        "gpt-nano --tokenizer bytes --steps 200 --batch 4 --window 64 --width 32 --depth 2 --heads 2 "
-        "--validation-interval 50 --checkpoint-interval 7 --validation-tokens 1000 --device cpu "
+        "gpt-nano --tokenizer bytes --steps 200 --batch-size 4 --context-length 64 --width 32 --depth 2 --heads 2 "
+        "--eval-interval 50 --checkpoint-interval 7 --eval-tokens 1000 --device cpu "
         f"--data {text}"
     ).split()
 
@@ -524,8 +539,10 @@ def test_killed_five_times_at_random_moments_equals_undisturbed(tmp_path, reques
 
 def test_the_rate_halves_as_zaremba_had_it():
     epochs = 13
-    run = Run(steps=epochs * 10, warm_up=0, cool_down=9 / 13, halvings=9)
-    shares = [{schedule(run, epoch * 10 + step) for step in range(10)} for epoch in range(epochs)]
+    run = TrainingConfig(steps=epochs * 10, warmup_steps=0, cooldown_fraction=9 / 13, step_decays=9)
+    shares = [
+        {lr_schedule(run, epoch * 10 + step) for step in range(10)} for epoch in range(epochs)
+    ]
     assert shares == [{1.0}] * 4 + [{0.5**n} for n in range(1, 10)]
 
 
@@ -535,7 +552,7 @@ def test_a_carried_state_is_what_one_long_row_would_have_had(corpus, tmp_path):
     trainer.optimizers.step = lambda index: trainer.model.zero_grad()  # the weights stay
     trainer.train()
     rows = [trainer.task.batch(step)[0] for step in range(3)]
-    state = trainer.model.init_state(run.batch, 48)
+    state = trainer.model.init_state(run.batch_size, 48)
     trainer.model.features(torch.from_numpy(np.concatenate(rows, axis=1)), state)
     for name, tensor in state.items():
         torch.testing.assert_close(trainer.state[name], tensor)
@@ -543,14 +560,19 @@ def test_a_carried_state_is_what_one_long_row_would_have_had(corpus, tmp_path):
 
 def test_a_new_epoch_begins_with_an_empty_state(corpus, tmp_path):
     task = Text(VARIANTS["sgd-carry"], corpus)
-    starts = [step for step in range(2 * task.order.epoch + 1) if not task.follows(step)]
+    starts = [step for step in range(2 * task.order.epoch + 1) if not task.continues_previous(step)]
     assert starts == [0, task.order.epoch, 2 * task.order.epoch]
     assert (task.batch(0)[0] == task.batch(task.order.epoch)[0]).all()
 
 
 def test_vectors_of_another_run_begin_the_embedding(corpus, tmp_path):
     run = dataclasses.replace(
-        TINY, model="word2vec", task="vectors", arguments={"width": 16}, steps=4, accumulation=1
+        TINY,
+        model="word2vec",
+        task="word-vectors",
+        model_args={"width": 16},
+        steps=4,
+        gradient_accumulation_steps=1,
     )
     (tmp_path / "words").mkdir()
     first = Trainer(run, tmp_path / "words", Vectors(run, corpus), torch.device("cpu"))
@@ -558,17 +580,17 @@ def test_vectors_of_another_run_begin_the_embedding(corpus, tmp_path):
     corpus.tokenizer.save(tmp_path / "words" / "tokenizer.json")
     tensors = load_tensors(tmp_path / "words" / "model.safetensors")
 
-    later = dataclasses.replace(TINY, vectors=str(tmp_path / "words"))
+    later = dataclasses.replace(TINY, init_embedding=str(tmp_path / "words"))
     second = trainer_of(later, tmp_path / "gpt", corpus)
-    second.begin()
+    second.load_init_embedding()
     assert torch.equal(second.model.embedding.weight, tensors["embedding.weight"])
 
-    wide = dataclasses.replace(later, arguments={"width": 32, "depth": 1, "heads": 1})
+    wide = dataclasses.replace(later, model_args={"width": 32, "depth": 1, "heads": 1})
     with pytest.raises(ValueError, match=r"the shape \[257, 16\], this model's \[257, 32\]"):
-        trainer_of(wide, tmp_path / "wide", corpus).begin()
+        trainer_of(wide, tmp_path / "wide", corpus).load_init_embedding()
     train_words(["other words"], 9).save(tmp_path / "words" / "tokenizer.json")
     with pytest.raises(ValueError, match="another tokenizer"):
-        trainer_of(later, tmp_path / "other", corpus).begin()
+        trainer_of(later, tmp_path / "other", corpus).load_init_embedding()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -11,12 +11,12 @@ from torch import Tensor
 from gpt import GPT, LanguageModel
 from gpt.models.seq2seq import Seq2SeqAttention
 from tokenizer import byte_tokenizer, train_bpe, train_words
-from training.data.corpus import CorpusWriter, Part, open_corpus
-from training.presets import Run
+from training.data.corpus import CorpusWriter, TextChunk, open_corpus
+from training.presets import TrainingConfig
 from training.tasks.translation import Pairs, TranslationScore
 
 TOKENIZER = byte_tokenizer()
-END = TOKENIZER.end_of_text
+END = TOKENIZER.eos_token
 FEW = [
     ("one dog", "un chien"), ("two dogs", "deux chiens"), ("a cat", "un chat"),
     ("the cat sleeps", "le chat dort bien ici"), ("a man runs to the dog", "un homme court vers le chien"),
@@ -28,7 +28,7 @@ def corpus_of(folder, tokenizer=TOKENIZER, **splits):
     folder.mkdir(exist_ok=True)
     writer = CorpusWriter(folder, tokenizer)
     for name, pairs in splits.items():
-        writer.write(name, [Part(source, True, target) for source, target in pairs])
+        writer.write(name, [TextChunk(source, True, target) for source, target in pairs])
     writer.close("pairs", ("en", "fr"))
     return open_corpus(folder, pairs=True)
 
@@ -66,16 +66,16 @@ def pairs_in(batch):
 
 
 def test_a_batch_is_the_pairs_padded(few):
-    task = Pairs(Run(window=64, batch=8), few)
+    task = Pairs(TrainingConfig(context_length=64, batch_size=8), few)
     assert sorted(pairs_in(task.batch(0))) == sorted(FEW)
-    assert task.given == {"vocabulary": 257, "context": 64}
+    assert task.model_args == {"vocab_size": 257, "context_length": 64}
     assert task.sizes[1].startswith("train: 8 pairs, ")
     assert "en to fr" in task.description
 
 
 @pytest.mark.parametrize("rows", [1, 7, 64, 2000])
 def test_every_pair_once_an_epoch(many, rows):
-    task = Pairs(Run(window=96, batch=rows), many)
+    task = Pairs(TrainingConfig(context_length=96, batch_size=rows), many)
     assert task.epoch >= math.ceil(1003 / rows)
     for epoch in range(2):
         found = []
@@ -88,7 +88,7 @@ def test_every_pair_once_an_epoch(many, rows):
 
 def test_a_batch_depends_on_seed_and_index_only(many):
     def batches(indices, seed=0):
-        task = Pairs(Run(window=96, batch=50, seed=seed), many)
+        task = Pairs(TrainingConfig(context_length=96, batch_size=50, seed=seed), many)
         return {index: pairs_in(task.batch(index)) for index in indices}
 
     straight = batches(range(60))
@@ -98,7 +98,7 @@ def test_a_batch_depends_on_seed_and_index_only(many):
 
 
 def test_little_of_a_batch_is_padding(many):
-    task = Pairs(Run(window=96, batch=16), many)
+    task = Pairs(TrainingConfig(context_length=96, batch_size=16), many)
     targets = np.concatenate([task.batch(index)[3].ravel() for index in range(task.epoch)])
     assert (targets == -100).mean() < 0.03
     lengths = [task.batch(index)[3].shape[1] for index in range(task.epoch)]
@@ -107,7 +107,7 @@ def test_little_of_a_batch_is_padding(many):
 
 def test_pairs_too_long_for_a_window_are_left_out_and_counted(few):
     fits = [pair for pair in FEW if max(len(pair[0]), len(pair[1].encode()) + 1) <= 12]
-    task = Pairs(Run(window=24, batch=8), few)
+    task = Pairs(TrainingConfig(context_length=24, batch_size=8), few)
     assert sorted(pairs_in(task.batch(0))) == sorted(fits)
     assert f"{len(FEW) - len(fits)} pairs longer than half a window are left out" in task.sizes[1]
     model = GPT(257, 24, width=16, depth=1, heads=1)
@@ -115,12 +115,15 @@ def test_pairs_too_long_for_a_window_are_left_out_and_counted(few):
     with pytest.raises(
         ValueError, match="none of the pairs of the train split fits into a window of 8"
     ):
-        Pairs(Run(window=8), few)
+        Pairs(TrainingConfig(context_length=8), few)
 
 
 def test_any_two_pairs_of_a_window_fit_one_batch(tmp_path):
     long = [("a" * 16, "b"), ("a", "b" * 15)]
-    task = Pairs(Run(window=32, batch=2), corpus_of(tmp_path, train=long, validation=long))
+    task = Pairs(
+        TrainingConfig(context_length=32, batch_size=2),
+        corpus_of(tmp_path, train=long, validation=long),
+    )
     batch = [torch.from_numpy(array) for array in task.batch(0)]
     assert len(batch[0]) == 2
     assert GPT(257, 32, width=16, depth=1, heads=1).loss(*batch).isfinite()
@@ -128,14 +131,14 @@ def test_any_two_pairs_of_a_window_fit_one_batch(tmp_path):
 
 def test_what_it_refuses(few, tmp_path):
     with pytest.raises(ValueError, match="was prepared from en to fr: leave out --languages"):
-        Pairs(Run(window=64, languages="fr-en"), few)
+        Pairs(TrainingConfig(context_length=64, languages="fr-en"), few)
     words = train_words(["un chien"], 300)
     lossy = corpus_of(tmp_path / "words", words, train=FEW, validation=FEW)
     with pytest.raises(ValueError, match="--tokenizer bpe or bytes"):
-        Pairs(Run(window=64), lossy)
+        Pairs(TrainingConfig(context_length=64), lossy)
     model = GPT(257, 64, width=16, depth=1, heads=1)
-    with pytest.raises(ValueError, match="--beams must be at least 1, not 0"):
-        Pairs(Run(window=64), few).score(model, "test", beams=0)
+    with pytest.raises(ValueError, match="--num-beams must be at least 1, not 0"):
+        Pairs(TrainingConfig(context_length=64), few).score(model, "test", beams=0)
 
 
 class Parrot(LanguageModel):
@@ -146,7 +149,7 @@ class Parrot(LanguageModel):
         self.weight = torch.nn.Parameter(torch.zeros(1))
 
     def start(self, source_BS: Tensor, lengths_B: Tensor) -> dict[str, Tensor]:
-        text_BS = torch.full((len(source_BS), self.context), END)
+        text_BS = torch.full((len(source_BS), self.context_length), END)
         for text_S, source_S, length in zip(text_BS, source_BS, lengths_B.tolist(), strict=True):
             text_S[:length] = source_S[:length]
         return {"text": text_BS, "position": torch.zeros(len(source_BS), dtype=torch.long)}
@@ -175,7 +178,10 @@ def test_every_figure_of_a_score_by_a_second_computation(tmp_path):
         source = random.choice(words, random.integers(4, 14)).tolist()
         target = [word if random.random() < 0.8 else "not" for word in source]
         pairs.append((" ".join(source) + ".", " ".join(target) + "."))
-    task = Pairs(Run(window=200), corpus_of(tmp_path, train=pairs, validation=pairs, test=pairs))
+    task = Pairs(
+        TrainingConfig(context_length=200),
+        corpus_of(tmp_path, train=pairs, validation=pairs, test=pairs),
+    )
     score = task.score(Parrot(200), "test")
     sources, references = ([pair[side] for pair in pairs] for side in (0, 1))
     assert score.translations == sources
@@ -212,7 +218,7 @@ def test_every_figure_of_a_score_by_a_second_computation(tmp_path):
 
 
 def test_a_limit_takes_the_first_pairs(few):
-    score = Pairs(Run(window=64), few).score(Parrot(64), "validation", limit=2)
+    score = Pairs(TrainingConfig(context_length=64), few).score(Parrot(64), "validation", limit=2)
     assert score.translations == ["one dog", "two dogs"]
     assert score.pairs == 2
     assert score.tokens == len("un chien") + len("deux chiens") + 2
@@ -220,13 +226,15 @@ def test_a_limit_takes_the_first_pairs(few):
 
 def test_sources_of_one_length_make_one_bucket(tmp_path):
     pairs = [("two words", "deux mots")] * 5
-    task = Pairs(Run(window=64), corpus_of(tmp_path, train=pairs, validation=pairs))
+    task = Pairs(
+        TrainingConfig(context_length=64), corpus_of(tmp_path, train=pairs, validation=pairs)
+    )
     (bucket,) = task.score(Parrot(64), "validation").buckets
     assert (bucket.shortest, bucket.longest, bucket.pairs) == (2, 2, 5)
 
 
 def test_a_sample_shows_source_translation_and_reference(few):
-    task = Pairs(Run(window=64), few)
+    task = Pairs(TrainingConfig(context_length=64), few)
     lines = [line.split(": ", 1) for line in task.sample(Parrot(64), 5).splitlines()]
     assert [(name.strip(), text) for name, text in lines] == [
         ("en", "one dog"), ("model", "one d"), ("fr", "un chien"),
@@ -247,7 +255,7 @@ def test_what_is_learned_by_heart_is_translated_without_a_fault(tmp_path, model)
     torch.manual_seed(0)
     tokenizer = train_bpe([text for pair in FEW * 2 for text in pair], 300)
     corpus = corpus_of(tmp_path, tokenizer, train=FEW, validation=FEW, test=FEW[:3])
-    task, model = Pairs(Run(window=64, batch=8), corpus), model()
+    task, model = Pairs(TrainingConfig(context_length=64, batch_size=8), corpus), model()
     assert task.score(model, "validation").bleu < 20
     optimizer = torch.optim.Adam(model.parameters(), 1e-2)
     for index in range(60):
@@ -264,11 +272,13 @@ def test_what_is_learned_by_heart_is_translated_without_a_fault(tmp_path, model)
         assert score.chrf == pytest.approx(100)
         assert score.beams == beams
     assert task.score(model, "test").translations == [target for _, target in FEW[:3]]
-    assert task.say(0.5) == "validation loss 0.5000, perplexity 1.65"
+    assert task.format_loss(0.5) == "validation loss 0.5000, perplexity 1.65"
 
 
 def test_a_report_says_its_figures_and_settings(few):
-    score: TranslationScore = Pairs(Run(window=64), few).score(Parrot(64), "validation", beams=2)
+    score: TranslationScore = Pairs(TrainingConfig(context_length=64), few).score(
+        Parrot(64), "validation", beams=2
+    )
     found = score.to_json()
     assert found["bleu"] == score.bleu
     assert found["loss"] == score.loss

@@ -13,17 +13,17 @@ from torch import Tensor, nn
 import gpt.models.attention
 from gpt import MODELS
 from gpt.beam_search import translate
-from gpt.checkpoint import save_config, save_tensors, weights
+from gpt.checkpoint import save_config, save_tensors, unique_state_dict
 from gpt.models.seq2seq import reversal
 from tokenizer import byte_tokenizer
 from training.plots.commands import Xray
 
 VOCABULARY, CONTEXT = 23, 16
 SMALL = {
-    "sigma-pi": {"span": 3, "width": 8, "hidden": 10},
+    "sigma-pi": {"window": 3, "width": 8, "hidden": 10},
     "softmax": {},
-    "mlp": {"span": 4, "width": 8, "hidden": 10},
-    "experts": {"span": 4, "width": 8, "hidden": 10, "experts": 5},
+    "mlp": {"window": 4, "width": 8, "hidden": 10},
+    "experts": {"window": 4, "width": 8, "hidden": 10, "experts": 5},
     "rnn": {"width": 8},
     "lstm": {"width": 8, "embedding_width": 6},
     "gru": {"width": 8},
@@ -73,7 +73,7 @@ def test_every_language_model_says_what_stands_at_each_axis(name):
             assert not one.weights.requires_grad
 
 
-@pytest.mark.parametrize("name", MODELS.keys() - set(TRANSLATE))
+@pytest.mark.parametrize("name", sorted(MODELS.keys() - set(TRANSLATE)))
 def test_pairs_are_refused_by_a_model_that_does_not_translate(name):
     with pytest.raises(ValueError, match="does not translate"):
         build(name).xray(*PAIR)
@@ -109,7 +109,7 @@ def test_averaged_by_its_maps_attention_gives_the_same_features(name, batch, mon
     model = build(name)
     maps = named(model, *batch)
     targets = (batch[-1],)
-    expected_BTD, _ = model.predictions(*batch, *targets)
+    expected_BTD, _ = model.features_and_targets(*batch, *targets)
     if name == "transformer":
         layers_BHTS = [*maps["encoder attention"].unbind(1)]
         for both in zip(
@@ -124,7 +124,7 @@ def test_averaged_by_its_maps_attention_gives_the_same_features(name, batch, mon
         return next(left) @ values_BHSK
 
     monkeypatch.setattr(gpt.models.attention.F, "scaled_dot_product_attention", by_map)
-    got_BTD, _ = model.predictions(*batch, *targets)
+    got_BTD, _ = model.features_and_targets(*batch, *targets)
     assert next(left, None) is None
     torch.testing.assert_close(got_BTD, expected_BTD)
 
@@ -152,7 +152,7 @@ def test_an_alignment_is_what_the_readout_uses():
     contexts_BTD = seen["alignment of the next token"][:, 0, 0] @ memory_BSD
     hidden_BTD = seen["decoder hidden"][:, 0, 0]
     all_BTD = torch.cat([hidden_BTD, contexts_BTD, model.embedding(tokens_BT)], dim=-1)
-    expected_BTD, _ = model.predictions(*PAIR, tokens_BT)
+    expected_BTD, _ = model.features_and_targets(*PAIR, tokens_BT)
     torch.testing.assert_close(torch.tanh(model.readout(all_BTD)), expected_BTD)
     ahead_D, back_D = memory_BSD[1, 3].chunk(2)
     torch.testing.assert_close(seen["ahead hidden"][1, 0, 0, 3], ahead_D)
@@ -196,7 +196,7 @@ def test_an_encoder_decoders_gates_recompute_its_memories(reverse):
         z, n, h = (seen[f"{network} {name}"] for name in ("carry gate", "candidate", "hidden"))
         torch.testing.assert_close(h, z * before(h, first) + (1 - z) * n)
     torch.testing.assert_close(seen["encoder hidden"][1, :, 3], first_BLD[1])
-    expected_BTD, _ = model.predictions(*PAIR, PAIR[-1])
+    expected_BTD, _ = model.features_and_targets(*PAIR, PAIR[-1])
     torch.testing.assert_close(seen["decoder hidden"][:, -1], expected_BTD)
     read_BS = SOURCE_BS.gather(1, reversal(LENGTHS_B, 7)) if reverse else SOURCE_BS
     assert torch.equal(found[0].rows, read_BS)
@@ -239,18 +239,18 @@ def test_of_a_bigram_only_the_last_token_counts():
 
 
 TOKENIZER = byte_tokenizer()
-END = TOKENIZER.end_of_text
+END = TOKENIZER.eos_token
 
 
 def make_run(directory: Path, name: str, **run: str) -> Path:
     torch.manual_seed(0)
-    given = {"vocabulary": TOKENIZER.vocabulary, "context": CONTEXT, **SMALL[name]}
+    given = {"vocab_size": TOKENIZER.vocab_size, "context_length": CONTEXT, **SMALL[name]}
     model = MODELS[name](**given)
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.4)
     save_config(directory, name, given)
-    save_tensors(directory / "model.safetensors", weights(model))
+    save_tensors(directory / "model.safetensors", unique_state_dict(model))
     TOKENIZER.save(directory / "tokenizer.json")
     if run:
         (directory / "run.json").write_text(json.dumps({"format": 1, "run": run}))
@@ -302,13 +302,13 @@ def test_a_long_text_is_drawn_small(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["attention", "gpt"])
 def test_a_run_that_translates_finds_the_translation_itself(name, tmp_path, capsys):
-    run, output = make_run(tmp_path, name, task="pairs", model=name), tmp_path / "xray.svg"
+    run, output = make_run(tmp_path, name, task="translation", model=name), tmp_path / "xray.svg"
     Xray(run, "chat", output=output)()
     by_itself = output.read_text()
     found = capsys.readouterr().out.splitlines()[0]
     model = gpt.checkpoint.open_language_model(run)
     ids = TOKENIZER.encode("chat")
-    [written] = translate(model, [ids], begin=END, end=END, most=CONTEXT)
+    [written] = translate(model, [ids], decoder_start_token=END, eos_token=END, max_tokens=CONTEXT)
     assert found == TOKENIZER.decode(written).strip()
     make_run(tmp_path, name, task="text", model=name)
     Xray(run, "chat", output=output)()
@@ -330,7 +330,7 @@ def test_mistakes_are_one_line(tmp_path):
     linear = tmp_path / "linear"
     linear.mkdir()
     save_config(linear, "linear", {"inputs": 1})
-    save_tensors(linear / "model.safetensors", weights(gpt.CHAPTERS["linear"]()))
+    save_tensors(linear / "model.safetensors", unique_state_dict(gpt.CHAPTERS["linear"]()))
     for wrong, expected in (
         (Xray(run, "", output=output), "TEXT is 0 tokens long: expected 1 to 1000"),
         (Xray(lstm, "x" * 1001, output=output), "TEXT is 1001 tokens long"),
@@ -343,9 +343,9 @@ def test_mistakes_are_one_line(tmp_path):
     ):
         with pytest.raises(ValueError, match=expected):
             wrong()
-    save_config(lstm, "lstm", {"vocabulary": 100, "context": 8, **SMALL["lstm"]})
+    save_config(lstm, "lstm", {"vocab_size": 100, "context_length": 8, **SMALL["lstm"]})
     small = MODELS["lstm"](100, 8, **SMALL["lstm"])
-    save_tensors(lstm / "model.safetensors", weights(small))
+    save_tensors(lstm / "model.safetensors", unique_state_dict(small))
     done = subprocess.run(
         [sys.executable, "-m", "gpt", "xray", lstm, "x", "--output", output],
         cwd=Path(__file__).parents[2],

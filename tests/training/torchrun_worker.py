@@ -12,46 +12,53 @@ import torch
 from training import cli as command
 from training import distributed
 from training.data.corpus import open_corpus
-from training.presets import Run
+from training.presets import TrainingConfig
 from training.tasks.text import Text
 from training.trainer import Stopped, Trainer, newest_checkpoint
 
-TINY = Run(
-    arguments={"width": 16, "depth": 2, "heads": 2},
+TINY = TrainingConfig(
+    model_args={"width": 16, "depth": 2, "heads": 2},
     steps=6,
-    batch=8,
-    window=16,
-    accumulation=2,
-    warm_up=2,
-    validation_interval=3,
-    validation_tokens=64,
+    batch_size=8,
+    context_length=16,
+    gradient_accumulation_steps=2,
+    warmup_steps=2,
+    eval_interval=3,
+    eval_tokens=64,
     checkpoint_interval=3,
     log_interval=1,
     sample_tokens=4,
     device="cpu",
     precision="float32",
 )
-DROPPING = dataclasses.replace(TINY, arguments=TINY.arguments | {"dropout": 0.3})
+DROPPING = dataclasses.replace(TINY, model_args=TINY.model_args | {"dropout": 0.3})
 SGD = dataclasses.replace(TINY, optimizer="sgd", learning_rate=1.0)
 EQUAL = {
     "muon": TINY,
-    "adamw": dataclasses.replace(TINY, optimizer="adamw", learning_rate=1e-3, accumulation=1),
+    "adamw": dataclasses.replace(
+        TINY, optimizer="adamw", learning_rate=1e-3, gradient_accumulation_steps=1
+    ),
     "tied": dataclasses.replace(SGD, model="gpt2"),
-    "translator": dataclasses.replace(SGD, model="transformer", clip=0.01),
+    "translator": dataclasses.replace(SGD, model="transformer", grad_clip=0.01),
     "carry": dataclasses.replace(
-        SGD, model="lstm", arguments={"width": 16}, carry=True, accumulation=1, batch=6
+        SGD,
+        model="lstm",
+        model_args={"width": 16},
+        stateful=True,
+        gradient_accumulation_steps=1,
+        batch_size=6,
     ),
 }
 """Runs that mean the same at any number of processes."""
 GRADIENT = dataclasses.replace(
     SGD,
     steps=1,
-    warm_up=0,
-    cool_down=0.0,
-    clip=0.0,
-    embedding_rate=1.0,
-    unembedding_rate=1.0,
-    vector_rate=1.0,
+    warmup_steps=0,
+    cooldown_fraction=0.0,
+    grad_clip=0.0,
+    embedding_lr=1.0,
+    unembedding_lr=1.0,
+    vector_lr=1.0,
 )
 """Its one step takes the gradient from the weights."""
 
@@ -82,11 +89,11 @@ class Uneven(Text):
         )
 
 
-def trainer_of(run, directory, corpus, task=Text, world=distributed.ALONE):
-    if world.first:
+def trainer_of(run, directory, corpus, task=Text, world=distributed.SINGLE_PROCESS):
+    if world.is_main_process:
         directory.mkdir(exist_ok=True, parents=True)
-    world.wait()
-    run = dataclasses.replace(run, shard=run.shard and world.size > 1)
+    world.barrier()
+    run = dataclasses.replace(run, fsdp=run.shard and world.size > 1)
     return Trainer(run, directory, task(run, corpus), torch.device("cpu"), world=world)
 
 
@@ -109,17 +116,17 @@ def stopped_by_one(trainer, step):
 
 def both_ways(folder):
     """All that two processes train: `folder` holds the corpus, and what one process began."""
-    world = distributed.join("cpu")
+    world = distributed.init_process_group("cpu")
     corpus = open_corpus(folder / "corpus")
     for kind in ("whole", "shard"):
         here, shard = folder / kind, kind == "shard"
         for name, run in EQUAL.items():
-            run = dataclasses.replace(run, shard=shard)
+            run = dataclasses.replace(run, fsdp=shard)
             trainer_of(run, here / name, corpus, TASKS.get(name, Text), world).train()
-        run = dataclasses.replace(GRADIENT, shard=shard)
+        run = dataclasses.replace(GRADIENT, fsdp=shard)
         trainer_of(run, here / "gradient", corpus, Uneven, world).train()
 
-        run = dataclasses.replace(DROPPING, shard=shard)
+        run = dataclasses.replace(DROPPING, fsdp=shard)
         trainer_of(run, here / "straight", corpus, world=world).train()
         first = trainer_of(run, here / "broken", corpus, world=world)
         assert stopped_by_one(first, 5) == 128 + signal.SIGTERM
@@ -129,7 +136,7 @@ def both_ways(folder):
         second.train()
 
         begun = trainer_of(
-            dataclasses.replace(TINY, shard=shard), here / "begun-by-one", corpus, world=world
+            dataclasses.replace(TINY, fsdp=shard), here / "begun-by-one", corpus, world=world
         )
         begun.resume(newest_checkpoint(here / "begun-by-one"))
         begun.train()
@@ -137,7 +144,7 @@ def both_ways(folder):
 
 def killed_once(step):
     """The command, of which rank 1 is killed in a step the first time."""
-    take_step = Trainer.advance
+    take_step = Trainer.train_step
 
     def step_or_die(self, objective):
         first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
@@ -145,7 +152,7 @@ def killed_once(step):
             os.kill(os.getpid(), signal.SIGKILL)
         return take_step(self, objective)
 
-    Trainer.advance = step_or_die
+    Trainer.train_step = step_or_die
     command.main()
 
 

@@ -27,7 +27,7 @@ from tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_characters, tr
 FORMAT = 1
 """Of corpus.json; a reader refuses a higher one."""
 
-FILE = "corpus.json"
+MANIFEST = "corpus.json"
 
 LEARNED = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
 """Tokenizers that are made from the training split."""
@@ -65,7 +65,7 @@ class Corpus:
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
-        return Tokenizer.open(self.directory)
+        return Tokenizer.load(self.directory)
 
 
 def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
@@ -76,7 +76,7 @@ def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
         pairs: Whether they are to be pairs of sentences, or text.
     """
     directory = Path(directory)
-    file = directory / FILE
+    file = directory / MANIFEST
     again = f"delete {directory} and prepare it again"
     try:
         facts = json.loads(file.read_text("utf-8"))
@@ -95,7 +95,7 @@ def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
         languages = tuple(facts["languages"]) if "languages" in facts else None
         corpus = Corpus(directory, facts["fingerprint"], facts["description"], splits, languages)
     except FileNotFoundError:
-        raise ValueError(f"{directory}: no prepared tokens here: {FILE} is missing") from None
+        raise ValueError(f"{directory}: no prepared tokens here: {MANIFEST} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file}: damaged ({error!r}); {again}") from None
     if pairs and not languages:
@@ -108,7 +108,7 @@ def open_corpus(directory: Path | str, pairs: bool = False) -> Corpus:
     return corpus
 
 
-def given_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
+def load_given_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
     """The tokenizer that was asked for, or None for one to be trained."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
@@ -121,10 +121,10 @@ def given_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
             f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(LEARNED)}, bytes, or the "
             "path of a tokenizer.json or of a run directory"
         )
-    return Tokenizer.open(tokenizer)
+    return Tokenizer.load(tokenizer)
 
 
-class Part(NamedTuple):
+class TextChunk(NamedTuple):
     """A document's text, or where that is long a piece of it; or a pair of sentences."""
 
     text: str
@@ -133,11 +133,11 @@ class Part(NamedTuple):
     target: str | None = None
     """Of a pair, what its text becomes: a document of its own, behind the other."""
 
-    def documents(self) -> "list[Part]":
+    def documents(self) -> "list[TextChunk]":
         """It, or both sides of a pair."""
         if self.target is None:
             return [self]
-        return [Part(self.text, True), Part(self.target, True)]
+        return [TextChunk(self.text, True), TextChunk(self.target, True)]
 
 
 @dataclass
@@ -157,10 +157,10 @@ class CorpusWriter:
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
         self.directory = directory
         self.tokenizer = tokenizer
-        self.dtype = np.dtype("<u2" if tokenizer.vocabulary <= 2**16 else "<u4")
+        self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.counts: dict[str, Counts] = {}
 
-    def write(self, split: str, parts: Sequence[Part]) -> int:
+    def write(self, split: str, parts: Sequence[TextChunk]) -> int:
         """Add text to a split; returns its bytes."""
         counts = self.counts.setdefault(split, Counts())
         before = counts.bytes
@@ -169,7 +169,7 @@ class CorpusWriter:
         encoded = self.tokenizer.encode_batch([document.text for document in documents])
         for (text, begins, _), more in zip(documents, encoded, strict=True):
             if begins:
-                ids.append(self.tokenizer.end_of_text)
+                ids.append(self.tokenizer.eos_token)
             ids += more
             counts.documents += begins
             counts.bytes += len(text.encode())
@@ -203,7 +203,7 @@ class CorpusWriter:
         if languages:
             facts["languages"] = languages
         self.tokenizer.save(self.directory / "tokenizer.json")
-        (self.directory / FILE).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
+        (self.directory / MANIFEST).write_text(json.dumps(facts, indent=2) + "\n", "utf-8")
 
 
 def _copied(tokens: Tokens, places: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -218,7 +218,7 @@ def _copied(tokens: Tokens, places: NDArray[np.int64]) -> NDArray[np.int64]:
     return found
 
 
-class Streams:
+class StatefulBatches:
     """Training order for a state that is carried on: each row reads a part of the text in order.
 
     Args:
@@ -234,7 +234,7 @@ class Streams:
         if self.length < window:
             raise ValueError(
                 f"the training split has {len(tokens):,} tokens, and {rows} rows of {window:,} need "
-                f"{rows * window + 1:,}: give it more text, or a smaller --window or --batch"
+                f"{rows * window + 1:,}: give it more text, or a smaller --context-length or --batch-size"
             )
         self.starts = np.arange(rows) * self.length
         self.epoch = self.length // window
@@ -247,7 +247,7 @@ class Streams:
         return windows[:, :-1], windows[:, 1:]
 
 
-class Windows:
+class ShuffledWindows:
     """Training order: every window of a shuffled epoch once, then another shuffle.
 
     Each epoch lays its grid of windows at another offset, so that their borders differ.
@@ -264,7 +264,7 @@ class Windows:
         if len(tokens) <= window:
             raise ValueError(
                 f"the training split has {len(tokens):,} tokens, and one window of {window:,} "
-                f"needs {window + 1:,}: give it more text, or a smaller --window"
+                f"needs {window + 1:,}: give it more text, or a smaller --context-length"
             )
         self.tokens, self.window, self.rows, self.seed = tokens, window, rows, seed
         # One window less than fits leaves room to shift the grid by a whole window.

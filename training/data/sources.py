@@ -36,16 +36,16 @@ import huggingface_hub
 import pyarrow as pa
 from tqdm import tqdm
 
-from gpt.checkpoint import cache
+from gpt.checkpoint import cache_dir
 from tokenizer import WORDS, Tokenizer, from_utf8
 from training.data.corpus import (
-    FILE,
     FORMAT,
     LEARNED,
+    MANIFEST,
     Corpus,
     CorpusWriter,
-    Part,
-    given_tokenizer,
+    TextChunk,
+    load_given_tokenizer,
     open_corpus,
 )
 
@@ -105,10 +105,10 @@ class Source:
     """Of pairs: from which to which, like "en-fr"; else the first two, in the data's own order."""
 
 
-Rows = Callable[[Iterable[pa.Table], str], Iterator[Part]]
+Rows = Callable[[Iterable[pa.Table], str], Iterator[TextChunk]]
 """Makes documents of the rows of a file, whose name is for complaints."""
-Parts = Callable[[], Iterator[Part]]
-Located = Iterator[tuple[str, Part]]
+Parts = Callable[[], Iterator[TextChunk]]
+Located = Iterator[tuple[str, TextChunk]]
 
 
 @dataclass(frozen=True)
@@ -150,8 +150,8 @@ def prepare(
         raise ValueError(f"--data-limit must be at least one byte, not {source.limit}")
     if source.languages is not None and not pairs:
         raise ValueError("--languages goes with pairs of sentences, not with text: leave it out")
-    given = given_tokenizer(tokenizer)
-    if (Path(source.data).expanduser() / FILE).is_file() and source.data:
+    given = load_given_tokenizer(tokenizer)
+    if (Path(source.data).expanduser() / MANIFEST).is_file() and source.data:
         return _prepared(source, given, pairs)
     reader = _Pairs(source) if pairs else None
     found = _find(source, reader or functools.partial(_rows, source.column))
@@ -164,8 +164,8 @@ def prepare(
     identity = json.dumps([FORMAT, options, recipe])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
-    directory = cache() / f"{name}-{key}"
-    if not (directory / FILE).is_file():
+    directory = cache_dir() / f"{name}-{key}"
+    if not (directory / MANIFEST).is_file():
         located, rule = _arranged(source, found, hold_out)
         with _whole_or_absent(directory) as beside:
             made = given or _trained(source, located, LEARNED[str(tokenizer)], vocabulary)
@@ -356,7 +356,7 @@ def _hub(source: Source, rows: Rows) -> Found:
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
-    def read(split: str) -> Iterator[Part]:
+    def read(split: str) -> Iterator[TextChunk]:
         yield from rows(_hub_tables(lambda: load(split), name), f"{name}, split {split}")
 
     splits: dict[str, Parts] = {str(split): functools.partial(read, str(split)) for split in files}
@@ -442,7 +442,7 @@ def _reach_hub(name: str) -> None:
 # Reading
 
 
-def _read_files(kind: str, files: Sequence[str], rows: Rows) -> Iterator[Part]:
+def _read_files(kind: str, files: Sequence[str], rows: Rows) -> Iterator[TextChunk]:
     """The documents of local files."""
     if kind != "text":
         for file in files:
@@ -484,12 +484,12 @@ def _file_tables(
         raise _complaint(kind, files, error) from error
 
 
-def _rows(column: str | None, tables: Iterable[pa.Table], name: str) -> Iterator[Part]:
+def _rows(column: str | None, tables: Iterable[pa.Table], name: str) -> Iterator[TextChunk]:
     """One document for each row with text."""
     chosen = None
     for table in tables:
         chosen = chosen or _text_column(table.schema, column, name)
-        yield from (Part(text, True) for text in table[chosen].to_pylist() if text)
+        yield from (TextChunk(text, True) for text in table[chosen].to_pylist() if text)
 
 
 class _Pairs:
@@ -506,7 +506,7 @@ class _Pairs:
                 )
             self.languages = names[0], names[1]
 
-    def __call__(self, tables: Iterable[pa.Table], name: str) -> Iterator[Part]:
+    def __call__(self, tables: Iterable[pa.Table], name: str) -> Iterator[TextChunk]:
         """A pair for each row; a ValueError names the row where a side is missing."""
         before = 0
         for table in tables:
@@ -520,7 +520,7 @@ class _Pairs:
                 yield self._pair(_decoded(value, kind), f"{name}, row {number}")
             before += table.num_rows
 
-    def _pair(self, sides: object, place: str) -> Part:
+    def _pair(self, sides: object, place: str) -> TextChunk:
         if not isinstance(sides, dict):
             raise ValueError(f"{place}: no pair of sentences: expected a row like {PAIR}")
         texts = {
@@ -543,7 +543,7 @@ class _Pairs:
                     "out, or choose two others with --languages"
                 )
         source, target = (texts[language] for language in self.languages)
-        return Part(source, True, target)
+        return TextChunk(source, True, target)
 
 
 def _decoded(value: Any, kind: pa.DataType) -> Any:  # noqa: ANN401 (a JSON value)
@@ -557,7 +557,7 @@ def _decoded(value: Any, kind: pa.DataType) -> Any:  # noqa: ANN401 (a JSON valu
     return value
 
 
-def _joined_lines(tables: Iterable[pa.Table]) -> Iterator[Part]:
+def _joined_lines(tables: Iterable[pa.Table]) -> Iterator[TextChunk]:
     """One document in pieces, cut before lines that are not indented: its tokens stay the same."""
     held, begins = "", True
     for table in tables:
@@ -566,10 +566,10 @@ def _joined_lines(tables: Iterable[pa.Table]) -> Iterator[Part]:
             cut = LAST_LINE.match(held)
             end = cut.end() if cut else len(held) if len(held) > 2**22 else 0
             if end:
-                yield Part(held[:end], begins)
+                yield TextChunk(held[:end], begins)
                 held, begins = held[end:], False
     if held:
-        yield Part(held, begins)
+        yield TextChunk(held, begins)
 
 
 def _text_column(schema: pa.Schema, wanted: str | None, name: str) -> str:
@@ -707,7 +707,7 @@ def _division(source: Source, parts: Parts) -> tuple[Callable[[], Located], str]
     return lambda: _by_place(parts(), int(0.9 * characters)), f"the last 10% of the {what}"
 
 
-def _by_hash(parts: Iterable[Part]) -> Located:
+def _by_hash(parts: Iterable[TextChunk]) -> Located:
     side = "train"
     for part in parts:
         if part.begins:
@@ -715,7 +715,7 @@ def _by_hash(parts: Iterable[Part]) -> Located:
         yield side, part
 
 
-def _by_place(parts: Iterable[Part], border: int) -> Located:
+def _by_place(parts: Iterable[TextChunk], border: int) -> Located:
     """The first `border` characters train; the document that goes on behind it begins anew.
 
     Of pairs those that end, with their source, before the border.
@@ -727,9 +727,9 @@ def _by_place(parts: Iterable[Part], border: int) -> Located:
             cut = 0
         here, there = text[:cut], text[cut:]
         if here:
-            yield "train", Part(here, begins, target)
+            yield "train", TextChunk(here, begins, target)
         if there:
-            yield "validation", Part(there, begins or border >= 0, target)
+            yield "validation", TextChunk(there, begins or border >= 0, target)
         border = border - len(text) if border >= len(text) else -1
 
 
@@ -741,14 +741,14 @@ def _limited(found: Found, limit: int) -> Found:
     return replace(found, splits=splits, size=None, name=name)
 
 
-def _limit(parts: Parts, limit: int) -> Iterator[Part]:
+def _limit(parts: Parts, limit: int) -> Iterator[TextChunk]:
     """Parts of at most `limit` bytes together; a pair is not cut."""
     left = limit
     for text, begins, target in parts():
         cut = text.encode()[:left].decode(errors="ignore")
         left -= len(text.encode()) + len((target or "").encode())
         if cut and (target is None or left >= 0):
-            yield Part(cut, begins, target)
+            yield TextChunk(cut, begins, target)
         if left <= 0:
             return
 
@@ -777,7 +777,7 @@ def _tokenise(located: Located, writer: CorpusWriter, size: int | None) -> None:
     with tqdm(
         total=size, desc="tokenising", unit="B", unit_scale=True, delay=1, leave=False, disable=None
     ) as progress:
-        held: dict[str, list[Part]] = {}
+        held: dict[str, list[TextChunk]] = {}
         characters = 0
         for split, part in located:
             held.setdefault(split, []).append(part)
@@ -788,7 +788,7 @@ def _tokenise(located: Located, writer: CorpusWriter, size: int | None) -> None:
         _flush(held, writer)
 
 
-def _flush(held: dict[str, list[Part]], writer: CorpusWriter) -> int:
+def _flush(held: dict[str, list[TextChunk]], writer: CorpusWriter) -> int:
     """Write what is held, and hold it no longer; the bytes of its text."""
     size = sum(writer.write(split, parts) for split, parts in held.items())
     held.clear()
@@ -809,7 +809,7 @@ def _whole_or_absent(directory: Path) -> Iterator[Path]:
             beside.rename(directory)
         except OSError:
             # Not empty: another process was first, and its tokens are the same.
-            if not (directory / FILE).is_file():
+            if not (directory / MANIFEST).is_file():
                 raise
     finally:
         shutil.rmtree(beside, ignore_errors=True)

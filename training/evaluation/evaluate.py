@@ -42,9 +42,9 @@ class Score:
     tokens: int
     words: int
     bytes: int
-    context: int
+    context_length: int
     stride: int
-    beside: dict[str, float] = dataclasses.field(default_factory=dict)
+    baselines: dict[str, float] = dataclasses.field(default_factory=dict)
     """Bits per byte of general compressors on the same text."""
 
     @property
@@ -72,7 +72,7 @@ class Score:
         names = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
         figures = {name: getattr(self, name) for name in names}
         known = {name: figure for name, figure in figures.items() if not math.isnan(figure)}
-        compressors = {"compressors": self.beside} if self.beside else {}
+        compressors = {"compressors": self.baselines} if self.baselines else {}
         counts = dataclasses.asdict(self)
         del counts["beside"]
         return known | counts | compressors
@@ -87,9 +87,9 @@ class Score:
             lines.append(f"  word perplexity  {self.word_perplexity:.2f}")
         if not math.isnan(self.bits_per_byte):
             lines.append(f"  bits per byte    {self.bits_per_byte:.4f}")
-        lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.beside.items()]
+        lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.baselines.items()]
         lines.append(
-            f"  context {self.context}, stride {self.stride}; "
+            f"  context {self.context_length}, stride {self.stride}; "
             f"{self.tokens:,} tokens, {self.words:,} words"
             + f", {self.bytes:,} bytes"
             * bool(self.bytes)
@@ -125,9 +125,9 @@ def evaluate(
     words: int,
     bytes: int,  # noqa: A002 (the unit's own name)
     stride: int | None = None,
-    context: int | None = None,
+    context_length: int | None = None,
     precision: str = "auto",
-    carry: bool = False,
+    stateful: bool = False,
 ) -> Score:
     """Score a sequence of token ids; its first token is context only.
 
@@ -138,35 +138,37 @@ def evaluate(
         bytes: Bytes of the text in UTF-8.
         stride: Tokens scored by each window after the first; when None, all that the model is
             trained to predict of one.
-        context: Length of a window; when None, the model's own.
+        context_length: Length of a window; when None, the model's own.
         precision: As in `Run`.
-        carry: Read all of it with one state, whatever the context.
+        stateful: Read all of it with one state, whatever the context.
     """
-    if carry:
-        if (stride, context) != (None, None):
+    if stateful:
+        if (stride, context_length) != (None, None):
             raise ValueError(
                 "--stride and --context cut a text into windows; this run carries its state on"
             )
         nats, count = _carried(model, tokens, precision)
         return Score(nats, count, words, bytes, count, count)
-    context = model.context if context is None else context
-    if not 1 <= context <= model.context:
-        raise ValueError(f"--context must be between 1 and {model.context}, not {context}")
-    scorable = max(1, context * model.scorable // model.context)
+    context_length = model.context_length if context_length is None else context_length
+    if not 1 <= context_length <= model.context_length:
+        raise ValueError(
+            f"--context must be between 1 and {model.context_length}, not {context_length}"
+        )
+    scorable = max(1, context_length * model.max_scored_tokens // model.context_length)
     stride = scorable if stride is None else stride
     if not 1 <= stride <= scorable:
         raise ValueError(
             f"--stride must be between 1 and {scorable}, which is what the model is trained "
-            f"to predict of a window of {context}, not {stride}"
+            f"to predict of a window of {context_length}, not {stride}"
         )
     if len(tokens) < 2:
         raise ValueError("a text of no tokens cannot be scored")
-    all_windows = windows(len(tokens), context, stride)
+    all_windows = windows(len(tokens), context_length, stride)
     nats, count = _sum(model, tokens, all_windows, precision)
-    return Score(nats, count, words, bytes, context, stride)
+    return Score(nats, count, words, bytes, context_length, stride)
 
 
-def estimate(
+def estimate_loss(
     model: LanguageModel,
     tokens: np.ndarray,
     budget: int,
@@ -180,8 +182,10 @@ def estimate(
     if carry:
         nats, count = _carried(model, tokens[: budget + 1], precision)
         return nats / count
-    whole = list(windows(len(tokens), model.context, model.scorable))
-    some = whole[:: max(1, len(whole) * model.scorable // max(budget, model.scorable))]
+    whole = list(windows(len(tokens), model.context_length, model.max_scored_tokens))
+    some = whole[
+        :: max(1, len(whole) * model.max_scored_tokens // max(budget, model.max_scored_tokens))
+    ]
     nats, count = _sum(model, tokens, iter(some), precision)
     return nats / count
 
@@ -197,8 +201,8 @@ def _sum(
     bar = tqdm(
         total=len(tokens) - 1, unit=" tokens", desc="scoring", delay=2, leave=False, disable=None
     )
-    with bar, scoring(model, precision) as device:
-        for batch in _batches(some_windows, model.context):
+    with bar, inference_mode(model, precision) as device:
+        for batch in _batches(some_windows, model.context_length):
             rows = np.stack([tokens[start : end + 1] for start, end, _ in batch]).astype(np.int64)
             rows_BT = torch.from_numpy(rows).to(device)
             targets_BT = rows_BT[:, 1:].clone()
@@ -229,16 +233,16 @@ def _carried(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[
     """The nats of all predictions, made with one state from the first token to the last."""
     nats = 0.0
     state = model.init_state(1, len(tokens))
-    with scoring(model, precision) as device:
+    with inference_mode(model, precision) as device:
         for start in range(0, len(tokens) - 1, CARRIED_AT_ONCE):
             row = tokens[start : start + CARRIED_AT_ONCE + 1].astype(np.int64)
             row_BT = torch.from_numpy(row).to(device).unsqueeze(0)
-            nats += len(row[1:]) * model.carried_loss(state, row_BT[:, :-1], row_BT[:, 1:]).item()
+            nats += len(row[1:]) * model.stateful_loss(state, row_BT[:, :-1], row_BT[:, 1:]).item()
     return nats, len(tokens) - 1
 
 
 @contextlib.contextmanager
-def scoring(model: Model, precision: str = "float32") -> Iterator[torch.device]:
+def inference_mode(model: Model, precision: str = "float32") -> Iterator[torch.device]:
     """Within this context the model drops nothing out and keeps no gradients; gives its device."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
@@ -249,7 +253,7 @@ def scoring(model: Model, precision: str = "float32") -> Iterator[torch.device]:
         model.train(was_training)
 
 
-def compressors(text: bytes) -> dict[str, float]:
+def compression_baselines(text: bytes) -> dict[str, float]:
     """Bits per byte of general compressors on the same text, as a yardstick."""
     sizes = {
         "gzip -9": len(gzip.compress(text, 9)),

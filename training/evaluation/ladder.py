@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from gpt import LanguageModel
-from gpt.checkpoint import near, read_json, write_atomically
-from gpt.device import describe, find_device
-from gpt.summary import parameters
-from training.presets import PRESETS, RUNGS, Run
-from training.progress import duration
-from training.run_directory import begin, resume
+from gpt.checkpoint import did_you_mean, read_json, write_atomically
+from gpt.device import device_name, resolve_device
+from gpt.summary import count_parameters
+from training.presets import PRESETS, RUNGS, TrainingConfig
+from training.progress import format_duration
+from training.run_directory import create_run, resume_run
 from training.tasks import open_task
 from training.tasks.text import Text
 from training.trainer import Objective, Trainer
@@ -39,18 +39,18 @@ PROBE = 5
 Row = dict[str, Any]
 
 
-def rungs(names: Sequence[str]) -> dict[str, Run]:
+def rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
     """The presets of the rungs that were named, in the order of history; all where none was."""
     for name in names:
         if name not in PRESET_OF:
             raise ValueError(
-                f"no rung is named {name!r}{near(name, PRESET_OF)}; "
+                f"no rung is named {name!r}{did_you_mean(name, PRESET_OF)}; "
                 f"there are {', '.join(PRESET_OF)}"
             )
     return {name: run for name, run in PRESET_OF.items() if not names or name in names}
 
 
-def climb(
+def run_ladder(
     directory: Path,
     names: Sequence[str],
     common: dict[str, Any],
@@ -88,26 +88,26 @@ def climb(
             continue
         run = dataclasses.replace(preset, preset=name, **common)
         if (place / "run.json").exists():
-            trainer = resume(place, run.device)
+            trainer = resume_run(place, run.device)
         else:
-            steps = tokens / (run.batch * run.window)
+            steps = tokens / (run.batch_size * run.context_length)
             if seconds is not None:
                 steps = seconds / seconds_per_step(run)
             steps = max(1, round(steps))
             # Validated at its end alone: all of the budget goes into training.
             budget: dict[str, Any] = {
                 "steps": steps,
-                "validation_interval": steps,
+                "eval_interval": steps,
                 "sample_tokens": 0,
             }
-            trainer = begin(dataclasses.replace(run, **budget), place)
+            trainer = create_run(dataclasses.replace(run, **budget), place)
         print(
-            f"[{number}/{len(chosen)}] {name}: {parameters(trainer.model):,} parameters, "
-            f"{trainer.run.steps:,} steps from step {trainer.step}",
+            f"[{number}/{len(chosen)}] {name}: {count_parameters(trainer.model):,} parameters, "
+            f"{trainer.config.steps:,} steps from step {trainer.step}",
             flush=True,
         )
         train(trainer)
-        row = judge(name, trainer)
+        row = score_rung(name, trainer)
         write_atomically(place / "rung.json", json.dumps(row, indent=2) + "\n")
         print(f"  {row['bits_per_byte']:.4f} bits per byte", flush=True)
     return [
@@ -117,40 +117,40 @@ def climb(
     ]
 
 
-def seconds_per_step(run: Run) -> float:
+def seconds_per_step(run: TrainingConfig) -> float:
     """Of the run's model here and now: the median of a few steps, after two that warm up."""
-    trainer = Trainer(run, Path(), open_task(run), find_device(run.device))
+    trainer = Trainer(run, Path(), open_task(run), resolve_device(run.device))
     times = []
     for _ in range(2 + PROBE):
         begun = time.perf_counter()
-        trainer.advance(Objective(trainer.model)).item()
+        trainer.train_step(Objective(trainer.model)).item()
         times.append(time.perf_counter() - begun)
     return statistics.median(times[2:])
 
 
-def judge(name: str, trainer: Trainer) -> Row:
+def score_rung(name: str, trainer: Trainer) -> Row:
     """A rung's row: its size, its cost, its score on the whole validation split, a sample."""
-    score = trainer.score(stride=max(1, trainer.run.window // 2)).to_json()
-    model, task = trainer.judged, trainer.task
+    score = trainer.score(stride=max(1, trainer.config.context_length // 2)).to_json()
+    model, task = trainer.eval_model, trainer.task
     assert isinstance(model, LanguageModel)
     assert isinstance(task, Text)
     return {
         "rung": name,
         "chapter": model.chapter,
         "year": model.year,
-        "parameters": parameters(model),
-        "steps": trainer.run.steps,
-        "tokens": trainer.run.steps * trainer.run.batch * trainer.run.window,
+        "parameters": count_parameters(model),
+        "steps": trainer.config.steps,
+        "tokens": trainer.config.steps * trainer.config.batch_size * trainer.config.context_length,
         "seconds": trainer.seconds,
         "loss": score["loss"],
         "perplexity": score["perplexity"],
         "bits_per_byte": score["bits_per_byte"],
         "scored": score["tokens"],
-        "context": score["context"],
+        "context_length": score["context_length"],
         "stride": score["stride"],
         "data": task.description,
         "sample": task.sample(model, SAMPLE),
-        "device": describe(trainer.device),
+        "device": device_name(trainer.device),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
@@ -165,7 +165,7 @@ def table(rows: Sequence[Row]) -> str:
     ]
     lines += [
         f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
-        f"| {duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
+        f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
         f"| {row['loss']:.4f} | {row['bits_per_byte']:.4f} |"
         for row in rows
     ]

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gpt import cli
 from gpt.beam_search import translate
-from gpt.checkpoint import find_run, open_language_model, translates
+from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from tokenizer import Tokenizer
 
 MOST = 1000
@@ -38,23 +38,29 @@ class Xray:
 
         check_output(self.output)
         run = find_run(self.run)
-        model, tokenizer = open_language_model(run), Tokenizer.open(run)
-        if model.vocabulary != tokenizer.vocabulary:
+        model, tokenizer = load_language_model(run), Tokenizer.load(run)
+        if model.vocab_size != tokenizer.vocab_size:
             raise ValueError(
-                f"{run}: the model has {model.vocabulary} tokens and its tokenizer.json "
-                f"{tokenizer.vocabulary}: they are not of the same run"
+                f"{run}: the model has {model.vocab_size} tokens and its tokenizer.json "
+                f"{tokenizer.vocab_size}: they are not of the same run"
             )
-        ids, end = tokenizer.encode(self.text), tokenizer.end_of_text
+        ids, end = tokenizer.encode(self.text), tokenizer.eos_token
         fed = None
         if not ids or len(ids) > MOST:
             raise ValueError(f"TEXT is {len(ids)} tokens long: expected 1 to {MOST}")
         if self.translation is not None:
             fed = [end, *tokenizer.encode(self.translation)]
-        elif translates(run):
-            [written] = translate(model, [ids], begin=end, end=end, most=model.context)
+        elif is_translation_run(run):
+            [written] = translate(
+                model,
+                [ids],
+                decoder_start_token=end,
+                eos_token=end,
+                max_tokens=model.context_length,
+            )
             print(tokenizer.decode(written).strip())
             # Where there was no room for more, the last token was written but never fed.
-            fed = [end, *written][: model.target_room(len(ids))]
+            fed = [end, *written][: model.max_target_length(len(ids))]
         everything = model.xray(*batch(ids, fed))
         found = [one for one in everything if (self.only or "") in one.name]
         if not found:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import summary
-from gpt.checkpoint import near
-from gpt.models.attention import importance
+from gpt.checkpoint import did_you_mean
+from gpt.models.attention import attention_weights
 from gpt.models.base import Model
 from gpt.models.linear import Linear, Logistic, SigmaPi, descend, softmax
 from gpt.models.mlp import MLP, Experts
@@ -291,7 +291,7 @@ def words() -> Sequence[Panel]:
     vocabulary = sorted(set(text))
     ids = torch.tensor([vocabulary.index(word) for word in text])
     torch.manual_seed(0)
-    model = Word2Vec(len(vocabulary), width=16, span=2)
+    model = Word2Vec(len(vocabulary), width=16, window=2)
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     for _ in range(200):
         starts = torch.randint(len(ids) - 65, (16, 1))
@@ -341,7 +341,7 @@ def mask() -> Sequence[Panel]:
     text = ["I", "eat", "bread", "and", "jam"]
     equal_BHTK = torch.zeros(1, 1, len(text), 8)
     past_TS = torch.ones(len(text), len(text), dtype=torch.bool).tril()
-    weights = importance(equal_BHTK, equal_BHTK, past_TS)[0, 0]
+    weights = attention_weights(equal_BHTK, equal_BHTK, past_TS)[0, 0]
     labels = [
         [str(Fraction(each).limit_denominator(9)) for each in row] for row in weights.tolist()
     ]
@@ -353,7 +353,7 @@ def mask() -> Sequence[Panel]:
 
 def gpt3() -> Sequence[Panel]:
     """Chapter 14: what GPT-3 is made of."""
-    kinds = summary.kinds(summary.gpt3())
+    kinds = summary.count_by_kind(summary.build_gpt3())
     total = sum(weights for _, weights in kinds.values())
     weights = [weights / 1e9 for _, weights in kinds.values()]
     labels = [f"{each:.2f} ({each * 1e9 / total:.1%})" for each in weights]
@@ -381,6 +381,6 @@ def chosen(names: Sequence[str]) -> dict[str, Callable[[], Sequence[Panel]]]:
     for name in names:
         if name not in FIGURES:
             raise ValueError(
-                f"no figure is named {name!r}{near(name, FIGURES)}; there are {', '.join(FIGURES)}"
+                f"no figure is named {name!r}{did_you_mean(name, FIGURES)}; there are {', '.join(FIGURES)}"
             )
     return {name: panels for name, panels in FIGURES.items() if not names or name in names}

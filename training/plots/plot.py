@@ -15,7 +15,7 @@ from matplotlib.ticker import EngFormatter, LogLocator, MaxNLocator, NullLocator
 from matplotlib.transforms import Bbox
 from torch import Tensor
 
-from gpt.models.base import Importance
+from gpt.models.base import ActivationMap
 from tokenizer import END_OF_TEXT, Tokenizer
 from training.plots.figures import BLUE, GREY, Bars, Curves, Map, Panel
 
@@ -256,7 +256,7 @@ PIXELS = 4000
 """The longest side of a picture: a larger one has fewer dots per inch."""
 
 
-def draw_xray(found: Sequence[Importance], tokenizer: Tokenizer, output: Path) -> None:
+def draw_xray(found: Sequence[ActivationMap], tokenizer: Tokenizer, output: Path) -> None:
     """The first row of each map of an X-ray, as SVG, PNG or PDF.
 
     Layers go down and heads to the right; gates over the same tokens stand side by side, the
@@ -286,7 +286,7 @@ class Block:
         tokenizer: What tells the tokens' names.
     """
 
-    def __init__(self, kinds: Sequence[Importance], tokenizer: Tokenizer) -> None:
+    def __init__(self, kinds: Sequence[ActivationMap], tokenizer: Tokenizer) -> None:
         first = kinds[0]
         self.rows = labels(first.rows[0].tolist(), tokenizer)
         self.columns: list[str] = []
@@ -318,7 +318,7 @@ class Block:
                 _draw_map(axes, one, layer, head)
                 self._label(axes, one, left=place == 0, below=layer == self.layers - 1)
 
-    def _label(self, axes: Axes, one: Importance, *, left: bool, below: bool) -> None:
+    def _label(self, axes: Axes, one: ActivationMap, *, left: bool, below: bool) -> None:
         """Tokens at the left of a row of maps and below a column of them."""
         font: dict[str, Any] = {
             "family": "DejaVu Sans Mono",
@@ -338,18 +338,18 @@ class Block:
             axes.set_xlabel(f"{one.columns}{order}", fontsize=LABEL, labelpad=1)
 
 
-def _of_tokens(one: Importance) -> bool:
+def _of_tokens(one: ActivationMap) -> bool:
     return isinstance(one.columns, Tensor)
 
 
-def _scale(one: Importance) -> tuple[float, float]:
+def _scale(one: ActivationMap) -> tuple[float, float]:
     """What the ends of the colours stand for; 0 is white in every map."""
     weights_LHTS = one.weights[0]
     high = float(weights_LHTS.abs().max())
     return (-high if weights_LHTS.min() < 0 else 0.0), high
 
 
-def _draw_map(axes: Axes, one: Importance, layer: int, head: int) -> None:
+def _draw_map(axes: Axes, one: ActivationMap, layer: int, head: int) -> None:
     """One layer and head, titled where there are several."""
     _, layers, heads, rows, columns = one.weights.shape
     low, high = _scale(one)

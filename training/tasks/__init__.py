@@ -2,38 +2,45 @@
 
 import dataclasses
 
-from gpt.checkpoint import model_class, near
+from gpt.checkpoint import did_you_mean, model_class
 from tokenizer import Tokenizer
-from training.presets import Run
+from training.presets import TrainingConfig
 from training.tasks.base import Task
 from training.tasks.tables import TABLES
 from training.tasks.text import Text, Vectors
 from training.tasks.translation import Pairs
 
-TASKS: dict[str, type[Task]] = {"text": Text, "vectors": Vectors, "pairs": Pairs, **TABLES}
+TASKS: dict[str, type[Task]] = {
+    "text": Text,
+    "word-vectors": Vectors,
+    "translation": Pairs,
+    **TABLES,
+}
 """What `--task` can be."""
 
 
-def check(run: Run) -> None:
+def check(run: TrainingConfig) -> None:
     """A ValueError if the run's model cannot learn its task, or an option has no meaning in it."""
     if run.task not in TASKS:
         raise ValueError(
-            f"no task is named {run.task!r}{near(run.task, TASKS)}; there are {', '.join(TASKS)}"
+            f"no task is named {run.task!r}{did_you_mean(run.task, TASKS)}; there are {', '.join(TASKS)}"
         )
     task, model = TASKS[run.task], model_class(run.model)
-    if task.kind not in model.learns:
-        fitting = [name for name, other in TASKS.items() if other.kind in model.learns]
+    if task.kind not in model.supported_tasks:
+        fitting = [name for name, other in TASKS.items() if other.kind in model.supported_tasks]
         raise ValueError(
             f"the model {run.model} cannot learn the task {run.task}: "
             f"its --task can be {', '.join(fitting)}"
         )
-    for field in dataclasses.fields(Run):
-        if field.name in task.foreign and getattr(run, field.name) != field.default:
+    for field in dataclasses.fields(TrainingConfig):
+        if field.name in task.unsupported_options and getattr(run, field.name) != field.default:
             option = field.name.replace("_", "-")
             raise ValueError(f"--{option} has no meaning in the task {run.task}: leave it out")
 
 
-def open_task(run: Run, tokenizer: Tokenizer | None = None, to_train: bool = True) -> Task:
+def open_task(
+    run: TrainingConfig, tokenizer: Tokenizer | None = None, to_train: bool = True
+) -> Task:
     """The run's task with its data.
 
     Args:

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from gpt import Model
 from tokenizer import Tokenizer
-from training.data.corpus import FILE, given_tokenizer
-from training.presets import Run
+from training.data.corpus import MANIFEST, load_given_tokenizer
+from training.presets import TrainingConfig
 
 Batch = tuple[NDArray[Any], ...]
 """What `Model.loss` takes: the first axis of every array is the row, the last array the targets."""
@@ -36,12 +36,12 @@ class Task:
     """What a model must have among its `learns`."""
     unit: ClassVar[str] = "tokens"
     """What its targets are counted in."""
-    options: ClassVar[frozenset[str]] = frozenset()
+    eval_options: ClassVar[frozenset[str]] = frozenset()
     """What `score` can be told beside the split."""
-    foreign: ClassVar[frozenset[str]] = frozenset()
+    unsupported_options: ClassVar[frozenset[str]] = frozenset()
     """Options of a run that mean nothing to it."""
 
-    run: Run
+    config: TrainingConfig
     """The settings."""
     fingerprint: str
     """A hash of the data: a run that is resumed must find the same."""
@@ -51,28 +51,28 @@ class Task:
     """A line for each part of it."""
     splits: list[str]
     """The parts that can be scored."""
-    given: dict[str, Any]
+    model_args: dict[str, Any]
     """Constructor arguments that the data decides; a model takes those that it knows."""
     tokenizer: Tokenizer | None = None
     """What made the tokens, if it is about tokens."""
-    row: int | None = None
+    sequence_length: int | None = None
     """Tokens of a row, where all rows are of one length."""
-    held_out: NDArray[Any] | None = None
+    calibration_tokens: NDArray[Any] | None = None
     """The first tokens of the validation split, where it is one text: they stay with the run."""
 
     @classmethod
-    def expects(cls, run: Run) -> dict[str, Any]:
+    def expected_model_args(cls, run: TrainingConfig) -> dict[str, Any]:
         """What `given` will be, as far as it is known before the data is read."""
-        return {"vocabulary": _vocabulary(run), "context": run.window}
+        return {"vocab_size": _vocabulary(run), "context_length": run.context_length}
 
     @classmethod
-    def largest(cls, run: Run, rows: int) -> Batch:
+    def largest_batch(cls, run: TrainingConfig, rows: int) -> Batch:
         """Zeros in the shapes of the largest batch of so many rows, known before the data is read."""
-        tokens_BT = np.zeros((rows, run.window), np.int64)
+        tokens_BT = np.zeros((rows, run.context_length), np.int64)
         return tokens_BT, tokens_BT
 
     @classmethod
-    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:
         """The task with its data: see `tasks.open_task`."""
         raise NotImplementedError
 
@@ -80,7 +80,7 @@ class Task:
         """The batch of step `index`: a function of the run's seed and the step alone."""
         raise NotImplementedError
 
-    def follows(self, index: int) -> bool:  # noqa: ARG002 (for those whose batches follow)
+    def continues_previous(self, index: int) -> bool:  # noqa: ARG002 (for those whose batches follow)
         """Whether the rows of this batch go on where those of the one before it ended."""
         return False
 
@@ -88,7 +88,7 @@ class Task:
         """The loss on what is held out, of the same part of it every time."""
         raise NotImplementedError
 
-    def say(self, loss: float) -> str:
+    def format_loss(self, loss: float) -> str:
         """A validation loss; of a model that predicts tokens, with its perplexity."""
         return f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
 
@@ -101,18 +101,18 @@ class Task:
         raise NotImplementedError
 
 
-class Feed:
+class Prefetcher:
     """A task's batches, each made by a thread while the one before it is learned.
 
     Args:
         task: Whose batches.
         steps: There is no batch from here on.
-        ahead: Whether a thread makes them; else they are made when they are wanted.
+        enabled: Whether a thread makes them; else they are made when they are wanted.
     """
 
-    def __init__(self, task: Task, steps: int, ahead: bool) -> None:
+    def __init__(self, task: Task, steps: int, enabled: bool) -> None:
         self.task, self.steps = task, steps
-        self.thread = ThreadPoolExecutor(1, "batches") if ahead else None
+        self.thread = ThreadPoolExecutor(1, "batches") if enabled else None
         self.coming: dict[int, Future[Batch]] = {}
 
     def batch(self, index: int) -> Batch:
@@ -131,9 +131,9 @@ class Feed:
             self.thread.shutdown(cancel_futures=True)
 
 
-def _vocabulary(run: Run) -> int:
+def _vocabulary(run: TrainingConfig) -> int:
     """Tokens of the tokenizer that is there already, or as many as one is to learn."""
-    if (Path(run.data) / FILE).is_file():
-        return Tokenizer.open(run.data).vocabulary
-    given = given_tokenizer(run.tokenizer)
-    return given.vocabulary if given else run.vocabulary
+    if (Path(run.data) / MANIFEST).is_file():
+        return Tokenizer.load(run.data).vocab_size
+    given = load_given_tokenizer(run.tokenizer)
+    return given.vocab_size if given else run.vocab_size

@@ -27,8 +27,8 @@ from torch import Tensor
 
 from gpt import Model
 from tokenizer import Tokenizer
-from training.evaluation.evaluate import scoring
-from training.presets import Run
+from training.evaluation.evaluate import inference_mode
+from training.presets import TrainingConfig
 from training.tasks.base import Batch, Task
 
 Rows = tuple[Tensor, Tensor]
@@ -284,19 +284,19 @@ class Tabular(Task):
     """
 
     unit: ClassVar[str] = "rows"
-    foreign: ClassVar[frozenset[str]] = frozenset(ABOUT_TEXT.split())
+    unsupported_options: ClassVar[frozenset[str]] = frozenset(ABOUT_TEXT.split())
     tables: ClassVar[dict[str, Callable[[int], Table]]]
     """The tables by name, each made from a seed."""
     measure: ClassVar[str]
     """What the loss is."""
 
-    def __init__(self, run: Run, table: Table) -> None:
-        self.run, self.table = run, table
+    def __init__(self, run: TrainingConfig, table: Table) -> None:
+        self.config, self.table = run, table
         self.description = table.description
         self.splits = list(table.splits)
         self.sizes = [f"{name}: {len(y_B):,} rows" for name, (_, y_B) in table.splits.items()]
         x_BD, _ = table.splits["train"]
-        self.given = {"inputs": x_BD.shape[1], "classes": len(table.classes)}
+        self.model_args = {"inputs": x_BD.shape[1], "classes": len(table.classes)}
         digest = hashlib.sha256()
         for part in table.splits.values():
             for tensor in part:
@@ -304,26 +304,26 @@ class Tabular(Task):
         self.fingerprint = digest.hexdigest()
 
     @classmethod
-    def expects(cls, run: Run) -> dict[str, Any]:
+    def expected_model_args(cls, run: TrainingConfig) -> dict[str, Any]:
         """What it will be: the data is there at once."""
-        return cls.open(run, None, to_train=False).given
+        return cls.open(run, None, to_train=False).model_args
 
     @classmethod
-    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003 (it is not text)
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003 (it is not text)
         """The table of the run's task and seed."""
         return cls(run, cls.tables[run.task](run.seed))
 
     @classmethod
-    def largest(cls, run: Run, rows: int) -> Batch:
+    def largest_batch(cls, run: TrainingConfig, rows: int) -> Batch:
         """The first batch: the data is there at once."""
-        return cls.open(dataclasses.replace(run, batch=rows), None, to_train=True).batch(0)
+        return cls.open(dataclasses.replace(run, batch_size=rows), None, to_train=True).batch(0)
 
     def batch(self, index: int) -> Batch:
         """(x_BD, y_B): the next rows of a shuffled epoch; all of them where the batch is as large."""
         x_BD, y_B = self.table.splits["train"]
-        size = min(self.run.batch, len(y_B))
+        size = min(self.config.batch_size, len(y_B))
         epoch, place = divmod(index, len(y_B) // size)
-        order = np.random.default_rng((self.run.seed, epoch)).permutation(len(y_B))
+        order = np.random.default_rng((self.config.seed, epoch)).permutation(len(y_B))
         rows = order[place * size : (place + 1) * size]
         return x_BD.numpy()[rows], y_B.numpy()[rows]
 
@@ -331,7 +331,7 @@ class Tabular(Task):
         """The loss on the rows between those that were trained on."""
         return self._figures(model, "validation")["loss"]
 
-    def say(self, loss: float) -> str:
+    def format_loss(self, loss: float) -> str:
         """With what is measured."""
         return f"validation: {self.measure} {loss:.3g}"
 
@@ -377,7 +377,7 @@ class Tabular(Task):
 class Numbers(Tabular):
     """The answer is a number."""
 
-    kind: ClassVar[str] = "numbers"
+    kind: ClassVar[str] = "regression"
     measure: ClassVar[str] = "mean squared error"
     tables: ClassVar[dict[str, Callable[[int], Table]]] = {
         "basketball": _basketball,
@@ -398,7 +398,7 @@ class Numbers(Tabular):
 class Classes(Tabular):
     """The answer is a class, with its probability."""
 
-    kind: ClassVar[str] = "classes"
+    kind: ClassVar[str] = "classification"
     measure: ClassVar[str] = "cross-entropy in nats"
     tables: ClassVar[dict[str, Callable[[int], Table]]] = {"which-grain": _which_grain}
 
@@ -419,7 +419,7 @@ class Classes(Tabular):
 class Choice(Classes):
     """The answer is one of two classes."""
 
-    kind: ClassVar[str] = "choice"
+    kind: ClassVar[str] = "binary-classification"
     tables: ClassVar[dict[str, Callable[[int], Table]]] = {"white-or-brown": _white_or_brown}
 
 
@@ -436,7 +436,7 @@ def _probabilities(said: Tensor) -> Tensor:
 
 def _judge(model: Model, function: Callable[..., Tensor], *rows: Tensor) -> Tensor:
     """What a function of the model says, on its device and in evaluation mode; on the CPU."""
-    with scoring(model) as device:
+    with inference_mode(model) as device:
         return function(*(tensor.to(device) for tensor in rows)).cpu()
 
 

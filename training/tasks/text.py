@@ -11,11 +11,23 @@ import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
 from gpt.models.word2vec import Word2Vec
-from gpt.sampling import Sampling, generate
+from gpt.sampling import SamplingParams, generate
 from tokenizer import Tokenizer
-from training.data.corpus import FILE, Corpus, Split, Streams, Windows, open_corpus
-from training.evaluation.evaluate import compressors, estimate, evaluate, scoring
-from training.presets import Run
+from training.data.corpus import (
+    MANIFEST,
+    Corpus,
+    ShuffledWindows,
+    Split,
+    StatefulBatches,
+    open_corpus,
+)
+from training.evaluation.evaluate import (
+    compression_baselines,
+    estimate_loss,
+    evaluate,
+    inference_mode,
+)
+from training.presets import TrainingConfig
 from training.tasks.base import Batch, Report, Task
 
 HELD_OUT = 2**14
@@ -34,11 +46,11 @@ class Text(Task):
     """
 
     kind: ClassVar[str] = "text"
-    options: ClassVar[frozenset[str]] = frozenset({"stride", "context"})
-    foreign: ClassVar[frozenset[str]] = frozenset({"languages"})
+    eval_options: ClassVar[frozenset[str]] = frozenset({"stride", "context_length"})
+    unsupported_options: ClassVar[frozenset[str]] = frozenset({"languages"})
 
-    def __init__(self, run: Run, corpus: Corpus, to_train: bool = True) -> None:
-        self.run, self.corpus = run, corpus
+    def __init__(self, run: TrainingConfig, corpus: Corpus, to_train: bool = True) -> None:
+        self.config, self.corpus = run, corpus
         self.fingerprint, self.description = corpus.fingerprint, corpus.description
         self.tokenizer = corpus.tokenizer
         self.splits = list(corpus.splits)
@@ -47,16 +59,21 @@ class Text(Task):
             f"{split.documents:,} documents"
             for split in corpus.splits.values()
         ]
-        self.given = {"vocabulary": self.tokenizer.vocabulary, "context": run.window}
-        self.row = run.window
+        self.model_args = {
+            "vocab_size": self.tokenizer.vocab_size,
+            "context_length": run.context_length,
+        }
+        self.sequence_length = run.context_length
         if to_train and self.kind == "text":
-            self.held_out = corpus.splits["validation"].tokens[:HELD_OUT]
+            self.calibration_tokens = corpus.splits["validation"].tokens[:HELD_OUT]
         if to_train:
-            order = Streams if run.carry else Windows
-            self.order = order(corpus.splits["train"].tokens, run.window, run.batch, run.seed)
+            order = StatefulBatches if run.stateful else ShuffledWindows
+            self.order = order(
+                corpus.splits["train"].tokens, run.context_length, run.batch_size, run.seed
+            )
 
     @classmethod
-    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:
         """Text from anywhere; already prepared tokens are opened without `datasets`."""
         return cls(run, open_corpus_of(run, tokenizer, to_train), to_train)
 
@@ -64,25 +81,27 @@ class Text(Task):
         """(tokens_BT, targets_BT)."""
         return self.order.batch(index)
 
-    def follows(self, index: int) -> bool:
+    def continues_previous(self, index: int) -> bool:
         """Where the state is carried, all but the first batch of an epoch."""
-        return self.run.carry and index % self.order.epoch != 0
+        return self.config.stateful and index % self.order.epoch != 0
 
     def validate(self, model: Model) -> float:
         """Nats per token over some of the validation split."""
         assert isinstance(model, LanguageModel)
         tokens = self.corpus.splits["validation"].tokens
-        budget, precision = self.run.validation_tokens, self.run.precision
-        return estimate(model, tokens, budget, precision, self.run.carry)
+        budget, precision = self.config.eval_tokens, self.config.precision
+        return estimate_loss(model, tokens, budget, precision, self.config.stateful)
 
     def sample(self, model: Model, length: int) -> str:
         """A text of at most `length` tokens."""
         assert isinstance(model, LanguageModel)
         if not length:
             return ""
-        end = self.corpus.tokenizer.end_of_text
-        with scoring(model):
-            ids = list(generate(model, [end], length, Sampling(temperature=0.8, seed=0), {end}))
+        end = self.corpus.tokenizer.eos_token
+        with inference_mode(model):
+            ids = list(
+                generate(model, [end], length, SamplingParams(temperature=0.8, seed=0), {end})
+            )
         return self.corpus.tokenizer.decode(ids)
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
@@ -96,20 +115,22 @@ class Text(Task):
             words=part.words,
             bytes=part.bytes if lossless else 0,
             stride=options.get("stride"),
-            context=options.get("context"),
-            precision=self.run.precision,
-            carry=self.run.carry,
+            context_length=options.get("context_length"),
+            precision=self.config.precision,
+            stateful=self.config.stateful,
         )
         if final and lossless and part.bytes <= COMPRESSED:
             text = self.corpus.tokenizer.decode(part.tokens.tolist())
-            score = dataclasses.replace(score, beside=compressors(text.encode()))
+            score = dataclasses.replace(score, baselines=compression_baselines(text.encode()))
         return score
 
     def _lossless(self, part: Split) -> bool:
         """Whether the tokens say all of the text: words that a tokenizer does not know are lost."""
-        if self.corpus.tokenizer.unknown is None:
+        if self.corpus.tokenizer.unk_token is None:
             return True
-        sizes = [len(self.corpus.tokenizer.token_bytes(i)) for i in range(self.given["vocabulary"])]
+        sizes = [
+            len(self.corpus.tokenizer.token_bytes(i)) for i in range(self.model_args["vocab_size"])
+        ]
         return bool(np.bincount(part.tokens, minlength=len(sizes)) @ sizes == part.bytes)
 
 
@@ -139,28 +160,33 @@ class Likeness:
 class Vectors(Text):
     """A vector for each token, from the company that it keeps."""
 
-    kind: ClassVar[str] = "vectors"
-    options: ClassVar[frozenset[str]] = frozenset()
-    foreign: ClassVar[frozenset[str]] = Text.foreign | {"carry", "vectors"}
+    kind: ClassVar[str] = "word-vectors"
+    eval_options: ClassVar[frozenset[str]] = frozenset()
+    unsupported_options: ClassVar[frozenset[str]] = Text.unsupported_options | {
+        "stateful",
+        "init_embedding",
+    }
 
     def validate(self, model: Model) -> float:
         """Nats per pair of neighbours over some of the validation split, the same negatives each time."""
-        return self._loss(model, self.corpus.splits["validation"], self.run.validation_tokens)
+        return self._loss(model, self.corpus.splits["validation"], self.config.eval_tokens)
 
     def _loss(self, model: Model, split: Split, tokens: int) -> float:
         device = next(model.parameters()).device
-        rows = max(1, min(tokens, len(split.tokens) - 1) // self.run.window)
-        order = Windows(split.tokens, min(self.run.window, len(split.tokens) - 1), rows, 0)
+        rows = max(1, min(tokens, len(split.tokens) - 1) // self.config.context_length)
+        order = ShuffledWindows(
+            split.tokens, min(self.config.context_length, len(split.tokens) - 1), rows, 0
+        )
         batch = (torch.from_numpy(array).to(device) for array in order.batch(0))
         devices = [device] if device.type == "cuda" else []
         with (
-            scoring(model, self.run.precision),
+            inference_mode(model, self.config.precision),
             torch.random.fork_rng(devices, device_type="cuda"),
         ):
             torch.manual_seed(0)
             return model.loss(*batch).item()
 
-    def say(self, loss: float) -> str:
+    def format_loss(self, loss: float) -> str:
         """Without a perplexity: it predicts no token."""
         return f"validation loss {loss:.4f}"
 
@@ -168,10 +194,10 @@ class Vectors(Text):
         """Some of the most frequent words, each with its nearest."""
         assert isinstance(model, Word2Vec)
         tokenizer = self.corpus.tokenizer
-        texts = [tokenizer.decode([token]).strip() for token in range(tokenizer.vocabulary)]
+        texts = [tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size)]
         words = np.array([len(text) > 2 and text.isalpha() for text in texts])
         tokens = self.corpus.splits["validation"].tokens
-        counts = np.bincount(tokens, minlength=tokenizer.vocabulary) * words
+        counts = np.bincount(tokens, minlength=tokenizer.vocab_size) * words
         vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
         lines = []
         for token in np.argsort(-counts, kind="stable")[: 5 * min(1, length)]:
@@ -204,10 +230,10 @@ class Vectors(Text):
 
 
 def open_corpus_of(
-    run: Run, tokenizer: Tokenizer | None, to_train: bool, pairs: bool = False
+    run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool, pairs: bool = False
 ) -> Corpus:
     """The run's corpus as tokens; already prepared ones are opened without `datasets`."""
-    if (Path(run.data) / FILE).is_file():
+    if (Path(run.data) / MANIFEST).is_file():
         return open_corpus(Path(run.data), pairs)
     from training.data import sources
 
@@ -221,5 +247,5 @@ def open_corpus_of(
         languages=run.languages,
     )
     return sources.prepare(
-        source, tokenizer or run.tokenizer, run.vocabulary, hold_out=to_train, pairs=pairs
+        source, tokenizer or run.tokenizer, run.vocab_size, hold_out=to_train, pairs=pairs
     )

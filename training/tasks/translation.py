@@ -24,9 +24,9 @@ from gpt import LanguageModel, Model
 from gpt.beam_search import translate
 from tokenizer import Tokenizer
 from training.data.corpus import Corpus, Tokens
-from training.evaluation.evaluate import TOKENS_AT_ONCE, scoring
-from training.presets import Run
-from training.progress import duration
+from training.evaluation.evaluate import TOKENS_AT_ONCE, inference_mode
+from training.presets import TrainingConfig
+from training.progress import format_duration
 from training.tasks.base import Batch, Task
 from training.tasks.text import open_corpus_of
 
@@ -105,20 +105,20 @@ class Pairs(Task):
         to_train: Whether batches will be asked for.
     """
 
-    kind: ClassVar[str] = "pairs"
-    options: ClassVar[frozenset[str]] = frozenset({"beams"})
-    foreign: ClassVar[frozenset[str]] = frozenset({"carry"})
+    kind: ClassVar[str] = "translation"
+    eval_options: ClassVar[frozenset[str]] = frozenset({"num_beams"})
+    unsupported_options: ClassVar[frozenset[str]] = frozenset({"stateful"})
 
-    def __init__(self, run: Run, corpus: Corpus, to_train: bool = True) -> None:
+    def __init__(self, run: TrainingConfig, corpus: Corpus, to_train: bool = True) -> None:
         assert corpus.languages
-        self.run, self.languages = run, corpus.languages
+        self.config, self.languages = run, corpus.languages
         if run.languages not in (None, "-".join(self.languages)):
             raise ValueError(
                 f"{run.data} was prepared from {' to '.join(self.languages)}: leave out "
                 "--languages, or give the pairs themselves as --data"
             )
         self._tokenizer = self.tokenizer = corpus.tokenizer
-        if self._tokenizer.unknown is not None:
+        if self._tokenizer.unk_token is not None:
             raise ValueError(
                 "a translation needs a tokenizer that can write every word: --tokenizer bpe or bytes"
             )
@@ -126,10 +126,10 @@ class Pairs(Task):
         self.description += f"; {' to '.join(self.languages)}"
         self.splits = list(corpus.splits)
         self.pairs = {
-            name: PairSplit(split.tokens, self._tokenizer.end_of_text)
+            name: PairSplit(split.tokens, self._tokenizer.eos_token)
             for name, split in corpus.splits.items()
         }
-        self.room = run.window // 2
+        self.room = run.context_length // 2
         """Tokens of a side at most."""
         self.sizes = []
         for name, pairs in self.pairs.items():
@@ -138,7 +138,10 @@ class Pairs(Task):
                 f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens"
                 + f"; {long:,} pairs longer than half a window are left out" * bool(long)
             )
-        self.given = {"vocabulary": self._tokenizer.vocabulary, "context": run.window}
+        self.model_args = {
+            "vocab_size": self._tokenizer.vocab_size,
+            "context_length": run.context_length,
+        }
         if to_train:
             for name in ("train", "validation"):
                 self._fitting(name)
@@ -147,15 +150,15 @@ class Pairs(Task):
             """Batches in an epoch."""
 
     @classmethod
-    def open(cls, run: Run, tokenizer: Tokenizer | None, to_train: bool) -> Self:
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:
         """Pairs from anywhere; already prepared tokens are opened without `datasets`."""
         return cls(run, open_corpus_of(run, tokenizer, to_train, pairs=True), to_train)
 
     @classmethod
-    def largest(cls, run: Run, rows: int) -> Batch:
+    def largest_batch(cls, run: TrainingConfig, rows: int) -> Batch:
         """Both sides as long as there is room for."""
-        side_BT = np.zeros((rows, run.window // 2), np.int64)
-        return side_BT, np.full(rows, run.window // 2), side_BT, side_BT
+        side_BT = np.zeros((rows, run.context_length // 2), np.int64)
+        return side_BT, np.full(rows, run.context_length // 2), side_BT, side_BT
 
     def _fitting(self, split: str, limit: int | None = None) -> Which:
         """Those of the first `limit` pairs of a split that can be learned."""
@@ -164,21 +167,23 @@ class Pairs(Task):
             which = which[which < limit]
         if not len(which):
             raise ValueError(
-                f"none of the pairs of the {split} split fits into a window of {self.run.window}, one half "
-                "for the source and one for the target: choose a larger --window"
+                f"none of the pairs of the {split} split fits into a window of {self.config.context_length}, one half "
+                "for the source and one for the target: choose a larger --context-length"
             )
         return which
 
     def _shuffled(self, epoch: int) -> list[Which]:
         """The batches of an epoch: every pair once, in each batch pairs of about one length."""
-        random = np.random.default_rng([self.run.seed, epoch])
+        random = np.random.default_rng([self.config.seed, epoch])
         pairs = self.pairs["train"]
         order = random.permutation(self._fitting("train"))
         batches = [
             batch
-            for alike in np.array_split(order, math.ceil(len(order) / (ALIKE * self.run.batch)))
+            for alike in np.array_split(
+                order, math.ceil(len(order) / (ALIKE * self.config.batch_size))
+            )
             for batch in np.array_split(
-                pairs.by_length(alike), math.ceil(len(alike) / self.run.batch)
+                pairs.by_length(alike), math.ceil(len(alike) / self.config.batch_size)
             )
         ]
         return [batches[i] for i in random.permutation(len(batches))]
@@ -192,7 +197,7 @@ class Pairs(Task):
         assert isinstance(model, LanguageModel)
         pairs, which = self.pairs["validation"], self._fitting("validation")
         tokens = int(pairs.lengths[which, 1].sum()) + len(which)
-        some = which[:: max(1, tokens // self.run.validation_tokens)]
+        some = which[:: max(1, tokens // self.config.eval_tokens)]
         nats, count = self._nats(model, pairs, some)
         return nats / count
 
@@ -228,9 +233,9 @@ class Pairs(Task):
         """
         assert isinstance(model, LanguageModel)
         bleu, chrf = _metrics()
-        beams, limit = options.get("beams", 1), options.get("limit")
+        beams, limit = options.get("num_beams", 1), options.get("limit")
         if beams < 1:
-            raise ValueError(f"--beams must be at least 1, not {beams}")
+            raise ValueError(f"--num-beams must be at least 1, not {beams}")
         pairs, fitting = self.pairs[split], self._fitting(split, limit)
         which = range(len(pairs))[:limit]
         sources = [pairs.side(0, pair) for pair in which]
@@ -256,10 +261,10 @@ class Pairs(Task):
 
     def _nats(self, model: LanguageModel, pairs: PairSplit, which: Which) -> tuple[float, int]:
         """The nats of the targets of some pairs, and how many tokens they are, with their ends."""
-        rows = max(1, TOKENS_AT_ONCE // self.run.window)
+        rows = max(1, TOKENS_AT_ONCE // self.config.context_length)
         order = pairs.by_length(which)
         nats, count = 0.0, 0
-        with scoring(model, self.run.precision) as device:
+        with inference_mode(model, self.config.precision) as device:
             for start in range(0, len(order), rows):
                 arrays = pairs.batch(order[start : start + rows])
                 batch = (torch.from_numpy(array).to(device) for array in arrays)
@@ -271,15 +276,20 @@ class Pairs(Task):
         self, model: LanguageModel, sources: Sequence[list[int]], most: int, beams: int = 1
     ) -> list[str]:
         """The translation of each source, the longest first, so that each batch has one length."""
-        end = self._tokenizer.end_of_text
+        end = self._tokenizer.eos_token
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
         rows = max(1, ROWS // beams)
         found: dict[int, str] = {}
-        with scoring(model):
+        with inference_mode(model):
             for start in range(0, len(order), rows):
                 some = order[start : start + rows]
                 targets = translate(
-                    model, [sources[i] for i in some], begin=end, end=end, most=most, beams=beams
+                    model,
+                    [sources[i] for i in some],
+                    decoder_start_token=end,
+                    eos_token=end,
+                    max_tokens=most,
+                    num_beams=beams,
                 )
                 found |= dict(zip(some, map(self._tokenizer.decode, targets), strict=True))
         return [found[i] for i in range(len(sources))]
@@ -361,7 +371,7 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
     for row in rows:
         buckets = " | ".join(f"{bucket['bleu']:.1f}" for bucket in row["buckets"])
         lines.append(
-            f"| {row['run']} | {row['parameters']:,} | {duration(row['seconds'])} "
+            f"| {row['run']} | {row['parameters']:,} | {format_duration(row['seconds'])} "
             f"| {row['loss']:.3f} | **{row['bleu']:.1f}** | {buckets} | {row['chrf']:.1f} |"
         )
     lines += [
