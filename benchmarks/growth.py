@@ -29,7 +29,7 @@ import torch
 from benchmarks.report import Row, add_common_options, command, machine, report
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
-from training.presets import TrainingConfig
+from training.config import TrainingConfig
 from training.tasks import open_task
 from training.tasks.text import open_corpus_of
 from training.trainer import Trainer

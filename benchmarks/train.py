@@ -37,8 +37,9 @@ from gpt import Model
 from gpt.device import peak_flops, resolve_device
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
+from training.config import RATES, TrainingConfig, scale_learning_rates
 from training.data.corpus import Corpus
-from training.presets import RATES, TrainingConfig, get_preset, scale_learning_rates
+from training.presets import get_preset
 from training.run_directory import environment_info
 from training.tasks import TASKS, open_task
 from training.tasks.base import Batch, Task

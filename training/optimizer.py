@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from gpt.device import uses_bfloat16
 from gpt.models.base import Model
+from training.config import TrainingConfig
 from training.distributed import each_whole, sharded_like
-from training.presets import TrainingConfig
 
 MOMENTUM_WARM_UP = 200
 """Steps over which Muon's momentum goes from 0.85 to 0.95: early gradients turn quickly."""

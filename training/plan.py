@@ -26,8 +26,8 @@ from gpt import LanguageModel, Model
 from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
 from gpt.models.attention import RMSNorm
 from gpt.summary import count_by_kind, count_parameters, describe
+from training.config import TrainingConfig
 from training.optimizer import Optimizers
-from training.presets import TrainingConfig
 from training.progress import format_duration
 from training.tasks import TASKS, check
 from training.tasks.text import Text

@@ -15,8 +15,8 @@ from gpt.checkpoint import save_config, save_tensors
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.distributed import SINGLE_PROCESS, World
-from training.presets import TrainingConfig
 from training.tasks import TASKS, check, open_task
 from training.trainer import (
     Trainer,

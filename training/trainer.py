@@ -40,6 +40,7 @@ from gpt.checkpoint import (
 )
 from gpt.device import autocast, peak_flops, retain_freed_memory
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.distributed import (
     SINGLE_PROCESS,
     World,
@@ -50,7 +51,6 @@ from training.distributed import (
     wrap_ddp,
 )
 from training.optimizer import Optimizers, lr_schedule
-from training.presets import TrainingConfig
 from training.progress import Progress
 from training.tasks.base import Prefetcher, Report, Task
 

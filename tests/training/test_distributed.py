@@ -18,8 +18,8 @@ from tests.training.torchrun_worker import EQUAL, GRADIENT, TASKS, TINY, Uneven,
 from tokenizer import byte_tokenizer
 from training import distributed
 from training.cli import start
+from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
-from training.presets import TrainingConfig
 from training.run_directory import check_world, create_run
 from training.tasks.text import Text
 from training.trainer import checkpoints, model_arguments, newest_checkpoint

@@ -4,7 +4,8 @@ import dataclasses
 
 import pytest
 
-from training.presets import PRESETS, RATES, scale_learning_rates
+from training.config import RATES, scale_learning_rates
+from training.presets import PRESETS
 
 FAMILY = ("gpt-nano", "gpt-micro", "gpt-small")
 

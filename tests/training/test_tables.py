@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from gpt.checkpoint import build_model
-from training.presets import PRESETS, TrainingConfig
+from training.config import TrainingConfig
+from training.presets import PRESETS
 from training.presets import TABLES as TABLE_PRESETS
 from training.tasks import check, open_task
 from training.tasks.tables import BROWN, CURVES, FRANKEN, TABLES, WHITE, Numbers, grains

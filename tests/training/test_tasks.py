@@ -9,8 +9,9 @@ import torch
 from gpt.checkpoint import MODEL_CLASSES, build_model
 from gpt.models.word2vec import Word2Vec
 from tokenizer import train_words
+from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
-from training.presets import PRESETS, TrainingConfig
+from training.presets import PRESETS
 from training.tasks import TASKS, check
 from training.tasks.text import Text, Vectors
 

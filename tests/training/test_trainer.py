@@ -18,9 +18,10 @@ import torch
 
 from gpt.checkpoint import load_tensors, model_class
 from tokenizer import byte_tokenizer, train_words
+from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.optimizer import Muon, Optimizers, lr_schedule, orthogonal, parameter_groups
-from training.presets import PRESETS, TrainingConfig
+from training.presets import PRESETS
 from training.tasks import TASKS
 from training.tasks.base import Prefetcher
 from training.tasks.tables import TABLES

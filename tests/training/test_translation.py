@@ -11,8 +11,8 @@ from torch import Tensor
 from gpt import GPT, LanguageModel
 from gpt.models.seq2seq import Seq2SeqAttention
 from tokenizer import byte_tokenizer, train_bpe, train_words
+from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
-from training.presets import TrainingConfig
 from training.tasks.translation import Pairs, TranslationScore
 
 TOKENIZER = byte_tokenizer()

@@ -11,8 +11,8 @@ import torch
 
 from training import cli as command
 from training import distributed
+from training.config import TrainingConfig
 from training.data.corpus import open_corpus
-from training.presets import TrainingConfig
 from training.tasks.text import Text
 from training.trainer import Stopped, Trainer, newest_checkpoint
 

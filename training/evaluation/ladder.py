@@ -21,7 +21,8 @@ from gpt import LanguageModel
 from gpt.checkpoint import did_you_mean, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
-from training.presets import PRESETS, RUNGS, TrainingConfig
+from training.config import TrainingConfig
+from training.presets import PRESETS, RUNGS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run
 from training.tasks import open_task

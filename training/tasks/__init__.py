@@ -4,7 +4,7 @@ import dataclasses
 
 from gpt.checkpoint import did_you_mean, model_class
 from tokenizer import Tokenizer
-from training.presets import TrainingConfig
+from training.config import TrainingConfig
 from training.tasks.base import Task
 from training.tasks.tables import TABLES
 from training.tasks.text import Text, Vectors

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from gpt import Model
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.data.corpus import MANIFEST, load_given_tokenizer
-from training.presets import TrainingConfig
 
 Batch = tuple[NDArray[Any], ...]
 """What `Model.loss` takes: the first axis of every array is the row, the last array the targets."""

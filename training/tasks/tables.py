@@ -27,8 +27,8 @@ from torch import Tensor
 
 from gpt import Model
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.evaluation.evaluate import inference_mode
-from training.presets import TrainingConfig
 from training.tasks.base import Batch, Task
 
 Rows = tuple[Tensor, Tensor]

@@ -13,6 +13,7 @@ from gpt import LanguageModel, Model
 from gpt.models.word2vec import Word2Vec
 from gpt.sampling import SamplingParams, generate
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.data.corpus import (
     MANIFEST,
     Corpus,
@@ -27,7 +28,6 @@ from training.evaluation.evaluate import (
     evaluate,
     inference_mode,
 )
-from training.presets import TrainingConfig
 from training.tasks.base import Batch, Report, Task
 
 HELD_OUT = 2**14

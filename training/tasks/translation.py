@@ -23,9 +23,9 @@ from numpy.typing import NDArray
 from gpt import LanguageModel, Model
 from gpt.beam_search import translate
 from tokenizer import Tokenizer
+from training.config import TrainingConfig
 from training.data.corpus import Corpus, Tokens
 from training.evaluation.evaluate import TOKENS_AT_ONCE, inference_mode
-from training.presets import TrainingConfig
 from training.progress import format_duration
 from training.tasks.base import Batch, Task
 from training.tasks.text import open_corpus_of
