@@ -2,13 +2,13 @@
 
 import ast
 import re
-import runpy
 import shlex
 import sys
 from pathlib import Path
 
 import pytest
 
+import tinygpt
 from gpt import CHAPTERS, cli
 from training.presets import PRESETS
 
@@ -21,8 +21,8 @@ COMMANDS = [
     line
     for block in re.findall(r"^```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
-] + re.findall(r"`((?:python -m|make) [^`]+)`", TEXT)
-EVERY_PRESET = [f"python -m training train {name}" for name in PRESETS]
+] + re.findall(r"`((?:tinygpt|python -m|make) [^`]+)`", TEXT)
+EVERY_PRESET = [f"tinygpt train {name}" for name in PRESETS]
 
 
 def anchor(name: str, file: Path) -> str:
@@ -80,14 +80,13 @@ def test_every_command_is_understood(command, monkeypatch):
         target = command.split()[1]
         assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return
-    _, _, package, *arguments = shlex.split(command)
-    monkeypatch.setattr(sys, "argv", [package, *arguments])
+    monkeypatch.setattr(sys, "argv", shlex.split(command))
 
     def parse(prog, description, commands, arguments=None):
         assert cli._parse(prog, description, commands, arguments)
 
     monkeypatch.setattr(cli, "main", parse)
-    runpy.run_module(package, run_name="__main__")
+    tinygpt.main()
 
 
 if __name__ == "__main__":
