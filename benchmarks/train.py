@@ -37,7 +37,7 @@ from gpt import Model
 from gpt.device import peak_flops, resolve_device
 from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
-from training.config import RATES, TrainingConfig, scale_learning_rates
+from training.config import LEARNING_RATES, TrainingConfig, scale_learning_rates
 from training.data.corpus import Corpus
 from training.presets import get_preset
 from training.run_directory import environment_info
@@ -126,7 +126,7 @@ def ablations() -> Race:
         "shakespeare": whole,
         "no n-grams": but(ngrams=0),
         "n-grams in 4,096 rows": but(ngrams=4096),
-        "AdamW instead of Muon": but(adam | dict.fromkeys(RATES, 0.002)),
+        "AdamW instead of Muon": but(adam | dict.fromkeys(LEARNING_RATES, 0.002)),
         **{f"no {part}": but({"model": "gpt-without"}, without=part) for part in WITHOUT},
         "tied unembedding": but({"embedding_lr": 0.005}, tied=True),
         "cool-down over 60%": but({"cooldown_fraction": 0.6}),
@@ -177,7 +177,7 @@ class Contestant:
     def about(self) -> Row:
         """What is known before the first step."""
         return environment_info(self.trainer) | {
-            "flops_per_token": self.trainer.flops,
+            "flops_per_token": self.trainer.flops_per_token,
             "peak_flops": peak_flops(self.device),
         }
 

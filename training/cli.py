@@ -28,21 +28,25 @@ from gpt.cli import MaybeInt, MaybePath, MaybeText
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training import distributed
-from training.config import TrainingConfig, model_options, resolve_config
+from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation import ladder
 from training.plots import figures
 from training.plots.commands import Xray
 from training.presets import PRESETS, get_preset
 from training.progress import format_duration
-from training.run_directory import create_run, is_same_run, load_run_tokenizer, resume_run
+from training.run_directory import (
+    create_run,
+    is_same_run,
+    load_run_tokenizer,
+    load_training_config,
+    resume_run,
+)
 from training.tasks import TASKS, check, open_task
 from training.tasks.translation import comparison
 from training.trainer import (
     Diverged,
     Stopped,
     Trainer,
-    load_training_config,
-    new_model,
 )
 
 PROG = "python -m training"

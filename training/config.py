@@ -1,224 +1,254 @@
-"""A training run's options as one frozen dataclass, and the command line that is made from it.
+"""The configuration of a training run, and the options of `tinygpt train` made from it.
 
+tyro turns each field of `TrainingConfig` into an option and its docstring into the option's help.
 The options of a model are its constructor's arguments.
 """
 
 import dataclasses
 import inspect
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import tyro
 
-from gpt.checkpoint import constructor_arguments, model_class
+from gpt import Model
+from gpt.checkpoint import build_model, constructor_arguments, model_class
 from gpt.cli import MaybeInt, MaybeText
 
 PresetOnly: Any = tyro.conf.Suppress
-"""Chosen by the preset, not on the command line."""
+"""Marks a field that a preset sets and that is no command-line option."""
+
+VALID_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
+    (
+        "steps batch_size context_length gradient_accumulation_steps vocab_size data_limit "
+        "eval_interval eval_tokens checkpoint_interval log_interval",
+        lambda value: value >= 1,
+        "at least 1",
+    ),
+    (
+        "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
+        lambda value: value >= 0,
+        "at least 0",
+    ),
+    (
+        "learning_rate embedding_lr unembedding_lr vector_lr",
+        lambda value: 0 < value < math.inf,
+        "above 0",
+    ),
+    ("beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
+    ("cooldown_fraction final_lr_fraction", lambda value: 0 <= value <= 1, "between 0 and 1"),
+]
+"""Names of fields, a test of their value, and the valid range in words."""
 
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """All that decides what a training run does."""
+    """All options of a training run. Raises ValueError for values that are invalid or contradict each other."""
 
     preset: Annotated[str, PresetOnly] = ""
     model: Annotated[str, PresetOnly] = "gpt"
     model_args: Annotated[dict[str, Any], PresetOnly] = field(default_factory=dict)
 
     task: str = "text"
-    """What to learn: text, vectors (of words), pairs (translation), or one of the small tables of numbers."""
+    """Training task: `text` (predict the next token), `word-vectors`, `translation`, or one of the small tables of numbers."""
     data: str = "stdlib"
-    """Corpus: `stdlib` (this Python's standard library), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a hub name such as roneneldan/TinyStories."""
+    """Corpus: `stdlib` (the standard library of this Python), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
     data_config: MaybeText = None
-    """Configuration of a hub dataset that has several."""
+    """Configuration of a Hugging Face dataset that has several."""
     data_split: MaybeText = None
-    """Split to train on, in datasets' own notation; `train` when not given."""
+    """Split to train on, in the notation of `datasets`. Default: `train`."""
     text_column: MaybeText = None
-    """Column that holds the text; found by itself when it is `text` or the only one of strings."""
+    """Column that contains the text. Default: the column `text`, or the only column of strings."""
     languages: MaybeText = None
-    """Of sentence pairs: from which to which, like en-fr; the first two in the data when not given."""
+    """Source and target language of sentence pairs, such as en-fr. Default: the first two in the data."""
     streaming: bool = False
-    """Read a hub dataset without storing a copy of its text."""
+    """Stream a Hugging Face dataset instead of downloading it."""
     data_limit: MaybeInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
-    """`bpe`: learn byte pairs on the training split; `words`: its most frequent words; `characters`: the same of characters; `bytes`: one token a byte; or a tokenizer.json or a run to take it from."""
+    """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
     vocab_size: int = 4096
-    """Number of tokens that `bpe`, `words` or `characters` learns, at most."""
+    """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
     init_embedding: MaybeText = None
-    """Begin with the embedding of this run, of the same tokenizer: of word2vec, say."""
+    """Initialize the embedding from this run, for example a word2vec run. Both runs need the same tokenizer."""
 
     steps: int = 640
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     batch_size: int = 16
-    """Rows of one step."""
+    """Sequences per optimizer step, over all processes."""
     context_length: int = 256
-    """Tokens of one row: the context of the model."""
+    """Tokens per training sequence: the model's context."""
     stateful: bool = False
-    """Let each row go on where it ended in the step before, and carry the model's state on."""
+    """Truncated backpropagation through time: each batch row continues the previous step's text with the model's state."""
     gradient_accumulation_steps: int = 1
-    """Parts that a batch is computed in, one after the other: the same step in less memory."""
+    """Micro-batches that a batch is split into: the same step in less memory."""
     optimizer: Literal["muon", "adamw", "sgd"] = "muon"
-    """What moves the hidden matrices; AdamW moves all the rest, but sgd moves everything."""
+    """Optimizer of the hidden matrices. AdamW updates all other parameters; with sgd, SGD updates everything."""
     learning_rate: float = 0.02
-    """Peak rate of the hidden matrices; it and the next three follow --batch-size, --context-length and --width where not given."""
+    """Peak learning rate of the hidden matrices. It and the next three scale with --batch-size, --context-length and --width unless given."""
     embedding_lr: float = 0.1
-    """Peak rate of the embeddings."""
+    """Peak learning rate of the embeddings."""
     unembedding_lr: float = 0.008
-    """Peak rate of the unembedding."""
+    """Peak learning rate of the unembedding (the output projection)."""
     vector_lr: float = 0.01
-    """Peak rate of norms and biases."""
+    """Peak learning rate of norms and biases."""
     weight_decay: float = 0.0
-    """Decay of the hidden matrices, a share of the rate."""
+    """Decoupled weight decay of the hidden matrices: a step multiplies them by 1 - learning rate * decay."""
     embedding_weight_decay: float = 0.0
-    """The same of embeddings and unembedding."""
+    """Decoupled weight decay of the embeddings and the unembedding."""
     beta1: float = 0.9
-    """AdamW's memory of the gradient."""
+    """AdamW's decay rate of the first moment (the mean gradient)."""
     beta2: float = 0.95
-    """AdamW's memory of its square."""
+    """AdamW's decay rate of the second moment (the mean squared gradient)."""
     warmup_steps: int = 20
-    """Steps over which the rates rise."""
+    """Steps of linear warmup of the learning rates."""
     cooldown_fraction: float = 0.6
-    """Last share of the steps, over which the rates fall."""
+    """Final fraction of the steps, in which the learning rates decay."""
     final_lr_fraction: float = 0.0
-    """Share of the peak rate at the end."""
+    """Learning rate at the end, as a fraction of the peak."""
     cosine_decay: bool = False
-    """Cool down along half a cosine instead of linearly."""
+    """Decay along half a cosine instead of linearly."""
     step_decays: int = 0
-    """Cool down by halving the rates so many times instead of linearly."""
+    """Decay by halving the learning rates this many times instead of linearly."""
     grad_clip: float = 1.0
-    """Longest gradient allowed; 0 switches clipping off."""
+    """Maximum gradient norm; 0 disables clipping."""
 
     eval_interval: int = 100
     """Steps between validations."""
     eval_tokens: int = 32_768
-    """Tokens of the validation split that are scored at each; the end scores them all."""
+    """Tokens of the validation split that each validation scores. The final evaluation scores all."""
     checkpoint_interval: int = 100
     """Steps between checkpoints."""
     log_interval: int = 10
     """Steps between lines of metrics.jsonl."""
     sample_tokens: int = 40
-    """Length of the sample of text at each validation; 0 for none."""
+    """Length in tokens of the sample generated at each validation; 0 disables it."""
     tensorboard: bool = False
-    """Write TensorBoard events beside metrics.jsonl."""
+    """Also write TensorBoard events to the run directory."""
     seed: int = 0
-    """Of the first weights, the order of the data and dropout."""
+    """Random seed of weight initialization, data order and dropout."""
     device: str = "auto"
-    """auto, cpu, cuda, cuda:1, mps."""
+    """Device: auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Of the matrix products; auto is bfloat16 where the device is fast at it."""
+    """Data type of matrix products. auto: bfloat16 where the device computes it faster than float32."""
     fsdp: bool = False
-    """Divide the model and its optimizer among the processes that torchrun starts (FSDP2), where one device cannot hold them."""
+    """Shard the model and its optimizer over the processes that torchrun starts (FSDP2), for models too large for one device."""
     compile: bool = False
-    """Compile the model: slow to start, then faster. Needs a C++ compiler on CPU."""
+    """Compile the model: a slow start, then faster steps. Needs a C++ compiler on CPU."""
 
     def __post_init__(self) -> None:
-        at_least_1 = (
-            "steps batch_size context_length gradient_accumulation_steps vocab_size eval_interval eval_tokens "
-            "checkpoint_interval log_interval"
-        )
-        for name in at_least_1.split():
-            _check(self, name, getattr(self, name) >= 1, "at least 1")
-        at_least_0 = "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays"
-        for name in at_least_0.split():
-            _check(self, name, getattr(self, name) >= 0, "at least 0")
-        for name in ("learning_rate", "embedding_lr", "unembedding_lr", "vector_lr"):
-            _check(self, name, 0 < getattr(self, name) < math.inf, "above 0")
-        for name in ("beta1", "beta2"):
-            _check(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
-        for name in ("cooldown_fraction", "final_lr_fraction"):
-            _check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
-        _check(self, "data_limit", self.data_limit is None or self.data_limit > 0, "at least 1")
+        for names, is_valid, expected in VALID_RANGES:
+            for name in names.split():
+                value = getattr(self, name)
+                if value is not None and not is_valid(value):
+                    option = name.replace("_", "-")
+                    raise ValueError(f"--{option} must be {expected}, not {value}")
         if self.step_decays and self.final_lr_fraction:
             raise ValueError(
-                "--step-decays decides the rate at the end: leave out --final-lr-fraction"
+                "--step-decays determines the final rate: leave out --final-lr-fraction"
             )
         if self.step_decays and self.cosine_decay:
-            raise ValueError(
-                "--step-decays and --cosine-decay are two ways to cool down: leave one out"
-            )
+            raise ValueError("--step-decays and --cosine-decay exclude each other: leave one out")
         if self.stateful and self.gradient_accumulation_steps > 1:
             raise ValueError(
-                "--stateful takes a batch at once: leave out --gradient-accumulation-steps"
+                "--stateful cannot split a batch: leave out --gradient-accumulation-steps"
             )
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
-                f"--batch-size {self.batch_size} cannot be divided into --gradient-accumulation-steps {self.gradient_accumulation_steps} "
-                "equal parts"
+                f"--batch-size {self.batch_size} cannot be divided into "
+                f"--gradient-accumulation-steps {self.gradient_accumulation_steps} equal parts"
             )
 
 
-def _check(run: TrainingConfig, name: str, holds: bool, expected: str) -> None:
-    if not holds:
-        option = name.replace("_", "-")
-        raise ValueError(f"--{option} must be {expected}, not {getattr(run, name)}")
+LEARNING_RATES = ("learning_rate", "embedding_lr", "unembedding_lr", "vector_lr")
+"""The fields that `scale_learning_rates` scales."""
 
 
-DECIDED = ("vocab_size", "context_length", "inputs", "classes")
-"""Arguments of a model that its task decides."""
-UNTYPED = ("products",)
-"""Arguments of a shape that a command line does not have."""
+def scale_learning_rates(config: TrainingConfig, preset: TrainingConfig) -> TrainingConfig:
+    """Return the config with learning rates scaled from the preset's batch and width to its own.
 
-RATES = ("learning_rate", "embedding_lr", "unembedding_lr", "vector_lr")
-
-
-def scale_learning_rates(run: TrainingConfig, chosen: TrainingConfig) -> TrainingConfig:
-    """The run with rates that follow its batch and its width, where they are still those of `chosen`.
-
-    With more tokens in a batch its gradient is less by chance: all rates grow with the root of
-    their number (Malladi et al. 2022). The unembedding adds up as many terms as the model is wide:
-    its rate falls as the width grows; so does that of hidden matrices that AdamW moves, but not of
-    those that Muon moves, whose steps have one size at any width (Yang et al. 2022, 2023). SGD has no
-    such rule. Both runs must name all arguments of their model.
+    Only rates that still equal the preset's are scaled; both configs must name all model arguments.
+    All rates grow with the square root of the tokens per batch, because a larger batch has less
+    gradient noise (Malladi et al. 2022). The unembedding's rate falls with the width, because it
+    sums over that many terms. So does the rate of hidden matrices under AdamW, but not under Muon,
+    whose updates have the same size at every width (Yang et al. 2022, 2023). SGD's rates stay.
     """
-    if run.optimizer == "sgd":
-        return run
-    batch = (
-        run.batch_size * run.context_length / (chosen.batch_size * chosen.context_length)
+    if config.optimizer == "sgd":
+        return config
+    batch_scale = (
+        config.batch_size * config.context_length / (preset.batch_size * preset.context_length)
     ) ** 0.5
-    width = run.model_args.get("width", 1) / chosen.model_args.get("width", 1)
-    shares = dict.fromkeys(RATES, batch)
-    shares["unembedding_lr"] /= width
-    if run.optimizer == "adamw":
-        shares["learning_rate"] /= width
-    changes: dict[str, Any] = {
-        name: float(f"{getattr(run, name) * share:.4g}")
-        for name, share in shares.items()
-        if share != 1 and getattr(run, name) == getattr(chosen, name)
+    width_scale = config.model_args.get("width", 1) / preset.model_args.get("width", 1)
+    scales = dict.fromkeys(LEARNING_RATES, batch_scale)
+    scales["unembedding_lr"] /= width_scale
+    if config.optimizer == "adamw":
+        scales["learning_rate"] /= width_scale
+    scaled: dict[str, Any] = {
+        name: float(f"{getattr(config, name) * scale:.4g}")
+        for name, scale in scales.items()
+        if scale != 1 and getattr(config, name) == getattr(preset, name)
     }
-    return dataclasses.replace(run, **changes)
+    return dataclasses.replace(config, **scaled)
 
 
-def resolve_config(settings: TrainingConfig, model: Any, chosen: TrainingConfig) -> TrainingConfig:  # noqa: ANN401 (of model_options)
-    """What a command line asks for: its settings, its `model_options`, and rates that follow them."""
-    usual = dataclasses.asdict(model_options(chosen)())
-    whole = dataclasses.replace(chosen, model_args=chosen.model_args | usual)
-    given = chosen.model_args | dataclasses.asdict(model)
-    return scale_learning_rates(dataclasses.replace(settings, model_args=given), whole)
+def resolve_config(
+    config: TrainingConfig,
+    options: Any,  # noqa: ANN401 (an instance of model_options)
+    preset: TrainingConfig,
+) -> TrainingConfig:
+    """Return the config with the model options of a command line and learning rates scaled to them."""
+    defaults = dataclasses.asdict(model_options(preset)())
+    complete_preset = dataclasses.replace(preset, model_args=preset.model_args | defaults)
+    model_args = preset.model_args | dataclasses.asdict(options)
+    return scale_learning_rates(dataclasses.replace(config, model_args=model_args), complete_preset)
 
 
-def model_options(run: TrainingConfig) -> type:
-    """A dataclass of the options that the run's model takes, the preset's values as defaults."""
-    model = model_class(run.model)
-    wanted = inspect.signature(model).parameters
-    decided = {name: 2 for name in DECIDED if name in wanted}
-    defaults = constructor_arguments(run.model, {**decided, **run.model_args})
-    help_of = _argument_help(model)
+TASK_ARGS = ("vocab_size", "context_length", "inputs", "classes")
+"""Constructor arguments of models that the task sets."""
+PRESET_ARGS = ("products",)
+"""Constructor arguments of models that only a preset can set: their types have no option syntax."""
+
+
+def model_options(config: TrainingConfig) -> type:
+    """Return a dataclass of the command-line options of the config's model, with its values as defaults."""
+    model = model_class(config.model)
+    parameters = inspect.signature(model).parameters
+    task_args = {name: 2 for name in TASK_ARGS if name in parameters}  # any valid value
+    defaults = constructor_arguments(config.model, {**task_args, **config.model_args})
+    helps = _argument_docs(model)
     options: list[tuple[str, Any, Any]] = [
         (
             name,
-            Annotated[parameter.annotation, tyro.conf.arg(help=help_of.get(name, ""))],
+            Annotated[parameter.annotation, tyro.conf.arg(help=helps.get(name, ""))],
             defaults[name],
         )
-        for name, parameter in wanted.items()
-        if name not in (*decided, *UNTYPED)
+        for name, parameter in parameters.items()
+        if name not in (*task_args, *PRESET_ARGS)
     ]
-    return dataclasses.make_dataclass(f"{run.model} options", options, frozen=True)
+    return dataclasses.make_dataclass(f"{config.model} options", options, frozen=True)
 
 
-def _argument_help(model: type) -> dict[str, str]:
-    """The lines `name: text` under Args in a class's docstring."""
+def _argument_docs(model: type) -> dict[str, str]:
+    """Parse the lines `name: text` under Args in a class's docstring."""
     _, _, lines = (inspect.getdoc(model) or "").partition("Args:")
     pairs = (line.strip().partition(": ") for line in lines.splitlines())
     return {name: text for name, colon, text in pairs if colon}
+
+
+def model_arguments(config: TrainingConfig, task_args: dict[str, Any]) -> dict[str, Any]:
+    """Return the constructor arguments of the config's model.
+
+    Args:
+        config: Its `model_args` come first.
+        task_args: Arguments that the task sets, such as `vocab_size`; those that the model's
+            constructor does not have are dropped.
+    """
+    parameters = inspect.signature(model_class(config.model)).parameters
+    return {k: v for k, v in task_args.items() if k in parameters} | config.model_args
+
+
+def new_model(config: TrainingConfig, task_args: dict[str, Any]) -> Model:
+    """Return the config's model with newly initialized weights; arguments as in `model_arguments`."""
+    return build_model(config.model, model_arguments(config, task_args))

@@ -1,8 +1,8 @@
-"""Several processes on one run, as torchrun starts them: who this one is, and what they tell each other.
+"""Data-parallel and sharded training in several processes, started by torchrun.
 
-Each computes the gradient of its rows of a batch; the mean of the gradients is that of the whole
-batch. All hold all of the model (DDP), or each a slice of every tensor (FSDP2, Zhao et al. 2023),
-put together for as long as a layer is computed. What is printed and written is rank 0's affair.
+Each process computes the gradients of its rows of a batch; their mean is the gradient of the batch.
+Every process holds the whole model (DDP), or a shard of every parameter (FSDP2, Zhao et al. 2023),
+which is gathered while a layer is computed. Only rank 0 prints and writes files.
 """
 
 import atexit
@@ -26,30 +26,30 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gpt.device import resolve_device, uses_bfloat16
 
-# What sharding needs takes a second to import: a run without it does not.
+# FSDP's imports take a second, so only runs that use it import them.
 if TYPE_CHECKING:
     from torch.distributed.tensor import DTensor
 
-PATIENCE = timedelta(hours=2)
-"""How long the others wait for one: rank 0 may be preparing the data, or scoring the model."""
+TIMEOUT = timedelta(hours=2)
+"""Longest wait for another process: rank 0 may be preparing the data or scoring the model."""
 
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, and which of them this is; what involves the others, all call together."""
+    """The processes of a run, and this one's rank. Collective methods must be called by all of them."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """The rank among those of this machine."""
+    """The rank among the processes of this machine."""
 
     @property
     def is_main_process(self) -> bool:
-        """Whether it is this process that prints and writes."""
+        """Whether this process is rank 0, which prints and writes files."""
         return self.rank == 0
 
     def device(self, name: str) -> torch.device:
-        """This process's own device; a ValueError says why it has none."""
+        """Return this process's device. Raises ValueError if there is none for it."""
         device = resolve_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
@@ -65,24 +65,24 @@ class World:
             )
         return torch.device("cuda", self.local_rank)
 
-    def local_rows(self, rows: int) -> slice:
-        """This process's rows of so many."""
-        return slice(rows * self.rank // self.size, rows * (self.rank + 1) // self.size)
+    def local_slice(self, batch_size: int) -> slice:
+        """Return this process's rows of a batch."""
+        return slice(batch_size * self.rank // self.size, batch_size * (self.rank + 1) // self.size)
 
     def all_reduce_max(self, number: int) -> int:
-        """The largest of the processes' numbers."""
+        """Return the largest of the processes' numbers."""
         if self.size == 1:
             return number
-        numbers = torch.tensor(number)
-        dist.all_reduce(numbers, dist.ReduceOp.MAX)
-        return int(numbers)
+        maximum = torch.tensor(number)
+        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        return int(maximum)
 
     def barrier(self) -> None:
-        """Go on when all have come here."""
+        """Wait until all processes have reached this call."""
         self.all_reduce_max(0)
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
-        """The mean of the processes' tensors."""
+        """Return the mean of the processes' tensors."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -90,7 +90,7 @@ class World:
         return total / self.size
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 (anything that can be pickled)
-        """What rank 0 says."""
+        """Return rank 0's value."""
         if self.size == 1:
             return value
         values = [value]
@@ -98,26 +98,26 @@ class World:
         return values[0]
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-        """The tensors of every rank, for rank 0; the others get an empty list."""
+        """Return the tensors of every rank on rank 0, an empty list on the others."""
         if self.size == 1:
             return [tensors]
-        found: list[Any] = [None] * self.size if self.is_main_process else []
-        own = {name: tensor.cpu() for name, tensor in tensors.items()}
-        dist.gather_object(own, found if self.is_main_process else None)
-        return found
+        gathered: list[Any] = [None] * self.size if self.is_main_process else []
+        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
+        dist.gather_object(on_cpu, gathered if self.is_main_process else None)
+        return gathered
 
-    def gather_full(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The same tensors, each sharded one whole, for rank 0; the others get less."""
-        found = {}
+    def gather_full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Return the tensors, sharded ones in full, on rank 0, an empty dict on the others."""
+        gathered = {}
         for name, tensor in tensors.items():
             full = full_tensor(tensor)
             if self.is_main_process:
-                found[name] = full.cpu() if is_sharded(tensor) else full
-        return found
+                gathered[name] = full.cpu() if is_sharded(tensor) else full
+        return gathered
 
     @contextmanager
     def local_main_process_first(self) -> Iterator[None]:
-        """What one process of each machine does before the others: it leaves them what it found."""
+        """Run the body on one process of each machine first, so that the others find what it cached."""
         if self.local_rank:
             self.barrier()
         yield
@@ -126,28 +126,29 @@ class World:
 
 
 SINGLE_PROCESS = World()
+"""Training without torchrun."""
 
 
 def init_process_group(device: str) -> World:
-    """The world that torchrun made of this process and others; without it, ALONE.
+    """Join the process group that torchrun started; without torchrun, return SINGLE_PROCESS.
 
-    All but rank 0 are silent from here on.
+    Standard output of all ranks but 0 is discarded from here on.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1:
         return SINGLE_PROCESS
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
-    own = world.device(device)
-    cuda = own.type == "cuda"
-    if cuda:
-        torch.cuda.set_device(own)
+    own_device = world.device(device)
+    is_cuda = own_device.type == "cuda"
+    if is_cuda:
+        torch.cuda.set_device(own_device)
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        store=_fresh_store(world),
+        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        store=_rendezvous_store(world),
         rank=world.rank,
         world_size=size,
-        timeout=PATIENCE,
-        device_id=own if cuda else None,
+        timeout=TIMEOUT,
+        device_id=own_device if is_cuda else None,
     )
     atexit.register(dist.destroy_process_group)
     if not world.is_main_process:
@@ -155,58 +156,58 @@ def init_process_group(device: str) -> World:
     return world
 
 
-def _fresh_store(world: World) -> Store:
-    """Where the processes find each other.
+def _rendezvous_store(world: World) -> Store:
+    """Return a key-value store that only the processes of this start share.
 
-    torchrun's store outlives a lost worker, and the addresses of the dead are still in it. So
-    each start has a part of its own; rank 0 numbers it, and answers only to who is there.
+    torchrun's store survives a restart of its workers and still contains the addresses of dead
+    ones. So each start gets a prefix, numbered by rank 0. Another rank takes the prefix only after
+    rank 0 has echoed its unique id: a number without an echo is of an earlier start.
     """
     store, _, _ = next(rendezvous("env://"))
     if world.is_main_process:
         start = store.add("start", 1)
         for rank in range(1, world.size):
-            store.set(f"{start}/welcome/{rank}", store.get(f"{start}/hello/{rank}"))
+            store.set(f"{start}/echo/{rank}", store.get(f"{start}/id/{rank}"))
         return PrefixStore(f"{start}", store)
-    name = uuid.uuid4().bytes
+    unique_id = uuid.uuid4().bytes
     while True:
         start = store.add("start", 0)
-        store.set(f"{start}/hello/{world.rank}", name)
-        welcome = f"{start}/welcome/{world.rank}"
-        if store.check([welcome]) and store.get(welcome) == name:
+        store.set(f"{start}/id/{world.rank}", unique_id)
+        echo = f"{start}/echo/{world.rank}"
+        if store.check([echo]) and store.get(echo) == unique_id:
             return PrefixStore(f"{start}", store)
         time.sleep(0.05)
 
 
 def is_restartable() -> bool:
-    """Whether torchrun starts all processes again when one is lost."""
+    """Whether torchrun restarts all processes after one is lost."""
     return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
 
 
 def wrap_ddp(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """An objective whose backward pass leaves the mean of all processes' gradients."""
+    """Return the objective in DDP: its backward pass averages gradients over all processes."""
     assert isinstance(objective, nn.Module)
-    # Compiled in parts, so that sums could be sent early, a recomputed loss is refused.
+    # DDP's optimizer splits the compiled graph to overlap communication, but rejects activation
+    # checkpointing, which the loss uses.
     torch._dynamo.config.optimize_ddp = False
-    wrapped = DistributedDataParallel(objective, gradient_as_bucket_view=True)
-    wrapped.broadcast_buffers = False  # they are tables, the same everywhere
-    return wrapped
+    ddp = DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    ddp.broadcast_buffers = False  # constant tables, the same on every process
+    return ddp
 
 
-def no_sync(objective: Callable[..., Tensor], parts: int) -> AbstractContextManager[None]:
-    """Where gradients only add up while parts of the batch are left: the last sends the sum.
+def no_sync(objective: Callable[..., Tensor]) -> AbstractContextManager[None]:
+    """Return a context in which DDP accumulates gradients without averaging them.
 
-    Sharded ones are sent at once: otherwise each process would hold all of them.
+    FSDP averages after every backward pass: otherwise each process would hold all gradients.
     """
-    if parts and isinstance(objective, DistributedDataParallel):
-        return objective.no_sync()
-    return nullcontext()
+    return objective.no_sync() if isinstance(objective, DistributedDataParallel) else nullcontext()
 
 
 def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> None:
-    """Leave each process its slice of every parameter, on its device.
+    """Shard every parameter over all processes, in place.
 
-    They are put together for one element of a ModuleList at a time, that is for a layer; what
-    belongs to none, for the whole step.
+    The elements of a ModuleList (layers) are gathered one at a time; all other parameters stay
+    gathered for the whole step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -215,11 +216,11 @@ def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> No
         register_fsdp_forward_method,
     )
 
-    # Nothing here changes the result of a layer in place.
+    # The warning is about in-place changes of a layer's output; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    half = device.type == "cuda" and uses_bfloat16(device, precision)
+    in_bfloat16 = device.type == "cuda" and uses_bfloat16(device, precision)
     policy = MixedPrecisionPolicy(
-        torch.bfloat16 if half else None, torch.float32, cast_forward_inputs=False
+        torch.bfloat16 if in_bfloat16 else None, torch.float32, cast_forward_inputs=False
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     layers = [
@@ -236,39 +237,40 @@ def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> No
 
 
 def is_sharded(tensor: Tensor) -> "TypeGuard[DTensor]":
-    """Whether this process holds but a slice of it."""
+    """Whether this process holds only a shard of the tensor."""
     return hasattr(tensor, "full_tensor")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A sharded tensor whole, on every process; any other as it is."""
+    """Return a sharded tensor in full on every process, any other tensor unchanged."""
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def sharded_like(tensor: Tensor, own: Tensor) -> Tensor:
-    """A whole tensor as this process holds `own`: its slice, where that is sharded."""
-    if not is_sharded(own):
+def shard_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """Return a full tensor sharded as `other` is, or unchanged if `other` is not sharded."""
+    if not is_sharded(other):
         return tensor
     from torch.distributed.tensor import distribute_tensor
 
-    return distribute_tensor(tensor, own.device_mesh, own.placements, src_data_rank=None)
+    return distribute_tensor(tensor, other.device_mesh, other.placements, src_data_rank=None)
 
 
-def each_whole(function: Callable[[Tensor], Tensor], tensors: Tensor) -> Tensor:
-    """A function of N tensors, one by one along the first axis, also where they are sharded.
+def map_full_tensors(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """Apply a function to a stack of tensors, independently along the first axis.
 
-    Then each process takes some of the N whole, and gets back its slice of every result.
+    If the stack is sharded along another axis, each process computes some of the tensors in full,
+    and the results are sharded as the stack was.
     """
-    if not is_sharded(tensors):
-        return function(tensors)
+    if not is_sharded(stack):
+        return function(stack)
     from torch.distributed.tensor import DTensor, Shard
 
-    some = tensors.redistribute(placements=[Shard(0)])
-    found = DTensor.from_local(
-        function(some.to_local()).contiguous(),
-        some.device_mesh,
-        some.placements,
-        shape=some.shape,
-        stride=some.stride(),
+    full = stack.redistribute(placements=[Shard(0)])
+    results = DTensor.from_local(
+        function(full.to_local()).contiguous(),
+        full.device_mesh,
+        full.placements,
+        shape=full.shape,
+        stride=full.stride(),
     )
-    return found.redistribute(placements=tensors.placements)
+    return results.redistribute(placements=stack.placements)

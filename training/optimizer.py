@@ -1,8 +1,8 @@
-"""What moves the weights, and how fast: Muon for hidden matrices, AdamW for all the rest.
+"""The optimizers of a run and its learning-rate schedule: Muon for hidden matrices, AdamW for the rest.
 
-Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so
-that every direction of it learns at one speed. It suits matrices between hidden layers;
-embeddings, the unembedding and vectors go to AdamW (Loshchilov & Hutter 2019).
+Muon (Jordan et al. 2024) replaces a matrix's momentum by the nearest orthogonal matrix, so that
+the matrix learns at the same speed in every direction. It suits matrices between hidden layers;
+embeddings, the unembedding and vectors are left to AdamW (Loshchilov & Hutter 2019).
 """
 
 import functools
@@ -16,47 +16,46 @@ from torch import Tensor, nn
 from gpt.device import uses_bfloat16
 from gpt.models.base import Model
 from training.config import TrainingConfig
-from training.distributed import each_whole, sharded_like
+from training.distributed import map_full_tensors, shard_like
 
-MOMENTUM_WARM_UP = 200
-"""Steps over which Muon's momentum goes from 0.85 to 0.95: early gradients turn quickly."""
+MOMENTUM_WARMUP_STEPS = 200
+"""Steps over which Muon's momentum rises from 0.85 to 0.95: early gradients change direction quickly."""
+
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""Jordan's polynomial: small singular values grow fast, and all end between 0.7 and 1.2."""
+NEWTON_SCHULZ_STEPS = 5
 
 
-NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
-"""Jordan's polynomial: it lifts small singular values fast, and leaves all between 0.7 and 1.2."""
-ITERATIONS = 5
-
-
-def orthogonal(update_NAB: Tensor, dtype: torch.dtype) -> Tensor:
-    """The nearest orthogonal matrix to each of N, about: each singular value becomes about 1.
+def orthogonalize(update_NAB: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return approximately the nearest orthogonal matrix to each of N: all singular values near 1.
 
     Args:
         update_NAB: N matrices of one shape.
-        dtype: To compute in: bfloat16 will do where it is fast.
+        dtype: Data type to compute in; bfloat16 is precise enough.
     """
-    a, b, c = NEWTON_SCHULZ
-    tall = update_NAB.shape[1] > update_NAB.shape[2]
-    x_NAB = (update_NAB.mT if tall else update_NAB).to(dtype)
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    is_tall = update_NAB.shape[1] > update_NAB.shape[2]
+    x_NAB = (update_NAB.mT if is_tall else update_NAB).to(dtype)
     x_NAB = x_NAB / x_NAB.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
-    for _ in range(ITERATIONS):
+    for _ in range(NEWTON_SCHULZ_STEPS):
         gram_NAA = x_NAB @ x_NAB.mT
         gram_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
         x_NAB = torch.baddbmm(x_NAB, gram_NAA, x_NAB, beta=a)
-    return x_NAB.mT if tall else x_NAB
+    return x_NAB.mT if is_tall else x_NAB
 
 
 class Muon(torch.optim.Optimizer):
-    """What `torch.optim.Muon` does, for all matrices of one shape at once.
+    """`torch.optim.Muon` with all matrices of one shape in a batch.
 
-    torch's goes through them one by one, and always in bfloat16, which on a CPU without it takes
-    longer than the rest of a small model's step.
+    torch's updates one matrix after another and always in bfloat16, which on a CPU without bfloat16
+    units takes longer than the rest of a small model's step.
 
     Args:
-        params: Groups of matrices.
-        lr: Rate; a matrix that is taller than wide moves by the root of their ratio more.
-        weight_decay: Decay, a share of the rate.
-        momentum: Of the gradient, with Nesterov's look ahead.
-        dtype: To compute in.
+        params: Parameter groups; all parameters are matrices.
+        lr: Learning rate; of a matrix with more rows than columns times the root of their ratio.
+        weight_decay: Decoupled weight decay.
+        momentum: Nesterov momentum.
+        dtype: Data type to orthogonalize in.
     """
 
     def __init__(
@@ -72,39 +71,39 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Move every matrix that has a gradient."""
+        """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            alike: dict[torch.Size, list[Tensor]] = {}
+            by_shape: dict[torch.Size, list[Tensor]] = {}
             for matrix in group["params"]:
                 if matrix.grad is not None:
-                    alike.setdefault(matrix.shape, []).append(matrix)
-            for (rows, columns), matrices in alike.items():
-                moved_NAB = each_whole(
-                    functools.partial(orthogonal, dtype=self.dtype),
-                    torch.stack(self._look_ahead(matrices, group["momentum"])),
+                    by_shape.setdefault(matrix.shape, []).append(matrix)
+            for (rows, columns), matrices in by_shape.items():
+                update_NAB = map_full_tensors(
+                    functools.partial(orthogonalize, dtype=self.dtype),
+                    torch.stack(self._nesterov_momentum(matrices, group["momentum"])),
                 )
-                rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+                lr = group["lr"] * max(1.0, rows / columns) ** 0.5
                 if group["weight_decay"]:
                     torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
-                torch._foreach_add_(matrices, list(moved_NAB), alpha=-rate)
+                torch._foreach_add_(matrices, list(update_NAB), alpha=-lr)
 
-    def _look_ahead(self, matrices: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
-        """The gradients with their momentum, which is moved on."""
+    def _nesterov_momentum(self, matrices: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
+        """Update the momentum buffers and return the gradients with Nesterov momentum."""
         for matrix in matrices:
             if not self.state[matrix]:
                 self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        kept = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
         gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
-        torch._foreach_lerp_(kept, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, kept, momentum)
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return torch._foreach_lerp(gradients, buffers, momentum)
 
 
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
-    """The model's parameters by kind: embeddings, unembedding, matrices, vectors. Each is in one."""
+    """Return the model's parameters as matrices, embeddings, unembedding and vectors; each is in one group."""
     embeddings = {
         id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
     }
-    kinds: dict[str, list[nn.Parameter]] = {
+    groups: dict[str, list[nn.Parameter]] = {
         "matrices": [],
         "embeddings": [],
         "unembedding": [],
@@ -112,121 +111,133 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     }
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
-            kinds["embeddings"].append(parameter)
+            groups["embeddings"].append(parameter)
         elif parameter.ndim < 2:
-            kinds["vectors"].append(parameter)
+            groups["vectors"].append(parameter)
         elif name.startswith("unembedding."):
-            kinds["unembedding"].append(parameter)
+            groups["unembedding"].append(parameter)
         else:
-            kinds["matrices"].append(parameter)
-    return kinds
+            groups["matrices"].append(parameter)
+    return groups
 
 
 class Optimizers:
-    """Every optimizer of a run behind one step: rates follow the schedule, state can be saved.
+    """The optimizers of a run behind one `step`, with the learning-rate schedule and one state dict.
 
     Args:
-        model: Whose weights are moved.
-        run: Its settings.
-        device: Where the weights are.
-        half: Whether matrix products are in bfloat16; when None, as the run and the device have it.
+        model: The model to update.
+        config: Optimizer, learning rates, weight decay, schedule and clipping.
+        device: Device of the model.
+        bfloat16: Whether Muon computes in bfloat16; by default where matrix products do.
     """
 
     def __init__(
-        self, model: Model, run: TrainingConfig, device: torch.device, half: bool | None = None
+        self,
+        model: Model,
+        config: TrainingConfig,
+        device: torch.device,
+        bfloat16: bool | None = None,
     ) -> None:
-        half = uses_bfloat16(device, run.precision) if half is None else half
-        self.run = run
+        if bfloat16 is None:
+            bfloat16 = uses_bfloat16(device, config.precision)
+        self.config = config
         self.model = model
-        rates = {
-            "matrices": run.learning_rate,
-            "embeddings": run.embedding_lr,
-            "unembedding": run.unembedding_lr,
-            "vectors": run.vector_lr,
+        learning_rates = {
+            "matrices": config.learning_rate,
+            "embeddings": config.embedding_lr,
+            "unembedding": config.unembedding_lr,
+            "vectors": config.vector_lr,
         }
-        decays = {
-            "matrices": run.weight_decay,
-            "embeddings": run.embedding_weight_decay,
-            "unembedding": run.embedding_weight_decay,
+        weight_decays = {
+            "matrices": config.weight_decay,
+            "embeddings": config.embedding_weight_decay,
+            "unembedding": config.embedding_weight_decay,
             "vectors": 0.0,
         }
-        by_kind: dict[str, dict[str, Any]] = {
-            kind: {"params": parameters, "lr": rates[kind], "weight_decay": decays[kind]}
-            for kind, parameters in parameter_groups(model).items()
+        groups: dict[str, dict[str, Any]] = {
+            name: {
+                "params": parameters,
+                "lr": learning_rates[name],
+                "weight_decay": weight_decays[name],
+            }
+            for name, parameters in parameter_groups(model).items()
             if parameters
         }
-        self.all: list[torch.optim.Optimizer] = []
-        if run.optimizer == "muon" and "matrices" in by_kind:
-            dtype = torch.bfloat16 if half else torch.float32
-            self.all.append(Muon([by_kind.pop("matrices")], dtype=dtype))
-        if run.optimizer == "sgd":
-            self.all.append(torch.optim.SGD(list(by_kind.values())))
-        elif by_kind:
-            self.all.append(
+        self.optimizers: list[torch.optim.Optimizer] = []
+        if config.optimizer == "muon" and "matrices" in groups:
+            dtype = torch.bfloat16 if bfloat16 else torch.float32
+            self.optimizers.append(Muon([groups.pop("matrices")], dtype=dtype))
+        if config.optimizer == "sgd":
+            self.optimizers.append(torch.optim.SGD(list(groups.values())))
+        elif groups:
+            self.optimizers.append(
                 torch.optim.AdamW(
-                    list(by_kind.values()),
-                    betas=(run.beta1, run.beta2),
+                    list(groups.values()),
+                    betas=(config.beta1, config.beta2),
                     eps=1e-10,
                     fused=device.type in ("cpu", "cuda"),
                 )
             )
-        for group in self._groups():
-            group["peak"] = group["lr"]
+        for group in self._param_groups():
+            group["peak_lr"] = group["lr"]
 
-    def _groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self.all:
+    def _param_groups(self) -> Iterator[dict[str, Any]]:
+        for optimizer in self.optimizers:
             yield from optimizer.param_groups
 
-    def step(self, index: int) -> None:
-        """Clip, set the rates of step `index`, move the weights, drop the gradients."""
-        if self.run.grad_clip:
-            nn.utils.clip_grad_norm_(self.model.parameters(), self.run.grad_clip)
-        share = lr_schedule(self.run, index)
-        for group in self._groups():
-            group["lr"] = group["peak"] * share
+    def step(self, step: int) -> None:
+        """Clip the gradients, set the learning rates of this step, update the weights, clear the gradients."""
+        if self.config.grad_clip:
+            nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
+        lr_fraction = lr_schedule(self.config, step)
+        for group in self._param_groups():
+            group["lr"] = group["peak_lr"] * lr_fraction
             if group.get("momentum"):
-                group["momentum"] = 0.85 + 0.10 * min(1.0, index / MOMENTUM_WARM_UP)
-        for optimizer in self.all:
+                group["momentum"] = 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP_STEPS)
+        for optimizer in self.optimizers:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
 
-    def state(self) -> dict[str, Tensor]:
-        """All state as flat tensors: <optimizer>.<parameter>.<name>."""
+    def state_dict(self) -> dict[str, Tensor]:
+        """Return the state of all optimizers as flat tensors: <optimizer>.<parameter>.<name>."""
         return {
-            f"{number}.{parameter}.{name}": value
-            for number, optimizer in enumerate(self.all)
-            for parameter, values in optimizer.state_dict()["state"].items()
-            for name, value in values.items()
+            f"{i}.{parameter}.{name}": value
+            for i, optimizer in enumerate(self.optimizers)
+            for parameter, state in optimizer.state_dict()["state"].items()
+            for name, value in state.items()
             if value is not None
         }
 
-    def load_state(self, tensors: dict[str, Tensor]) -> None:
-        """Restore what `state` gave."""
-        for number, optimizer in enumerate(self.all):
-            owners = [owner for group in optimizer.param_groups for owner in group["params"]]
+    def load_state_dict(self, tensors: dict[str, Tensor]) -> None:
+        """Restore what `state_dict` returned."""
+        for i, optimizer in enumerate(self.optimizers):
+            parameters = [p for group in optimizer.param_groups for p in group["params"]]
             state: dict[int, dict[str, Tensor]] = {}
             for key, value in tensors.items():
-                of, parameter, name = key.split(".", 2)
-                if int(of) == number:
-                    owner = owners[int(parameter)]
-                    like = owner if value.shape == owner.shape else value
-                    state.setdefault(int(parameter), {})[name] = sharded_like(value, like)
-            whole = optimizer.state_dict()
-            optimizer.load_state_dict({"state": state, "param_groups": whole["param_groups"]})
+                optimizer_index, parameter_index, name = key.split(".", 2)
+                if int(optimizer_index) == i:
+                    parameter = parameters[int(parameter_index)]
+                    like = parameter if value.shape == parameter.shape else value
+                    state.setdefault(int(parameter_index), {})[name] = shard_like(value, like)
+            param_groups = optimizer.state_dict()["param_groups"]
+            optimizer.load_state_dict({"state": state, "param_groups": param_groups})
 
 
-def lr_schedule(run: TrainingConfig, index: int) -> float:
-    """The share of the peak rate at step `index`: a linear warm-up, a plateau, a cool-down.
+def lr_schedule(config: TrainingConfig, step: int) -> float:
+    """Return the learning rate of a step as a fraction of the peak: linear warmup, plateau, cooldown.
 
-    The cool-down is linear, or half a cosine (Loshchilov & Hutter 2017), or halves the rate at
-    equal distances, first where it begins (Zaremba et al. 2014).
+    The cooldown is linear, half a cosine (Loshchilov & Hutter 2017), or halves the rate at equal
+    intervals, first at its start (Zaremba et al. 2014).
     """
-    warm = (index + 1) / run.warmup_steps if run.warmup_steps else 1.0
-    cool = (
-        (run.steps - index) / (run.steps * run.cooldown_fraction) if run.cooldown_fraction else 1.0
-    )
-    if run.step_decays:
-        return min(warm, 0.5 ** math.floor(1 + run.step_decays * (1 - cool))) if cool <= 1 else warm
-    if run.cosine_decay:
-        cool = (1 - math.cos(math.pi * min(cool, 1.0))) / 2
-    return min(warm, 1.0, run.final_lr_fraction + (1 - run.final_lr_fraction) * min(cool, 1.0))
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    remaining = 1.0  # of the cooldown; above 1 before it starts
+    if config.cooldown_fraction:
+        remaining = (config.steps - step) / (config.steps * config.cooldown_fraction)
+    if config.step_decays:
+        if remaining > 1:
+            return warmup
+        return min(warmup, 0.5 ** math.floor(1 + config.step_decays * (1 - remaining)))
+    decay = min(remaining, 1.0)
+    if config.cosine_decay:
+        decay = (1 - math.cos(math.pi * decay)) / 2
+    return min(warmup, config.final_lr_fraction + (1 - config.final_lr_fraction) * decay)

@@ -26,12 +26,12 @@ from gpt import LanguageModel, Model
 from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
 from gpt.models.attention import RMSNorm
 from gpt.summary import count_by_kind, count_parameters, describe
-from training.config import TrainingConfig
+from training.config import TrainingConfig, new_model
 from training.optimizer import Optimizers
 from training.progress import format_duration
 from training.tasks import TASKS, check
 from training.tasks.text import Text
-from training.trainer import Objective, new_model
+from training.trainer import Objective
 
 USABLE = 0.9
 """Of a card's memory: CUDA and the exchange between cards take some, gaps between tensors too."""
@@ -168,7 +168,7 @@ def measure(run: TrainingConfig, rows: int, bfloat16: bool, card: bool, shards: 
             live.peak = before = live.now
             optimizers.step(index)
             update = live.peak - before
-        optimizer = shared(optimizers.state().values(), shards)
+        optimizer = shared(optimizers.state_dict().values(), shards)
         if shards > 1 and bfloat16 and card:
             halve(model)  # as they are gathered
         give_gradients(model)

@@ -6,33 +6,33 @@ from gpt import CHAPTERS
 from gpt.checkpoint import did_you_mean
 from training.config import TrainingConfig
 
-RUNGS = {
+LADDER_PRESETS = {
     "sigma-pi": TrainingConfig(),
     "softmax": TrainingConfig(),
     "mlp": TrainingConfig(),
     "experts": TrainingConfig(),
     "rnn": TrainingConfig(learning_rate=0.04),
-    # What gates let through is small at first, so the unembedding must move faster.
+    # Gates pass only small values at first, so the unembedding needs a higher rate.
     "lstm": TrainingConfig(learning_rate=0.04, unembedding_lr=0.02),
     "gru": TrainingConfig(unembedding_lr=0.02),
     "seq2seq": TrainingConfig(),
     "attention": TrainingConfig(),
     "transformer": TrainingConfig(),
-    # Its embedding is its unembedding too, which must not move as fast.
+    # The embedding is tied to the unembedding, which needs a lower rate.
     "gpt2": TrainingConfig(embedding_lr=0.005),
 }
-"""The language models before today's GPT, by their names: nano size, the same data and budget."""
+"""The language models before today's GPT, by model name: nano size, the same data and budget."""
 
-WORDS = {
+WORD_PRESETS = {
     "word2vec": TrainingConfig(task="word-vectors", tokenizer="words", vocab_size=10_000),
-    # The small model of Zaremba et al. 2014 for the Penn Treebank, of their `--data`: 13 epochs,
-    # the rate halved after each from the fourth on. Their loss is a sum over the 20 tokens of a
-    # window, ours a mean: the rate is 20 of their 1, the clipping a twentieth of their 5.
+    # The small model of Zaremba et al. 2014 for the Penn Treebank, to be trained on it with --data:
+    # 13 epochs, the rate halved after each from the fourth on. Their loss is summed over the 20
+    # tokens of a window, ours is their mean: so the rate is 20 times their 1, grad_clip their 5 / 20.
     "zaremba": TrainingConfig(
         model="lstm",
         model_args={"width": 200, "depth": 2, "init_range": 0.1},
         tokenizer="words",
-        vocab_size=10_001,  # 9,999 words, the line's end and what stands before a document
+        vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
         steps=13 * 2323,
         batch_size=20,
         context_length=20,
@@ -53,10 +53,10 @@ WORDS = {
         log_interval=100,
     ),
 }
-"""Where a token is a word."""
+"""Models of words."""
 
-TABLE = TrainingConfig(
-    batch_size=256,  # all rows at once
+LINEAR_TABLE = TrainingConfig(
+    batch_size=256,  # the whole table
     optimizer="adamw",  # Muon does not suit a matrix of one row
     learning_rate=0.1,
     vector_lr=0.1,
@@ -70,30 +70,30 @@ TABLE = TrainingConfig(
     log_interval=100,
 )
 
-BENT = dataclasses.replace(TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
-"""Where there are many valleys, and a plane is one of them."""
+MLP_TABLE = dataclasses.replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
+"""Lower rates for a loss with many local minima, one of which is a linear fit."""
 
-GATED = dataclasses.replace(BENT, learning_rate=0.05, vector_lr=0.05)
+EXPERTS_TABLE = dataclasses.replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
 
-TABLES = {
-    name: dataclasses.replace(run, model=model, task=task, model_args=arguments)
-    for name, run, model, task, arguments in [
-        ("linear", TABLE, "linear", "basketball", {}),
-        ("rice-linear", TABLE, "linear", "rice", {}),
-        ("rice-sigma-pi", TABLE, "sigma-pi-table", "rice", {}),
-        ("grain-sigma-pi", TABLE, "sigma-pi-table", "grains", {}),
-        ("logistic", TABLE, "logistic", "white-or-brown", {}),
-        ("grain-softmax", TABLE, "softmax-table", "which-grain", {}),
-        ("curve-mlp", BENT, "mlp-table", "square", {"hidden": (32,)}),
-        ("rice-mlp", BENT, "mlp-table", "rice", {"hidden": (32,)}),
-        ("grain-mlp", BENT, "mlp-table", "grains", {"hidden": (64,)}),
-        # Experts that see the cups, gates that see the darkness: of each grain a line, near and far.
-        ("grain-experts", GATED, "experts-table", "grains", {"u": (0,), "v": (1,)}),
-        ("lines-mlp", BENT, "mlp-table", "lines", {"hidden": (7,)}),
-        ("lines-experts", GATED, "experts-table", "lines", {}),
+TABLE_PRESETS = {
+    name: dataclasses.replace(config, model=model, task=task, model_args=model_args)
+    for name, config, model, task, model_args in [
+        ("linear", LINEAR_TABLE, "linear", "basketball", {}),
+        ("rice-linear", LINEAR_TABLE, "linear", "rice", {}),
+        ("rice-sigma-pi", LINEAR_TABLE, "sigma-pi-table", "rice", {}),
+        ("grain-sigma-pi", LINEAR_TABLE, "sigma-pi-table", "grains", {}),
+        ("logistic", LINEAR_TABLE, "logistic", "white-or-brown", {}),
+        ("grain-softmax", LINEAR_TABLE, "softmax-table", "which-grain", {}),
+        ("curve-mlp", MLP_TABLE, "mlp-table", "square", {"hidden": (32,)}),
+        ("rice-mlp", MLP_TABLE, "mlp-table", "rice", {"hidden": (32,)}),
+        ("grain-mlp", MLP_TABLE, "mlp-table", "grains", {"hidden": (64,)}),
+        # The experts see the cups and the gates the darkness: a line per grain, which extrapolates.
+        ("grain-experts", EXPERTS_TABLE, "experts-table", "grains", {"u": (0,), "v": (1,)}),
+        ("lines-mlp", MLP_TABLE, "mlp-table", "lines", {"hidden": (7,)}),
+        ("lines-experts", EXPERTS_TABLE, "experts-table", "lines", {}),
     ]
 }
-"""The documents' own small data: a rung and a table."""
+"""A tabular model of the chapters and one of their small tables of numbers."""
 
 TRANSLATION = TrainingConfig(
     task="translation",
@@ -108,9 +108,9 @@ TRANSLATION = TrainingConfig(
     checkpoint_interval=300,
     sample_tokens=64,
 )
-TRANSLATORS = {
-    # A sentence in one vector takes long to learn, but a step is cheap. Without decay the matrices
-    # that are used again at every word grow until what they do is chaotic.
+TRANSLATION_PRESETS = {
+    # Encoding a sentence in one vector takes long to learn, but a step is cheap. Without weight
+    # decay the recurrent matrices grow until their dynamics are chaotic.
     "translate-seq2seq": dataclasses.replace(
         TRANSLATION,
         model="seq2seq",
@@ -124,8 +124,8 @@ TRANSLATORS = {
         checkpoint_interval=500,
     ),
     **{
-        f"translate-{model}": dataclasses.replace(TRANSLATION, model=model, model_args=arguments)
-        for model, arguments in {
+        f"translate-{model}": dataclasses.replace(TRANSLATION, model=model, model_args=model_args)
+        for model, model_args in {
             "attention": {"width": 256, "dropout": 0.2},
             "transformer": {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
             "gpt2": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
@@ -133,7 +133,7 @@ TRANSLATORS = {
         }.items()
     },
 }
-"""Every rung that translates, of a size for the 29,000 pairs of Multi30k."""
+"""Every model that translates, sized for the 29,000 sentence pairs of Multi30k."""
 
 NANOGPT = TrainingConfig(
     model="gpt2",
@@ -153,10 +153,9 @@ NANOGPT = TrainingConfig(
     eval_tokens=120_000,
     checkpoint_interval=250,
 )
-YARDSTICKS = {
-    # Karpathy's nanoGPT, its two recipes for the characters of tinyshakespeare. Two things differ:
-    # it draws windows at random where we go through a shuffled epoch, and lets AdamW's
-    # denominator be no smaller than 1e-8, we than 1e-10.
+REFERENCE_PRESETS = {
+    # nanoGPT's two recipes for tinyshakespeare by characters (Karpathy). Two things differ: nanoGPT
+    # draws windows at random, we go through shuffled epochs; its AdamW epsilon is 1e-8, ours 1e-10.
     "nanogpt-cpu": dataclasses.replace(
         NANOGPT,
         model_args={"width": 128, "depth": 4, "heads": 4, "bias": False},
@@ -175,8 +174,8 @@ YARDSTICKS = {
         cooldown_fraction=4900 / 5000,
         compile=True,
     ),
-    # GPT-2 as OpenAI built it, with nanoGPT's constants. 50,304 is what nanoGPT fills up OpenAI's
-    # 50,257 tokens to: a multiple of 128, which is faster.
+    # OpenAI's GPT-2 with nanoGPT's hyperparameters. nanoGPT pads the vocabulary of 50,257 to 50,304,
+    # a multiple of 128, which is faster.
     "gpt2-124m": dataclasses.replace(
         NANOGPT,
         model_args={"width": 768, "depth": 12, "heads": 12},
@@ -200,11 +199,11 @@ YARDSTICKS = {
         checkpoint_interval=1000,
     ),
 }
-"""What others published, in their constants: to be compared with."""
+"""Published recipes with their own hyperparameters, for comparison."""
 
 SHAKESPEARE = TrainingConfig(tokenizer="characters", eval_tokens=120_000)
-RIVALS = {
-    # Short-lived: all is for the first minute. Every choice is weighed in docs/experiments.md.
+SHAKESPEARE_PRESETS = {
+    # Tuned for the first minute of training; docs/experiments.md measures every choice.
     "shakespeare": dataclasses.replace(
         SHAKESPEARE,
         model_args={"width": 128, "depth": 4, "heads": 4, "ngrams": 16_384},
@@ -224,17 +223,17 @@ RIVALS = {
         compile=True,
     ),
 }
-"""Today's GPT at the sizes of nanoGPT's two recipes."""
+"""Today's GPT at the sizes of nanoGPT's two recipes for tinyshakespeare."""
 
 PRESETS: dict[str, TrainingConfig] = {
-    name: dataclasses.replace(run, preset=name, model=name if name in CHAPTERS else run.model)
-    for name, run in {
-        **RUNGS,
-        **WORDS,
-        **TABLES,
-        **TRANSLATORS,
-        **YARDSTICKS,
-        **RIVALS,
+    name: dataclasses.replace(config, preset=name, model=name if name in CHAPTERS else config.model)
+    for name, config in {
+        **LADDER_PRESETS,
+        **WORD_PRESETS,
+        **TABLE_PRESETS,
+        **TRANSLATION_PRESETS,
+        **REFERENCE_PRESETS,
+        **SHAKESPEARE_PRESETS,
         "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": TrainingConfig(
             model_args={"width": 384, "depth": 6, "heads": 6},
@@ -261,7 +260,7 @@ PRESETS: dict[str, TrainingConfig] = {
 
 
 def get_preset(name: str) -> TrainingConfig:
-    """The preset of that name; a ValueError names the nearest."""
+    """Return the preset of that name. The ValueError for an unknown one suggests similar names."""
     if name not in PRESETS:
         raise ValueError(
             f"no preset is named {name!r}{did_you_mean(name, PRESETS)}; `tinygpt presets` lists them"

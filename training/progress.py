@@ -1,4 +1,4 @@
-"""What a run says while it trains: one live line on a terminal, plain lines elsewhere."""
+"""Progress of a training run on standard output: one updating line on a terminal, else plain lines."""
 
 import shutil
 import sys
@@ -15,45 +15,54 @@ def format_duration(seconds: float) -> str:
 
 @dataclass
 class Progress:
-    """The line about how far the training is."""
+    """The progress line."""
 
     steps: int
     peak_flops: float | None = None
-    """The device's peak in operations a second, where it is known."""
+    """Peak of the device in operations per second, if known."""
     unit: str = "tokens"
-    """What its speed is counted in."""
-    every: float = 5.0
-    """Seconds between plain lines."""
-
-    validation: float | None = None
-    """The last validation loss, shown until the next."""
+    """Unit of the training speed."""
+    interval: float = 5.0
+    """Minimum seconds between plain lines."""
+    validation_loss: float | None = None
+    """The last one, shown until the next."""
 
     def __post_init__(self) -> None:
-        self.live = sys.stdout.isatty()
-        self._next = 0.0
+        self.is_terminal = sys.stdout.isatty()
+        self._next_update = 0.0
 
-    def update(self, step: int, loss: float, speed: float, flops: float, left: float) -> None:
-        """Show step, mean loss, units/s, MFU where the card is known and the seconds left."""
+    def update(
+        self, step: int, loss: float, speed: float, flops: float, seconds_left: float
+    ) -> None:
+        """Show the step, loss, speed and time left, if the last update is long enough ago.
+
+        Args:
+            step: Steps done.
+            loss: Mean training loss.
+            speed: Units per second.
+            flops: Operations per second, shown as MFU (a fraction of the peak) if the peak is known.
+            seconds_left: Estimated.
+        """
         now = time.monotonic()
-        if now < self._next and step < self.steps:
+        if now < self._next_update and step < self.steps:
             return
-        self._next = now + (0.1 if self.live else self.every)
+        self._next_update = now + (0.1 if self.is_terminal else self.interval)
         parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {loss:.4f}"]
-        if self.validation is not None:
-            parts.append(f"validation {self.validation:.4f}")
+        if self.validation_loss is not None:
+            parts.append(f"validation {self.validation_loss:.4f}")
         parts.append(f"{speed:,.0f} {self.unit}/s")
         if self.peak_flops:
             parts.append(f"MFU {flops / self.peak_flops:.0%}")
-        parts.append(f"{format_duration(left)} left")
+        parts.append(f"{format_duration(seconds_left)} left")
         line = "   ".join(parts)
-        if self.live:
+        if self.is_terminal:
             width = shutil.get_terminal_size().columns - 1
             print(f"\r{line[:width]:<{width}}", end="", flush=True)
         else:
             print(line, flush=True)
 
     def print(self, text: str) -> None:
-        """Print lines of their own; the live line goes on below them."""
-        if self.live:
+        """Print lines above the progress line."""
+        if self.is_terminal:
             print("\r" + " " * (shutil.get_terminal_size().columns - 1), end="\r")
         print(text, flush=True)

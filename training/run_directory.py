@@ -1,60 +1,64 @@
-"""A run's directory: begun, and gone on with."""
+"""Create run directories, and resume training from them."""
 
 import dataclasses
 import json
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from gpt import LanguageModel
-from gpt.checkpoint import save_config, save_tensors
+from gpt.checkpoint import (
+    FORMAT,
+    find_run,
+    load_tensors,
+    read_json,
+    save_config,
+    save_tensors,
+    write_atomically,
+)
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
-from training.config import TrainingConfig
-from training.distributed import SINGLE_PROCESS, World
+from training.checkpointing import newest_checkpoint
+from training.config import TrainingConfig, model_arguments, new_model
+from training.distributed import SINGLE_PROCESS, World, shard_like
 from training.tasks import TASKS, check, open_task
-from training.trainer import (
-    Trainer,
-    load_training_config,
-    model_arguments,
-    new_model,
-    newest_checkpoint,
-    save_training_config,
-)
+from training.trainer import Trainer
 
 
-def create_run(run: TrainingConfig, directory: Path, world: World = SINGLE_PROCESS) -> Trainer:
-    """Prepare the data and write a new run's directory, up to its first step.
+def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PROCESS) -> Trainer:
+    """Prepare the data, write a new run directory and return a trainer at step 0.
 
-    A ValueError says what of the model, the task, the data and the directory does not fit.
+    Raises ValueError if model, task, data, processes and directory do not fit together.
     """
-    check(run)
-    check_world(run, world)
-    if run.fsdp and world.size == 1:
+    check(config)
+    check_batch_size(config, world)
+    if config.fsdp and world.size == 1:
         raise ValueError(
-            "--fsdp divides a model among several processes: start it with "
+            "--fsdp shards a model over several processes: start it with "
             "torchrun --nproc-per-node N -m training train …"
         )
-    device = world.device(run.device)
-    expected = TASKS[run.task].expected_model_args(run)
-    with torch.device("meta"):  # what does not fit together is said before the data is read
-        model = new_model(run, expected)
-    if run.stateful and (not isinstance(model, LanguageModel) or model.max_length is not None):
-        raise ValueError(f"--stateful: the state of the model {run.model} cannot go on for ever")
+    device = world.device(config.device)
+    task_args = TASKS[config.task].expected_model_args(config)
+    with torch.device("meta"):  # reports invalid model options before the data is read
+        model = new_model(config, task_args)
+    if config.stateful and (not isinstance(model, LanguageModel) or model.max_length is not None):
+        raise ValueError(
+            f"--stateful needs a recurrent model: {config.model} has no state of unlimited length"
+        )
     if world.broadcast((directory / "run.json").exists()):
         raise ValueError(
             f"{directory} already holds a run: continue it with --resume {directory}, "
             "or choose another --run"
         )
     with world.local_main_process_first():
-        task = open_task(run)
-    trainer = Trainer(run, directory, task, device, world=world)
-    trainer.load_init_embedding()
+        task = open_task(config)
+    trainer = Trainer(config, directory, task, device, world)
+    load_init_embedding(trainer)
     if not world.is_main_process:
         return trainer
     directory.mkdir(parents=True, exist_ok=True)
@@ -63,53 +67,97 @@ def create_run(run: TrainingConfig, directory: Path, world: World = SINGLE_PROCE
     if task.calibration_tokens is not None:
         tokens = torch.from_numpy(task.calibration_tokens.astype("int32"))
         save_tensors(directory / "validation.safetensors", {"tokens": tokens})
-    save_config(directory, run.model, model_arguments(run, task.model_args))
-    save_training_config(run, directory, environment_info(trainer))
+    save_config(directory, config.model, model_arguments(config, task.model_args))
+    save_training_config(config, directory, environment_info(trainer))
     return trainer
-
-
-def is_same_run(run: TrainingConfig, directory: Path) -> bool:
-    """Whether the directory holds this very run."""
-    if not (directory / "run.json").exists():
-        return False
-    as_written = json.loads(json.dumps(dataclasses.asdict(run)))
-    return bool(dataclasses.asdict(load_training_config(directory)) == as_written)
 
 
 def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> Trainer:
-    """A run as its newest checkpoint has it."""
-    run = dataclasses.replace(load_training_config(directory), device=device)
-    check_world(run, world)
+    """Return a trainer in the state of the run's newest checkpoint, or at step 0 if it has none."""
+    config = dataclasses.replace(load_training_config(directory), device=device)
+    check_batch_size(config, world)
     with world.local_main_process_first():
-        task = open_task(run, load_run_tokenizer(directory))
-    trainer = Trainer(run, directory, task, world.device(device), world=world)
-    checkpoint = newest_checkpoint(directory)
-    if checkpoint:
-        trainer.resume(checkpoint)
+        task = open_task(config, load_run_tokenizer(directory))
+    trainer = Trainer(config, directory, task, world.device(device), world)
+    if checkpoint := newest_checkpoint(directory):
+        trainer.load_checkpoint(checkpoint)
     else:
-        trainer.load_init_embedding()
+        load_init_embedding(trainer)
     return trainer
 
 
-def check_world(run: TrainingConfig, world: World) -> None:
-    """A ValueError if a batch has not the same number of rows for each process in each of its parts."""
-    parts = world.size * run.gradient_accumulation_steps
-    if run.batch_size % parts:
+def is_same_run(config: TrainingConfig, directory: Path) -> bool:
+    """Whether the directory contains a run of this config."""
+    if not (directory / "run.json").exists():
+        return False
+    as_json = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
+    return bool(dataclasses.asdict(load_training_config(directory)) == as_json)
+
+
+def check_batch_size(config: TrainingConfig, world: World) -> None:
+    """Raise ValueError unless every micro-batch has the same number of rows on each process."""
+    divisor = world.size * config.gradient_accumulation_steps
+    if config.batch_size % divisor:
         raise ValueError(
-            f"--batch-size {run.batch_size} cannot be divided among {world.size} processes, in "
-            f"--gradient-accumulation-steps {run.gradient_accumulation_steps} equal parts each: choose a multiple of {parts}, "
-            "or another --nproc-per-node"
+            f"--batch-size {config.batch_size} cannot be divided among {world.size} processes, in "
+            f"--gradient-accumulation-steps {config.gradient_accumulation_steps} equal parts each: "
+            f"choose a multiple of {divisor}, or another --nproc-per-node"
         )
 
 
+def load_init_embedding(trainer: Trainer) -> None:
+    """Copy the embedding of the run named by `init_embedding`, if any, into the trainer's model.
+
+    Raises ValueError if the tokenizers or the shapes differ.
+    """
+    if trainer.config.init_embedding is None:
+        return
+    source = Path(trainer.config.init_embedding)
+    weights = load_tensors(find_run(source) / "model.safetensors", trainer.device)
+    source_embedding = weights.get("embedding.weight")
+    embedding = trainer.model.get_parameter("embedding.weight")
+    assert trainer.task.tokenizer
+    if Tokenizer.load(source).fingerprint != trainer.task.tokenizer.fingerprint:
+        raise ValueError(
+            f"--init-embedding {source} has another tokenizer: give it to this run too, "
+            f"with --tokenizer {source}"
+        )
+    if source_embedding is None or source_embedding.shape != embedding.shape:
+        shape = "none" if source_embedding is None else f"{list(source_embedding.shape)}"
+        raise ValueError(
+            f"--init-embedding {source}: its embedding has the shape {shape}, this model's "
+            f"{list(embedding.shape)}: choose the same width"
+        )
+    with torch.no_grad():
+        embedding.copy_(shard_like(source_embedding, embedding))
+
+
+def save_training_config(config: TrainingConfig, directory: Path, facts: dict[str, Any]) -> None:
+    """Write run.json: the config, and facts such as versions. With this file a run exists."""
+    content = {"format": FORMAT, "config": dataclasses.asdict(config), **facts}
+    write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
+
+
+def load_training_config(directory: Path) -> TrainingConfig:
+    """Read the config from run.json. Raises ValueError if it is missing or invalid."""
+    path = directory / "run.json"
+    if not path.is_file():
+        raise ValueError(f"{directory}: not a training run: it has no run.json")
+    content = read_json(path)
+    try:
+        return TrainingConfig(**content["config"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{path}: written by another version of tinygpt ({error})") from error
+
+
 def load_run_tokenizer(directory: Path) -> Tokenizer | None:
-    """The tokenizer of a run, if it has one."""
+    """Return the tokenizer of a run, or None if its task has none."""
     path = directory / "tokenizer.json"
     return Tokenizer.load(path) if path.exists() else None
 
 
 def environment_info(trainer: Trainer) -> dict[str, Any]:
-    """What run.json says beside the configuration."""
+    """Return what run.json records besides the config: data, device, versions, commit."""
     task = trainer.task
     packages = ("tinygpt", "torch", "tokenizers", "datasets")
     return {
@@ -125,12 +173,12 @@ def environment_info(trainer: Trainer) -> dict[str, Any]:
 def _version(package: str) -> str | None:
     try:
         return version(package)
-    except ModuleNotFoundError:
+    except PackageNotFoundError:
         return None
 
 
 def _commit() -> str | None:
-    """The commit of the code that runs, where it is a git checkout."""
+    """Return the git commit of this code, or None outside a checkout."""
     command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()

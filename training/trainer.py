@@ -1,23 +1,18 @@
-"""The loop: batch, loss, gradient, step; now and then a validation, a sample, a checkpoint.
+"""The training loop: batch, loss, gradients, optimizer step; at intervals log, validate, save.
 
-A checkpoint holds all that the next step depends on: weights, optimizer, random state and
-what the log has not said yet. The order of the data is a pure function of seed and step.
-So a run that was stopped, however, continues as if nothing had been.
+A checkpoint contains everything the next step depends on: weights, optimizer state, random
+states and the losses that are not logged yet. The data order is a pure function of seed and step.
+So a run that was interrupted in any way continues exactly as if it had not been.
 """
 
 import copy
 import dataclasses
-import inspect
-import json
 import math
-import os
-import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -26,39 +21,34 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
-from gpt.checkpoint import (
-    FORMAT,
-    build_model,
-    find_run,
-    load_tensors,
-    load_weights,
-    model_class,
-    read_json,
-    save_tensors,
-    unique_state_dict,
-    write_atomically,
-)
+from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
 from gpt.device import autocast, peak_flops, retain_freed_memory
-from tokenizer import Tokenizer
-from training.config import TrainingConfig
+from training.checkpointing import (
+    newest_checkpoint,
+    read_trainer_state,
+    restore_rng_state,
+    rng_state,
+    write_checkpoint,
+)
+from training.config import TrainingConfig, new_model
 from training.distributed import (
     SINGLE_PROCESS,
     World,
     apply_fsdp,
     full_tensor,
     no_sync,
-    sharded_like,
+    shard_like,
     wrap_ddp,
 )
+from training.metrics_logger import MetricsLogger
 from training.optimizer import Optimizers, lr_schedule
 from training.progress import Progress
+from training.signals import SignalHandler
 from training.tasks.base import Prefetcher, Report, Task
-
-CHECKPOINTS_KEPT = 2
 
 
 class Stopped(Exception):
-    """A signal asked the run to end; its state is saved."""
+    """Training was stopped by a signal, after saving a checkpoint."""
 
     def __init__(self, signal_number: int, checkpoint: Path) -> None:
         super().__init__(f"stopped by {signal.Signals(signal_number).name}, saved {checkpoint}")
@@ -66,98 +56,29 @@ class Stopped(Exception):
 
 
 class Diverged(Exception):
-    """The loss is not a finite number any more."""
+    """A loss is infinite or not a number."""
 
 
 class Objective(nn.Module):
-    """A model whose forward pass is its loss: what is compiled or wrapped is this, what is saved is the model."""
+    """A module whose forward pass is the model's loss. It is compiled and wrapped; the model is saved."""
 
     def __init__(self, model: Model) -> None:
         super().__init__()
         self.model = model
 
     def forward(self, *batch: Tensor, state: State | None = None) -> Tensor:
-        """The scalar to minimise; with a state, of text that goes on from it."""
+        """Return the scalar to minimize; with a state, of a batch that continues from it."""
         if state is None:
             return self.model.loss(*batch)
         assert isinstance(self.model, LanguageModel)
         return self.model.stateful_loss(state, *batch)
 
 
-class SignalHandler:
-    """Remembers SIGINT or SIGTERM until the loop has a moment; a second SIGINT interrupts at once."""
-
-    received: int | None = None
-
-    def _note(self, number: int, _: FrameType | None) -> None:
-        if self.received == signal.SIGINT == number:
-            raise KeyboardInterrupt
-        self.received = number
-
-    @contextmanager
-    def watched(self) -> Iterator[None]:
-        """Within this context the two signals are noted instead of fatal."""
-        both = (signal.SIGINT, signal.SIGTERM)
-        before = [signal.signal(number, self._note) for number in both]
-        try:
-            yield
-        finally:
-            for number, handler in zip(both, before, strict=True):
-                signal.signal(number, handler)
-
-
-class MetricsLogger:
-    """metrics.jsonl, one object a line; TensorBoard too where asked for."""
-
-    def __init__(self, directory: Path, tensorboard: bool, resume_at: int) -> None:
-        self.path = directory / "metrics.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        # What was logged after the checkpoint will be logged again; so will the final score.
-        kept = [line for line in lines if _is_before(line, resume_at)]
-        write_atomically(self.path, "".join(f"{line}\n" for line in kept))
-        self.writer: Any = None
-        if tensorboard:
-            self.writer = _summary_writer(directory, resume_at)
-
-    def write(self, step: int, **values: Any) -> None:  # noqa: ANN401 (what JSON can hold)
-        """Append what is known at a step."""
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    self.writer.add_text(name, value, step)
-                elif isinstance(value, int | float):
-                    self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush TensorBoard's file."""
-        if self.writer:
-            self.writer.close()
-
-
-def _is_before(line: str, step: int) -> bool:
-    """Whether a line of the log is whole, of an earlier step or this one, and not the final score."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return False
-    return bool(values["step"] <= step and "final_loss" not in values)
-
-
-def _summary_writer(directory: Path, resume_at: int) -> Any:  # noqa: ANN401 (an optional library's type)
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
-    return SummaryWriter(str(directory / "tensorboard"), purge_step=resume_at + 1)
-
-
 class Trainer:
-    """One run: a model, its task and a directory.
+    """Trains one run: a model on a task, with a run directory.
 
-    In a world of several processes each has a trainer. They take the same steps, each computing
-    with its rows of the batch; rank 0's writes and speaks for all.
+    With several processes each has a trainer. All take the same steps, each on its rows of the
+    batch; only rank 0 validates, prints and writes files.
     """
 
     def __init__(
@@ -166,78 +87,53 @@ class Trainer:
         directory: Path,
         task: Task,
         device: torch.device,
-        progress: Progress | None = None,
         world: World = SINGLE_PROCESS,
     ) -> None:
         retain_freed_memory()
         self.config, self.directory, self.task = config, directory, task
         self.device, self.world = device, world
-        peak = peak_flops(device) if task.sequence_length else None
-        self.progress = progress or Progress(config.steps, peak, task.unit)
         torch.manual_seed(config.seed)
-        self.model: Model = new_model(config, task.model_args)
+        self.model = new_model(config, task.model_args)
         self.objective = Objective(self.model)
         self.eval_model = self.model
-        """What rank 0 validates and samples: where the model is sharded, a whole copy."""
+        """The model that rank 0 validates and samples: a full copy if training is sharded."""
         self.sharded = config.fsdp and world.size > 1
         if self.sharded:
             self.eval_model = copy.deepcopy(self.model) if world.is_main_process else self.model
             apply_fsdp(self.objective, device, config.precision)
         else:
             self.model.to(device)
-        # On a CPU the batch would only be made at the cost of the step beside it.
+        # On a CPU a prefetching thread would take its time from the training step.
         self.prefetcher = Prefetcher(task, config.steps, enabled=device.type != "cpu")
         self.optimizers = Optimizers(self.model, config, device)
-        self.flops = self.model.flops_per_token(task.sequence_length or 1)
+        self.flops_per_token = self.model.flops_per_token(task.sequence_length or 1)
+        peak = peak_flops(device) if task.sequence_length else None
+        self.progress = Progress(config.steps, peak, task.unit)
         self.signals = SignalHandler()
         self.step = 0
         self.tokens_seen = 0
-        """Targets that it has been trained on."""
+        """Targets trained on so far."""
         self.seconds = 0.0
-        """Spent on that, up to the last line of the log."""
-        self.best = math.inf
+        """Training time up to the last line of the log."""
+        self.best_validation_loss = math.inf
         self.state: State | None = None
-        """What is carried from one batch to the next, if anything is."""
-        self.pending: list[float] = []
+        """The model's state of each batch row, in stateful training."""
+        self.unlogged_losses: list[float] = []
         """Losses of the steps since the last line of the log."""
         if not world.is_main_process:
-            self._seed()
+            self._seed_rank()
 
-    def _seed(self) -> None:
-        """Random numbers that no other rank has, nor this one at another step."""
+    def _seed_rank(self) -> None:
+        """Seed the random numbers of this process, differently for each rank and step."""
         words = np.random.SeedSequence([self.config.seed, self.world.rank, self.step])
         torch.manual_seed(int(words.generate_state(1)[0]))
 
-    def load_init_embedding(self) -> None:
-        """Take over the embedding of another run where that was asked for.
-
-        A ValueError says why it does not fit.
-        """
-        if self.config.init_embedding is None:
-            return
-        other = Path(self.config.init_embedding)
-        path = find_run(other) / "model.safetensors"
-        found = load_tensors(path, self.device).get("embedding.weight")
-        own = self.model.get_parameter("embedding.weight")
-        assert self.task.tokenizer
-        if Tokenizer.load(other).fingerprint != self.task.tokenizer.fingerprint:
-            raise ValueError(
-                f"--init-embedding {other} has another tokenizer: give it to this run too, "
-                f"with --tokenizer {other}"
-            )
-        if found is None or found.shape != own.shape:
-            shape = "none" if found is None else f"{list(found.shape)}"
-            raise ValueError(
-                f"--init-embedding {other}: its embedding has the shape {shape}, this model's "
-                f"{list(own.shape)}: choose the same width"
-            )
-        with torch.no_grad():
-            own.copy_(sharded_like(found, own))
-
     def train(self) -> None:
-        """Train from where the state stands to the last step.
+        """Train from the current step to the last.
 
-        Raises Stopped after a signal and Diverged after a loss that is not finite.
+        Raises:
+            Stopped: After SIGINT or SIGTERM, when a checkpoint has been saved.
+            Diverged: If a loss is not finite.
         """
         objective: Callable[..., Tensor] = self.objective
         if self.config.compile:
@@ -246,297 +142,219 @@ class Trainer:
             objective = wrap_ddp(objective)
         if self.world.is_main_process:
             self.metrics = MetricsLogger(self.directory, self.config.tensorboard, self.step)
-        losses: list[Tensor] = []
         self.model.train()
-        first, first_seen, before = self.step, self.tokens_seen, self.seconds
-        begun = time.monotonic()
+        losses: list[Tensor] = []
+        first_step, first_tokens, previous_seconds = self.step, self.tokens_seen, self.seconds
+        start = time.monotonic()
         try:
-            with self.signals.watched():
+            with self.signals.installed():
                 while self.step < self.config.steps:
                     losses.append(self.train_step(objective))
                     self.step += 1
-                    last = self.step == self.config.steps
-                    due = {
-                        "log": last or self.step % self.config.log_interval == 0,
-                        "validation": last or self.step % self.config.eval_interval == 0,
-                        "checkpoint": last or self.step % self.config.checkpoint_interval == 0,
-                    }
-                    signalled = self.world.all_reduce_max(self.signals.received or 0)
-                    if any(due.values()) or signalled:
-                        self.pending += self.world.all_reduce_mean(torch.stack(losses)).tolist()
+                    should_log = self._is_due(self.config.log_interval)
+                    should_validate = self._is_due(self.config.eval_interval)
+                    should_save = self._is_due(self.config.checkpoint_interval)
+                    stop_signal = self.world.all_reduce_max(self.signals.received or 0)
+                    if should_log or should_validate or should_save or stop_signal:
+                        # Reading a loss waits for the device: only where it is needed.
+                        mean_losses = self.world.all_reduce_mean(torch.stack(losses))
+                        self.unlogged_losses += mean_losses.tolist()
                         losses.clear()
                         self._check_finite()
-                    if due["log"]:
-                        elapsed = time.monotonic() - begun
-                        self.seconds = before + elapsed
-                        left = elapsed / (self.step - first) * (self.config.steps - self.step)
-                        self._log((self.tokens_seen - first_seen) / elapsed, left)
-                    if due["validation"]:
+                    if should_log:
+                        elapsed = time.monotonic() - start
+                        self.seconds = previous_seconds + elapsed
+                        seconds_per_step = elapsed / (self.step - first_step)
+                        self._log(
+                            tokens_per_second=(self.tokens_seen - first_tokens) / elapsed,
+                            seconds_left=seconds_per_step * (self.config.steps - self.step),
+                        )
+                    if should_validate:
                         self._validate()
-                    if due["checkpoint"] or signalled:
-                        path = self.save()
-                        if signalled and not last:
-                            raise Stopped(signalled, path)
+                    if should_save or stop_signal:
+                        checkpoint = self.save_checkpoint()
+                        if stop_signal and self.step < self.config.steps:
+                            raise Stopped(stop_signal, checkpoint)
         finally:
             self.prefetcher.close()
             if self.world.is_main_process:
                 self.metrics.close()
 
+    def _is_due(self, interval: int) -> bool:
+        """Whether this step is the last or a multiple of `interval`."""
+        return self.step % interval == 0 or self.step == self.config.steps
+
     def train_step(self, objective: Callable[..., Tensor]) -> Tensor:
-        """One optimizer step; returns its mean loss, still on the device: the ranks' mean is the batch's.
+        """Take one optimizer step and return its loss; the mean over processes is the batch's loss.
 
-        The device is only told what to do, and never waited for.
+        Operations are only queued on the device: nothing here waits for it.
         """
-        arrays = self.prefetcher.batch(self.step)
-        targets = int((arrays[-1] != -100).sum())
-        self.tokens_seen += targets
-        mine = self.world.local_rows(len(arrays[0]))
-        arrays = tuple(array[mine] for array in arrays)
+        batch = self.prefetcher.batch(self.step)
+        num_targets = int((batch[-1] != -100).sum())
+        self.tokens_seen += num_targets
+        local_rows = self.world.local_slice(len(batch[0]))
+        batch = tuple(array[local_rows] for array in batch)
         if not self.task.continues_previous(self.step):
-            self.state = self._first_state(len(arrays[0]))
-        counted = np.array_split(arrays[-1] != -100, self.config.gradient_accumulation_steps)
-        batch = (_to_device(array, self.device) for array in arrays)
-        parts = zip(
-            *(tensor.tensor_split(self.config.gradient_accumulation_steps) for tensor in batch),
-            strict=True,
+            self.state = self._init_state(len(batch[0]))
+        num_micro_batches = self.config.gradient_accumulation_steps
+        # Weighted by their share of the targets, micro-batch means add up to the batch's mean.
+        # The world's size cancels the averaging over processes.
+        weights = [
+            (targets != -100).sum() / num_targets * self.world.size
+            for targets in np.array_split(batch[-1], num_micro_batches)
+        ]
+        tensors = [_to_device(array, self.device) for array in batch]
+        micro_batches = zip(
+            *(tensor.tensor_split(num_micro_batches) for tensor in tensors), strict=True
         )
-        total = torch.zeros((), device=self.device)
-        for left, part in zip(
-            reversed(range(self.config.gradient_accumulation_steps)), parts, strict=True
-        ):
-            # Each part counts for the targets in it, so that the mean is that of the whole batch.
-            share = counted[-1 - left].sum() / targets * self.world.size
-            with no_sync(objective, left):
+        total_loss = torch.zeros((), device=self.device)
+        for i, (weight, micro_batch) in enumerate(zip(weights, micro_batches, strict=True), 1):
+            with nullcontext() if i == num_micro_batches else no_sync(objective):
                 with autocast(self.device, self.config.precision):
-                    loss = objective(*part, state=self.state) * share
+                    loss = objective(*micro_batch, state=self.state) * weight
                 loss.backward()
-            total += loss.detach()
+            total_loss += loss.detach()
         self.optimizers.step(self.step)
-        return total
+        return total_loss
 
-    def _first_state(self, rows: int) -> State | None:
-        """An empty state where one is to be carried."""
+    def _init_state(self, batch_size: int) -> State | None:
+        """Return an empty model state in stateful training, otherwise None."""
         if not self.config.stateful:
             return None
         assert isinstance(self.model, LanguageModel)
-        state = self.model.init_state(rows, self.config.context_length)
+        state = self.model.init_state(batch_size, self.config.context_length)
         return {name: full_tensor(tensor) for name, tensor in state.items()}
 
     def _check_finite(self) -> None:
-        if all(map(math.isfinite, self.pending)):
-            return
-        bad = self.step - len(self.pending) + 1
-        bad += next(i for i, loss in enumerate(self.pending) if not math.isfinite(loss))
-        saved = newest_checkpoint(self.directory)
-        raise Diverged(
-            f"the loss of step {bad} is not finite; the last good checkpoint is "
-            f"{saved or 'none yet'}: try a lower --learning-rate"
-        )
+        """Raise Diverged for the first step whose loss is not finite."""
+        first_step = self.step - len(self.unlogged_losses) + 1
+        for step, loss in enumerate(self.unlogged_losses, first_step):
+            if not math.isfinite(loss):
+                checkpoint = newest_checkpoint(self.directory)
+                raise Diverged(
+                    f"the loss of step {step} is not finite; the last good checkpoint is "
+                    f"{checkpoint or 'none yet'}: try a lower --learning-rate"
+                )
 
-    def _log(self, speed: float, left: float) -> None:
-        """A line about the steps since the last one; `speed` in targets a second, `left` in seconds."""
-        loss = sum(self.pending) / len(self.pending)
-        self.pending.clear()
+    def _log(self, tokens_per_second: float, seconds_left: float) -> None:
+        """Log the mean loss since the last line of the log."""
+        loss = sum(self.unlogged_losses) / len(self.unlogged_losses)
+        self.unlogged_losses.clear()
         if not self.world.is_main_process:
             return
         unit = self.task.unit
-        counts = {unit: self.tokens_seen, f"{unit}_per_second": round(speed, 1)}
-        counts["seconds"] = round(self.seconds, 2)
-        share = lr_schedule(self.config, self.step - 1)
-        self.metrics.write(self.step, loss=loss, rate_share=share, **counts)
-        self.progress.update(self.step, loss, speed, speed * self.flops, left)
+        self.metrics.log(
+            self.step,
+            loss=loss,
+            lr_fraction=lr_schedule(self.config, self.step - 1),
+            **{unit: self.tokens_seen, f"{unit}_per_second": round(tokens_per_second, 1)},
+            seconds=round(self.seconds, 2),
+        )
+        flops = tokens_per_second * self.flops_per_token
+        self.progress.update(self.step, loss, tokens_per_second, flops, seconds_left)
 
     def _validate(self) -> None:
-        """Score what is held out, keep the weights if they are the best yet, show a sample."""
-        whole = self.world.gather_full(unique_state_dict(self.model))
+        """Compute the validation loss, save the weights if they are the best, show a sample."""
+        weights = self.world.gather_full_tensors(unique_state_dict(self.model))
         if not self.world.is_main_process:
             return
         if self.sharded:
-            self.eval_model.load_state_dict(whole, strict=False)
+            self.eval_model.load_state_dict(weights, strict=False)
             self.eval_model.to(self.device)
         loss = self.task.validate(self.eval_model)
-        if loss < self.best:
-            self.best = loss
-            save_tensors(self.directory / "model.safetensors", whole)
+        if loss < self.best_validation_loss:
+            self.best_validation_loss = loss
+            save_tensors(self.directory / "model.safetensors", weights)
         sample = self.task.sample(self.eval_model, self.config.sample_tokens)
         if self.sharded:
             self.eval_model.cpu()
-        self.metrics.write(self.step, validation_loss=loss, sample=sample)
-        self.progress.validation = loss
+        self.metrics.log(self.step, validation_loss=loss, sample=sample)
+        self.progress.validation_loss = loss
         self.progress.print(
             f"\nstep {self.step}: {self.task.format_loss(loss)}"
             + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
         )
 
-    def score(self, **options: Any) -> Report:  # noqa: ANN401 (as the task's)
-        """Score the best weights on all that is held out, and log it; `judged` has them then."""
+    def score(self, **options: Any) -> Report:  # noqa: ANN401 (options of Task.score)
+        """Load the best weights into `eval_model`, score the whole validation split, log the score."""
         model = self.eval_model.to(self.device)
         path = self.directory / "model.safetensors"
         load_weights(model, load_tensors(path, self.device), path)
         model.eval()
-        # In float32, as `eval` does: the same on every machine.
+        # In float32, as `tinygpt eval`: the same on every machine.
         self.task.config = dataclasses.replace(self.task.config, precision="float32")
-        score = self.task.score(model, "validation", **options)
-        self.metrics.write(
-            self.step, **{f"final_{name}": value for name, value in score.to_json().items()}
+        report = self.task.score(model, "validation", **options)
+        self.metrics.log(
+            self.step, **{f"final_{name}": value for name, value in report.to_json().items()}
         )
-        return score
+        return report
 
-    def save(self) -> Path:
-        """Have rank 0 write a checkpoint, the same at any number of processes; all wait for it."""
-        folder = self.directory / "checkpoints" / f"step-{self.step}"
+    def save_checkpoint(self) -> Path:
+        """Let rank 0 write a checkpoint; all wait for it. It can be loaded by any number of processes."""
+        rng_states = self.world.gather(rng_state(self.device, self.world.rank))
         tensors = {
-            "model": self.world.gather_full(unique_state_dict(self.model)),
-            "optimizer": self.world.gather_full(self.optimizers.state()),
-            "random": self._random(),
-            "carried": self._carried(),
+            "model": self.world.gather_full_tensors(unique_state_dict(self.model)),
+            "optimizer": self.world.gather_full_tensors(self.optimizers.state_dict()),
+            "rng_state": {name: state for states in rng_states for name, state in states.items()},
+            "sequence_state": _concatenate(self.world.gather(self.state or {})),
+        }
+        best = self.best_validation_loss
+        trainer_state = {
+            "step": self.step,
+            "best_validation_loss": None if math.isinf(best) else best,
+            "unlogged_losses": self.unlogged_losses,
+            "tokens_seen": self.tokens_seen,
+            "seconds": self.seconds,
+            "data_fingerprint": self.task.fingerprint,
         }
         if self.world.is_main_process:
-            self._write(folder, tensors)
+            write_checkpoint(self.directory, tensors, trainer_state)
         self.world.barrier()
-        return folder
+        return self.directory / "checkpoints" / f"step-{self.step}"
 
-    def _random(self) -> dict[str, Tensor]:
-        """The random states: of rank 0 `cpu` and perhaps `cuda`, of rank 1 `cpu.1` and so on."""
-        own = {"cpu": torch.get_rng_state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        named = {f"{kind}{self._suffix}": state for kind, state in own.items()}
-        return {name: state for part in self.world.gather(named) for name, state in part.items()}
-
-    @property
-    def _suffix(self) -> str:
-        return "" if self.world.is_main_process else f".{self.world.rank}"
-
-    def _carried(self) -> State:
-        """The carried state of all rows."""
-        parts = self.world.gather(self.state or {})
-        names = parts[0] if parts else {}
-        return {name: torch.cat([part[name] for part in parts]) for name in names}
-
-    def _write(self, folder: Path, tensors: dict[str, dict[str, Tensor]]) -> None:
-        """Write a checkpoint beside its place, flush it, rename it; drop older ones."""
-        for left_behind in folder.parent.glob("step-*.*"):
-            shutil.rmtree(left_behind)
-        if folder.exists():
-            return
-        beside = folder.with_name(folder.name + ".part")
-        beside.mkdir(parents=True)
-        state = {
-            "step": self.step,
-            "best": None if math.isinf(self.best) else self.best,
-            "pending": self.pending,
-            "seen": self.tokens_seen,
-            "seconds": self.seconds,
-            "data": self.task.fingerprint,
+    def load_checkpoint(self, path: Path) -> None:
+        """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit the run."""
+        trainer_state = read_trainer_state(path)
+        fingerprint = trainer_state["data_fingerprint"]
+        if fingerprint != self.task.fingerprint:
+            raise ValueError(
+                f"{path}: was trained on another corpus than {self.config.data} contains now "
+                f"({fingerprint[:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
+            )
+        own = unique_state_dict(self.model)
+        weights = {
+            name: shard_like(tensor, own.get(name, tensor))
+            for name, tensor in load_tensors(path / "model.safetensors").items()
         }
-        try:
-            for name, part in tensors.items():
-                save_tensors(beside / f"{name}.safetensors", part)
-            write_atomically(beside / "state.json", json.dumps(state))
-            _sync(beside)
-            beside.rename(folder)
-            _sync(folder.parent)
-        except OSError:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        for old in checkpoints(self.directory)[:-CHECKPOINTS_KEPT]:
-            # Renamed first: a name without a suffix is a whole checkpoint.
-            shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
-
-    def resume(self, folder: Path) -> None:
-        """Continue from a checkpoint; a ValueError says what in it is damaged or does not fit."""
-        state = read_json(folder / "state.json")
-        if unknown := {"step", "best", "pending", "seen", "seconds", "data"} ^ state.keys():
-            raise ValueError(
-                f"{folder}: written by another version of tinygpt ({', '.join(sorted(unknown))})"
-            )
-        if state["data"] != self.task.fingerprint:
-            raise ValueError(
-                f"{folder}: was trained on another corpus than {self.config.data} holds now "
-                f"({state['data'][:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
-            )
-        path, own = folder / "model.safetensors", unique_state_dict(self.model)
-        found = load_tensors(path).items()
-        load_weights(
-            self.model,
-            {name: sharded_like(tensor, own.get(name, tensor)) for name, tensor in found},
-            path,
-        )
-        self.optimizers.load_state(load_tensors(folder / "optimizer.safetensors"))
-        random = load_tensors(folder / "random.safetensors")
-        self.step, self.pending = state["step"], state["pending"]
-        cpu, cuda = f"cpu{self._suffix}", f"cuda{self._suffix}"
-        if cpu in random:
-            torch.set_rng_state(random[cpu])
-        else:  # there were fewer ranks
-            self._seed()
-        if cuda in random and self.device.type == "cuda":
-            torch.cuda.set_rng_state(random[cuda], self.device)
-        carried = load_tensors(folder / "carried.safetensors", self.device)
+        load_weights(self.model, weights, path / "model.safetensors")
+        self.optimizers.load_state_dict(load_tensors(path / "optimizer.safetensors"))
+        self.step = trainer_state["step"]
+        self.unlogged_losses = trainer_state["unlogged_losses"]
+        self.tokens_seen, self.seconds = trainer_state["tokens_seen"], trainer_state["seconds"]
+        best = trainer_state["best_validation_loss"]
+        self.best_validation_loss = math.inf if best is None else best
+        rng_states = load_tensors(path / "rng_state.safetensors")
+        if not restore_rng_state(rng_states, self.device, self.world.rank):
+            self._seed_rank()  # the checkpoint was written by fewer processes
+        sequence_state = load_tensors(path / "sequence_state.safetensors", self.device)
         self.state = {
-            name: tensor[self.world.local_rows(len(tensor))] for name, tensor in carried.items()
+            name: tensor[self.world.local_slice(len(tensor))]
+            for name, tensor in sequence_state.items()
         } or None
-        self.tokens_seen, self.seconds = state["seen"], state["seconds"]
-        self.best = math.inf if state["best"] is None else state["best"]
 
 
 def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """An array on the device. A card fetches it when its turn comes, which it can from pinned memory."""
+    """Copy an array to the device; to a GPU without waiting, from pinned memory."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
-def model_arguments(run: TrainingConfig, given: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of the run's model: its own, and those of the data's that it knows."""
-    known = inspect.signature(model_class(run.model)).parameters
-    return {name: value for name, value in given.items() if name in known} | run.model_args
-
-
-def new_model(run: TrainingConfig, given: dict[str, Any]) -> Model:
-    """The run's model with its first weights."""
-    return build_model(run.model, model_arguments(run, given))
-
-
-def checkpoints(directory: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    found = (directory / "checkpoints").glob("step-*")
-    whole = [path for path in found if path.name.removeprefix("step-").isdigit()]
-    return sorted(whole, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def newest_checkpoint(directory: Path) -> Path | None:
-    """The last whole checkpoint, or None."""
-    return next(reversed(checkpoints(directory)), None)
-
-
-def save_training_config(run: TrainingConfig, directory: Path, facts: dict[str, Any]) -> None:
-    """Write run.json: the whole configuration and what it ran on. A run exists from here on."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(run), **facts}
-    write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
-
-
-def load_training_config(directory: Path) -> TrainingConfig:
-    """The configuration in run.json; a ValueError says what is wrong with it."""
-    path = directory / "run.json"
-    if not path.is_file():
-        raise ValueError(f"{directory}: not a training run: it has no run.json")
-    content = read_json(path)
-    try:
-        return TrainingConfig(**content["config"])
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{path}: written by another version of tinygpt ({error})") from error
-
-
-def _sync(directory: Path) -> None:
-    """Flush a directory's own entries to the disk."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _concatenate(states: list[State]) -> State:
+    """Join the states of the processes along the batch axis; an empty list gives an empty state."""
+    names = states[0] if states else {}
+    return {name: torch.cat([state[name] for state in states]) for name in names}
 
 
 def _indent(text: str) -> str:

@@ -25,9 +25,9 @@ def write(run, lines=(), **about):
 
 
 LINES = [
-    {"step": 10, "loss": 3.5, "rate_share": 1.0, "tokens": 1000, "seconds": 1.5},
+    {"step": 10, "loss": 3.5, "lr_fraction": 1.0, "tokens": 1000, "seconds": 1.5},
     {"step": 10, "validation_loss": 3.25, "sample": "é\u2028"},
-    {"step": 20, "loss": 3.0, "rate_share": 0.1, "tokens": 2000, "seconds": 3.0},
+    {"step": 20, "loss": 3.0, "lr_fraction": 0.1, "tokens": 2000, "seconds": 3.0},
     {"step": 20, "validation_loss": 3.125, "sample": "b"},
 ]
 FINAL = {"step": 20, "final_loss": 3.0, "final_bits_per_byte": 1.5}

@@ -13,7 +13,7 @@ import sys
 import pytest
 
 from gpt.checkpoint import find_run, load_tensors
-from training.trainer import newest_checkpoint
+from training.checkpointing import newest_checkpoint
 
 TINY = [
     "--tokenizer",

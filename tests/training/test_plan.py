@@ -16,11 +16,12 @@ from torch.profiler import ProfilerActivity, profile
 from gpt import cli
 from gpt.device import GPUSpec, find_gpu_spec
 from tests.training.test_cli import training
+from training.config import new_model
 from training.optimizer import Optimizers
 from training.plan import Hardware, gathered, measure, plan
 from training.presets import PRESETS
 from training.tasks import TASKS
-from training.trainer import Objective, new_model
+from training.trainer import Objective
 
 CPU = torch.device("cpu")
 SCALE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
@@ -132,7 +133,7 @@ def test_memory_is_what_a_real_step_takes(name, bfloat16):
     assert planned.gradients == sum(gradient.nbytes for gradient in real.gradients)
     assert planned.optimizer == sum(
         tensor.nbytes
-        for optimizer in real.optimizers.all
+        for optimizer in real.optimizers.optimizers
         for state in optimizer.state.values()
         for tensor in state.values()
     )

@@ -8,8 +8,7 @@ import torch
 
 from gpt.checkpoint import build_model
 from training.config import TrainingConfig
-from training.presets import PRESETS
-from training.presets import TABLES as TABLE_PRESETS
+from training.presets import PRESETS, TABLE_PRESETS
 from training.tasks import check, open_task
 from training.tasks.tables import BROWN, CURVES, FRANKEN, TABLES, WHITE, Numbers, grains
 from training.trainer import Trainer

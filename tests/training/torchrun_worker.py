@@ -1,4 +1,4 @@
-"""What torchrun starts in test_distributed.py; its parts for one process are called from there."""
+"""The program that test_distributed.py starts with torchrun, and its configs and tasks."""
 
 import dataclasses
 import os
@@ -7,14 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from training import cli as command
-from training import distributed
+from tests.training.helpers import make_trainer
+from training import cli, distributed
+from training.checkpointing import newest_checkpoint
 from training.config import TrainingConfig
 from training.data.corpus import open_corpus
 from training.tasks.text import Text
-from training.trainer import Stopped, Trainer, newest_checkpoint
+from training.trainer import Stopped, Trainer
 
 TINY = TrainingConfig(
     model_args={"width": 16, "depth": 2, "heads": 2},
@@ -31,16 +31,16 @@ TINY = TrainingConfig(
     device="cpu",
     precision="float32",
 )
-DROPPING = dataclasses.replace(TINY, model_args=TINY.model_args | {"dropout": 0.3})
+DROPOUT = dataclasses.replace(TINY, model_args=TINY.model_args | {"dropout": 0.3})
 SGD = dataclasses.replace(TINY, optimizer="sgd", learning_rate=1.0)
-EQUAL = {
+CONFIGS = {
     "muon": TINY,
     "adamw": dataclasses.replace(
         TINY, optimizer="adamw", learning_rate=1e-3, gradient_accumulation_steps=1
     ),
     "tied": dataclasses.replace(SGD, model="gpt2"),
-    "translator": dataclasses.replace(SGD, model="transformer", grad_clip=0.01),
-    "carry": dataclasses.replace(
+    "translation": dataclasses.replace(SGD, model="transformer", grad_clip=0.01),
+    "stateful": dataclasses.replace(
         SGD,
         model="lstm",
         model_args={"width": 16},
@@ -49,8 +49,8 @@ EQUAL = {
         batch_size=6,
     ),
 }
-"""Runs that mean the same at any number of processes."""
-GRADIENT = dataclasses.replace(
+"""Without random numbers, so that any number of processes should train equally."""
+ONE_SGD_STEP = dataclasses.replace(
     SGD,
     steps=1,
     warmup_steps=0,
@@ -60,11 +60,11 @@ GRADIENT = dataclasses.replace(
     unembedding_lr=1.0,
     vector_lr=1.0,
 )
-"""Its one step takes the gradient from the weights."""
+"""Its update is the negative gradient."""
 
 
-class Halves(Text):
-    """Pairs: the first half of each window, and the second."""
+class HalfWindowPairs(Text):
+    """Sentence pairs: the first and the second half of each window."""
 
     def batch(self, index):
         tokens_BT, targets_BT = super().batch(index)
@@ -73,40 +73,31 @@ class Halves(Text):
         return tokens_BT[:, :half], lengths_B, tokens_BT[:, half:], targets_BT[:, half:]
 
 
-TASKS = {"translator": Halves}
-"""Of a run above, where it is not Text."""
+TASKS = {"translation": HalfWindowPairs}
+"""The tasks of CONFIGS that are not Text."""
 
 
-class Uneven(Text):
-    """Targets that count, a few in the first rows and nearly all in the last."""
+class UnevenTargets(Text):
+    """Text that ignores most targets of the first rows and few of the last."""
 
     def batch(self, index):
         tokens_BT, targets_BT = super().batch(index)
         rows, length = targets_BT.shape
-        chance_BT = np.random.default_rng(index).random((rows, length))
-        return tokens_BT, np.where(
-            chance_BT < np.linspace(0.05, 1, rows)[:, None], targets_BT, -100
-        )
+        random_BT = np.random.default_rng(index).random((rows, length))
+        threshold_B1 = np.linspace(0.05, 1, rows)[:, None]
+        return tokens_BT, np.where(random_BT < threshold_B1, targets_BT, -100)
 
 
-def trainer_of(run, directory, corpus, task=Text, world=distributed.SINGLE_PROCESS):
-    if world.is_main_process:
-        directory.mkdir(exist_ok=True, parents=True)
-    world.barrier()
-    run = dataclasses.replace(run, fsdp=run.shard and world.size > 1)
-    return Trainer(run, directory, task(run, corpus), torch.device("cpu"), world=world)
+def train_until_signal(trainer, step):
+    """Train until rank 1 alone receives a signal within a step; return the exit code."""
+    train_step = trainer.train_step
 
-
-def stopped_by_one(trainer, step):
-    """Train until rank 1 alone gets a signal, in the midst of a step."""
-    take_step = trainer.advance
-
-    def step_then_signal(objective):
+    def train_step_with_signal(objective):
         if trainer.step == step - 1 and trainer.world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return take_step(objective)
+        return train_step(objective)
 
-    trainer.advance = step_then_signal
+    trainer.train_step = train_step_with_signal
     try:
         trainer.train()
     except Stopped as stop:
@@ -114,50 +105,48 @@ def stopped_by_one(trainer, step):
     return 0
 
 
-def both_ways(folder):
-    """All that two processes train: `folder` holds the corpus, and what one process began."""
+def train_all(folder):
+    """Train every config with DDP and FSDP. `folder` contains the corpus and a run of one process."""
     world = distributed.init_process_group("cpu")
     corpus = open_corpus(folder / "corpus")
-    for kind in ("whole", "shard"):
-        here, shard = folder / kind, kind == "shard"
-        for name, run in EQUAL.items():
-            run = dataclasses.replace(run, fsdp=shard)
-            trainer_of(run, here / name, corpus, TASKS.get(name, Text), world).train()
-        run = dataclasses.replace(GRADIENT, fsdp=shard)
-        trainer_of(run, here / "gradient", corpus, Uneven, world).train()
 
-        run = dataclasses.replace(DROPPING, fsdp=shard)
-        trainer_of(run, here / "straight", corpus, world=world).train()
-        first = trainer_of(run, here / "broken", corpus, world=world)
-        assert stopped_by_one(first, 5) == 128 + signal.SIGTERM
-        second = trainer_of(run, here / "broken", corpus, world=world)
-        second.resume(newest_checkpoint(here / "broken"))
-        assert second.step == 5
-        second.train()
+    def trainer(mode, name, config, task_class=Text):
+        config = dataclasses.replace(config, fsdp=mode == "fsdp")
+        return make_trainer(config, folder / mode / name, corpus, task_class, world)
 
-        begun = trainer_of(
-            dataclasses.replace(TINY, fsdp=shard), here / "begun-by-one", corpus, world=world
-        )
-        begun.resume(newest_checkpoint(here / "begun-by-one"))
-        begun.train()
+    for mode in ("ddp", "fsdp"):
+        for name, config in CONFIGS.items():
+            trainer(mode, name, config, TASKS.get(name, Text)).train()
+        trainer(mode, "gradient", ONE_SGD_STEP, UnevenTargets).train()
+
+        trainer(mode, "uninterrupted", DROPOUT).train()
+        assert train_until_signal(trainer(mode, "resumed", DROPOUT), 5) == 128 + signal.SIGTERM
+        resumed = trainer(mode, "resumed", DROPOUT)
+        resumed.load_checkpoint(newest_checkpoint(folder / mode / "resumed"))
+        assert resumed.step == 5
+        resumed.train()
+
+        started_by_one = trainer(mode, "started-by-one", TINY)
+        started_by_one.load_checkpoint(newest_checkpoint(folder / mode / "started-by-one"))
+        started_by_one.train()
 
 
-def killed_once(step):
-    """The command, of which rank 1 is killed in a step the first time."""
-    take_step = Trainer.train_step
+def run_command_and_die_once(step):
+    """Run the `training` command; the first time, rank 1 is killed in this step."""
+    train_step = Trainer.train_step
 
-    def step_or_die(self, objective):
-        first_time = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-        if self.world.rank == 1 and self.step == step and first_time:
+    def train_step_or_die(self, objective):
+        first_start = os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
+        if self.world.rank == 1 and self.step == step and first_start:
             os.kill(os.getpid(), signal.SIGKILL)
-        return take_step(self, objective)
+        return train_step(self, objective)
 
-    Trainer.train_step = step_or_die
-    command.main()
+    Trainer.train_step = train_step_or_die
+    cli.main()
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "both-ways":
-        both_ways(Path(sys.argv[2]))
+    if sys.argv[1] == "train-all":
+        train_all(Path(sys.argv[2]))
     else:
-        killed_once(int(sys.argv.pop(1)))
+        run_command_and_die_once(int(sys.argv.pop(1)))

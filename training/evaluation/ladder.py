@@ -22,7 +22,7 @@ from gpt.checkpoint import did_you_mean, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
-from training.presets import PRESETS, RUNGS
+from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run
 from training.tasks import open_task
@@ -31,7 +31,7 @@ from training.trainer import Objective, Trainer
 
 SAMPLE = 60
 """Tokens of each rung's sample."""
-PRESET_OF = {**{name: PRESETS[name] for name in RUNGS}, "gpt": PRESETS["gpt-nano"]}
+PRESET_OF = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
 """The rungs, in the order of history."""
 
 PROBE = 5

@@ -1,0 +1,41 @@
+"""A tiny corpus, trainers on it, and what they wrote."""
+
+import json
+import random
+
+import torch
+
+from tokenizer import byte_tokenizer
+from training.data.corpus import CorpusWriter, TextChunk, open_corpus
+from training.distributed import SINGLE_PROCESS
+from training.tasks.text import Text
+from training.trainer import Trainer
+
+WORDS = ["the", "a", "cat", "dog", "mat", "sat", "ran", "on", "and", "saw", "that", "too"]
+
+
+def write_corpus(folder):
+    """Write and open a corpus of lines of a few random words."""
+    rng = random.Random(0)
+    writer = CorpusWriter(folder, byte_tokenizer())
+    for split, num_lines in (("train", 200), ("validation", 20)):
+        lines = [" ".join(rng.choices(WORDS, k=12)) + "\n" for _ in range(num_lines)]
+        writer.write(split, [TextChunk(line, True) for line in lines])
+    writer.close("cats and dogs")
+    return open_corpus(folder)
+
+
+def make_trainer(config, directory, corpus, task_class=Text, world=SINGLE_PROCESS):
+    if world.is_main_process:
+        directory.mkdir(parents=True, exist_ok=True)
+    world.barrier()
+    return Trainer(config, directory, task_class(config, corpus), torch.device("cpu"), world)
+
+
+def read_log(directory):
+    """Return the lines of metrics.jsonl without values that depend on the clock."""
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {k: v for k, v in line.items() if k != "seconds" and not k.endswith("_per_second")}
+        for line in lines
+    ]

@@ -1,0 +1,120 @@
+"""Write and read the checkpoints of a run; each is complete or absent.
+
+checkpoints/step-N/
+model.safetensors           weights
+optimizer.safetensors       state of the optimizers
+rng_state.safetensors       random number generators of every process
+sequence_state.safetensors  the model's state of every batch row (--stateful)
+trainer_state.json          counters, and losses that are not logged yet
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gpt.checkpoint import read_json, save_tensors, write_atomically
+
+MAX_CHECKPOINTS = 2
+"""Older ones are deleted."""
+
+TRAINER_STATE_KEYS = {
+    "step",
+    "best_validation_loss",
+    "unlogged_losses",
+    "tokens_seen",
+    "seconds",
+    "data_fingerprint",
+}
+
+
+def list_checkpoints(directory: Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    paths = (directory / "checkpoints").glob("step-*")
+    complete = [path for path in paths if path.name.removeprefix("step-").isdigit()]
+    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def newest_checkpoint(directory: Path) -> Path | None:
+    """Return the newest complete checkpoint of a run, or None."""
+    return next(reversed(list_checkpoints(directory)), None)
+
+
+def write_checkpoint(
+    directory: Path, tensors: dict[str, dict[str, Tensor]], trainer_state: dict[str, Any]
+) -> None:
+    """Write a checkpoint of a run and delete old ones.
+
+    It is written under a temporary name, flushed and renamed, so that an interrupted write leaves
+    the previous checkpoint intact. Names with a suffix are incomplete or being deleted.
+
+    Args:
+        directory: The run directory.
+        tensors: Contents of the safetensors files, by name without suffix.
+        trainer_state: Values of TRAINER_STATE_KEYS.
+    """
+    path = directory / "checkpoints" / f"step-{trainer_state['step']}"
+    for leftover in path.parent.glob("step-*.*"):
+        shutil.rmtree(leftover)
+    if path.exists():
+        return
+    temporary = path.with_name(path.name + ".part")
+    temporary.mkdir(parents=True)
+    try:
+        for name, contents in tensors.items():
+            save_tensors(temporary / f"{name}.safetensors", contents)
+        write_atomically(temporary / "trainer_state.json", json.dumps(trainer_state))
+        _fsync(temporary)
+        temporary.rename(path)
+        _fsync(path.parent)
+    except OSError:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in list_checkpoints(directory)[:-MAX_CHECKPOINTS]:
+        shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
+
+
+def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
+    """Read a checkpoint's trainer_state.json. Raises ValueError if its keys are not the expected ones."""
+    state = read_json(checkpoint / "trainer_state.json")
+    if difference := TRAINER_STATE_KEYS ^ state.keys():
+        raise ValueError(
+            f"{checkpoint}: written by another version of tinygpt ({', '.join(sorted(difference))})"
+        )
+    return state
+
+
+def rng_state(device: torch.device, rank: int) -> dict[str, Tensor]:
+    """Return the states of this process's random number generators.
+
+    Rank 0's are named `cpu` and, on a GPU, `cuda`; rank 1's `cpu.1` and `cuda.1`, and so on.
+    """
+    suffix = f".{rank}" if rank else ""
+    states = {f"cpu{suffix}": torch.get_rng_state()}
+    if device.type == "cuda":
+        states[f"cuda{suffix}"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def restore_rng_state(states: dict[str, Tensor], device: torch.device, rank: int) -> bool:
+    """Restore what `rng_state` returned for this rank; return False if the rank is not in it."""
+    suffix = f".{rank}" if rank else ""
+    if f"cuda{suffix}" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states[f"cuda{suffix}"], device)
+    if f"cpu{suffix}" not in states:
+        return False
+    torch.set_rng_state(states[f"cpu{suffix}"])
+    return True
+
+
+def _fsync(directory: Path) -> None:
+    """Flush a directory's entries to the disk."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
