@@ -19,7 +19,8 @@ from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams
 from serving.engine.autotune import tune_scheduler_steps
 from serving.engine.compilation import Compiler
-from serving.engine.engine import Engine, Request
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
 
 Prompts = Sequence[Sequence[int]]
 
@@ -65,7 +66,7 @@ class Ours:
         texts: dict[Request, list[int]] = {request: [] for request in requests}
         for request in requests:
             self.engine.add_request(request)
-        while not self.engine.idle:
+        while not self.engine.is_idle:
             for event in self.engine.step():
                 assert event.token is not None, event.error
                 texts[event.request].append(event.token)

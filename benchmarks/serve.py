@@ -47,7 +47,8 @@ from gpt.kernels.quantization import DType, quantize
 from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams
 from serving.engine.autotune import tune_num_threads
-from serving.engine.engine import Engine, Request
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
 from tokenizer import train_bpe
 from tokenizer.__main__ import Parser
 
@@ -245,7 +246,7 @@ def engine_loop(engine: Engine, clients: int, texts: int, tokens: int) -> Row:
 
     for _ in range(min(clients, texts)):
         ask()
-    while not engine.idle:
+    while not engine.is_idle:
         events = engine.step()
         now = time.perf_counter() - begun
         for event in events:
@@ -398,7 +399,7 @@ def per_token(engine: Engine, before: int, tokens: int) -> float:
     while made < OWN:
         made += len(engine.step())
     begun = time.perf_counter()
-    while not engine.idle:
+    while not engine.is_idle:
         engine.step()
     return (time.perf_counter() - begun) / tokens
 

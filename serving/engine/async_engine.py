@@ -1,10 +1,10 @@
-"""Between the event loop and the engine: one thread owns the engine, and the loop never waits for it.
+"""The asyncio front of an engine. One thread owns the engine, and the event loop never waits for it.
 
-Whatever asyncio wants of the engine goes through a queue as a function to call between
-two steps; whatever a step brings wakes the event loop once, with all of it. What a stream
-was told of a moment ago waits for a while, so that tokens that come faster than anybody
-reads cost less to tell. More texts than there are rows and places to wait in are refused
-at once, with the time after which to ask again.
+Calls from the event loop go through a queue of functions, which the engine's thread runs between
+two steps. The outputs of a step wake the event loop once, all together; those of a stream that
+got some a moment ago are buffered for a while, so that tokens that come faster than anybody reads
+cost less to send. Requests beyond the slots and the waiting queue are refused at once, with the
+time after which to retry.
 """
 
 import asyncio
@@ -19,11 +19,13 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
-from serving.engine.engine import Engine, Request, SequenceOutput
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request, SequenceOutput
 from serving.http.limits import STREAM_INTERVAL
 from serving.metrics import Metrics
 
@@ -31,53 +33,53 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-RECENT = 32
-"""Texts whose ends say how fast places become free."""
-LONGEST_WAIT = 60
-"""Seconds after which a refused client is asked to come again, at most."""
+NUM_FINISH_TIMES = 32
+"""Finished sequences from which the rate at which capacity becomes free is estimated."""
+MAX_RETRY_AFTER = 60
+"""Seconds after which a refused client is asked to retry, at most."""
 ENGINE_NICENESS = 5
-"""How much nicer the engine's thread is than the event loop's: where all cores compute, who asks is heard first."""
+"""Niceness of the engine's thread above the event loop's: with all cores busy, clients come first."""
 
 
 class UnavailableError(Exception):
-    """The service takes no requests: it is starting or closing, or its engine has failed."""
+    """The engine takes no requests: the server is starting or shutting down, or the engine failed."""
 
 
 class QueueFullError(Exception):
-    """There is no place to wait in; there may be in `seconds`."""
+    """The waiting queue is full; there may be capacity in `retry_after` seconds."""
 
-    def __init__(self, message: str, seconds: int) -> None:
+    def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
-        self.retry_after = seconds
+        self.retry_after = retry_after
 
 
 class RequestStream:
-    """The events of some requests, as lists of all that came since the last look, until all have ended."""
+    """The outputs of some requests, as lists of all that came since the last, until all have ended."""
 
     def __init__(self, requests: Sequence[Request]) -> None:
         self.unfinished = {request: set(range(request.n)) for request in requests}
-        self.arrived = time.perf_counter()
+        """The choices of each request that have not ended."""
+        self.arrival_time = time.perf_counter()
         self.last_token_times: dict[tuple[Request, int], float] = {}
-        """When each text got its last token."""
         self.buffered: list[tuple[SequenceOutput, float]] = []
-        """Events and their times, not told yet; the engine's thread alone changes this."""
-        self.last_emitted = -math.inf
-        """When the event loop was told of the last."""
-        self._events: list[SequenceOutput] = []
-        self._filled = asyncio.Event()
+        """Outputs to be sent later, and their times. Only the engine's thread changes this."""
+        self.last_sent = -math.inf
+        """When the event loop was last sent an output."""
+        self._outputs: list[SequenceOutput] = []
+        self._has_outputs = asyncio.Event()
 
     @property
     def num_unfinished(self) -> int:
-        """How many have not ended."""
+        """Number of sequences that have not ended."""
         return sum(map(len, self.unfinished.values()))
 
-    def put(self, event: SequenceOutput) -> None:
-        """Take an event in, on the event loop."""
-        self._events.append(event)
-        self._filled.set()
+    def put(self, output: SequenceOutput) -> None:
+        """Add an output, on the event loop."""
+        self._outputs.append(output)
+        self._has_outputs.set()
 
-    def drop(self, request: Request, choice: int | None = None) -> None:
-        """Wait no longer for a text, or for all of a request's."""
+    def discard(self, request: Request, choice: int | None = None) -> None:
+        """Wait no longer for a sequence, or for all sequences of a request."""
         if choice is None:
             self.unfinished.pop(request, None)
         elif request in self.unfinished:
@@ -86,23 +88,25 @@ class RequestStream:
                 del self.unfinished[request]
 
     async def __aiter__(self) -> AsyncIterator[list[SequenceOutput]]:
-        while self.unfinished or self._events:
-            await self._filled.wait()
-            self._filled.clear()
-            events, self._events = self._events, []
-            yield events
+        while self.unfinished or self._outputs:
+            await self._has_outputs.wait()
+            self._has_outputs.clear()
+            outputs, self._outputs = self._outputs, []
+            yield outputs
 
 
 class AsyncEngine:
-    """Runs an engine for the event loop that `start` is called on.
+    """Runs an engine in a thread, for the event loop on which `start` is called.
 
     Args:
-        engine: Nobody else may touch it from `start` on.
-        max_queue: Texts that may wait for a row.
-        stall_timeout: Seconds without a step, while there is work, after which it counts as hung.
-        metrics: Where to count.
-        threads: Cores for the engine's products; torch's own choice when None.
-        stream_interval: Seconds that an inbox waits for more after it was told of a token; ends do not wait.
+        engine: The engine; from `start` on it must not be used elsewhere.
+        max_queue: Sequences that may wait for a slot.
+        stall_timeout: Seconds without a step, while there is work, after which the engine counts
+            as stalled.
+        metrics: Where to record metrics.
+        threads: Threads of the engine's computations; torch's default if None.
+        stream_interval: Seconds for which a stream buffers tokens after it was sent some; the end
+            of a sequence is sent at once.
     """
 
     def __init__(
@@ -116,24 +120,27 @@ class AsyncEngine:
         stream_interval: float = STREAM_INTERVAL,
     ) -> None:
         if max_queue < 0:
-            raise ValueError(f"the places to wait in must be at least 0, not {max_queue}")
+            raise ValueError(f"max_queue must be at least 0, not {max_queue}")
         self.engine, self.max_queue, self.stall_timeout = engine, max_queue, stall_timeout
         self.threads, self.stream_interval = threads, stream_interval
         self.metrics = metrics or Metrics("")
+        self.has_failed = False
+        """True once the engine has raised an error that is not of one request."""
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._calls: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._inboxes: dict[Request, RequestStream] = {}
-        self._quiet = asyncio.Event()
-        self._quiet.set()
-        self._turn = asyncio.Lock()
-        """Of who asks the engine: one between two steps, or many would hold up the texts."""
-        self._asking = 0
-        self._asked: Future[Any] | None = None
-        self._refusal = "the server is starting"
-        self.failed = False
-        """True when the engine has raised what no request is to blame for."""
-        self._stepped = time.monotonic()
-        self._ends: deque[float] = deque(maxlen=RECENT)
+        """Functions for the engine's thread; None ends it."""
+        self._streams: dict[Request, RequestStream] = {}
+        self._drained = asyncio.Event()
+        self._drained.set()
+        self._call_lock = asyncio.Lock()
+        """Lets one `run_on_engine` call run between two steps: many would delay the sequences."""
+        self._num_calls = 0
+        """Number of `run_on_engine` calls that wait or run."""
+        self._current_call: Future[Any] | None = None
+        self._unavailable = "the server is starting"
+        """Why requests are not taken; empty while they are."""
+        self._last_step_time = time.monotonic()
+        self._finish_times: deque[float] = deque(maxlen=NUM_FINISH_TIMES)
         self.metrics.watch(
             lambda: self.num_running,
             lambda: self.num_waiting,
@@ -141,230 +148,240 @@ class AsyncEngine:
         )
 
     @property
-    def ready(self) -> bool:
+    def is_ready(self) -> bool:
         """True while requests are taken."""
-        return not self._refusal
+        return not self._unavailable
 
     @property
-    def stalled(self) -> bool:
-        """True when the engine has not finished a step for too long, though there is work."""
-        work = self._inboxes or self._asking
-        return bool(work) and time.monotonic() - self._stepped > self.stall_timeout
+    def is_stalled(self) -> bool:
+        """True when there is work, but no step has ended for `stall_timeout` seconds."""
+        has_work = bool(self._streams or self._num_calls)
+        return has_work and time.monotonic() - self._last_step_time > self.stall_timeout
 
     @property
     def num_unfinished(self) -> int:
-        """How many are queued or live."""
-        return sum(inbox.num_unfinished for inbox in set(self._inboxes.values()))
+        """Number of sequences that wait or run."""
+        return sum(stream.num_unfinished for stream in set(self._streams.values()))
 
     @property
     def num_running(self) -> int:
-        """How many have a row."""
+        """Number of sequences that have a slot."""
         return len(self.engine.running)
 
     @property
     def num_waiting(self) -> int:
-        """How many wait for one."""
+        """Number of sequences that wait for a slot."""
         return max(0, self.num_unfinished - self.num_running)
 
     async def start(self) -> None:
-        """Begin to take requests."""
+        """Start the engine's thread and take requests."""
         self._loop = asyncio.get_running_loop()
-        self._refusal = ""
+        self._unavailable = ""
         self._thread.start()
 
     async def drain(self, seconds: float) -> None:
-        """Take no more requests, and wait so long for the others to end."""
-        if self.ready:
-            self._refusal = "the server is shutting down"
+        """Take no more requests, and wait up to `seconds` for the others to end."""
+        if self.is_ready:
+            self._unavailable = "the server is shutting down"
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._quiet.wait()
-                    async with self._turn:
+                    await self._drained.wait()
+                    async with self._call_lock:
                         pass
 
     async def close(self) -> None:
-        """End every request with an error event and the thread with its current step."""
+        """End all requests with an error, and the engine's thread after its current step."""
         if self._thread.is_alive():
-            self._end("the server is shutting down")
+            self._end_all("the server is shutting down")
             self._calls.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def check_capacity(self, wanted: int, coming: int = 0) -> None:
-        """Whether so many texts could be taken now: to be asked before their prompts are looked at.
+    def check_capacity(self, num_sequences: int, num_pending: int = 0) -> None:
+        """Check that sequences could be added now; to be called before their prompts are tokenized.
 
-        `coming` are others that were told so, and have not been taken yet.
+        Args:
+            num_sequences: Number of sequences to be added.
+            num_pending: Number of sequences that were checked before and are not added yet.
 
-        A ValueError says that they never can be, UnavailableError why none can be now, BusyError
-        that there is no place.
+        Raises:
+            ValueError: There will never be capacity for so many.
+            UnavailableError: No requests are taken.
+            QueueFullError: There is no capacity now.
         """
-        if not self.ready:
-            raise UnavailableError(self._refusal)
-        most = self.engine.max_num_seqs + self.max_queue
-        if wanted > most:
-            raise ValueError(f"{wanted} texts are asked for, and there is room for {most}")
-        if self.num_unfinished + coming + wanted > most:
+        if not self.is_ready:
+            raise UnavailableError(self._unavailable)
+        capacity = self.engine.max_num_seqs + self.max_queue
+        if num_sequences > capacity:
+            raise ValueError(
+                f"the request needs {num_sequences} sequences, this server has capacity for {capacity}"
+            )
+        if self.num_unfinished + num_pending + num_sequences > capacity:
             self.metrics.refused.inc()
             raise QueueFullError(
-                f"{self.num_running} texts are being made and {self.num_waiting} wait: "
-                f"there is no room for {wanted} more",
+                f"{self.num_running} sequences are running and {self.num_waiting} are waiting: "
+                f"there is no capacity for {num_sequences} more",
                 self._retry_after(),
             )
 
     def _retry_after(self) -> int:
-        """Seconds until about half of those that wait have been let in, as fast as texts end now."""
-        if len(self._ends) < 2:
+        """Estimate the seconds until half of a full queue has got a slot, from recent finish times."""
+        if len(self._finish_times) < 2:
             return 1
-        pace = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-        return min(LONGEST_WAIT, max(1, math.ceil(pace * self.max_queue / 2)))
+        pace = (self._finish_times[-1] - self._finish_times[0]) / (len(self._finish_times) - 1)
+        return min(MAX_RETRY_AFTER, max(1, math.ceil(pace * self.max_queue / 2)))
 
     def add_requests(self, requests: Sequence[Request]) -> RequestStream:
-        """Queue some requests, for whose events to wait in the inbox; `release` it in any case.
+        """Add requests, and return the stream of their outputs; `abort_stream` it in any case.
 
-        A ValueError says why one can never be served; what `find_room` raises, this does too.
+        Raises:
+            ValueError: A request can never be served.
+            UnavailableError, QueueFullError: As `check_capacity`.
         """
         for request in requests:
             self.engine.validate(request)
         self.check_capacity(sum(request.n for request in requests))
-        self._wake()
-        self._quiet.clear()
-        inbox = RequestStream(requests)
-        self._inboxes.update(dict.fromkeys(requests, inbox))
+        self._restart_stall_timer()
+        self._drained.clear()
+        stream = RequestStream(requests)
+        self._streams.update(dict.fromkeys(requests, stream))
         for request in requests:
             self.metrics.arrived(len(request.prompt))
-        self._calls.put(lambda: self._add(requests))
-        return inbox
+            self._calls.put(partial(self.engine.add_request, request))
+        return stream
 
-    def abort_stream(self, inbox: RequestStream) -> None:
-        """Cancel what has not ended."""
-        for request in list(inbox.unfinished):
+    def abort_stream(self, stream: RequestStream) -> None:
+        """Abort all requests of a stream that have not ended."""
+        for request in list(stream.unfinished):
             self.abort(request)
 
     def abort(self, request: Request, choice: int | None = None) -> None:
-        """Let the engine drop a request or one of its texts before its next step; no event of it follows."""
-        inbox = self._inboxes.get(request)
-        if inbox:
-            inbox.drop(request, choice)
-            self._calls.put(lambda: self.engine.abort(request, choice))
-            self._tidy(request, inbox)
+        """Abort a request, or one of its sequences, before the next step. It has no further output."""
+        stream = self._streams.get(request)
+        if stream:
+            stream.discard(request, choice)
+            self._calls.put(partial(self.engine.abort, request, choice))
+            self._remove_if_ended(request, stream)
 
     async def run_on_engine(self, function: Callable[[], Result]) -> Result:
-        """What a function returns or raises, called on the engine's thread between two steps.
+        """Call a function on the engine's thread between two steps, and return its result.
 
-        What `find_room` raises, this does too.
+        Raises:
+            UnavailableError: The engine is not running, or stops before the call.
+            QueueFullError: Too many calls are waiting.
+            Exception: Whatever the function raises.
         """
-        if self._asking >= self.engine.max_num_seqs + self.max_queue:
+        if self._num_calls >= self.engine.max_num_seqs + self.max_queue:
             self.metrics.refused.inc()
-            raise QueueFullError(f"{self._asking} questions wait: there is no room for another", 1)
-        self._wake()
-        self._asking += 1
+            raise QueueFullError(
+                f"{self._num_calls} requests are waiting: there is no capacity for another", 1
+            )
+        self._restart_stall_timer()
+        self._num_calls += 1
         try:
-            async with self._turn:
-                if not self.ready:
-                    raise UnavailableError(self._refusal)
-                asked: Future[Result] = Future()
-                self._asked = asked
-                self._calls.put(lambda: self._answer(function, asked))
-                return await asyncio.wrap_future(asked)
+            async with self._call_lock:
+                if not self.is_ready:
+                    raise UnavailableError(self._unavailable)
+                call: Future[Result] = Future()
+                self._current_call = call
+                self._calls.put(partial(self._run_call, function, call))
+                return await asyncio.wrap_future(call)
         finally:
-            self._asking -= 1
+            self._num_calls -= 1
 
     # On the event loop.
 
-    def _wake(self) -> None:
-        """Note that there is work from now on."""
-        if not (self._inboxes or self._asking):
-            self._stepped = time.monotonic()
+    def _restart_stall_timer(self) -> None:
+        """Let the stall timeout start now, if there was no work before."""
+        if not (self._streams or self._num_calls):
+            self._last_step_time = time.monotonic()
 
-    def _tidy(self, request: Request, inbox: RequestStream) -> None:
-        """Forget a request of which nothing more will come."""
-        if request not in inbox.unfinished:
-            self._inboxes.pop(request, None)
-        if not self._inboxes:
-            self._quiet.set()
+    def _remove_if_ended(self, request: Request, stream: RequestStream) -> None:
+        if request not in stream.unfinished:
+            self._streams.pop(request, None)
+        if not self._streams:
+            self._drained.set()
 
-    def _deliver(self, events: list[tuple[SequenceOutput, float]]) -> None:
-        for event, now in events:
-            # One that was cancelled while the step ran has no inbox any more, or no place in it.
-            inbox = self._inboxes.get(event.request)
-            if inbox is None or event.choice not in inbox.unfinished[event.request]:
-                continue
-            self._measure(event, inbox, now)
-            if event.finish_reason:
-                self._ends.append(now)
-                inbox.drop(event.request, event.choice)
-            inbox.put(event)
-            self._tidy(event.request, inbox)
+    def _deliver(self, outputs: Sequence[tuple[SequenceOutput, float]]) -> None:
+        """Put outputs with their times into their streams."""
+        for output, now in outputs:
+            request, choice = output.request, output.choice
+            stream = self._streams.get(request)
+            if stream is None or choice not in stream.unfinished[request]:
+                continue  # aborted during the step
+            self._record(output, stream, now)
+            if output.finish_reason:
+                self._finish_times.append(now)
+                stream.discard(request, choice)
+            stream.put(output)
+            self._remove_if_ended(request, stream)
 
-    def _measure(self, event: SequenceOutput, inbox: RequestStream, now: float) -> None:
-        key = event.request, event.choice
-        if event.token is not None:
-            self.metrics.token(inbox.arrived, inbox.last_token_times.get(key), now)
-            inbox.last_token_times[key] = now
-        if event.finish_reason:
-            began = event.request.prefill_started
-            self.metrics.ended(event.finish_reason, inbox.arrived, began or now, now)
+    def _record(self, output: SequenceOutput, stream: RequestStream, now: float) -> None:
+        key = output.request, output.choice
+        if output.token is not None:
+            self.metrics.token(stream.arrival_time, stream.last_token_times.get(key), now)
+            stream.last_token_times[key] = now
+        if output.finish_reason:
+            started = output.request.prefill_started or now
+            self.metrics.ended(output.finish_reason, stream.arrival_time, started, now)
 
-    def _end(self, refusal: str) -> None:
-        self._refusal = refusal
-        if self.failed and self._asked and not self._asked.done():  # else its turn still comes
-            self._asked.set_exception(UnavailableError(refusal))
+    def _end_all(self, reason: str) -> None:
+        """Take no more requests, and end all that there are with an error."""
+        self._unavailable = reason
+        call = self._current_call
+        if self.has_failed and call and not call.done():  # otherwise the thread still runs it
+            call.set_exception(UnavailableError(reason))
         now = time.perf_counter()
-        held = [event for inbox in set(self._inboxes.values()) for event in inbox.buffered]
-        ends = [
-            (SequenceOutput(request, choice, None, "error", error=refusal), now)
-            for request, inbox in self._inboxes.items()
-            for choice in sorted(inbox.unfinished[request])
+        buffered = [pair for stream in set(self._streams.values()) for pair in stream.buffered]
+        errors = [
+            (SequenceOutput(request, choice, None, "error", error=reason), now)
+            for request, stream in self._streams.items()
+            for choice in sorted(stream.unfinished[request])
         ]
-        self._deliver(held + ends)
+        self._deliver(buffered + errors)
 
     # On the engine's thread.
 
-    def _add(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self.engine.add_request(request)
-
-    def _due(self, events: list[SequenceOutput]) -> list[tuple[SequenceOutput, float]]:
-        """What the event loop is to be told now, with the time of each; the rest is held."""
-        now, ready = time.perf_counter(), dict[RequestStream, None]()
-        for event in events:
-            # One that was cancelled while the step ran has no inbox any more.
-            if inbox := self._inboxes.get(event.request):
-                inbox.buffered.append((event, now))
-                if event.finish_reason or now - inbox.last_emitted >= self.stream_interval:
-                    ready[inbox] = None
+    def _buffer(self, outputs: Sequence[SequenceOutput]) -> list[tuple[SequenceOutput, float]]:
+        """Buffer outputs in their streams; return all of those streams that are to be sent now."""
+        now, due_streams = time.perf_counter(), dict[RequestStream, None]()
+        for output in outputs:
+            if stream := self._streams.get(output.request):  # None if aborted during the step
+                stream.buffered.append((output, now))
+                if output.finish_reason or now - stream.last_sent >= self.stream_interval:
+                    due_streams[stream] = None
         due = []
-        for inbox in ready:
-            due += inbox.buffered
-            inbox.buffered, inbox.last_emitted = [], now
+        for stream in due_streams:
+            due += stream.buffered
+            stream.buffered, stream.last_sent = [], now
         return due
 
     @torch.inference_mode()
-    def _answer(self, function: Callable[[], Result], asked: Future[Result]) -> None:
-        if asked.set_running_or_notify_cancel():  # else who asked has left
+    def _run_call(self, function: Callable[[], Result], call: Future[Result]) -> None:
+        if call.set_running_or_notify_cancel():  # False if the caller has gone
             try:
-                asked.set_result(function())
-            except Exception as error:  # the texts live on
-                asked.set_exception(error)
-        self._stepped = time.monotonic()
+                call.set_result(function())
+            except Exception as error:  # the sequences are not affected
+                call.set_exception(error)
+        self._last_step_time = time.monotonic()
 
     def _run(self) -> None:
-        if sys.platform == "linux":  # there a thread has its own, which its OpenMP workers inherit
+        if sys.platform == "linux":  # where niceness is a thread's, inherited by OpenMP workers
             niceness = os.getpriority(os.PRIO_PROCESS, 0) + ENGINE_NICENESS
             os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)
         if self.threads:
             torch.set_num_threads(self.threads)  # of this thread: other engines have their own
         try:
             while True:
-                while self.engine.idle or not self._calls.empty():
+                while self.engine.is_idle or not self._calls.empty():
                     call = self._calls.get()
                     if call is None:
                         return
                     call()
-                events = self.engine.step()
-                self._stepped = time.monotonic()
-                if due := self._due(events):
+                outputs = self.engine.step()
+                self._last_step_time = time.monotonic()
+                if due := self._buffer(outputs):
                     self._loop.call_soon_threadsafe(self._deliver, due)
         except Exception:
             logger.exception("the engine has failed")
-            self.failed = True
-            self._loop.call_soon_threadsafe(self._end, "the engine has failed: see the log")
+            self.has_failed = True
+            self._loop.call_soon_threadsafe(self._end_all, "the engine has failed: see the log")

@@ -1,11 +1,11 @@
-// The attention of one query: what `attend.py` puts into a compiled step. It reads each key and value
-// once, as fast as memory gives them, in whatever format they are kept.
+// Attention of a single query over a KV cache, which `attention_kernel.py` puts into compiled decode
+// steps. It reads each key and value once, at the speed of memory, in the dtype of the cache.
 //
-// A head's positions are taken in parts, each with a softmax of its own, and the parts are put together
-// at the end ("flash-decoding", Dao et al. 2023): threads share them evenly, however few heads there
-// are, and what is rounded depends neither on the number of threads nor on the other rows.
+// The positions of a head are split into chunks, each with a softmax of its own, which are combined at
+// the end ("flash-decoding", Dao et al. 2023): threads share the chunks evenly, however few heads there
+// are, and rounding depends neither on the number of threads nor on the other rows.
 //
-// Whoever includes this defines THREADS.
+// The including file defines THREADS.
 
 #pragma once
 
@@ -23,192 +23,195 @@ namespace {
 
 using Vec = at::vec::Vectorized<float>;
 constexpr int64_t LANES = Vec::size();
-constexpr int64_t PART = 128;  // positions, a multiple of LANES
-constexpr int64_t AHEAD = 32;  // positions that are asked for before they are needed
-constexpr int64_t AT_ONCE = 8;  // positions whose numbers are under way together
+constexpr int64_t CHUNK = 128;  // positions, a multiple of LANES
+constexpr int64_t PREFETCH_DISTANCE = 32;  // positions
+constexpr int64_t UNROLL = 8;  // positions of values that are added in one pass over the output
 
-// A head of one row: shape [positions][width], so many numbers from one position to the next.
+// The keys or values of one head of one row: [positions][width], `stride` elements between positions.
 template <typename T>
 struct Head {
-  const T* first;
+  const T* data;
   int64_t stride;
-  const T* at(int64_t position) const { return first + position * stride; }
+  const T* at(int64_t position) const { return data + position * stride; }
   Head from(int64_t position) const { return {at(position), stride}; }
 };
 
-inline Vec load(const float* from) { return Vec::loadu(from); }
+inline Vec load(const float* data) { return Vec::loadu(data); }
 
-inline Vec load(const c10::BFloat16* from) {
-  Vec found;
-  at::vec::load_fp32_from_bf16(from, found);
-  return found;
+inline Vec load(const c10::BFloat16* data) {
+  Vec x;
+  at::vec::load_fp32_from_bf16(data, x);
+  return x;
 }
 
-// Ask for what comes AHEAD; nothing happens where that is beyond the end.
+// Prefetch N positions from PREFETCH_DISTANCE on; beyond the end this has no effect.
 template <int64_t N, typename T>
-inline void fetch(Head<T> rows, int64_t width) {
-  constexpr int64_t LINE = 64 / sizeof(T);
+inline void prefetch(Head<T> head, int64_t width) {
+  constexpr int64_t LINE = 64 / sizeof(T);  // elements of a cache line
   for (int64_t n = 0; n < N; n++)
-    for (int64_t k = 0; k < width; k += LINE) __builtin_prefetch(rows.at(n + AHEAD) + k);
+    for (int64_t k = 0; k < width; k += LINE) __builtin_prefetch(head.at(n + PREFETCH_DISTANCE) + k);
 }
 
-inline float sum(const Vec& x) {
+inline float sum_lanes(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return a + b; }, x);
 }
 
-inline float largest(const Vec& x) {
+inline float max_lane(const Vec& x) {
   return at::vec::vec_reduce_all<float>([](Vec& a, Vec& b) { return at::vec::maximum(a, b); }, x);
 }
 
-// Lane n is the sum of found[n]: neighbours are added, of two vectors at once.
+// Lane n is the sum of x[n], by adding neighboring lanes of two vectors at a time.
 template <int64_t N>
-inline Vec sums(Vec* found) {
+inline Vec sum_each(Vec* x) {
   for (int64_t n = 0; n < N / 2; n++) {
-    const auto [even, odd] = at::vec::deinterleave2(found[2 * n], found[2 * n + 1]);
-    found[n] = even + odd;
+    const auto [even, odd] = at::vec::deinterleave2(x[2 * n], x[2 * n + 1]);
+    x[n] = even + odd;
   }
   if constexpr (N > 2)
-    return sums<N / 2>(found);
+    return sum_each<N / 2>(x);
   else
-    return found[0];
+    return x[0];
 }
 
 // Lane n is the dot product of the query and keys[n], and 0 from N on.
 template <int64_t N, typename T>
-inline Vec dots(const float* query, Head<T> keys, int64_t width) {
-  Vec found[LANES];
-  for (int64_t n = 0; n < LANES; n++) found[n] = Vec(0);
+inline Vec dot_products(const float* query, Head<T> keys, int64_t width) {
+  Vec products[LANES];
+  for (int64_t n = 0; n < LANES; n++) products[n] = Vec(0);
   for (int64_t k = 0; k < width; k += LANES) {
-    const Vec part = load(query + k);
+    const Vec q = load(query + k);
 #pragma GCC unroll 16
     for (int64_t n = 0; n < N; n++)
-      found[n] = at::vec::fmadd(part, load(keys.at(n) + k), found[n]);
+      products[n] = at::vec::fmadd(q, load(keys.at(n) + k), products[n]);
   }
-  return sums<LANES>(found);
+  return sum_each<LANES>(products);
 }
 
-// mixed += shares[n] * values[n]
+// out[width] += sum of weights[n] * values[n]
 template <int64_t N, typename T>
-inline void add(float* mixed, const float* shares, Head<T> values, int64_t width) {
+inline void add_weighted(float* out, const float* weights, Head<T> values, int64_t width) {
   for (int64_t k = 0; k < width; k += LANES) {
-    Vec found[2] = {load(mixed + k), Vec(0)};
+    Vec sums[2] = {load(out + k), Vec(0)};
     for (int64_t n = 0; n < N; n++)
-      found[n % 2] = at::vec::fmadd(Vec(shares[n]), load(values.at(n) + k), found[n % 2]);
-    (found[0] + found[1]).store(mixed + k);
+      sums[n % 2] = at::vec::fmadd(Vec(weights[n]), load(values.at(n) + k), sums[n % 2]);
+    (sums[0] + sums[1]).store(out + k);
   }
 }
 
-// mixed[width] = sum of exp(score - top) * value, then top, then the sum of exp(score - top).
+// out[width + 2] = sum of exp(score - max score) * value, then max score, then sum of exp(score - max score).
 template <typename T>
-void part(float* mixed, const float* query, Head<T> keys, Head<T> values, const bool* mask,
-          int64_t positions, int64_t width) {
-  const Vec hidden(-std::numeric_limits<float>::infinity()), scale(1 / std::sqrt(float(width)));
-  float scores[PART];
-  Vec top = hidden;
-  const auto keep = [&](int64_t s, const Vec& score, int64_t count) {
-    const auto seen = at::vec::VecMask<float, 1>::from(mask + s, count).template cast<float, 1>();
-    const Vec shown = Vec::blendv(hidden, score * scale, seen);
-    shown.store(scores + s);
-    top = at::vec::maximum(top, shown);
+void attend_chunk(float* out, const float* query, Head<T> keys, Head<T> values, const bool* mask,
+                  int64_t positions, int64_t width) {
+  const Vec masked(-std::numeric_limits<float>::infinity()), scale(1 / std::sqrt(float(width)));
+  float scores[CHUNK];
+  Vec max_score = masked;
+  const auto store_scores = [&](int64_t s, const Vec& products, int64_t count) {
+    const auto keep = at::vec::VecMask<float, 1>::from(mask + s, count).template cast<float, 1>();
+    const Vec score = Vec::blendv(masked, products * scale, keep);
+    score.store(scores + s);
+    max_score = at::vec::maximum(max_score, score);
   };
   int64_t s = 0;
   for (; s + LANES <= positions; s += LANES) {
-    fetch<LANES>(keys.from(s), width);
-    keep(s, dots<LANES>(query, keys.from(s), width), LANES);
+    prefetch<LANES>(keys.from(s), width);
+    store_scores(s, dot_products<LANES>(query, keys.from(s), width), LANES);
   }
   if (s < positions) {
-    float last[LANES] = {};
-    for (int64_t n = s; n < positions; n++) dots<1>(query, keys.from(n), width).store(last + n - s, 1);
-    keep(s, load(last), positions - s);  // beyond the last position, nothing is seen
+    float rest[LANES] = {};
+    for (int64_t n = s; n < positions; n++)
+      dot_products<1>(query, keys.from(n), width).store(rest + n - s, 1);
+    store_scores(s, load(rest), positions - s);  // lanes beyond the last position are masked
   }
-  mixed[width] = largest(top);
-  const Vec offset(std::max(mixed[width], std::numeric_limits<float>::lowest()));
+  out[width] = max_lane(max_score);
+  const Vec offset(std::max(out[width], std::numeric_limits<float>::lowest()));
   Vec total(0);
   for (s = 0; s < positions; s += LANES) {
-    const Vec share = (Vec::loadu(scores + s) - offset).exp();
-    share.store(scores + s);
-    total = total + share;
+    const Vec weight = (Vec::loadu(scores + s) - offset).exp();
+    weight.store(scores + s);
+    total = total + weight;
   }
-  mixed[width + 1] = sum(total);
+  out[width + 1] = sum_lanes(total);
 
-  std::fill(mixed, mixed + width, 0.0f);
-  for (s = 0; s + AT_ONCE <= positions; s += AT_ONCE) {
-    fetch<AT_ONCE>(values.from(s), width);
-    add<AT_ONCE>(mixed, scores + s, values.from(s), width);
+  std::fill(out, out + width, 0.0f);
+  for (s = 0; s + UNROLL <= positions; s += UNROLL) {
+    prefetch<UNROLL>(values.from(s), width);
+    add_weighted<UNROLL>(out, scores + s, values.from(s), width);
   }
-  for (; s < positions; s++) add<1>(mixed, scores + s, values.from(s), width);
+  for (; s < positions; s++) add_weighted<1>(out, scores + s, values.from(s), width);
 }
 
-// mixed[width] = the average of what the parts found, each by its share of the whole.
-inline void together(float* mixed, const float* found, int64_t parts, int64_t width) {
-  float top = -std::numeric_limits<float>::infinity(), total = 0;
-  for (int64_t p = 0; p < parts; p++) top = std::max(top, found[p * (width + 2) + width]);
-  std::fill(mixed, mixed + width, 0.0f);
-  for (int64_t p = 0; p < parts; p++, found += width + 2) {
-    const float share = std::exp(found[width] - top);
-    total += share * found[width + 1];
-    add<1>(mixed, &share, Head<float>{found, 0}, width);
+// out[width] = the outputs of `attend_chunk`, each weighted by its share of the softmax.
+inline void combine_chunks(float* out, const float* chunk, int64_t chunks, int64_t width) {
+  float max_score = -std::numeric_limits<float>::infinity(), total = 0;
+  for (int64_t c = 0; c < chunks; c++) max_score = std::max(max_score, chunk[c * (width + 2) + width]);
+  std::fill(out, out + width, 0.0f);
+  for (int64_t c = 0; c < chunks; c++, chunk += width + 2) {
+    const float weight = std::exp(chunk[width] - max_score);
+    total += weight * chunk[width + 1];
+    add_weighted<1>(out, &weight, Head<float>{chunk, 0}, width);
   }
-  for (int64_t k = 0; k < width; k++) mixed[k] /= total;
+  for (int64_t k = 0; k < width; k++) out[k] /= total;
 }
 
-// A tensor's address and strides, as the C interface of torch tells them.
+// A view of a tensor, by torch's C interface.
 template <typename T>
-struct Given {
-  T* first = nullptr;
+struct TensorView {
+  T* data = nullptr;
   int64_t *sizes = nullptr, *strides = nullptr;
-  explicit Given(AtenTensorHandle tensor) {
+  explicit TensorView(AtenTensorHandle tensor) {
     void* address = nullptr;
     aoti_torch_get_data_ptr(tensor, &address);
     aoti_torch_get_sizes(tensor, &sizes);
     aoti_torch_get_strides(tensor, &strides);
-    first = static_cast<T*>(address);
+    data = static_cast<T*>(address);
   }
-  T* at(int64_t row, int64_t head) const { return first + row * strides[0] + head * strides[1]; }
+  T* at(int64_t row, int64_t head) const { return data + row * strides[0] + head * strides[1]; }
 };
 
 template <typename T>
-void whole(AtenTensorHandle mixed_BH1K, AtenTensorHandle queries_BH1K, AtenTensorHandle keys_BHSK,
-           AtenTensorHandle values_BHSK, AtenTensorHandle mask_B11S) {
-  const Given<float> mixed(mixed_BH1K), queries(queries_BH1K);
-  const Given<T> keys(keys_BHSK), values(values_BHSK);
-  const Given<bool> mask(mask_B11S);
+void attend(AtenTensorHandle out_BH1K, AtenTensorHandle queries_BH1K, AtenTensorHandle keys_BHSK,
+            AtenTensorHandle values_BHSK, AtenTensorHandle mask_B11S) {
+  const TensorView<float> out(out_BH1K), queries(queries_BH1K);
+  const TensorView<T> keys(keys_BHSK), values(values_BHSK);
+  const TensorView<bool> mask(mask_B11S);
   const int64_t rows = keys.sizes[0], heads = keys.sizes[1], positions = keys.sizes[2];
-  const int64_t width = keys.sizes[3], parts = (positions + PART - 1) / PART;
-  std::vector<float> found(rows * heads * parts * (width + 2));
+  const int64_t width = keys.sizes[3], chunks = (positions + CHUNK - 1) / CHUNK;
+  std::vector<float> partial(rows * heads * chunks * (width + 2));
 
 #pragma omp parallel for num_threads(THREADS) if (THREADS > 1)
-  for (int64_t n = 0; n < rows * heads * parts; n++) {
-    const int64_t row = n / parts / heads, head = n / parts % heads, begin = n % parts * PART;
-    const Head<T> its_keys{keys.at(row, head), keys.strides[2]};
-    const Head<T> its_values{values.at(row, head), values.strides[2]};
-    part(found.data() + n * (width + 2), queries.at(row, head), its_keys.from(begin),
-         its_values.from(begin), mask.at(row, 0) + begin, std::min(PART, positions - begin), width);
+  for (int64_t n = 0; n < rows * heads * chunks; n++) {
+    const int64_t row = n / chunks / heads, head = n / chunks % heads, start = n % chunks * CHUNK;
+    const Head<T> head_keys{keys.at(row, head), keys.strides[2]};
+    const Head<T> head_values{values.at(row, head), values.strides[2]};
+    attend_chunk(partial.data() + n * (width + 2), queries.at(row, head), head_keys.from(start),
+                 head_values.from(start), mask.at(row, 0) + start, std::min(CHUNK, positions - start),
+                 width);
   }
   for (int64_t n = 0; n < rows * heads; n++)
-    together(mixed.at(n / heads, n % heads), found.data() + n * parts * (width + 2), parts, width);
+    combine_chunks(out.at(n / heads, n % heads), partial.data() + n * chunks * (width + 2), chunks,
+                   width);
 }
 
 }  // namespace
 
-// The operator, as a compiled graph calls it: queries_BH1K, keys_BHSK and mask_B11S to mixed_BH1K.
+// The operator tinygpt::attend as compiled graphs call it: writes a new tensor out_BH1K, in float32.
 extern "C" {
 static AOTITorchError aoti_torch_cpu_attend(AtenTensorHandle queries, AtenTensorHandle keys,
                                             AtenTensorHandle values, AtenTensorHandle mask,
-                                            AtenTensorHandle* mixed) {
+                                            AtenTensorHandle* out) {
   int64_t* sizes = nullptr;
-  int32_t format = 0;
+  int32_t dtype = 0;
   aoti_torch_get_sizes(queries, &sizes);
-  aoti_torch_get_dtype(keys, &format);
+  aoti_torch_get_dtype(keys, &dtype);
   const int64_t strides[] = {sizes[1] * sizes[3], sizes[3], sizes[3], 1};
-  const AOTITorchError failed =
+  const AOTITorchError error =
       aoti_torch_empty_strided(4, sizes, strides, aoti_torch_dtype_float32(), aoti_torch_device_type_cpu(),
-                               0, mixed);
-  if (failed) return failed;
-  if (format == aoti_torch_dtype_bfloat16())
-    whole<c10::BFloat16>(*mixed, queries, keys, values, mask);
+                               0, out);
+  if (error) return error;
+  if (dtype == aoti_torch_dtype_bfloat16())
+    attend<c10::BFloat16>(*out, queries, keys, values, mask);
   else
-    whole<float>(*mixed, queries, keys, values, mask);
+    attend<float>(*out, queries, keys, values, mask);
   return AOTI_TORCH_SUCCESS;
 }
 }

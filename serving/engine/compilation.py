@@ -1,15 +1,14 @@
-"""Steps compiled for this machine, made in the background and swapped in when they are ready.
+"""Compile an engine's steps for this machine, in the background, with AOTInductor.
 
-An engine answers at once, with its model as it is. Meanwhile a process of its own, at low
-priority, traces one step of one row and one of any number of rows, lets TorchInductor
-write C++ for them and compiles that (Ansel et al. 2024, "PyTorch 2"); how far the rows
-reach stays open. What comes out knows no weights: it is given those of the engine's model,
-is compared with it once, and then takes its place. It is kept in the user's cache, under
-a name that says what it is for, so that the next server has it from the beginning on.
+An engine first runs its model eagerly. Meanwhile a process of its own, at low priority, traces
+each kind of step, with any number of rows and positions, and compiles the C++ code that
+TorchInductor generates for it (Ansel et al. 2024, "PyTorch 2"). That code has no weights: it
+uses those of the engine's model, is compared with it once, and then replaces the eager step. It
+is kept in the user's cache, in a file named after all that it depends on, so that the next server
+starts with it.
 """
 
 import copy
-import ctypes
 import hashlib
 import logging
 import os
@@ -19,12 +18,9 @@ import queue
 import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import time
-import weakref
-import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,210 +31,117 @@ from torch.overrides import TorchFunctionMode
 
 from gpt.checkpoint import cache_dir
 from gpt.device import cpu_info
-from gpt.models.base import LanguageModel, State, batch_slice
+from gpt.models.base import LanguageModel, batch_slice
 from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
 from serving.engine.attention_kernel import KERNEL, inductor_config, substitute_kernel
 from serving.engine.autotune import run_in_own_thread
-from serving.engine.engine import Engine, StepKind, eager_step
+from serving.engine.compiled_step import CompiledStep
+from serving.engine.engine import Engine
+from serving.engine.steps import StepKind, eager_step
 
 logger = logging.getLogger(__name__)
 
-SHORTEST = 16
-"""Positions below which there is nothing to win, and too little to tell what varies."""
-INLINED = 8
-"""Numbers in a tensor that TorchInductor takes for constants of the code, whoever else has others there."""
-TURNED = (9, 48)
-"""Fewest and most rows that float32 matrices take faster from the left, in MKL: by a third on one thread, twofold on two."""
+MIN_CACHE_LENGTH = 16
+"""Below it, compiling gains nothing, and example inputs differ too little to show what is dynamic."""
+MAX_INLINED_NUMEL = 8
+"""TorchInductor turns tensors of up to this many elements into constants of the generated code."""
 TOLERANCE = 0.02
-"""Share of the largest logit by which a compiled step may differ: as much as a rounding to 8 bits may."""
+"""Largest error of a compiled step, as a share of the largest logit: what rounding to 8 bits causes."""
 
 
 def find_cpp_compiler() -> str | None:
-    """The C++ compiler that would be used, if there is one."""
-    wanted = (os.environ.get("CXX"), "g++", "clang++")
-    return next((path for name in wanted if name and (path := shutil.which(name))), None)
+    """Return the path of the C++ compiler that torch would use, or None."""
+    names = (os.environ.get("CXX"), "g++", "clang++")
+    return next((path for name in names if name and (path := shutil.which(name))), None)
 
 
-class CompiledStep:
-    """Compiled code from a file, with the weights of a model.
-
-    It is called through its C interface, that of torch's `aoti_runtime/interface.h`: torch's own
-    way in keeps Python's lock while the code runs, and a server would answer nobody meanwhile.
-
-    Args:
-        path: Made by `compile_part`.
-        part: Whose weights it uses; they must stay where they are.
-    """
-
-    def __init__(self, path: Path, part: nn.Module) -> None:
-        library = _library(path)
-        container, count = ctypes.c_void_p(), ctypes.c_size_t()
-
-        def call(name: str, *arguments: Any) -> None:  # noqa: ANN401 (as C takes them)
-            _check(library[f"AOTInductorModelContainer{name}"](*arguments))
-
-        def name_of(what: str, number: int) -> bytes:
-            name = ctypes.c_char_p()
-            call(f"GetConstant{what}", container, ctypes.c_size_t(number), ctypes.byref(name))
-            return name.value or b""
-
-        call("CreateWithDevice", ctypes.byref(container), ctypes.c_size_t(1), b"cpu", None)
-        call("GetNumConstants", container, ctypes.byref(count))
-        tensors = {
-            **dict(part.named_parameters(remove_duplicate=False)),
-            **dict(part.named_buffers(remove_duplicate=False)),
-        }
-        numbers = range(count.value)
-        # Aliases: what torch keeps of these, it never gives back.
-        wanted = [tensors[name_of("OriginalFQN", number).decode()].detach() for number in numbers]
-        handles = _handles(wanted)
-        names = [name_of("Name", number) for number in numbers]
-        pairs = (_Constant * len(names))(*map(_Constant, names, handles))
-        no, yes = ctypes.c_bool(False), ctypes.c_bool(True)
-        call("UpdateUserManagedConstantBufferPairs", container, pairs, count, no, yes)
-        call("GetNumOutputs", container, ctypes.byref(count))
-        self._container, self._outputs = container, count.value
-        self._run = library.AOTInductorModelContainerRunSingleThreaded
-        pointer, size = ctypes.c_void_p, ctypes.c_size_t
-        self._run.argtypes = [pointer, pointer, size, pointer, size, pointer, pointer]
-        weakref.finalize(self, _release, library, container, handles).atexit = False
-
-    def __call__(self, tokens_BT: Tensor, *states: State) -> Sequence[Tensor]:
-        """As of the part."""
-        given = _handles([tokens_BT, *(tensor for state in states for tensor in state.values())])
-        inputs = (ctypes.c_void_p * len(given))(*given)
-        outputs = (ctypes.c_void_p * self._outputs)()
-        _check(self._run(self._container, inputs, len(inputs), outputs, len(outputs), None, None))
-        return _tensors(outputs)
-
-
-class _Constant(ctypes.Structure):
-    _fields_ = (("name", ctypes.c_char_p), ("handle", ctypes.c_void_p))
-
-
-_pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
-_pointer_of.restype, _pointer_of.argtypes = ctypes.c_void_p, [ctypes.py_object, ctypes.c_char_p]
-_capsule = ctypes.pythonapi.PyCapsule_New
-_capsule.restype = ctypes.py_object
-_capsule.argtypes = [ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p]
-
-
-def _handles(tensors: list[Tensor]) -> list[int]:
-    """As compiled code takes tensors: it frees those of its inputs, we those of its constants."""
-    capsules = torch._C._aoti.unsafe_alloc_void_ptrs_from_tensors(tensors)
-    return [_pointer_of(capsule, None) for capsule in capsules]
-
-
-def _tensors(handles: Iterable[int]) -> list[Tensor]:
-    """The tensors of handles, which are freed."""
-    capsules = [_capsule(handle, None, None) for handle in handles]
-    return torch._C._aoti.alloc_tensors_by_stealing_from_void_ptrs(capsules)
-
-
-def _check(failed: int) -> None:
-    if failed:
-        raise RuntimeError("compiled code has failed; it has written why to standard error")
-
-
-def _library(path: Path) -> ctypes.CDLL:
-    """What is in a package, loaded: from a file of its own, that may be gone then."""
-    with zipfile.ZipFile(path) as package:
-        (name,) = [name for name in package.namelist() if name.endswith(".so")]
-        code = package.read(name)
-    if b"aoti_torch_proxy_executor" in code:
-        raise ValueError("it has an operator without a C interface")
-    with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "part.so"
-        file.write_bytes(code)
-        return ctypes.CDLL(str(file))
-
-
-def _release(library: ctypes.CDLL, container: ctypes.c_void_p, handles: Sequence[int]) -> None:
-    library.AOTInductorModelContainerDelete(container)
-    for alias in _tensors(handles):
-        alias.data = alias.new_empty(0)
+# Trace and compile.
 
 
 def example_inputs(model: LanguageModel, length: int, kind: StepKind) -> list[tuple[Any, ...]]:
-    """Two inputs as an engine gives them, that differ in every size that may."""
-    most = 3 if kind == "rows" else 1
-    state = model.init_state(most, length)
-    sampler = Sampler(most, model.vocab_size)
-    for row in range(most):
+    """Return two inputs as an engine passes them, which differ in every size that is dynamic."""
+    max_rows = 3 if kind == "decode" else 1
+    state = model.init_state(max_rows, length)
+    sampler = Sampler(max_rows, model.vocab_size)
+    for row in range(max_rows):
         sampler.add_sequence(row, SamplingParams(seed=row), ())
-    found: list[tuple[Any, ...]] = []
-    for more in (0, 1):
-        count = 2 + more if kind == "rows" else 1
-        tokens_BT = torch.zeros(count, 2 + more if kind == "prompt" else 1, dtype=torch.long)
-        inputs = tokens_BT, model.prefix_view(batch_slice(state, 0, count), length // 2 + more)
-        drawn = {name: sampler.state[name][:count] for name in RANDOM_STATE}
-        found.append(inputs if kind == "prompt" else (*inputs, drawn))
-    return found
+    examples: list[tuple[Any, ...]] = []
+    for extra in (0, 1):
+        rows = 2 + extra if kind == "decode" else 1
+        tokens_BT = torch.zeros(rows, 2 + extra if kind == "prefill" else 1, dtype=torch.long)
+        inputs = tokens_BT, model.prefix_view(batch_slice(state, 0, rows), length // 2 + extra)
+        random_state = {name: sampler.state[name][:rows] for name in RANDOM_STATE}
+        examples.append(inputs if kind == "prefill" else (*inputs, random_state))
+    return examples
 
 
-def trace_step(model: LanguageModel, length: int, kind: StepKind) -> torch.export.ExportedProgram:
-    """A part of a model, of which only the structure matters, for rows of so many positions."""
-    given, other = example_inputs(model, length, kind)
-
-    def open_ones(one: Tensor, two: Tensor) -> dict[int, Any]:
-        sizes = enumerate(zip(one.shape, two.shape, strict=True))
-        return {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in sizes if a != b}
-
-    open_tokens, *open_states = (
-        open_ones(one, two)
-        if isinstance(one, Tensor)
-        else {name: open_ones(one[name], two[name]) for name in one}
-        for one, two in zip(given, other, strict=True)
-    )
-    with torch.no_grad(), TransposedLinear():
-        return torch.export.export(
-            eager_step(model, kind),
-            given,
-            dynamic_shapes=(open_tokens, *open_states),
-            strict=False,
-        )
+TRANSPOSED_ROWS = (9, 48)
+"""Fewest and most rows for which MKL multiplies float32 matrices faster with the weight on the left:
+by a third on one thread, twofold on two."""
 
 
 class TransposedLinear(TorchFunctionMode):
-    """`F.linear` in the order of factors that suits the number of rows, which code sees only when it runs."""
+    """Lets `F.linear` choose the order of its factors by the number of rows, when the code runs."""
 
     def __torch_function__(
         self,
         function: Callable[..., Any],
-        types: Any,  # noqa: ANN401 (as torch gives them)
-        given: tuple[Any, ...] = (),
-        named: dict[str, Any] | None = None,
+        types: Any,  # noqa: ANN401 (as torch passes them)
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:  # noqa: ANN401
-        """What the function gives."""
-        instead = _linear if function is F.linear and not named else function
-        return instead(*given, **(named or {}))
+        """Call the function, or its replacement."""
+        function = _linear if function is F.linear and not kwargs else function
+        return function(*args, **(kwargs or {}))
 
 
 def _linear(x: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     x_NI = x.reshape(-1, x.shape[-1])
-    count = x_NI.shape[0]
-    if isinstance(count, int) or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
+    rows = x_NI.shape[0]
+    if isinstance(rows, int) or x.dtype != torch.float32 or not torch.backends.mkl.is_available():
         return F.linear(x, weight_OI, bias_O)
 
-    def turned(x_NI: Tensor, weight_OI: Tensor, *bias_O: Tensor) -> tuple[Tensor]:
+    def transposed(x_NI: Tensor, weight_OI: Tensor, *bias_O: Tensor) -> tuple[Tensor]:
         return (sum(bias_O, (weight_OI @ x_NI.t()).t()).contiguous(),)
 
-    def straight(x_NI: Tensor, weight_OI: Tensor, *bias_O: Tensor) -> tuple[Tensor]:
+    def plain(x_NI: Tensor, weight_OI: Tensor, *bias_O: Tensor) -> tuple[Tensor]:
         return (F.linear(x_NI, weight_OI, *bias_O),)
 
-    fewest, most = TURNED
-    # The operator itself: `torch.cond` goes through Dynamo, which may fix the number of rows.
+    fewest, most = TRANSPOSED_ROWS
+    # The operator itself: `torch.cond` goes through Dynamo, which may specialize the number of rows.
     (y_NO,) = torch.ops.higher_order.cond(
-        (count - fewest) * (most - count) >= 0,  # TorchInductor knows no `and` here
-        turned,
-        straight,
+        (rows - fewest) * (most - rows) >= 0,  # TorchInductor does not support `and` here
+        transposed,
+        plain,
         (x_NI, weight_OI) if bias_O is None else (x_NI, weight_OI, bias_O),
     )
     return y_NO.view(*x.shape[:-1], -1)
 
 
+def trace_step(model: LanguageModel, length: int, kind: StepKind) -> torch.export.ExportedProgram:
+    """Trace a step of a model whose states have `length` positions; weights do not matter."""
+    example, other_example = example_inputs(model, length, kind)
+
+    def dynamic_axes(tensor: Tensor, other: Tensor) -> dict[int, Any]:
+        sizes = enumerate(zip(tensor.shape, other.shape, strict=True))
+        return {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in sizes if a != b}
+
+    tokens_BT, *states = example
+    other_tokens_BT, *other_states = other_example
+    dynamic_shapes = (
+        dynamic_axes(tokens_BT, other_tokens_BT),
+        *(
+            {name: dynamic_axes(state[name], other[name]) for name in state}
+            for state, other in zip(states, other_states, strict=True)
+        ),
+    )
+    step = eager_step(model, kind)
+    with torch.no_grad(), TransposedLinear():
+        return torch.export.export(step, example, dynamic_shapes=dynamic_shapes, strict=False)
+
+
 def compile_step(program: torch.export.ExportedProgram, path: Path) -> None:
-    """Write what was traced as machine code, without weights, to a file."""
+    """Compile a traced step to a file of machine code without weights."""
     substitute_kernel(program)
     torch._inductor.aoti_compile_and_package(
         program,
@@ -250,162 +153,171 @@ def compile_step(program: torch.export.ExportedProgram, path: Path) -> None:
     )
 
 
-class CompileJob:
-    """What is to be compiled for an engine: the same work has the same name."""
+# In the background.
 
-    def __init__(self, engine: Engine, kind: StepKind, threads: int) -> None:
+
+class CompileJob:
+    """A step to be compiled for an engine, and the cache file that equal jobs share."""
+
+    def __init__(self, engine: Engine, kind: StepKind, num_threads: int) -> None:
         self.engine, self.kind = engine, kind
         # As lists: tensors of the same contents are not always pickled to the same bytes.
-        inlined = [tensor.tolist() for tensor in _inlined(engine.model)]
-        structure = _skeleton(engine.model)
-        self.work = pickle.dumps((structure, inlined, engine.cache_length, kind, threads))
+        inlined = [tensor.tolist() for tensor in _inlined_tensors(engine.model)]
+        skeleton = _without_weights(engine.model)
+        self.payload = pickle.dumps((skeleton, inlined, engine.cache_length, kind, num_threads))
+        """What the compiling process reads."""
         root = Path(__file__).parents[2]
         sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), KERNEL])
-        made_for = (torch.__version__, platform.system(), cpu_info())
-        parts = [self.work, repr(made_for).encode()]
+        environment = (torch.__version__, platform.system(), cpu_info())
+        parts = [self.payload, repr(environment).encode()]
         parts += [source.read_bytes() for source in sources]
-        self.path = (
-            cache_dir() / "steps" / f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:24]}.pt2"
-        )
+        digest = hashlib.sha256(b"|".join(parts)).hexdigest()
+        self.path = cache_dir() / "steps" / f"{digest[:24]}.pt2"
 
     def load(self) -> CompiledStep:
-        """The compiled part, compared with the model's own; a ValueError says that it is another."""
-        part = eager_step(self.engine.model, self.kind)
-        compiled = CompiledStep(self.path, part)
-        found = []
+        """Load the compiled step; a ValueError says that it computes something else than the model."""
+        eager = eager_step(self.engine.model, self.kind)
+        compiled = CompiledStep(self.path, eager)
+        outputs = []
         with torch.inference_mode():
-            for run in (part, compiled):
+            for step in (eager, compiled):
                 inputs = example_inputs(self.engine.model, self.engine.cache_length, self.kind)[0]
-                found.append([run(*inputs)[0].float() for _ in range(2)][1])
-        wanted, got = found
-        off = (got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-        if not off <= TOLERANCE:
-            raise ValueError(f"it is off by {off:.1%}")
+                outputs.append([step(*inputs)[0].float() for _ in range(2)][1])
+        expected, actual = outputs
+        error = (actual - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        if not error <= TOLERANCE:
+            raise ValueError(f"its output differs from the model's by {error:.1%}")
         return compiled
 
 
-def _skeleton(model: LanguageModel) -> LanguageModel:
-    """The model without the contents of its tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    hollow = {id(tensor): _hollow(tensor) for tensor in tensors}
-    return copy.deepcopy(model, hollow)
-
-
-def _inlined(model: LanguageModel) -> list[Tensor]:
-    """The tensors whose contents are a part of compiled code."""
+def _inlined_tensors(model: LanguageModel) -> list[Tensor]:
+    """Return the tensors whose contents become a part of the compiled code."""
     tensors = (*model.parameters(), *model.buffers())
-    return [tensor for tensor in tensors if tensor.numel() <= INLINED]
+    return [tensor for tensor in tensors if tensor.numel() <= MAX_INLINED_NUMEL]
 
 
-def _hollow(tensor: Tensor) -> Tensor:
-    empty = torch.empty_like(tensor, device="meta", requires_grad=False)
-    return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+def _without_weights(model: LanguageModel) -> LanguageModel:
+    """Return a copy of the model with its tensors on the meta device."""
+
+    def to_meta(tensor: Tensor) -> Tensor:
+        empty = torch.empty_like(tensor, device="meta", requires_grad=False)
+        return nn.Parameter(empty, False) if isinstance(tensor, nn.Parameter) else empty
+
+    tensors = (*model.parameters(), *model.buffers())
+    return copy.deepcopy(model, {id(tensor): to_meta(tensor) for tensor in tensors})
 
 
 class Compiler:
-    """Compiles for engines in the background, one job after the other."""
+    """Compiles steps of engines in the background, one job after the other."""
 
     def __init__(self) -> None:
         self._jobs: queue.Queue[tuple[Engine, StepKind, int] | None] = queue.Queue()
-        self._child: subprocess.Popen[bytes] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
-        self._thread = threading.Thread(target=self._work, name="compiler", daemon=True)
+        self._thread = threading.Thread(target=self._run_jobs, name="compiler", daemon=True)
         self._thread.start()
 
-    def add(self, engine: Engine, threads: int) -> None:
-        """Let an engine's steps become compiled ones, for so many cores."""
-        on_cpu = engine.last_B1.device.type == "cpu"
+    def add(self, engine: Engine, num_threads: int) -> None:
+        """Replace an engine's steps by compiled ones for `num_threads` threads, once these are ready.
+
+        Nothing is compiled off the CPU, without a C++ compiler, for a short context, or for a
+        deterministic engine, whose output would change with the step.
+        """
         if (
-            not on_cpu
-            or engine.cache_length < SHORTEST
+            engine.device.type != "cpu"
+            or engine.cache_length < MIN_CACHE_LENGTH
             or engine.deterministic
             or not find_cpp_compiler()
         ):
             return
-        kinds: list[StepKind] = ["row"]
-        kinds += ["prompt"] if engine.model.supports_chunked_prefill else []
-        kinds += ["rows"] if engine.max_num_seqs > 1 else []
+        kinds: list[StepKind] = ["decode_one"]
+        kinds += ["prefill"] if engine.model.supports_chunked_prefill else []
+        kinds += ["decode"] if engine.max_num_seqs > 1 else []
         for kind in kinds:
-            self._jobs.put((engine, kind, threads))
+            self._jobs.put((engine, kind, num_threads))
 
     def wait(self) -> None:
-        """Until all that was added is done."""
+        """Wait until all jobs are done."""
         self._jobs.join()
 
     def close(self) -> None:
-        """Stop, whatever is being compiled; a thread that the process' end found in C++ would abort it."""
+        """Stop, also in the middle of a job.
+
+        The thread is joined: if the process ended while it runs C++ code, that would abort.
+        """
         self._closed = True
         self._jobs.put(None)
-        if self._child:
-            self._child.terminate()
+        if self._process:
+            self._process.terminate()
         self._thread.join()
 
-    def _work(self) -> None:
-        while work := self._jobs.get():
+    def _run_jobs(self) -> None:
+        while job := self._jobs.get():
             try:
                 if not self._closed:
-                    self._replace(*work)
-            except Exception as error:  # a full disk, say: the model itself is there
-                logger.warning("%s stays uncompiled: %s", work[1], error)
+                    self._replace_step(*job)
+            except Exception as error:  # such as a full disk; the eager step remains
+                logger.warning("the %s step is not compiled: %s", job[1], error)
             self._jobs.task_done()
 
-    def _replace(self, engine: Engine, kind: StepKind, threads: int) -> None:
-        """Put compiled code in the place of an engine's part, if there is any to be had."""
-        job = CompileJob(engine, kind, threads)
+    def _replace_step(self, engine: Engine, kind: StepKind, num_threads: int) -> None:
+        """Replace an engine's step by the compiled one, from the cache if it is there."""
+        job = CompileJob(engine, kind, num_threads)
         if job.path.exists() or self._compile(job):
             try:
                 engine.steps[kind] = run_in_own_thread(job.load)
             except Exception as error:
-                job.path.unlink()  # the next server makes it anew
-                raise ValueError(f"what was compiled cannot be used: {error}") from error
+                job.path.unlink()  # the next server compiles it again
+                raise ValueError(f"the compiled code cannot be used: {error}") from error
 
     def _compile(self, job: CompileJob) -> bool:
-        """Whether it worked; what went wrong is logged in a line."""
+        """Compile a step in a process of its own; return False, and log a line, if that fails."""
         job.path.parent.mkdir(parents=True, exist_ok=True)
-        beside = job.path.with_name(f"{os.getpid()}-{job.path.name}")
-        command = [sys.executable, "-m", "serving.engine.compilation", str(beside)]
-        self._child = subprocess.Popen(
-            command,
+        temporary = job.path.with_name(f"{os.getpid()}-{job.path.name}")
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "serving.engine.compilation", str(temporary)],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             cwd=Path(__file__).parents[2],
             start_new_session=True,  # Ctrl-C is for the server
         )
-        if self._closed:  # meanwhile
-            self._child.terminate()
-        _, complaint = self._child.communicate(job.work)
-        if self._child.returncode == 0 and beside.exists():
-            beside.replace(job.path)
+        if self._closed:  # since it was checked
+            self._process.terminate()
+        _, stderr = self._process.communicate(job.payload)
+        if self._process.returncode == 0 and temporary.exists():
+            temporary.replace(job.path)
             return True
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         if not self._closed:
-            lines = complaint.decode(errors="replace").strip().splitlines() or ["no reason given"]
-            # What reads a prompt token by token has no one shape: nobody needs to hear of that.
-            level = logging.INFO if job.kind == "prompt" else logging.WARNING
-            logger.log(level, "%s stays uncompiled: %s", job.kind, lines[-1])
+            lines = stderr.decode(errors="replace").strip().splitlines() or ["no reason given"]
+            # A model that processes a prompt token by token cannot be traced: this is expected.
+            level = logging.INFO if job.kind == "prefill" else logging.WARNING
+            logger.log(level, "the %s step is not compiled: %s", job.kind, lines[-1])
         return False
 
 
-def _follow(parent: int) -> None:
-    """Do not outlive a server that was killed."""
+# In the compiling process.
+
+
+def _exit_with(parent: int) -> None:
+    """End this process when its parent ends, even if that is killed."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)
 
 
 def main() -> None:
-    """The life of the process that compiles: work from standard input, the file's path as argument."""
+    """Compile a step: a `CompileJob`'s payload from standard input, to the path in the arguments."""
     os.nice(10)
-    threading.Thread(target=_follow, args=(os.getppid(),), daemon=True).start()
-    # From the server that started this process, through a pipe: never from a file.
-    model, inlined, length, kind, threads = pickle.load(sys.stdin.buffer)
-    torch.set_num_threads(threads)
+    threading.Thread(target=_exit_with, args=(os.getppid(),), daemon=True).start()
+    # Unpickling is safe: the pipe is from the server that started this process, not a file.
+    model, inlined, length, kind, num_threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(num_threads)
     model.to_empty(device="cpu")
-    for tensor, numbers in zip(_inlined(model), inlined, strict=True):
-        tensor.copy_(torch.tensor(numbers))
-    program = trace_step(model, length, kind)
-    compile_step(program, Path(sys.argv[1]))
+    for tensor, values in zip(_inlined_tensors(model), inlined, strict=True):
+        tensor.copy_(torch.tensor(values))
+    compile_step(trace_step(model, length, kind), Path(sys.argv[1]))
 
 
 if __name__ == "__main__":

@@ -83,12 +83,12 @@ class ModelRegistry:
     @property
     def ready(self) -> bool:
         """True when all are there and take requests."""
-        return not self.missing and all(s.engine.ready for s in self.entries.values())
+        return not self.missing and all(s.engine.is_ready for s in self.entries.values())
 
     @property
     def healthy(self) -> bool:
         """True while no engine hangs or has failed."""
-        return not any(s.engine.stalled or s.engine.failed for s in self.entries.values())
+        return not any(s.engine.is_stalled or s.engine.has_failed for s in self.entries.values())
 
 
 class TokenizeRequest(StrictModel):

@@ -19,9 +19,9 @@ from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validat
 
 from gpt.kernels.quantization import DType
 from gpt.sampling import SamplingParams
-from serving.engine import engine
 from serving.engine.async_engine import AsyncEngine, UnavailableError
-from serving.engine.engine import TokenLogprobs
+from serving.engine.logprobs import TokenLogprobs
+from serving.engine.sequence import Request, SequenceOutput
 from serving.http.limits import Limits
 from serving.tokenization import (
     IncrementalDetokenizer,
@@ -324,14 +324,14 @@ class CompletionStream:
     ) -> None:
         self.served, self.completion = served, completion
         self.prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-        self.choices: dict[tuple[engine.Request, int], Choice] = {}
-        self.requests: list[engine.Request] = []
+        self.choices: dict[tuple[Request, int], Choice] = {}
+        self.requests: list[Request] = []
         self.told = completion.logprobs is not None, completion.return_token_ids
         """Whether logprobs are told, and whether ids are."""
         end = served.tokenizer.eos_token
         for prompt in prompts:
             # Drawn for each prompt: the same prompt twice without a seed is two different texts.
-            request = engine.Request(
+            request = Request(
                 prompt.ids,
                 completion.max_tokens,
                 completion.sampling(random.getrandbits(63)),
@@ -374,10 +374,10 @@ class CompletionStream:
     async def parts(self) -> AsyncGenerator[list[ChoiceDelta]]:
         """What is new about the choices, as often as there is news."""
         service = self.served.engine
-        scores: dict[engine.Request, Sequence[TokenLogprobs]] = {}
+        scores: dict[Request, Sequence[TokenLogprobs]] = {}
         async for events in self.inbox:
             news: dict[int, ChoiceDelta] = {}
-            failed: engine.SequenceOutput | None = None
+            failed: SequenceOutput | None = None
             for event in events:
                 choice = self.choices[event.request, event.choice]
                 if choice.finish_reason:  # by a stop string, while the engine went on
@@ -397,14 +397,14 @@ class CompletionStream:
                 for part in news.values()
                 if part.text or part.tokens or part.choice.finish_reason or (ids and part.begins)
             ]
-            if failed and not service.ready:
+            if failed and not service.is_ready:
                 raise UnavailableError(failed.error)
             if failed:
                 logger.error("a request has failed: %s", failed.error)
                 raise ApiError(500, "the model failed on this request")
 
     def _read(
-        self, news: ChoiceDelta, event: engine.SequenceOutput, scores: Sequence[TokenLogprobs]
+        self, news: ChoiceDelta, event: SequenceOutput, scores: Sequence[TokenLogprobs]
     ) -> None:
         """Add what an event tells to what is new about its choice."""
         choice = news.choice

@@ -19,7 +19,8 @@ from torch import Tensor
 from gpt.models.base import LanguageModel, State
 from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits, prefill
 from serving.engine.async_engine import QueueFullError, UnavailableError
-from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Request
+from serving.engine.engine import MAX_NUM_BATCHED_TOKENS
+from serving.engine.sequence import Request
 from serving.http.completions import (
     ApiError,
     CompletionRequest,

@@ -64,7 +64,7 @@ def test_a_closed_loop_of_the_engine_makes_every_text():
     assert row["texts"] == 7
     assert row["refused"] == row["failed"] == 0
     assert row["tokens_per_second"] > 0
-    assert engine.idle
+    assert engine.is_idle
     assert serve.per_token(engine, 50, 4) > 0
 
 

@@ -6,7 +6,8 @@ from gpt.checkpoint import build_model
 from gpt.kernels.quantization import Int8Linear, has_exact_logits, quantize
 from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams, generate
-from serving.engine.engine import Engine, Request
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
 from tests.gpt.test_contract import VARIANTS
 
 
@@ -60,7 +61,7 @@ def test_every_model_speaks_with_8_bits_and_says_nearly_the_same(variant):
     engine = Engine(model, 2, num_scheduler_steps=2)
     engine.add_request(request)
     tokens = []
-    while not engine.idle:
+    while not engine.is_idle:
         tokens += [event.token for event in engine.step()]
     assert tokens == list(generate(model, [1, 2, 3], 10, SamplingParams(temperature=0)))
 

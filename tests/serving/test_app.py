@@ -296,7 +296,7 @@ PROMPT = b'{"prompt": "a", '
         (PROMPT + b'"logit_bias": {"a": 1}}', "logit_bias: expected token ids"),
         (PROMPT + b'"logit_bias": {"257": 1}}', "logit_bias has token 257, the model knows 0 to"),
         (PROMPT + b'"logit_bias": {"' + b"9" * 5000 + b'": 1}}', "logit_bias"),
-        (PROMPT + b'"num_beams": 2}', "beams are for models that translate"),
+        (PROMPT + b'"num_beams": 2}', "num_beams is for translation models"),
         (PROMPT + b'"num_beams": 17}', "num_beams = 17: this server allows 16"),
         (PROMPT + b'"temprature": 1}', "unknown field 'temprature'"),
         (PROMPT + b'"' + b"x" * 100_000 + b'": 1}', "unknown field"),
@@ -485,22 +485,22 @@ def test_a_client_that_leaves_frees_its_rows_and_its_places_in_the_queue(
     alone, monkeypatch, stream
 ):
     """One row and three texts asked for: one runs, two wait."""
-    engine, step, cancel = alone.engine, alone.engine.step, alone.engine.cancel
+    engine, step, cancel = alone.engine, alone.engine.step, alone.engine.abort
     busy, freed = threading.Event(), threading.Event()
 
     def watched_step():
         events = step()
-        if engine.live and engine.reading and engine.reading.begun == 1:
+        if engine.running and engine.prefill and engine.prefill.num_started == 1:
             busy.set()
         return events
 
     def watched_cancel(request, choice):
         cancel(request, choice)
-        if engine.idle:
+        if engine.is_idle:
             freed.set()
 
     monkeypatch.setattr(engine, "step", watched_step)
-    monkeypatch.setattr(engine, "cancel", watched_cancel)
+    monkeypatch.setattr(engine, "abort", watched_cancel)
     body = {"prompt": "", "temperature": 0, "max_tokens": CONTEXT, "n": 3, "stream": stream}
 
     def until(connection):
@@ -513,7 +513,7 @@ def test_a_client_that_leaves_frees_its_rows_and_its_places_in_the_queue(
     hang_up(alone.address, body, until)
     assert freed.wait(DEADLINE)
     assert alone.post(prompt="", max_tokens=1).status_code == 200
-    assert not alone.service._inboxes
+    assert not alone.service._streams
 
 
 def test_a_request_on_which_the_model_fails_is_a_500_or_an_error_event_and_the_next_is_served(

@@ -1,4 +1,4 @@
-"""The kernel of compiled steps, beside torch's own attention in float64."""
+"""The attention kernel of compiled steps against torch's own attention in float64."""
 
 import pytest
 import torch
@@ -6,79 +6,88 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-from serving.engine import attention_kernel as attend
-from serving.engine import compilation as compiled
+from serving.engine.attention_kernel import substitute_kernel
+from serving.engine.compilation import compile_step, find_cpp_compiler
 
-LONGEST, LAYER = 300, 1
+CACHE_LENGTH, LAYER = 300, 1
 
 
 class Attention(nn.Module):
-    """Of one query to what a state keeps of a layer, in two formats and of two widths."""
+    """Attention of one query to one layer of two states, of different head widths and dtypes."""
 
-    def forward(self, queries, wide, narrow):
-        places = torch.arange(wide["keys"].shape[3])
-        mask_B11S = (places <= wide["position"].unsqueeze(1)).unsqueeze(1).unsqueeze(1)
-        found = []
+    def forward(self, queries_BH1K, wide, narrow):
+        positions_S = torch.arange(wide["keys"].shape[3])
+        mask_BS = positions_S <= wide["position"].unsqueeze(1)
+        mask_B11S = mask_BS.unsqueeze(1).unsqueeze(1)
+        outputs = []
         for state in (wide, narrow):
-            query_BH1K = queries[..., : state["keys"].shape[-1]]
-            kept = (state[name][:, LAYER].type_as(query_BH1K) for name in ("keys", "values"))
-            found.append(F.scaled_dot_product_attention(query_BH1K, *kept, mask_B11S))
-        return tuple(found)
+            query_BH1K = queries_BH1K[..., : state["keys"].shape[-1]]
+            keys, values = (
+                state[name][:, LAYER].type_as(query_BH1K) for name in ("keys", "values")
+            )
+            outputs.append(F.scaled_dot_product_attention(query_BH1K, keys, values, mask_B11S))
+        return tuple(outputs)
 
 
-def given(rows, reach, seed=0, heads=3):
-    """Queries and two states, of which so many positions are looked at; each row is somewhere else."""
-    dice = torch.Generator().manual_seed(seed)
-    queries = 4 * torch.randn(rows, heads, 1, 64, generator=dice)
+def make_inputs(rows, length, seed=0, heads=3):
+    """Queries and two states, cut to `length` positions, of which each row attends to another number."""
+    rng = torch.Generator().manual_seed(seed)
+    queries_BH1K = 4 * torch.randn(rows, heads, 1, 64, generator=rng)
     states = []
     for width, dtype in ((64, torch.float32), (16, torch.bfloat16)):
-        shape = (rows, LAYER + 2, heads, LONGEST, width)
-        kept = {name: torch.randn(shape, generator=dice).to(dtype) for name in ("keys", "values")}
-        part = {name: tensor[..., :reach, :] for name, tensor in kept.items()}
-        states.append(part)
-    last = torch.randint(reach, (rows,), generator=dice)
-    last[0] = reach - 1
-    states[0]["position"] = last
-    return queries, *states
+        shape = (rows, LAYER + 2, heads, CACHE_LENGTH, width)
+        state = {name: torch.randn(shape, generator=rng).to(dtype) for name in ("keys", "values")}
+        states.append({name: tensor[..., :length, :] for name, tensor in state.items()})
+    position_B = torch.randint(length, (rows,), generator=rng)
+    position_B[0] = length - 1
+    states[0]["position"] = position_B
+    return queries_BH1K, *states
 
 
-@pytest.mark.skipif(not compiled.find_cpp_compiler(), reason="there is no C++ compiler")
-@pytest.mark.filterwarnings("default")  # torch has its own about itself
+@pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch warns about itself
 @pytest.mark.parametrize("threads", [1, 2])
-def test_the_kernel_computes_what_torch_does(tmp_path, threads, monkeypatch):
-    rows = {0: Dim.DYNAMIC}
-    state = {name: {**rows, 3: Dim.DYNAMIC} for name in ("keys", "values")}
-    shapes = (rows, {**state, "position": rows}, state)
-    program = torch.export.export(Attention(), given(3, 40), dynamic_shapes=shapes)
+def test_kernel_equals_torch_attention(tmp_path, threads, monkeypatch):
+    batch = {0: Dim.DYNAMIC}
+    state = {name: {**batch, 3: Dim.DYNAMIC} for name in ("keys", "values")}
+    shapes = (batch, {**state, "position": batch}, state)
+    program = torch.export.export(Attention(), make_inputs(3, 40), dynamic_shapes=shapes)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    compiled.compile_step(program, tmp_path / "part.pt2")
-    assert [node.target for node in program.graph.nodes].count(
-        torch.ops.tinygpt.attend.default
-    ) == 2
-    part = torch._inductor.aoti_load_package(str(tmp_path / "part.pt2"))
-    for count, length in ((1, 2), (1, 17), (3, 16), (5, 128), (2, 131), (1, 256), (4, LONGEST)):
-        queries, *states = given(count, length, seed=length)
-        doubled = ({name: x.double() for name, x in state.items()} for state in states)
-        wanted = Attention()(queries.double(), *doubled)
-        for got, exact in zip(part(queries, *states), wanted, strict=True):
-            torch.testing.assert_close(got, exact.float(), rtol=0, atol=1e-5)
-    alone = part(*given(1, 200, seed=9))
-    for found, other in zip(alone, part(*twice(given(1, 200, seed=9))), strict=True):
-        assert torch.equal(found, other[:1])
+    compile_step(program, tmp_path / "step.pt2")
+    operators = [node.target for node in program.graph.nodes]
+    assert operators.count(torch.ops.tinygpt.attend.default) == 2
+    step = torch._inductor.aoti_load_package(str(tmp_path / "step.pt2"))
+    for rows, length in (
+        (1, 2),
+        (1, 17),
+        (3, 16),
+        (5, 128),
+        (2, 131),
+        (1, 256),
+        (4, CACHE_LENGTH),
+    ):
+        queries, *states = make_inputs(rows, length, seed=length)
+        in_float64 = ({name: x.double() for name, x in state.items()} for state in states)
+        expected = Attention()(queries.double(), *in_float64)
+        for actual, exact in zip(step(queries, *states), expected, strict=True):
+            torch.testing.assert_close(actual, exact.float(), rtol=0, atol=1e-5)
+    inputs = make_inputs(1, 200, seed=9)
+    for one_row, two_rows in zip(step(*inputs), step(*repeat_rows(inputs)), strict=True):
+        assert torch.equal(one_row, two_rows[:1])
 
 
-def twice(tensors):
-    """The same with a second row like the first."""
+def repeat_rows(inputs):
+    """The inputs with each row twice."""
     return tuple(
-        {name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in given.items()}
-        if isinstance(given, dict)
-        else given.repeat(2, 1, 1, 1)
-        for given in tensors
+        {name: x.repeat(2, *[1] * (x.ndim - 1)) for name, x in value.items()}
+        if isinstance(value, dict)
+        else value.repeat(2, 1, 1, 1)
+        for value in inputs
     )
 
 
 @pytest.mark.parametrize(("width", "queries", "masked"), [(24, 1, 1), (16, 2, 1), (16, 1, 0)])
-def test_what_the_kernel_does_not_compute_is_left_to_torch(width, queries, masked):
+def test_unsupported_attention_is_not_replaced(width, queries, masked):
     class Other(nn.Module):
         def forward(self, queries_BHTK, keys_BHSK, mask_B1TS=None):
             return F.scaled_dot_product_attention(queries_BHTK, keys_BHSK, keys_BHSK, mask_B1TS)
@@ -87,5 +96,5 @@ def test_what_the_kernel_does_not_compute_is_left_to_torch(width, queries, maske
     mask = [torch.ones(1, 1, queries, 5, dtype=torch.bool)] * masked
     program = torch.export.export(Other(), (*tensors, *mask))
     before = str(program.graph)
-    attend.substitute_kernel(program)
+    substitute_kernel(program)
     assert str(program.graph) == before

@@ -1,4 +1,4 @@
-"""Needs a C++ compiler; without one nothing is compiled, which a test holds too."""
+"""Compiled steps. Most tests need a C++ compiler; one tests that without it nothing is compiled."""
 
 import gc
 import random
@@ -11,98 +11,111 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from gpt.kernels.quantization import quantize
 from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
-from serving.engine import compilation as compiled
-from serving.engine.engine import DecodeStep, Engine, Request
+from serving.engine import compilation
+from serving.engine.compiled_step import CompiledStep
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
+from serving.engine.steps import DecodeStep
 from tests.gpt.test_contract import VARIANTS
-from tests.serving.test_engine import Watch, alone, arrivals, make, one_thread  # noqa: F401 (a fixture)
+from tests.serving.test_engine import (
+    make_model,
+    one_thread,  # noqa: F401 (a fixture)
+    reference_output,
+    run_random_arrivals,
+    run_requests,
+)
 
 needs_compiler = pytest.mark.skipif(
-    not compiled.find_cpp_compiler(), reason="there is no C++ compiler"
+    not compilation.find_cpp_compiler(), reason="there is no C++ compiler"
 )
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
+    """The folder of compiled steps, not created yet."""
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path))
     return tmp_path / "steps"
 
 
 @pytest.fixture(scope="module")
-def kept(tmp_path_factory):
-    """What is compiled for a GPT, once."""
+def gpt_cache(tmp_path_factory):
+    """A folder with the compiled steps of a GPT."""
     folder = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYGPT_CACHE", str(folder))
-        compile_for(Engine(make("gpt", torch.float32), 4))
+        compile_steps(Engine(make_model("gpt", torch.float32), 4))
     return folder / "steps"
 
 
-def compile_for(engine):
-    compiler = compiled.Compiler()
+def compile_steps(engine):
+    compiler = compilation.Compiler()
     compiler.add(engine, 1)
     compiler.wait()
     compiler.close()
 
 
-def is_compiled(engine):
-    return {kind: type(part) is compiled.CompiledStep for kind, part in engine.parts.items()}
+def compiled_kinds(engine):
+    return {kind for kind, step in engine.steps.items() if type(step) is CompiledStep}
 
 
 @pytest.mark.parametrize(
     ("variant", "dtype"),
     [*((variant, "float32") for variant in VARIANTS), ("gpt2", "int8"), ("lstm", "int8")],
 )
-def test_every_model_can_be_traced_for_any_number_of_rows_and_any_reach(variant, dtype):
-    model = quantize(make(variant, torch.float32), dtype)
-    engine = Engine(model, 5)
-    few, many = (
-        compiled.trace_step(model, engine.cache_length, kind).module() for kind in ("row", "rows")
+def test_traced_steps_equal_eager_ones_for_any_number_of_rows_and_length(variant, dtype):
+    model = quantize(make_model(variant, torch.float32), dtype)
+    cache_length = Engine(model, 5).cache_length
+    decode_one, decode = (
+        compilation.trace_step(model, cache_length, kind).module()
+        for kind in ("decode_one", "decode")
     )
-    for rows, reach in (
+    for rows, length in (
         (1, 17),
-        (1, engine.cache_length - 1),
+        (1, cache_length - 1),
         (5, 17),
-        (5, engine.cache_length - 1),
+        (5, cache_length - 1),
         (12, 17),
     ):
-        found, tokens = [], []
-        for run in (DecodeStep(model), few if rows == 1 else many):
-            state = model.prefix_view(model.init_state(rows, engine.cache_length), reach)
-            last_B1 = torch.arange(rows).unsqueeze(1)
+        logits, tokens = [], []
+        for step in (DecodeStep(model), decode_one if rows == 1 else decode):
+            state = model.prefix_view(model.init_state(rows, cache_length), length)
+            last_tokens_B1 = torch.arange(rows).unsqueeze(1)
             sampler = Sampler(rows, 30)
             for row in range(rows):
                 sampler.add_sequence(row, SamplingParams(row % 2 * 1.3, min_p=0.01, seed=row), ())
-            drawn = {name: sampler.state[name] for name in RANDOM_STATE}
+            random_state = {name: sampler.state[name] for name in RANDOM_STATE}
             with torch.no_grad():
-                steps = [run(last_B1, state, drawn) for _ in range(3)]
-            found.append(steps[-1][0])
-            tokens.append([tokens_B.tolist() for _, tokens_B, _ in steps])
-            assert steps[-1][2].isinf().tolist() == [row % 2 == 1 for row in range(rows)]
-            assert drawn["position"].tolist() == [[3]] * rows
-        assert found[1].shape == (rows, 30)
-        assert torch.allclose(*found, atol=1e-4 if dtype == "float32" else 0.2)
+                outputs = [step(last_tokens_B1, state, random_state) for _ in range(3)]
+            logits.append(outputs[-1][0])
+            tokens.append([tokens_B.tolist() for _, tokens_B, _ in outputs])
+            assert outputs[-1][2].isinf().tolist() == [row % 2 == 1 for row in range(rows)]
+            assert random_state["position"].tolist() == [[3]] * rows
+        assert logits[1].shape == (rows, 30)
+        assert torch.allclose(*logits, atol=1e-4 if dtype == "float32" else 0.2)
         assert tokens[0] == tokens[1]
 
 
 @needs_compiler
 @pytest.mark.long
-def test_compiled_steps_give_the_same_greedy_texts_with_any_number_of_rows(kept, cache):
-    shutil.copytree(kept, cache)
-    model = make("gpt", torch.float32)
-    for size, ahead in ((4, 3), (9, 1)):
-        engine = Engine(model, size, max_num_batched_tokens=40, num_scheduler_steps=ahead)
-        compile_for(engine)
-        assert all(is_compiled(engine).values())
-        watch, requests, cancelled = arrivals(
+def test_compiled_greedy_output_equals_the_reference(gpt_cache, cache):
+    shutil.copytree(gpt_cache, cache)
+    model = make_model("gpt", torch.float32)
+    for max_num_seqs, num_steps in ((4, 3), (9, 1)):
+        engine = Engine(
+            model, max_num_seqs, max_num_batched_tokens=40, num_scheduler_steps=num_steps
+        )
+        compile_steps(engine)
+        assert compiled_kinds(engine) == {"decode_one", "decode", "prefill"}
+        collector, requests, aborted = run_random_arrivals(
             engine, random.Random(5), 60, lambda _: SamplingParams(temperature=0)
         )
         for request in requests:
-            if (request, 0) not in cancelled:
-                assert watch.text(request) == alone(model, request)
-    assert {path.name for path in cache.iterdir()} == {path.name for path in kept.iterdir()}
+            if (request, 0) not in aborted:
+                assert collector.output(request) == reference_output(model, request)
+    assert {path.name for path in cache.iterdir()} == {path.name for path in gpt_cache.iterdir()}
 
 
-class Long(torch.nn.Module):
+class SlowModule(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.linear = torch.nn.Linear(1500, 1500)
@@ -115,74 +128,69 @@ class Long(torch.nn.Module):
 
 @needs_compiler
 @pytest.mark.long
-@pytest.mark.filterwarnings("default")  # torch has its own about itself
-def test_others_go_on_while_compiled_code_runs_and_it_keeps_no_weights_that_nobody_else_does(
-    tmp_path,
-):
+@pytest.mark.filterwarnings("default")  # torch warns about itself
+def test_compiled_code_releases_the_gil_and_the_weights(tmp_path):
     torch.manual_seed(0)
-    module, x = Long().requires_grad_(False), torch.randn(1500, 1500)
-    compiled.compile_step(torch.export.export(Long(), (x,)), tmp_path / "long.pt2")
-    part = compiled.CompiledStep(tmp_path / "long.pt2", module)
-    found, turns = [], 0
-    worker = threading.Thread(target=lambda part: found.extend(part(x)), args=(part,))
+    module, x = SlowModule().requires_grad_(False), torch.randn(1500, 1500)
+    compilation.compile_step(torch.export.export(SlowModule(), (x,)), tmp_path / "step.pt2")
+    step = CompiledStep(tmp_path / "step.pt2", module)
+    outputs, turns = [], 0
+    worker = threading.Thread(target=lambda step: outputs.extend(step(x)), args=(step,))
     worker.start()
     while worker.is_alive():
         turns += 1
-        worker.join(0.001)  # to go on, this thread needs Python's lock again
-    assert torch.allclose(found[0], module(x)[0], atol=1e-5)
-    assert turns > 5  # two at most, where code keeps Python's lock
+        worker.join(0.001)  # to continue, this thread needs the GIL again
+    assert torch.allclose(outputs[0], module(x)[0], atol=1e-5)
+    assert turns > 5  # at most two if the code holds the GIL
     memory = StorageWeakRef(module.linear.weight.untyped_storage())
-    del module, part, worker
+    del module, step, worker
     gc.collect()
     assert memory.expired()
 
 
 @needs_compiler
 @pytest.mark.long
-def test_what_computes_something_else_or_is_damaged_is_not_used(kept, cache, caplog, monkeypatch):
-    monkeypatch.setattr(compiled.Compiler, "_compile", lambda *_: False)
-    shutil.copytree(kept, cache)
-    model = make("gpt", torch.float32)
-    whole, half, *_ = sorted(cache.iterdir())
-    half.write_bytes(half.read_bytes()[:1000])
+def test_wrong_and_damaged_compiled_code_is_not_used(gpt_cache, cache, caplog, monkeypatch):
+    monkeypatch.setattr(compilation.Compiler, "_compile", lambda *_: False)
+    shutil.copytree(gpt_cache, cache)
+    model = make_model("gpt", torch.float32)
+    intact, damaged, *_ = sorted(cache.iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:1000])
     engine = Engine(model, 4)
-    compile_for(engine)
-    assert sorted(is_compiled(engine).values()) == [False, True, True]
+    compile_steps(engine)
+    assert len(compiled_kinds(engine)) == 2
     assert "cannot be used" in caplog.text
-    assert not half.exists()
+    assert not damaged.exists()
     features = type(model).features
-    monkeypatch.setattr(type(model), "features", lambda *given: features(*given).sin())
+    monkeypatch.setattr(type(model), "features", lambda *args: features(*args).sin())
     engine = Engine(model, 4)
-    compile_for(engine)
-    assert not any(is_compiled(engine).values())
-    assert "it is off by" in caplog.text
-    assert not whole.exists()
+    compile_steps(engine)
+    assert not compiled_kinds(engine)
+    assert "its output differs from the model's by" in caplog.text
+    assert not intact.exists()
 
 
 @needs_compiler
 @pytest.mark.long
-def test_a_model_that_reads_a_prompt_token_by_token_is_compiled_but_for_that(cache, caplog):
-    model = quantize(make("rnn", torch.float32), "int8")
+def test_decode_is_compiled_where_prefill_cannot_be_traced(cache, caplog):
+    model = quantize(make_model("rnn", torch.float32), "int8")
     engine = Engine(model, 1)
     with caplog.at_level("INFO"):
-        compile_for(engine)
-    assert is_compiled(engine) == {"row": True, "rows": False, "prompt": False}
-    assert "prompt stays uncompiled" in caplog.text
+        compile_steps(engine)
+    assert compiled_kinds(engine) == {"decode_one"}
+    assert "the prefill step is not compiled" in caplog.text
     assert len(list(cache.iterdir())) == 1
     request = Request([1, 2], 20, SamplingParams(temperature=0))
-    engine.add_request(request)
-    assert len(Watch(engine).run().text(request)) == 20
+    assert len(run_requests(engine, request).output(request)) == 20
 
 
-def test_without_a_compiler_and_where_it_would_break_a_promise_nothing_is_compiled(
-    cache, monkeypatch
-):
-    model = make("gpt", torch.float32)
-    exact = Engine(model, 2, deterministic=True)
-    compile_for(exact)
-    assert not any(is_compiled(exact).values())
-    monkeypatch.setattr(compiled.shutil, "which", lambda _: None)
+def test_nothing_is_compiled_without_a_compiler_or_for_a_deterministic_engine(cache, monkeypatch):
+    model = make_model("gpt", torch.float32)
+    engine = Engine(model, 2, deterministic=True)
+    compile_steps(engine)
+    assert not compiled_kinds(engine)
+    monkeypatch.setattr(compilation.shutil, "which", lambda _: None)
     engine = Engine(model, 2)
-    compile_for(engine)
-    assert not any(is_compiled(engine).values())
+    compile_steps(engine)
+    assert not compiled_kinds(engine)
     assert not cache.exists()

@@ -1,3 +1,5 @@
+"""The engine against `generate`, the reference implementation, and its other promises."""
+
 import random
 
 import pytest
@@ -8,7 +10,8 @@ from gpt import LanguageModel
 from gpt.beam_search import translate
 from gpt.checkpoint import build_model
 from gpt.sampling import SamplingParams, generate, recompute_logits
-from serving.engine.engine import Engine, Request
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
 from tests.gpt.test_contract import VARIANTS
 
 VOCABULARY, CONTEXT = 30, 48
@@ -17,7 +20,7 @@ RUNGS = {variant: name for variant, (name, _) in VARIANTS.items() if variant == 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Threads that wait for each other on a busy machine make tiny products take milliseconds."""
+    """On a busy machine, threads that wait for each other make tiny products take milliseconds."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -25,7 +28,7 @@ def one_thread():
 
 
 class Recurrent(LanguageModel):
-    """Not a GPT in anything: no limit, a state without positions that does not start at zero."""
+    """The opposite of a GPT: no length limit, and a state without positions that starts at one."""
 
     def __init__(self):
         super().__init__(VOCABULARY, 16)
@@ -48,8 +51,8 @@ class Recurrent(LanguageModel):
         return torch.stack(steps, 1)
 
 
-def make(name, dtype=torch.float64):
-    """A model whose next token can be any, and depends on all before."""
+def make_model(name, dtype=torch.float64):
+    """A model whose next token varies and depends on all tokens before."""
     torch.manual_seed(0)
     if name == "recurrent":
         model = Recurrent()
@@ -62,86 +65,94 @@ def make(name, dtype=torch.float64):
     return model.to(dtype).eval()
 
 
-class Watch:
-    """What an engine has given so far, held to what events must be."""
+class Collector:
+    """Steps an engine, collects its outputs and checks their invariants."""
 
     def __init__(self, engine):
         self.engine = engine
-        self.texts, self.ends, self.scores, self.prompts = {}, {}, {}, {}
+        self.tokens, self.finish_reasons, self.logprobs, self.prompt_logprobs = {}, {}, {}, {}
 
     def step(self):
-        for event in self.engine.step():
-            key = event.request, event.choice
-            assert key not in self.ends, "an event after the end"
-            assert not event.error
-            if event.prompt:
-                assert key not in self.texts
-                self.prompts[event.request] = event.prompt
-            if event.token is not None:
-                self.texts.setdefault(key, []).append(event.token)
-                self.scores.setdefault(key, []).append(event.score)
-            if event.finish:
-                self.ends[key] = event.finish
+        for output in self.engine.step():
+            key = output.request, output.choice
+            assert key not in self.finish_reasons, "an output after the end"
+            assert not output.error
+            if output.prompt_logprobs:
+                assert key not in self.tokens
+                self.prompt_logprobs[output.request] = output.prompt_logprobs
+            if output.token is not None:
+                self.tokens.setdefault(key, []).append(output.token)
+                self.logprobs.setdefault(key, []).append(output.logprobs)
+            if output.finish_reason:
+                self.finish_reasons[key] = output.finish_reason
 
     def run(self):
-        while not self.engine.idle:
+        while not self.engine.is_idle:
             self.step()
-        assert not self.engine.live
-        assert not self.engine.queue
-        assert not self.engine.searches
-        assert self.engine.reading is None
+        assert not self.engine.running
+        assert not self.engine.waiting
+        assert not self.engine.beam_searches
+        assert self.engine.prefill is None
         assert self.engine.step() == []
         return self
 
-    def text(self, request, choice=0):
-        return self.texts.get((request, choice), [])
+    def output(self, request, choice=0):
+        return self.tokens.get((request, choice), [])
 
 
-def alone(model, request, choice=0):
-    """What the reference makes of a request."""
+def run_requests(engine, *requests):
+    """Add requests, run the engine until all have ended, and return the collected outputs."""
+    for request in requests:
+        engine.add_request(request)
+    return Collector(engine).run()
+
+
+def reference_output(model, request, choice=0):
+    """The tokens that `generate` returns for a request."""
     return list(
         generate(
             model,
             request.prompt,
             request.max_tokens,
-            request.sampling,
-            request.stop,
+            request.sampling_params,
+            request.stop_tokens,
             choice,
-            request.first,
-            request.begin,
+            request.allowed_first_tokens,
+            request.decoder_start_token,
         )
     )
 
 
-def arrivals(engine, dice, count, sampling):
-    """Requests of every kind come at random times, a third of them goes again; all that is left ends."""
-    watch, requests, cancelled = Watch(engine), [], set()
+def run_random_arrivals(engine, rng, count, sampling_params):
+    """Add requests of every kind at random times and abort a third of them; run the rest to the end."""
+    collector, requests, aborted = Collector(engine), [], set()
     for i in range(count):
         request = Request(
-            [dice.randrange(VOCABULARY) for _ in range(dice.randint(1, 40))],
-            dice.randint(1, 30),
-            sampling(i),
-            {dice.randrange(VOCABULARY)},
-            n=dice.choice([1, 1, 1, 2, 3]),
-            allowed_first_tokens=dice.sample(range(VOCABULARY), 4) if i % 4 == 0 else (),
+            [rng.randrange(VOCABULARY) for _ in range(rng.randint(1, 40))],
+            rng.randint(1, 30),
+            sampling_params(i),
+            {rng.randrange(VOCABULARY)},
+            n=rng.choice([1, 1, 1, 2, 3]),
+            allowed_first_tokens=rng.sample(range(VOCABULARY), 4) if i % 4 == 0 else (),
         )
         requests.append(request)
-        engine.add(request)
-        for _ in range(dice.choice([0, 0, 1, 5, 20])):
-            watch.step()
-        if dice.random() < 0.34:
-            unlucky = dice.choice(requests[-8:])
-            engine.cancel(unlucky)
-            left = {(unlucky, choice) for choice in range(unlucky.n)} - watch.ends.keys()
-            cancelled |= left
-            watch.ends.update(dict.fromkeys(left, "cancelled"))
-    watch.run()
-    assert len({request for request, _ in cancelled}) > count // 25
-    assert {"stop", "length"} <= set(watch.ends.values())
-    return watch, requests, cancelled
+        engine.add_request(request)
+        for _ in range(rng.choice([0, 0, 1, 5, 20])):
+            collector.step()
+        if rng.random() < 0.34:
+            victim = rng.choice(requests[-8:])
+            engine.abort(victim)
+            choices = {(victim, choice) for choice in range(victim.n)}
+            unfinished = choices - collector.finish_reasons.keys()
+            aborted |= unfinished
+            collector.finish_reasons.update(dict.fromkeys(unfinished, "aborted"))
+    collector.run()
+    assert len({request for request, _ in aborted}) > count // 25
+    assert {"stop", "length"} <= set(collector.finish_reasons.values())
+    return collector, requests, aborted
 
 
-def some_sampling(i):
+def mixed_sampling_params(i):
     return [
         SamplingParams(0.0),
         SamplingParams(seed=i),
@@ -150,241 +161,240 @@ def some_sampling(i):
 
 
 @pytest.mark.parametrize("name", ["gpt", "recurrent", "transformer", "gpt-ngrams"])
-@pytest.mark.parametrize(("size", "budget"), [(1, 5), (3, 100), (8, 16)])
-def test_every_text_equals_the_reference_under_random_arrivals_and_cancellations(
-    name, size, budget
-):
-    model = make(name)
-    engine = Engine(model, size, max_num_batched_tokens=budget)
-    watch, requests, cancelled = arrivals(engine, random.Random(size), 100, some_sampling)
+@pytest.mark.parametrize(("max_num_seqs", "budget"), [(1, 5), (3, 100), (8, 16)])
+def test_output_equals_the_reference_under_random_arrivals_and_aborts(name, max_num_seqs, budget):
+    model = make_model(name)
+    engine = Engine(model, max_num_seqs, max_num_batched_tokens=budget)
+    collector, requests, aborted = run_random_arrivals(
+        engine, random.Random(max_num_seqs), 100, mixed_sampling_params
+    )
     for request in requests:
         for choice in range(request.n):
-            reference = alone(model, request, choice)
-            assert not request.first or not reference or reference[0] in request.first
-            text = watch.text(request, choice)
-            if (request, choice) in cancelled:
-                assert text == reference[: len(text)]
+            reference = reference_output(model, request, choice)
+            allowed = request.allowed_first_tokens
+            assert not allowed or not reference or reference[0] in allowed
+            output = collector.output(request, choice)
+            if (request, choice) in aborted:
+                assert output == reference[: len(output)]
             else:
-                assert text == reference
-                # the last token there was room for, or one more that was a stop
-                room = request.max_tokens
+                assert output == reference
+                max_tokens = request.max_tokens
                 if model.max_length:
-                    room = min(room, model.max_length + 1 - len(request.prompt))
-                full = len(text) == room
-                assert watch.ends[request, choice] == ("length" if full else "stop")
+                    max_tokens = min(max_tokens, model.max_length + 1 - len(request.prompt))
+                reason = "length" if len(output) == max_tokens else "stop"
+                assert collector.finish_reasons[request, choice] == reason
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_greedy_texts_in_float32_are_the_same_whatever_the_load(name):
-    model = make(name, torch.float32)
+def test_greedy_output_does_not_depend_on_batch_composition(name):
+    model = make_model(name, torch.float32)
     engine = Engine(model, 6, max_num_batched_tokens=21)
-    watch, requests, cancelled = arrivals(
+    collector, requests, aborted = run_random_arrivals(
         engine, random.Random(1), 300, lambda _: SamplingParams(temperature=0)
     )
     for request in requests:
-        if (request, 0) not in cancelled:
-            assert watch.text(request) == alone(model, request)
+        if (request, 0) not in aborted:
+            assert collector.output(request) == reference_output(model, request)
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_steps_taken_before_their_tokens_are_looked_at_change_no_text(name):
-    model = make(name, torch.float32)
+def test_multi_step_decode_does_not_change_greedy_output(name):
+    model = make_model(name, torch.float32)
     engine = Engine(model, 6, max_num_batched_tokens=21, num_scheduler_steps=4)
-    watch, requests, cancelled = arrivals(
+    collector, requests, aborted = run_random_arrivals(
         engine,
         random.Random(4),
         100,
         lambda i: SamplingParams(seed=i, temperature=float(i % 4 == 0)),
     )
     for request in requests:
-        if (request, 0) not in cancelled and request.sampling.greedy:
-            assert watch.text(request) == alone(model, request)
+        if (request, 0) not in aborted and request.sampling_params.greedy:
+            assert collector.output(request) == reference_output(model, request)
 
 
 @pytest.mark.parametrize("name", RUNGS)
-@pytest.mark.parametrize(("size", "ahead"), [(1, 1), (6, 3)])
-def test_recorded_steps_of_padded_rows_give_the_texts_of_the_reference(name, size, ahead):
-    """What a card records, here computed anew each time: the same sizes, addresses and idle rows."""
-    model = make(name)
+@pytest.mark.parametrize(("max_num_seqs", "num_steps"), [(1, 1), (6, 3)])
+def test_graph_runner_output_equals_the_reference(name, max_num_seqs, num_steps):
+    """On the CPU each step is computed eagerly, with the sizes, addresses and padding of a graph."""
+    model = make_model(name)
     engine = Engine(
-        model, size, max_num_batched_tokens=30, num_scheduler_steps=ahead, cuda_graphs=True
+        model,
+        max_num_seqs,
+        max_num_batched_tokens=30,
+        num_scheduler_steps=num_steps,
+        cuda_graphs=True,
     )
-    watch, requests, cancelled = arrivals(engine, random.Random(6), 60, some_sampling)
+    collector, requests, aborted = run_random_arrivals(
+        engine, random.Random(6), 60, mixed_sampling_params
+    )
     for request in requests:
         for choice in range(request.n):
-            if (request, choice) not in cancelled:
-                assert watch.text(request, choice) == alone(model, request, choice)
-    sizes = {rows for rows, _, _ in engine.graph_runner.recordings}
-    assert sizes == ({1} if size == 1 else {1, 2, 4, 6})
+            if (request, choice) not in aborted:
+                assert collector.output(request, choice) == reference_output(model, request, choice)
+    batch_sizes = {count for count, _, _ in engine.graph_runner.graphs}
+    assert batch_sizes == ({1} if max_num_seqs == 1 else {1, 2, 4, 6})
 
 
-def test_recorded_steps_give_logprobs():
-    model = make("gpt")
-    engine = Engine(model, 3, num_scheduler_steps=4, cuda_graphs=True)
-    plain = Engine(model, 3)
-    found = []
-    for one in (engine, plain):
+def test_graph_runner_returns_logprobs():
+    model = make_model("gpt")
+    graphs = Engine(model, 3, num_scheduler_steps=4, cuda_graphs=True)
+    logprobs = []
+    for engine in (graphs, Engine(model, 3)):
         requests = [Request([i], 9, SamplingParams(seed=1), logprobs=i or None) for i in range(3)]
-        for request in requests:
-            one.add_request(request)
-        watch = Watch(one).run()
-        found.append([watch.scores[request, 0] for request in requests])
-    for ours, theirs in zip(*found, strict=True):
-        for score, wanted in zip(ours, theirs, strict=True):
-            assert (score is None) == (wanted is None)
-            assert score is None or score.token == wanted.token
-            assert score is None or score.logprob == pytest.approx(wanted.logprob, abs=1e-9)
+        collector = run_requests(engine, *requests)
+        logprobs.append([collector.logprobs[request, 0] for request in requests])
+    for sequence, expected_sequence in zip(*logprobs, strict=True):
+        for actual, expected in zip(sequence, expected_sequence, strict=True):
+            assert (actual is None) == (expected is None)
+            assert actual is None or actual.token == expected.token
+            assert actual is None or actual.logprob == pytest.approx(expected.logprob, abs=1e-9)
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt-ngrams", "lstm", "mlp", "transformer"])
-@pytest.mark.parametrize("ahead", [1, 4])
-def test_a_step_whose_rounding_turned_a_near_tie_around_is_mended(name, ahead):
-    """Every third choice of a row with neighbours is made wrong, by as little as rounding could."""
-    model = make(name, torch.float32)
-    engine = Engine(model, 3, num_scheduler_steps=ahead)
-    step, taken = engine.steps["rows"], [0]
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_near_tie_that_rounding_swaps_is_corrected(name, num_steps):
+    """Every third batched step samples wrong tokens, by a margin that rounding could explain."""
+    model = make_model(name, torch.float32)
+    engine = Engine(model, 3, num_scheduler_steps=num_steps)
+    step, calls = engine.steps["decode"], 0
 
-    def rounded(last_B1, *states):
-        logits_BV, tokens_B, margin_B = step(last_B1, *states)
-        taken[0] += 1
-        if taken[0] % 3 == 0:
+    def wrong_step(last_tokens_B1, *states):
+        nonlocal calls
+        logits_BV, tokens_B, margin_B = step(last_tokens_B1, *states)
+        calls += 1
+        if calls % 3 == 0:
             tokens_B = (tokens_B + 1) % VOCABULARY
-            last_B1.copy_(tokens_B.unsqueeze(1))
+            last_tokens_B1.copy_(tokens_B.unsqueeze(1))
             margin_B = torch.full_like(margin_B, 1e-5)
         return logits_BV, tokens_B, margin_B
 
-    engine.steps["rows"] = rounded
+    engine.steps["decode"] = wrong_step
     requests = [Request([i, i + 1], 25, SamplingParams(temperature=0)) for i in range(5)]
+    collector = run_requests(engine, *requests)
+    assert calls > 9
     for request in requests:
-        engine.add_request(request)
-    watch = Watch(engine).run()
-    assert taken[0] > 9
-    for request in requests:
-        assert watch.text(request) == alone(model, request)
+        assert collector.output(request) == reference_output(model, request)
 
 
-@pytest.mark.parametrize("ahead", [1, 4])
-def test_logits_that_are_no_numbers_end_a_text_and_not_its_neighbours(ahead):
-    model = make("gpt", torch.float32)
-    engine = Engine(model, 2, num_scheduler_steps=ahead)
-    poisoned, other = (Request([i], 20, SamplingParams(temperature=0)) for i in (1, 2))
-    engine.add_request(poisoned)
-    engine.add_request(other)
+@pytest.mark.parametrize("num_steps", [1, 4])
+def test_nan_state_fails_only_its_sequence(num_steps):
+    model = make_model("gpt", torch.float32)
+    engine = Engine(model, 2, num_scheduler_steps=num_steps)
+    bad, good = (Request([i], 20, SamplingParams(temperature=0)) for i in (1, 2))
+    engine.add_request(bad)
+    engine.add_request(good)
     engine.step()
-    rows = [text.request for text in engine.running]
-    engine.state["values"][rows.index(poisoned), 0] = torch.nan
-    events = []
+    slots = [sequence.request for sequence in engine.running]
+    engine.state["values"][slots.index(bad), 0] = torch.nan
+    outputs = []
 
-    def damaged(model, prompt, text, begin):
-        logits_V = recompute_logits(model, prompt, text, begin)
-        return logits_V * torch.nan if prompt == poisoned.prompt else logits_V
+    def damaged(model, prompt, output, decoder_start_token):
+        logits_V = recompute_logits(model, prompt, output, decoder_start_token)
+        return logits_V * torch.nan if prompt == bad.prompt else logits_V
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("serving.engine.engine.anew", damaged)  # as weights would be
-        while not engine.idle:
-            events += engine.step()
-    ends = {event.request: event for event in events if event.finish}
-    assert ends[poisoned].finish == "error"
-    assert "not numbers" in ends[poisoned].error
-    assert ends[other].finish == "length"
+        # As damaged weights would give again.
+        patch.setattr("serving.engine.engine.recompute_logits", damaged)
+        while not engine.is_idle:
+            outputs += engine.step()
+    last = {output.request: output for output in outputs if output.finish_reason}
+    assert last[bad].finish_reason == "error"
+    assert "not numbers" in last[bad].error
+    assert last[good].finish_reason == "length"
 
 
 @pytest.mark.parametrize("name", RUNGS)
-def test_a_deterministic_engine_gives_sampled_texts_to_the_last_bit(name):
-    model = make(name, torch.float32)
+def test_deterministic_output_is_the_same_alone(name):
+    model = make_model(name, torch.float32)
 
     def engine():
         return Engine(model, 4, max_num_batched_tokens=16, deterministic=True)
 
-    watch, requests, cancelled = arrivals(engine(), random.Random(2), 60, some_sampling)
+    collector, requests, aborted = run_random_arrivals(
+        engine(), random.Random(2), 60, mixed_sampling_params
+    )
     for request in requests:
-        again = engine()
-        again.add_request(request)
-        solo = Watch(again).run()
+        alone = run_requests(engine(), request)
         for choice in range(request.n):
-            if (request, choice) not in cancelled:
-                assert watch.text(request, choice) == solo.text(request, choice)
+            if (request, choice) not in aborted:
+                assert collector.output(request, choice) == alone.output(request, choice)
 
 
-def test_a_deterministic_engine_gives_the_same_logprobs_to_the_last_bit():
-    model = make("gpt", torch.float32)
-    dice = random.Random(3)
+def test_deterministic_logprobs_are_the_same_alone():
+    model = make_model("gpt", torch.float32)
+    rng = random.Random(3)
+    prompts = [[rng.randrange(VOCABULARY) for _ in range(20)] for _ in range(12)]
+    requests = [Request(prompt, 20, SamplingParams(seed=1), logprobs=3) for prompt in prompts]
 
-    def requests():
-        prompts = [[dice.randrange(VOCABULARY) for _ in range(20)] for _ in range(12)]
-        return [Request(prompt, 20, SamplingParams(seed=1), logprobs=3) for prompt in prompts]
+    def engine():
+        return Engine(model, 5, max_num_batched_tokens=8, deterministic=True)
 
-    together = requests()
-    engine = Engine(model, 5, max_num_batched_tokens=8, deterministic=True)
-    for request in together:
-        engine.add_request(request)
-    crowd = Watch(engine).run()
-    for request in together:
-        engine = Engine(model, 5, max_num_batched_tokens=8, deterministic=True)
-        engine.add_request(request)
-        assert Watch(engine).run().scores[request, 0] == crowd.scores[request, 0]
+    together = run_requests(engine(), *requests)
+    for request in requests:
+        alone = run_requests(engine(), request)
+        assert alone.logprobs[request, 0] == together.logprobs[request, 0]
 
 
-def test_a_long_prompt_costs_the_others_no_token_and_no_more_than_the_budget(monkeypatch):
-    model = make("gpt")
+def test_chunked_prefill_keeps_to_the_token_budget_and_delays_no_sequence(monkeypatch):
+    model = make_model("gpt")
     engine = Engine(model, 4, max_num_batched_tokens=20)
     first = Request([1], 40, SamplingParams())
     engine.add_request(first)
     engine.step()
     engine.add_request(Request([2] * 45, 3, SamplingParams()))
-    read = []
+    num_tokens = []
     features = type(model).features
 
-    def watched(self, tokens_BT, state=None):
-        read.append(tokens_BT.numel())
+    def counted_features(self, tokens_BT, state=None):
+        num_tokens.append(tokens_BT.numel())
         return features(self, tokens_BT, state)
 
-    monkeypatch.setattr(type(model), "features", watched)
+    monkeypatch.setattr(type(model), "features", counted_features)
     for _ in range(3):
-        read.clear()
-        events = engine.step()
-        assert [event.request for event in events].count(first) == 1
-        assert sum(read) <= 20
+        num_tokens.clear()
+        outputs = engine.step()
+        assert [output.request for output in outputs].count(first) == 1
+        assert sum(num_tokens) <= 20
     assert len(engine.running) == 2
 
 
-def test_choices_share_one_reading_of_the_prompt(monkeypatch):
-    model = make("gpt")
+def test_choices_share_one_prefill(monkeypatch):
+    model = make_model("gpt")
     engine = Engine(model, 3)
     request = Request([5] * 30, 4, SamplingParams(seed=1), n=8)
     engine.add_request(request)
-    read = []
+    num_tokens = []
     features = type(model).features
 
-    def watched(self, tokens_BT, state=None):
-        read.append(tokens_BT.shape[1])
+    def counted_features(self, tokens_BT, state=None):
+        num_tokens.append(tokens_BT.shape[1])
         return features(self, tokens_BT, state)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(model), "features", watched)
-        watch = Watch(engine).run()
-    assert sorted(read)[-2:] == [1, 30]
+        patch.setattr(type(model), "features", counted_features)
+        collector = Collector(engine).run()
+    assert sorted(num_tokens)[-2:] == [1, 30]
     for choice in range(8):
-        assert watch.text(request, choice) == alone(model, request, choice)
+        assert collector.output(request, choice) == reference_output(model, request, choice)
 
 
-def test_a_text_of_a_request_can_be_cancelled_alone():
-    model = make("gpt")
+def test_one_choice_can_be_aborted():
+    model = make_model("gpt")
     engine = Engine(model, 3)
     request = Request([5], 10, SamplingParams(seed=1), n=3)
     engine.add_request(request)
-    watch = Watch(engine)
-    watch.step()
+    collector = Collector(engine)
+    collector.step()
     engine.abort(request, 1)
-    watch.run()
-    assert len(watch.text(request, 1)) == 1
+    collector.run()
+    assert len(collector.output(request, 1)) == 1
     for choice in (0, 2):
-        assert watch.text(request, choice) == alone(model, request, choice)
+        assert collector.output(request, choice) == reference_output(model, request, choice)
 
 
 @pytest.mark.parametrize("name", ["gpt", "lstm", "mlp"])
-def test_logprobs_are_those_of_one_pass_over_the_whole_text(name):
-    model = make(name)
+def test_logprobs_equal_those_of_one_forward_pass(name):
+    model = make_model(name)
     engine = Engine(model, 3, max_num_batched_tokens=7)
     prompts = [[1, 2, 3], [4] * 20, [7]]
     requests = [
@@ -397,167 +407,162 @@ def test_logprobs_are_those_of_one_pass_over_the_whole_text(name):
         )
         for prompt in prompts
     ]
+    collector = run_requests(engine, *requests)
     for request in requests:
-        engine.add_request(request)
-    watch = Watch(engine).run()
-    for request in requests:
-        ids = [*request.prompt, *watch.text(request)]
-        logs_TV = model(torch.tensor([ids]))[0].log_softmax(-1).detach()
-        scores = [*watch.prompts.get(request, ()), *watch.scores[request, 0]]
-        assert len(scores) == len(ids) - 1
-        for place, score in enumerate(scores):
-            assert score.logprob == pytest.approx(float(logs_TV[place, ids[place + 1]]), abs=1e-5)
-            values, tokens = logs_TV[place].topk(4)
-            assert [token for token, _ in score.likeliest] == tokens.tolist()
-            assert [log for _, log in score.likeliest] == pytest.approx(values.tolist(), abs=1e-5)
+        tokens = [*request.prompt, *collector.output(request)]
+        logprobs_TV = model(torch.tensor([tokens]))[0].log_softmax(-1).detach()
+        logprobs = [*collector.prompt_logprobs.get(request, ()), *collector.logprobs[request, 0]]
+        assert len(logprobs) == len(tokens) - 1
+        for logprobs_V, token, entry in zip(logprobs_TV, tokens[1:], logprobs, strict=False):
+            assert entry.token == token
+            assert entry.logprob == pytest.approx(float(logprobs_V[token]), abs=1e-5)
+            top, top_tokens = logprobs_V.topk(4)
+            assert [token for token, _ in entry.top_logprobs] == top_tokens.tolist()
+            values = [logprob for _, logprob in entry.top_logprobs]
+            assert values == pytest.approx(top.tolist(), abs=1e-5)
 
 
-def test_no_token_at_all_scores_a_prompt():
-    model = make("gpt")
+def test_zero_max_tokens_returns_prompt_logprobs():
+    model = make_model("gpt")
     engine = Engine(model, 2)
     request = Request([1, 2, 3], 0, SamplingParams(), logprobs=0, prompt_logprobs=True)
-    engine.add_request(request)
-    watch = Watch(engine).run()
-    assert watch.ends == {(request, 0): "length"}
-    assert len(watch.prompts[request]) == 2
-    with pytest.raises(ValueError, match="read as a whole"):
-        Engine(make("transformer"), 1).add_request(request)
+    collector = run_requests(engine, request)
+    assert collector.finish_reasons == {(request, 0): "length"}
+    assert len(collector.prompt_logprobs[request]) == 2
+    with pytest.raises(ValueError, match="cannot return logprobs of the prompt"):
+        Engine(make_model("transformer"), 1).add_request(request)
 
 
-def test_a_bias_bans_and_forces_tokens():
-    model = make("gpt")
+def test_logit_bias_bans_and_forces_tokens():
+    model = make_model("gpt")
     engine = Engine(model, 2)
     banned = Request([1], 20, SamplingParams(seed=1, logit_bias=((3, -100), (4, -100))))
     forced = Request([1], 5, SamplingParams(0.0, logit_bias=((9, 100),)))
     plain = Request([1], 20, SamplingParams(seed=1))
-    for request in (banned, forced, plain):
-        engine.add_request(request)
-    watch = Watch(engine).run()
-    assert not {3, 4} & set(watch.text(banned))
-    assert watch.text(forced) == [9] * 5
-    assert watch.text(plain) == alone(model, plain)
+    collector = run_requests(engine, banned, forced, plain)
+    assert not {3, 4} & set(collector.output(banned))
+    assert collector.output(forced) == [9] * 5
+    assert collector.output(plain) == reference_output(model, plain)
     with pytest.raises(ValueError, match="logit_bias has token 30, the model knows 0 to 29"):
         engine.add_request(Request([1], 5, SamplingParams(logit_bias=((30, 1.0),))))
 
 
 @pytest.mark.parametrize("name", ["gpt", "gpt2", "transformer", "seq2seq", "attention"])
-def test_a_translator_writes_what_the_search_finds(name):
-    model = make(name)
+def test_translations_equal_those_of_translate(name):
+    model = make_model(name)
     engine = Engine(model, 3)
-    dice, end = random.Random(4), 0
-    sources = [
-        [dice.randrange(1, VOCABULARY) for _ in range(dice.randint(1, 20))] for _ in range(9)
-    ]
-    greedy, wide = {}, {}
-    for source in sources:
-        wide[tuple(source)] = Request(
-            source, 12, SamplingParams(0.0), {end}, decoder_start_token=end, num_beams=3
-        )
-        greedy[tuple(source)] = Request(
-            source, 12, SamplingParams(0.0), {end}, decoder_start_token=end
-        )
-        engine.add_request(wide[tuple(source)])
-        engine.add_request(greedy[tuple(source)])
-    watch = Watch(engine).run()
-    for beams, requests in ((1, greedy), (3, wide)):
-        for source in sources:
-            request = requests[tuple(source)]
-            (found,) = translate(
-                model,
-                [source],
-                decoder_start_token=end,
-                eos_token=end,
-                max_tokens=12,
-                num_beams=beams,
-            )
-            assert watch.text(request) == found
-            if beams == 1:
-                assert alone(model, request) == found
-            assert watch.ends[request, 0] == ("length" if len(found) == 12 else "stop")
+    rng, end = random.Random(4), 0
+    sources = [[rng.randrange(1, VOCABULARY) for _ in range(rng.randint(1, 20))] for _ in range(9)]
 
+    def make_request(source, num_beams):
+        params = SamplingParams(0.0)
+        return Request(source, 12, params, {end}, decoder_start_token=end, num_beams=num_beams)
 
-def test_a_translation_and_its_source_may_together_be_longer_than_the_context():
-    model, end = make("transformer"), 0
-    engine = Engine(model, 3, num_scheduler_steps=4)
-    dice = random.Random(5)
-    sources = [[dice.randrange(1, VOCABULARY) for _ in range(CONTEXT - i)] for i in range(6)]
-    requests = [
-        Request(one, CONTEXT, SamplingParams(0.0), {end}, decoder_start_token=end)
-        for one in sources
-    ]
+    requests = [make_request(source, num_beams) for source in sources for num_beams in (3, 1)]
+    collector = run_requests(engine, *requests)
     for request in requests:
-        engine.add_request(request)
-    watch = Watch(engine).run()
-    found = translate(model, sources, decoder_start_token=end, eos_token=end, max_tokens=CONTEXT)
-    assert [watch.text(request) for request in requests] == found
-    assert max(map(len, found)) > 10
+        (expected,) = translate(
+            model,
+            [request.prompt],
+            decoder_start_token=end,
+            eos_token=end,
+            max_tokens=12,
+            num_beams=request.num_beams,
+        )
+        assert collector.output(request) == expected
+        if request.num_beams == 1:
+            assert reference_output(model, request) == expected
+        reason = "length" if len(expected) == 12 else "stop"
+        assert collector.finish_reasons[request, 0] == reason
 
 
-def test_what_beams_cannot_do_is_refused():
+def test_source_and_translation_together_may_exceed_the_context():
+    model, end = make_model("transformer"), 0
+    engine = Engine(model, 3, num_scheduler_steps=4)
+    rng = random.Random(5)
+    sources = [[rng.randrange(1, VOCABULARY) for _ in range(CONTEXT - i)] for i in range(6)]
+    requests = [
+        Request(source, CONTEXT, SamplingParams(0.0), {end}, decoder_start_token=end)
+        for source in sources
+    ]
+    collector = run_requests(engine, *requests)
+    expected = translate(model, sources, decoder_start_token=end, eos_token=end, max_tokens=CONTEXT)
+    assert [collector.output(request) for request in requests] == expected
+    assert max(map(len, expected)) > 10
+
+
+def test_invalid_beam_search_requests_are_refused():
     request = Request([1, 2], 5, SamplingParams(0.0), {0}, num_beams=2)
-    with pytest.raises(ValueError, match="beams are for models that translate"):
-        Engine(make("gpt"), 1).add_request(request)
-    with pytest.raises(ValueError, match="one text, the best"):
-        Engine(make("gpt"), 1).add_request(
+    with pytest.raises(ValueError, match="num_beams is for translation models"):
+        Engine(make_model("gpt"), 1).add_request(request)
+    with pytest.raises(ValueError, match="one sequence, the best"):
+        Engine(make_model("gpt"), 1).add_request(
             Request([1, 2], 5, SamplingParams(), {0}, decoder_start_token=0, num_beams=2)
         )
     with pytest.raises(ValueError, match="source sentence is 48 tokens long"):
-        Engine(make("gpt"), 1).add_request(
+        Engine(make_model("gpt"), 1).add_request(
             Request([1] * 48, 5, SamplingParams(), {0}, decoder_start_token=0)
         )
 
 
-def test_a_cancelled_request_leaves_nothing_wherever_it_is():
-    model = make("transformer")
+def test_aborted_request_is_removed_wherever_it_is():
+    model = make_model("transformer")
     engine = Engine(model, 2)
-    translating = Request([1] * 5, 20, SamplingParams(0.0), {0}, decoder_start_token=0, num_beams=2)
-    engine.add_request(translating)
+    searching = Request([1] * 5, 20, SamplingParams(0.0), {0}, decoder_start_token=0, num_beams=2)
+    engine.add_request(searching)
     engine.step()
-    engine.abort(translating)
-    assert engine.idle
-    engine = Engine(make("gpt"), 2, max_num_batched_tokens=16)
-    live, reading, queued = (Request([i] * 40, 8, SamplingParams()) for i in (1, 2, 3))
-    engine.add_request(live)
+    engine.abort(searching)
+    assert engine.is_idle
+    engine = Engine(make_model("gpt"), 2, max_num_batched_tokens=16)
+    running, prefilling, waiting = (Request([i] * 40, 8, SamplingParams()) for i in (1, 2, 3))
+    engine.add_request(running)
     for _ in range(3):
         engine.step()
-    engine.add_request(reading)
-    engine.add_request(queued)
+    engine.add_request(prefilling)
+    engine.add_request(waiting)
     engine.step()
-    assert (len(engine.running), engine.prefill.request) == (1, reading)
-    for request in (reading, queued, live):
+    assert (len(engine.running), engine.prefill.request) == (1, prefilling)
+    for request in (prefilling, waiting, running):
         engine.abort(request)
         engine.abort(request)
-    assert engine.idle
-    again = Request([2] * 40, 8, SamplingParams(seed=1))
-    engine.add_request(again)
-    assert Watch(engine).run().text(again) == alone(engine.model, again)
+    assert engine.is_idle
+    request = Request([2] * 40, 8, SamplingParams(seed=1))
+    output = run_requests(engine, request).output(request)
+    assert output == reference_output(engine.model, request)
 
 
-def test_a_request_that_fails_fails_alone():
-    model = make("gpt")
+def run_to_end(engine):
+    """The tokens and the errors of each request, without the checks of a `Collector`."""
+    tokens, errors = {}, {}
+    while not engine.is_idle:
+        for output in engine.step():
+            tokens.setdefault(output.request, []).append(output.token)
+            assert output.request not in errors, "an output after the end"
+            if output.error:
+                errors[output.request] = output.error
+    return tokens, errors
+
+
+def test_failing_request_does_not_affect_others():
+    model = make_model("gpt")
     engine = Engine(model, 3)
-    good, bad, queued = (Request([i], 10, SamplingParams(0.0)) for i in (1, 2, 3))
+    good, bad, waiting = (Request([i], 10, SamplingParams(0.0)) for i in (1, 2, 3))
     engine.add_request(good)
     engine.step()
     engine.add_request(bad)
-    engine.add_request(queued)
-    bad.prompt = [VOCABULARY]  # after the check, as a fault of the device would be
-    texts, failed = {}, []
-    while not engine.idle:
-        for event in engine.step():
-            texts.setdefault(event.request, []).append(event.token)
-            if event.error:
-                failed.append(event.request)
-    assert failed == [bad]
-    assert texts[good] == alone(model, good)[1:]
-    assert texts[queued] == alone(model, queued)
+    engine.add_request(waiting)
+    bad.prompt = [VOCABULARY]  # after validation, as a device error would occur
+    tokens, errors = run_to_end(engine)
+    assert list(errors) == [bad]
+    assert tokens[good] == reference_output(model, good)[1:]
+    assert tokens[waiting] == reference_output(model, waiting)
 
 
 @pytest.mark.parametrize(
     "sampling", [SamplingParams(0.0), SamplingParams(), SamplingParams(presence_penalty=1)]
 )
-def test_logits_that_are_no_numbers_fail_their_text_alone(sampling):
-    model = make("gpt")
+def test_nan_logits_fail_only_their_sequence(sampling):
+    model = make_model("gpt")
     with torch.no_grad():
         model.embedding.weight[7] = torch.nan
     engine = Engine(model, 3)
@@ -567,53 +572,47 @@ def test_logits_that_are_no_numbers_fail_their_text_alone(sampling):
     )
     engine.add_request(good)
     engine.add_request(bad)
-    texts, errors = {}, {}
-    while not engine.idle:
-        for event in engine.step():
-            if event.error:
-                errors[event.request] = event.error
-            texts.setdefault(event.request, []).append(event.token)
+    tokens, errors = run_to_end(engine)
     assert list(errors) == [bad]
     assert "not numbers" in errors[bad]
-    assert texts[good] == alone(model, good)
+    assert tokens[good] == reference_output(model, good)
 
 
-def test_a_step_that_fails_ends_the_live_requests_and_serves_the_next(monkeypatch):
-    model = make("gpt")
+def test_failing_step_ends_running_sequences_only(monkeypatch):
+    model = make_model("gpt")
     engine = Engine(model, 2)
     requests = [Request([i], 10, SamplingParams(0.0)) for i in (1, 2)]
     for request in requests:
         engine.add_request(request)
     engine.step()
 
-    def fault(features_BTD):
+    def fail(features_BTD):
         raise MemoryError("no more")
 
     with monkeypatch.context() as patch:
-        patch.setattr(model, "logits", fault)
-        events = engine.step()
-    assert [event.request for event in events if event.finish_reason == "error"] == requests
-    assert "MemoryError: no more" in events[0].error
-    assert engine.idle
-    engine.add_request(requests[0])
-    assert Watch(engine).run().text(requests[0]) == alone(model, requests[0])
+        patch.setattr(model, "logits", fail)
+        outputs = engine.step()
+    assert [output.request for output in outputs if output.finish_reason == "error"] == requests
+    assert "MemoryError: no more" in outputs[0].error
+    assert engine.is_idle
+    output = run_requests(engine, requests[0]).output(requests[0])
+    assert output == reference_output(model, requests[0])
 
 
-def test_rows_may_be_shorter_than_the_model_allows():
-    engine = Engine(make("gpt"), 2, max_model_len=10)
+def test_max_model_len_limits_prompt_and_output():
+    engine = Engine(make_model("gpt"), 2, max_model_len=10)
     with pytest.raises(ValueError, match=r"11 tokens long, .* holds 10: shorten it by 1"):
         engine.add_request(Request([1] * 11, 5, SamplingParams()))
     request = Request([1] * 8, 5, SamplingParams())
-    engine.add_request(request)
-    watch = Watch(engine).run()
-    assert len(watch.text(request)) == 3
-    assert watch.ends[request, 0] == "length"
-    with pytest.raises(ValueError, match="at least 1 row"):
-        Engine(make("gpt"), 0)
+    collector = run_requests(engine, request)
+    assert len(collector.output(request)) == 3
+    assert collector.finish_reasons[request, 0] == "length"
+    with pytest.raises(ValueError, match="must be at least 1, not 0, 256 and 1"):
+        Engine(make_model("gpt"), 0)
 
 
-def test_memory_is_what_the_engine_says():
-    model = make("gpt", torch.float32)
+def test_memory_bytes_counts_weights_and_states():
+    model = make_model("gpt", torch.float32)
     weights = sum(p.numel() * 4 for p in model.parameters())
     small, large = Engine(model, 1).memory_bytes, Engine(model, 11).memory_bytes
     cache = 2 * 2 * CONTEXT * 32 * 4  # keys and values, layers, positions, width, bytes

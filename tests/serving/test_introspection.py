@@ -13,7 +13,8 @@ from gpt import MODELS
 from gpt.beam_search import translate
 from gpt.kernels.quantization import quantize
 from gpt.sampling import SamplingParams, recompute_logits
-from serving.engine.engine import Engine, Request
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
 from serving.http.introspection import next_token_distribution
 from serving.http.limits import Limits
 from serving.tokenization import token_text, tokenize_prompt
@@ -129,7 +130,7 @@ def test_the_engine_draws_as_often_as_is_told(model):  # noqa: F811
     engine = Engine(model, 50)
     engine.add_request(Request(prompt, 1, sampling, n=4000))
     counts = torch.zeros(TOKENIZER.vocab_size)
-    while not engine.idle:
+    while not engine.is_idle:
         for event in engine.step():
             counts[event.token] += 1
     with torch.inference_mode():
@@ -451,7 +452,7 @@ def test_more_questions_than_may_wait_are_told_to_come_again(held):
     first = Asking(held, "xray", prompt="a")
     assert held.inside.wait(DEADLINE)
     second = Asking(held, "next", prompt="a")
-    until(lambda: held.service._asking == 2)
+    until(lambda: held.service._num_calls == 2)
     refused = held.http.post("/v1/next", json={"prompt": "a"})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
     held.go_on.set()
@@ -464,9 +465,9 @@ def test_a_client_that_leaves_while_it_waits_is_not_answered_and_the_next_is(hel
     body = b'{"prompt": "gone"}'
     head = b"POST /v1/xray HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
     leaving = raw(held, head + b"content-length: %d\r\n\r\n" % len(body) + body)
-    until(lambda: held.service._asking == 2)
+    until(lambda: held.service._num_calls == 2)
     leaving.close()
-    until(lambda: held.service._asking == 1)
+    until(lambda: held.service._num_calls == 1)
     held.go_on.set()
     assert first.status() == 200
     ask(held, "next", prompt="a")
@@ -476,9 +477,9 @@ def test_a_question_that_is_being_answered_is_answered_before_a_server_closes(he
     first = Asking(held, "xray", prompt="a")
     assert held.inside.wait(DEADLINE)
     second = Asking(held, "next", prompt="a")
-    until(lambda: held.service._asking == 2)
+    until(lambda: held.service._num_calls == 2)
     held.server.should_exit = True
-    until(lambda: not held.service.ready)
+    until(lambda: not held.service.is_ready)
     held.go_on.set()
     assert (first.status(), second.status()) == (200, 503)
     assert "shutting down" in second.answer.json()["error"]["message"]
@@ -497,7 +498,7 @@ def test_who_asks_an_engine_that_fails_is_told_so(start, monkeypatch):
     text = Asking(running, "completions", **LONG)
     assert inside.wait(DEADLINE)
     question = Asking(running, "next", prompt="a")
-    until(lambda: running.service._asked)
+    until(lambda: running.service._current_call)
     go_on.set()
     assert (question.status(), text.status()) == (503, 503)
     assert running.http.post("/v1/xray", json={"prompt": "a"}).status_code == 503
@@ -519,7 +520,7 @@ def test_one_question_is_asked_between_two_steps(start, monkeypatch):
 
     async def ask_many():
         async def one():
-            await service.ask(lambda: order.append("question"))
+            await service.run_on_engine(lambda: order.append("question"))
 
         await asyncio.gather(*(one() for _ in range(20)))
 

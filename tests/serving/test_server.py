@@ -110,7 +110,7 @@ def test_who_finds_no_place_is_told_at_once_when_to_come_again(start):
     assert server.post(prompt="a").status_code == 200
     too_many = server.post(prompt="a", n=6)
     assert too_many.status_code == 400
-    assert "6 texts are asked for, and there is room for 5" in too_many.json()["error"]["message"]
+    assert "6 sequences, this server has capacity for 5" in too_many.json()["error"]["message"]
 
 
 def request(body, *fields):
@@ -127,7 +127,7 @@ def test_a_crowd_is_refused_at_the_door_and_the_application_asked_where_only_it_
         httpx.Client(base_url=server.address, headers=headers, timeout=DEADLINE) as http,
         http.stream("POST", "/v1/completions", json={**LONG, "stream": True}),
     ):
-        until(lambda: server.service.texts == 1)
+        until(lambda: server.service.num_unfinished == 1)
         head, body = request(json.dumps(LONG), key, kind)
         at_once, in_parts = raw(server, head + body), raw(server, head)
         for connection in (at_once, in_parts):
@@ -150,7 +150,7 @@ def test_a_crowd_is_refused_at_the_door_and_the_application_asked_where_only_it_
             assert status == (401 if name == "no key" else 429)
         assert http.get("/v1/models").status_code == 200
         assert "tinygpt:requests_refused_total" in http.get("/metrics").text
-    until(lambda: server.service.texts == 0)
+    until(lambda: server.service.num_unfinished == 0)
     head, body = request(json.dumps({**LONG, "max_tokens": 3}), key, kind, "connection: close")
     assert whole(raw(server, head + body)).startswith(b"HTTP/1.1 200")
 
@@ -184,14 +184,14 @@ def test_sixty_of_two_hundred_hang_up_and_nothing_of_them_is_left(start, stream)
     leaving = [threading.Thread(target=leave) for _ in range(60)]
     for thread in leaving:
         thread.start()
-    until(lambda: server.service.texts == 60)
+    until(lambda: server.service.num_unfinished == 60)
     staying = Clients(server, [body] * 140)
     gone.wait(DEADLINE)
     answers = staying.join()
     assert {answer.status_code for answer, _ in answers} == {200}
-    until(lambda: server.engine.idle)
-    assert not server.service._inboxes
-    assert server.service.texts == 0
+    until(lambda: server.engine.is_idle)
+    assert not server.service._streams
+    assert server.service.num_unfinished == 0
 
 
 def test_a_server_that_is_told_to_stop_lets_texts_end_and_ends_the_others(start):
@@ -199,9 +199,9 @@ def test_a_server_that_is_told_to_stop_lets_texts_end_and_ends_the_others(start)
     streams = Clients(
         server, [{**LONG, "stream": True}] * 3 + [{**LONG, "stream": True, "max_tokens": 30}]
     )
-    until(lambda: server.service.texts == 4)
+    until(lambda: server.service.num_unfinished == 4)
     server.server.should_exit = True
-    until(lambda: not server.service.ready)
+    until(lambda: not server.service.is_ready)
     late = server.post(prompt="a")
     assert late.status_code == 503
     assert late.headers["retry-after"] == "1"
@@ -229,7 +229,7 @@ def test_tokens_that_come_fast_share_a_chunk_and_all_are_told(start):
     server, told = start(), []
     body = {**LONG, "max_tokens": 300, "stream": True, "return_token_ids": True}
     for interval in (1000, 0):
-        server.service.interval = interval
+        server.service.stream_interval = interval
         told.append(chunks(server.post(**body))[0])
     assert len(told[0]) == 2
     assert len(told[0][0]["token_ids"]) <= 1
@@ -240,9 +240,9 @@ def test_tokens_that_come_fast_share_a_chunk_and_all_are_told(start):
 
 def test_what_was_made_before_a_stream_is_ended_is_told(start):
     server = start()
-    server.service.interval = 1000
+    server.service.stream_interval = 1000
     clients = Clients(server, [{**LONG, "stream": True, "return_token_ids": True}])
-    until(lambda: server.engine.live and len(server.engine.live[0].tokens) > 100)
+    until(lambda: server.engine.running and len(server.engine.running[0].tokens) > 100)
     server.server.should_exit = True
     ((answer, _),) = clients.join()
     told, last = chunks(answer)
@@ -294,7 +294,7 @@ def test_the_engine_lets_others_go_first(start, monkeypatch):
 
 def test_health_is_red_while_a_step_hangs(start, monkeypatch):
     server = start(rows=1)
-    server.service.stall = 0.05
+    server.service.stall_timeout = 0.05
     begun, go_on = held(server, monkeypatch)
     clients = Clients(server, [{"prompt": "a", "max_tokens": 2}])
     assert begun.wait(DEADLINE)
@@ -510,10 +510,10 @@ def test_a_long_prompt_holds_up_nobody(start):
         lines = stream.iter_lines()
         next(lines)
         long = Clients(server, [{"prompt": "b" * 3000, "max_tokens": 1}])
-        until(lambda: server.engine.reading is not None)
-        before = len(server.engine.live[0].tokens)
+        until(lambda: server.engine.prefill is not None)
+        before = len(server.engine.running[0].tokens)
         long.join()
-        assert len(server.engine.live[0].tokens) - before > 3000 / 64 / 2
+        assert len(server.engine.running[0].tokens) - before > 3000 / 64 / 2
 
 
 def test_a_seeded_text_is_the_same_under_load_when_the_server_is_deterministic(start):

@@ -1,0 +1,93 @@
+"""Requests, the sequences generated for them, and what an engine step outputs."""
+
+import dataclasses
+from collections.abc import Collection, Sequence
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from gpt.models.base import State
+from gpt.sampling import SamplingParams
+from serving.engine.logprobs import TokenLogprobs
+
+FinishReason = Literal["stop", "length", "error"]
+
+
+@dataclasses.dataclass(eq=False)
+class Request:
+    """One prompt, and how to continue it.
+
+    Args:
+        prompt: Token ids to continue; with `decoder_start_token`, the source sentence to translate.
+        max_tokens: Most tokens of each sequence; 0 processes the prompt only.
+        sampling_params: How tokens are sampled.
+        stop_tokens: Tokens that end a sequence and are not part of it.
+        n: Number of sequences.
+        allowed_first_tokens: Tokens that a sequence may start with; empty allows all.
+        decoder_start_token: The token that starts a translation.
+        num_beams: Hypotheses of a beam search. It samples nothing, makes one sequence, ends at the
+            only token in `stop_tokens`, and outputs the best translation once it is complete.
+        logprobs: Number of most likely tokens to return, with their log-probabilities, beside
+            each generated token and its own; None returns neither.
+        prompt_logprobs: Return the same for the tokens of the prompt.
+    """
+
+    prompt: Sequence[int]
+    max_tokens: int
+    sampling_params: SamplingParams
+    stop_tokens: Collection[int] = ()
+    n: int = 1
+    allowed_first_tokens: Sequence[int] = ()
+    decoder_start_token: int | None = None
+    num_beams: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: bool = False
+    prefill_started: float | None = dataclasses.field(default=None, init=False)
+    """When the engine started the prefill, by `time.perf_counter`."""
+
+
+class SequenceOutput(NamedTuple):
+    """What one step added to one sequence: a token, its end, or both. The end is the last output."""
+
+    request: Request
+    choice: int
+    token: int | None
+    finish_reason: FinishReason | None = None
+    logprobs: TokenLogprobs | None = None
+    """Of the token, or of the stop token that ended the sequence."""
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    """Of the prompt's tokens from the second on, with the first output of choice 0."""
+    error: str = ""
+
+
+@dataclasses.dataclass(eq=False)
+class RunningSequence:
+    """A sequence in a slot of the engine: one of its request's choices, and its tokens so far."""
+
+    request: Request
+    choice: int
+    max_tokens: int
+    tokens: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of prompt and output, including a decoder start token."""
+        return (
+            len(self.request.prompt)
+            + len(self.tokens)
+            + (self.request.decoder_start_token is not None)
+        )
+
+
+@dataclasses.dataclass(eq=False)
+class Prefill:
+    """The request at the head of the waiting queue: how far its prompt is, and what comes of it."""
+
+    request: Request
+    state: State
+    num_computed_tokens: int = 0
+    num_started: int = 0
+    """Number of its sequences that have been given a slot."""
+    logits_1V: Tensor | None = None
+    """Logits of the first output token, once the whole prompt is processed."""
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
