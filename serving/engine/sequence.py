@@ -81,7 +81,7 @@ class RunningSequence:
 
 @dataclasses.dataclass(eq=False)
 class Prefill:
-    """The request at the head of the waiting queue: how far its prompt is, and what comes of it."""
+    """Progress of the head of the waiting queue: its prefill, then the start of its sequences."""
 
     request: Request
     state: State
