@@ -1,7 +1,9 @@
-"""The `tinygpt` command: every verb of the four packages, imported only when it is used."""
+"""The `tinygpt` command: all verbs of the four packages. A package is imported when it is used."""
 
+import difflib
 import importlib
 import sys
+from importlib.metadata import version
 from typing import NamedTuple
 
 
@@ -10,30 +12,26 @@ class Verb(NamedTuple):
 
     module: str
     """Module whose `main(prog, arguments)` runs it."""
-    command: str
-    """Its name there."""
     help: str
 
 
 VERBS = {
-    "train": Verb("training.cli", "train", "train a model, or --resume a run"),
-    "eval": Verb("training.cli", "eval", "score a run: loss, perplexity, bits per byte"),
-    "sample": Verb("serving.cli", "sample", "generate text in the terminal"),
-    "serve": Verb("serving.cli", "serve", "serve runs over HTTP, with an OpenAI-compatible API"),
-    "ladder": Verb("training.cli", "ladder", "train and compare every language model"),
-    "plan": Verb("training.cli", "plan", "estimate a run's memory, time and FLOPs"),
-    "presets": Verb("training.cli", "presets", "list the presets of `train`"),
-    "chapters": Verb("gpt.__main__", "chapters", "list the models"),
-    "describe": Verb("training.cli", "describe", "count a model's parameters by kind"),
-    "plot": Verb("training.cli", "plot", "draw the loss curves of runs"),
-    "xray": Verb("training.cli", "xray", "draw a model's attention maps, gates or experts"),
-    "translators": Verb("training.cli", "translators", "compare translation runs by BLEU"),
-    "figures": Verb("training.cli", "figures", "draw the figures of docs/chapters.md"),
-    "tokenize": Verb("tokenizer.__main__", "tokenize", "turn text into token ids"),
-    "detokenize": Verb("tokenizer.__main__", "detokenize", "turn token ids into text"),
-    "train-tokenizer": Verb(
-        "tokenizer.__main__", "train-tokenizer", "train a tokenizer on text files"
-    ),
+    "train": Verb("training.cli", "train a model, or --resume a run"),
+    "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
+    "sample": Verb("serving.cli", "generate text in the terminal"),
+    "serve": Verb("serving.cli", "serve runs over HTTP, with an OpenAI-compatible API"),
+    "ladder": Verb("training.cli", "train and compare every language model"),
+    "plan": Verb("training.cli", "estimate a run's memory, time and FLOPs"),
+    "presets": Verb("training.cli", "list the presets of `train`"),
+    "chapters": Verb("gpt.__main__", "list the models"),
+    "describe": Verb("training.cli", "count a model's parameters by kind"),
+    "plot": Verb("training.cli", "draw the loss curves of runs"),
+    "xray": Verb("training.cli", "draw a model's attention maps, gates or experts"),
+    "translators": Verb("training.cli", "compare translation runs by BLEU"),
+    "figures": Verb("training.cli", "draw the figures of docs/chapters.md"),
+    "tokenize": Verb("tokenizer.__main__", "turn text into token ids"),
+    "detokenize": Verb("tokenizer.__main__", "turn token ids into text"),
+    "train-tokenizer": Verb("tokenizer.__main__", "train a tokenizer on text files"),
 }
 
 
@@ -42,13 +40,17 @@ def main() -> None:
     verb, *arguments = sys.argv[1:] or ["--help"]
     if verb in ("-h", "--help"):
         print("usage: tinygpt VERB [OPTIONS]    (tinygpt VERB --help lists the options)\n")
-        for name, (_, _, text) in VERBS.items():
+        for name, (_, text) in VERBS.items():
             print(f"  {name:<17}{text}")
-        return
-    if verb not in VERBS:
-        sys.exit(f"tinygpt: no verb is named {verb!r}; there are {', '.join(VERBS)}")
-    module, command, _ = VERBS[verb]
-    importlib.import_module(module).main("tinygpt", [command, *arguments])
+    elif verb == "--version":
+        print(f"tinygpt {version('tinygpt')}")
+    elif verb in VERBS:
+        importlib.import_module(VERBS[verb].module).main("tinygpt", [verb, *arguments])
+    else:
+        similar = difflib.get_close_matches(verb, VERBS, n=3)
+        hint = f" (did you mean {' or '.join(similar)}?)" if similar else ""
+        print(f"tinygpt: no verb is named {verb!r}{hint}; --help lists them", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

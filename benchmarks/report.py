@@ -90,4 +90,4 @@ def command(
     try:
         benchmark(**vars(options))
     except ValueError as error:
-        cli.refuse(parser.prog, str(error))
+        cli.exit_with_error(parser.prog, str(error))

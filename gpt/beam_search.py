@@ -1,10 +1,10 @@
-"""From source sentences to translations: the best target that a search finds.
+"""Beam search: from source sentences to their translations.
 
-    score(target) = sum of ln p(token | source, tokens before it) / length ^ penalty
+    score(target) = sum of ln p(token | source, tokens before it) / length ^ length_penalty
 
-Beam search keeps the best few unfinished targets of each sentence and extends them all at
-once (Sutskever et al. 2014); with one beam it is greedy. A sum of logarithms only falls, so
-without the division short targets would win (Wu et al. 2016).
+Beam search keeps the best few unfinished targets of each sentence and extends all of them by one
+token per step (Sutskever et al. 2014); with one beam it is greedy. A sum of log probabilities only
+falls, so without the division short targets would win (Wu et al. 2016).
 """
 
 from collections.abc import Generator, Sequence
@@ -25,7 +25,7 @@ def translate(
     num_beams: int = 1,
     length_penalty: float = 1.0,
 ) -> list[list[int]]:
-    """What `searching` finds, all at once."""
+    """Run `beam_search` to its end, and return its result."""
     steps = beam_search(
         model,
         sources,
@@ -38,8 +38,8 @@ def translate(
     while True:
         try:
             next(steps)
-        except StopIteration as done:
-            return done.value
+        except StopIteration as stop:
+            return stop.value
 
 
 @torch.inference_mode()
@@ -53,29 +53,32 @@ def beam_search(
     num_beams: int = 1,
     length_penalty: float = 1.0,
 ) -> Generator[None, None, list[list[int]]]:
-    """The target found for each source, without `begin` and `end`; none depends on those beside it.
+    """Return the best target of each source, without start and EOS token; yield before each step.
 
-    A step of the search makes every target that is followed one token longer.
+    A step extends every hypothesis by one token. No result depends on the other sources.
 
     Args:
-        model: One that translates, in evaluation mode.
+        model: A model that translates, in evaluation mode.
         sources: Token ids of each sentence.
-        decoder_start_token: The token fed first.
+        decoder_start_token: The token that starts every target.
         eos_token: The token that ends a target.
-        max_tokens: Longest target, its end included; shorter where the model has no room for it.
-        num_beams: Targets followed at once, per sentence; 1 always takes the likeliest token.
-        length_penalty: Power of the length that divides a score: 0 is the sum, 1 the mean.
+        max_tokens: Longest target, EOS token included; less where the model's context is shorter.
+        num_beams: Hypotheses per sentence; 1 always takes the likeliest token.
+        length_penalty: Power of the length that divides a score: 0 gives the sum, 1 the mean.
+
+    Raises:
+        ValueError: An option is out of range, or a source is empty or leaves no room for a target.
     """
     if num_beams < 1 or max_tokens < 1 or length_penalty < 0:
         raise ValueError(
-            f"beams and most must be at least 1 and penalty at least 0, not {num_beams}, {max_tokens} and "
-            f"{length_penalty}"
+            "num_beams and max_tokens must be at least 1 and length_penalty at least 0, not "
+            f"{num_beams}, {max_tokens} and {length_penalty}"
         )
     if not all(len(source) for source in sources):
         raise ValueError("a source sentence is empty: expected at least one token")
-    found: list[list[int]] = [[] for _ in sources]
+    results: list[list[int]] = [[] for _ in sources]
     if not sources:
-        return found
+        return results
     device = next(model.parameters()).device
     lengths = [len(source) for source in sources]
     source_BS = torch.zeros(len(sources), max(lengths), dtype=torch.long)
@@ -83,99 +86,100 @@ def beam_search(
         source_S[: len(source)] = torch.tensor(source)
     state = model.encode_source(source_BS.to(device), torch.tensor(lengths, device=device))
     state = {name: tensor.repeat_interleave(num_beams, dim=0) for name, tensor in state.items()}
-    search = _begin(
-        [_room(model, length, max_tokens) for length in lengths],
-        decoder_start_token,
-        num_beams,
-        device,
-    )
+    max_lengths = [_max_target_length(model, length, max_tokens) for length in lengths]
+    beams = _init_beams(max_lengths, decoder_start_token, num_beams, device)
 
-    for length in range(1, int(search["most"].max()) + 1):
+    for length in range(1, max(max_lengths) + 1):
         yield
-        last_N1 = search["targets"][:, :, -1:].flatten(0, 1)
-        part = model.prefix_view(state, max(lengths) + length)
-        logits_NV = model.logits(model.features(last_N1, part)[:, -1])
-        parents_BN, better_B = _extend(search, logits_NV, length, eos_token, length_penalty)
+        last_N1 = beams["targets"][:, :, -1:].flatten(0, 1)
+        view = model.prefix_view(state, max(lengths) + length)
+        logits_NV = model.logits(model.features(last_N1, view)[:, -1])
+        parents_BN, improved_B = _extend(beams, logits_NV, length, eos_token, length_penalty)
         for sentence, target in zip(
-            search["sentence"][better_B].tolist(), search["best"][better_B].tolist(), strict=True
+            beams["sentence"][improved_B].tolist(), beams["best"][improved_B].tolist(), strict=True
         ):
-            found[sentence] = [token for token in target[1:] if token != eos_token]
+            results[sentence] = [token for token in target[1:] if token != eos_token]
 
         # A sentence is done when no unfinished target, however long it grew, could win.
-        hope_B = (search["totals"] / search["most"] ** length_penalty).amax(dim=-1)
-        going_B = hope_B > search["score"].squeeze(1)
-        if not going_B.any():
+        bound_B = (beams["log_probs"] / beams["max_length"] ** length_penalty).amax(dim=-1)
+        active_B = bound_B > beams["best_score"].squeeze(1)
+        if not active_B.any():
             break
-        if num_beams == 1 and going_B.all():
-            continue  # each target extends itself: there is nothing to move
-        firsts_B1 = torch.arange(len(parents_BN), device=device).unsqueeze(1) * num_beams
-        rows_N = (firsts_B1 + parents_BN)[going_B].flatten()
+        if num_beams == 1 and active_B.all():
+            continue  # each target extends itself: no row moves
+        first_rows_B1 = torch.arange(len(parents_BN), device=device).unsqueeze(1) * num_beams
+        rows_N = (first_rows_B1 + parents_BN)[active_B].flatten()
         state = {name: tensor[rows_N] for name, tensor in state.items()}
-        search = {name: tensor[going_B] for name, tensor in search.items()}
-    return found
+        beams = {name: tensor[active_B] for name, tensor in beams.items()}
+    return results
 
 
-def _room(model: LanguageModel, length: int, most: int) -> int:
-    """Longest target of a source; its last token is predicted, never fed, and takes no place."""
-    room = model.max_target_length(length)
-    if room is None:
-        return most
-    if room < 1:
+def _max_target_length(model: LanguageModel, source_length: int, max_tokens: int) -> int:
+    """Return the longest target of a source; its last token is predicted but takes no position."""
+    max_length = model.max_target_length(source_length)
+    if max_length is None:
+        return max_tokens
+    if max_length < 1:
         raise ValueError(
-            f"a source sentence is {length} tokens long: the model's context of {model.context_length} "
-            "has no room for a target after it"
+            f"a source sentence is {source_length} tokens long: the model's context of "
+            f"{model.context_length} has no room for a target after it"
         )
-    return min(most, room)
+    return min(max_tokens, max_length)
 
 
-def _begin(most: list[int], begin: int, beams: int, device: torch.device) -> State:
-    """Where the search of each sentence stands, with the sentence as first axis.
+def _init_beams(
+    max_lengths: list[int], decoder_start_token: int, num_beams: int, device: torch.device
+) -> State:
+    """Return the state of the search; the first axis of each tensor is the sentence.
 
-    sentence_B its number, most_B1 its longest target; targets_BNT, begun in N beams, and
-    totals_BN, their sums of logarithms: minus infinity where a beam is not in use;
-    free_B1, how many are not taken by a target that has ended; the best of those and its score_B1.
+    sentence_B is its number and max_length_B1 its longest target. targets_BNT are the unfinished
+    targets of N beams, and log_probs_BN the log probability of each, minus infinity for a beam not
+    in use. free_beams_B1 counts the beams that no finished target occupies; best_BT is the best
+    finished target, and best_score_B1 its score.
     """
-    rows = len(most)
-    totals_BN = torch.full((rows, beams), -torch.inf, device=device)
-    totals_BN[:, 0] = 0.0
+    sentences = len(max_lengths)
+    log_probs_BN = torch.full((sentences, num_beams), -torch.inf, device=device)
+    log_probs_BN[:, 0] = 0.0
     return {
-        "sentence": torch.arange(rows, device=device),
-        "most": torch.tensor(most, device=device).unsqueeze(1),
-        "targets": torch.full((rows, beams, 1), begin, device=device),
-        "totals": totals_BN,
-        "free": torch.full((rows, 1), beams, device=device),
-        "score": torch.full((rows, 1), -torch.inf, device=device),
-        "best": torch.full((rows, 1), begin, device=device),
+        "sentence": torch.arange(sentences, device=device),
+        "max_length": torch.tensor(max_lengths, device=device).unsqueeze(1),
+        "targets": torch.full((sentences, num_beams, 1), decoder_start_token, device=device),
+        "log_probs": log_probs_BN,
+        "free_beams": torch.full((sentences, 1), num_beams, device=device),
+        "best_score": torch.full((sentences, 1), -torch.inf, device=device),
+        "best": torch.full((sentences, 1), decoder_start_token, device=device),
     }
 
 
 def _extend(
-    search: State, logits_NV: Tensor, length: int, end: int, penalty: float
+    beams: State, logits_NV: Tensor, length: int, eos_token: int, length_penalty: float
 ) -> tuple[Tensor, Tensor]:
-    """Make every target one token longer, in place; note those that end.
+    """Extend every target by one token, in place, and take finished targets out of their beams.
 
-    Returns parents_BN, the beam that each target now extends, and better_B, where the best
-    that has ended is a new one.
+    Returns parents_BN, the beam that each new target extends, and improved_B, True where the best
+    finished target is a new one.
     """
-    rows, beams = search["totals"].shape
-    vocabulary = logits_NV.shape[-1]
-    logs_BNV = logits_NV.log_softmax(dim=-1).view(rows, beams, vocabulary)
-    totals_BN, chosen_BN = (search["totals"].unsqueeze(-1) + logs_BNV).flatten(1).topk(beams)
-    parents_BN, tokens_BN = chosen_BN // vocabulary, chosen_BN % vocabulary
-    rows_B1 = torch.arange(rows, device=totals_BN.device).unsqueeze(1)
-    targets_BNT = search["targets"][rows_B1, parents_BN]
+    sentences, num_beams = beams["log_probs"].shape
+    vocab_size = logits_NV.shape[-1]
+    token_log_probs_BNV = logits_NV.log_softmax(dim=-1).view(sentences, num_beams, vocab_size)
+    candidates_BNV = beams["log_probs"].unsqueeze(-1) + token_log_probs_BNV
+    log_probs_BN, indices_BN = candidates_BNV.flatten(1).topk(num_beams)
+    parents_BN, tokens_BN = indices_BN // vocab_size, indices_BN % vocab_size
+    rows_B1 = torch.arange(sentences, device=log_probs_BN.device).unsqueeze(1)
+    targets_BNT = beams["targets"][rows_B1, parents_BN]
     targets_BNT = torch.cat([targets_BNT, tokens_BN.unsqueeze(-1)], dim=-1)
 
-    # A target that has ended keeps its beam: with one, the search is greedy.
-    ranks_N = torch.arange(beams, device=totals_BN.device)
-    totals_BN = totals_BN.masked_fill(ranks_N >= search["free"], -torch.inf)
-    ends_BN = ((tokens_BN == end) | (length >= search["most"])) & totals_BN.isfinite()
-    scores_BN = (totals_BN / length**penalty).masked_fill(~ends_BN, -torch.inf)
-    score_B1, which_B1 = scores_BN.max(dim=-1, keepdim=True)
-    better_B1 = score_B1 > search["score"]
-    search["score"] = torch.maximum(search["score"], score_B1)
-    search["best"] = targets_BNT[rows_B1, which_B1].squeeze(1)
-    search["free"] = search["free"] - ends_BN.sum(dim=-1, keepdim=True)
-    search["totals"] = totals_BN.masked_fill(ends_BN, -torch.inf)
-    search["targets"] = targets_BNT
-    return parents_BN, better_B1.squeeze(1)
+    # A finished target keeps its beam occupied: with one beam, the search is greedy.
+    ranks_N = torch.arange(num_beams, device=log_probs_BN.device)
+    log_probs_BN = log_probs_BN.masked_fill(ranks_N >= beams["free_beams"], -torch.inf)
+    finished_BN = (tokens_BN == eos_token) | (length >= beams["max_length"])
+    finished_BN = finished_BN & log_probs_BN.isfinite()
+    scores_BN = (log_probs_BN / length**length_penalty).masked_fill(~finished_BN, -torch.inf)
+    score_B1, beam_B1 = scores_BN.max(dim=-1, keepdim=True)
+    improved_B1 = score_B1 > beams["best_score"]
+    beams["best_score"] = torch.maximum(beams["best_score"], score_B1)
+    beams["best"] = targets_BNT[rows_B1, beam_B1].squeeze(1)
+    beams["free_beams"] = beams["free_beams"] - finished_BN.sum(dim=-1, keepdim=True)
+    beams["log_probs"] = log_probs_BN.masked_fill(finished_BN, -torch.inf)
+    beams["targets"] = targets_BNT
+    return parents_BN, improved_B1.squeeze(1)

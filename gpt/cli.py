@@ -1,7 +1,7 @@
-"""What the command lines of gpt, training and serving share: parsing, and one line for a mistake.
+"""Command lines of gpt, training and serving: parsing, and errors in one line.
 
-A command is a dataclass: its fields are the options, its docstrings the help, and
-calling it does the work. tyro turns the fields into a command line.
+A command is a dataclass: its fields are the options, its docstrings the help texts, and calling
+it runs it. tyro turns the fields into a command line.
 """
 
 import contextlib
@@ -15,12 +15,12 @@ from typing import Annotated, Any, NoReturn
 
 import tyro
 
-EXIT_MISTAKE = 2
+EXIT_USAGE_ERROR = 2
 EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
 
-# Options that may be left out: their help says what then happens, not "(default: None)".
+# Optional options: their help texts say what None means, in place of "(default: None)".
 MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
 MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
 MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
@@ -35,11 +35,10 @@ def main(
     commands: Mapping[str, Callable[..., Command]],
     arguments: Sequence[str] | None = None,
 ) -> None:
-    """Parse `arguments` (sys.argv's when None) and call the command they choose.
+    """Parse `arguments` (those of sys.argv if None) and run the command they select.
 
-    A mistake of the user's is one line and exit code 2.
-
-    Set TINYGPT_TRACEBACK=1 to see where in the code a mistake was noticed.
+    A user's mistake is reported in one line on standard error, with exit code 2. Set
+    TINYGPT_TRACEBACK=1 to see the traceback instead.
     """
     try:
         command = _parse(prog, description, commands, arguments)
@@ -48,21 +47,21 @@ def main(
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
+        # The reader (`| head`) has exited. Python would report it again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
         if os.environ.get("TINYGPT_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
-            refuse(prog, f"{error.filename}: {error.strerror}")
-        refuse(prog, str(error))
+            exit_with_error(prog, f"{error.filename}: {error.strerror}")
+        exit_with_error(prog, str(error))
 
 
-def refuse(prog: str, message: str) -> NoReturn:
+def exit_with_error(prog: str, message: str) -> NoReturn:
     """Print one line on standard error and exit with code 2."""
     print(f"{prog}: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(EXIT_MISTAKE)
+    sys.exit(EXIT_USAGE_ERROR)
 
 
 def _parse(
@@ -71,34 +70,34 @@ def _parse(
     commands: Mapping[str, Callable[..., Command]],
     arguments: Sequence[str] | None,
 ) -> Command:
-    """The chosen command with its options. tyro's boxed error message becomes one line."""
-    complaint = io.StringIO()
+    """Return the selected command with its options; print tyro's errors in one line."""
+    stderr = io.StringIO()
     try:
-        with contextlib.redirect_stderr(complaint):
-            chosen: Any = tyro.extras.subcommand_cli_from_dict(
+        with contextlib.redirect_stderr(stderr):
+            command: Any = tyro.extras.subcommand_cli_from_dict(
                 dict(commands),
                 prog=prog,
                 description=description,
                 args=arguments,
                 config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
             )
-            return chosen
+            return command
     except SystemExit as stop:
-        if stop.code != EXIT_MISTAKE:
+        if stop.code != EXIT_USAGE_ERROR:
             raise
-    refuse(prog, _one_line(complaint.getvalue()))
+    exit_with_error(prog, _one_line(stderr.getvalue()))
 
 
 def _one_line(box: str) -> str:
-    """What tyro says in a box under a title, as one line: the complaint and what is like it."""
-    _, _, body = box.partition("\n")
-    message = " ".join(re.sub(r"[│╭╮╰╯]|─{2,}|-{9,}", " ", body).split())
-    message = re.sub(r"^Error parsing __tyro\S+ ", "", message)
-    ends = r" (?:Argument helptext|Arguments are applied|For full helptext|Perhaps you meant)"
-    complaint = re.split(ends, message)[0]
-    meant = re.search(r"Perhaps you meant: (--\S+)", message)
-    if " or misplaced" in complaint:  # another command has this option: it is known, but not here
-        meant = None
-        complaint = re.sub(r" \(applied to [^)]*\)", ",", complaint.replace(" or misplaced", ""))
-    hint = f" (did you mean {meant[1]}?)" if meant else ""
-    return f"{complaint.rstrip('.,')}{hint}; --help explains"
+    """Return tyro's boxed error message as one line: the error and a similar option, if any."""
+    _, _, body = box.partition("\n")  # without the title
+    text = " ".join(re.sub(r"[│╭╮╰╯]|─{2,}|-{9,}", " ", body).split())
+    text = re.sub(r"^Error parsing __tyro\S+ ", "", text)
+    help_text = r" (?:Argument helptext|Arguments are applied|For full helptext|Perhaps you meant)"
+    message = re.split(help_text, text)[0]
+    similar = re.search(r"Perhaps you meant: (--\S+)", text)
+    if " or misplaced" in message:  # an option of another command: it is known, but not here
+        similar = None
+        message = re.sub(r" \(applied to [^)]*\)", ",", message.replace(" or misplaced", ""))
+    hint = f" (did you mean {similar[1]}?)" if similar else ""
+    return f"{message.rstrip('.,')}{hint}; --help explains"

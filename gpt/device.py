@@ -1,4 +1,4 @@
-"""The device: which one, in which precision, how fast it could be at best."""
+"""Devices: selection, precision, and peak speed."""
 
 import contextlib
 import ctypes
@@ -11,12 +11,12 @@ import torch
 
 
 class GPUSpec(NamedTuple):
-    """What a maker's data sheet says of a card."""
+    """Memory and speed of a GPU, from its data sheet."""
 
     memory: int | None
-    """Bytes; None where it is not known: cards of one name can have more or less."""
+    """Bytes; None if unknown: GPUs of one name come in several sizes."""
     flops: float | None
-    """Dense bfloat16 operations a second; None where it is not known."""
+    """Dense bfloat16 operations per second; None if unknown."""
 
 
 GB = 10**9
@@ -41,24 +41,25 @@ GPU_SPECS = {
     "RTX 4090": GPUSpec(24 * GB, 165e12),
     "RTX 3090": GPUSpec(24 * GB, 71e12),
 }
-"""By the name that the driver gives, without the words that say nothing more."""
+"""By the driver's name for the GPU, without `IGNORED_WORDS`."""
 
-SAYS_NOTHING_MORE = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
+IGNORED_WORDS = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
 
 
 def find_gpu_spec(name: str) -> GPUSpec:
-    """What is known of the card of that name: nothing if it is only like another (a laptop's, a slice)."""
-    found = (card for known, card in GPU_SPECS.items() if _words(known) == _words(name))
-    return next(found, GPUSpec(None, None))
+    """Return the spec of the GPU of that name; all None if unknown, as for a laptop's or a MIG slice."""
+    words = _words(name)
+    specs = (spec for known, spec in GPU_SPECS.items() if _words(known) == words)
+    return next(specs, GPUSpec(None, None))
 
 
 def _words(name: str) -> list[str]:
     words = name.lower().replace("-", " ").split()
-    return [word for word in words if word not in SAYS_NOTHING_MORE]
+    return [word for word in words if word not in IGNORED_WORDS]
 
 
 def resolve_device(name: str) -> torch.device:
-    """`auto` is the best one here; a ValueError says what is not."""
+    """Return the device of that name, or the fastest for `auto`; a ValueError if there is none."""
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -67,71 +68,72 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
-    there = {
+    available = {
         "cpu": True,
         "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
         "mps": torch.backends.mps.is_available(),
     }
-    if not there.get(device.type, False):
-        here = ", ".join(kind for kind, is_there in there.items() if is_there)
-        raise ValueError(f"--device {name}: there is none on this machine; there is {here}")
+    if not available.get(device.type, False):
+        names = ", ".join(kind for kind, is_available in available.items() if is_available)
+        raise ValueError(f"--device {name}: there is none on this machine; there is {names}")
     return device
 
 
 def has_fast_bfloat16(device: torch.device) -> bool:
-    """Whether the device multiplies bfloat16 faster than float32."""
+    """Return whether the device multiplies bfloat16 matrices faster than float32."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device.type == "cpu":
-        # AVX-512's is three times as fast as float32 on an AMD EPYC, and half as fast on an Intel Xeon.
-        amd = cpu_info().get("vendor_id") == "AuthenticAMD"
-        fast_units = amd and torch.cpu._is_avx512_bf16_supported()
-        return fast_units or torch.cpu._is_amx_tile_supported()
+        # With AVX-512, bfloat16 is three times as fast as float32 on an AMD EPYC, but half as fast
+        # on an Intel Xeon.
+        is_amd = cpu_info().get("vendor_id") == "AuthenticAMD"
+        has_fast_avx512 = is_amd and torch.cpu._is_avx512_bf16_supported()
+        return has_fast_avx512 or torch.cpu._is_amx_tile_supported()
     return False
 
 
 @functools.cache
 def cpu_info() -> dict[str, str]:
-    """The first processor's model name; where Linux tells them, its vendor_id and flags too."""
+    """Return the CPU's `model name`; on Linux also its `vendor_id` and `flags`, if reported."""
     try:
         lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         lines = []
     pairs = (line.partition(":") for line in lines)
-    told = {name.strip(): value.strip() for name, _, value in pairs}
-    told.setdefault("model name", platform.processor() or platform.machine())
-    return {name: told[name] for name in ("vendor_id", "model name", "flags") if name in told}
+    info = {name.strip(): value.strip() for name, _, value in pairs}
+    info.setdefault("model name", platform.processor() or platform.machine())
+    return {name: info[name] for name in ("vendor_id", "model name", "flags") if name in info}
 
 
 def uses_bfloat16(device: torch.device, precision: str) -> bool:
-    """Whether matrix products are computed in bfloat16: `auto` is where that is faster."""
+    """Return whether matrices are multiplied in bfloat16; `auto` is yes where that is faster."""
     return precision == "bfloat16" or (precision == "auto" and has_fast_bfloat16(device))
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """The context in which to compute: matrix products in `precision`, sums in float32."""
+    """Return a context in which matrix products are computed in `precision`, sums in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """The card's bfloat16 peak in operations a second, or None where it is not known."""
+    """Return the GPU's peak bfloat16 operations per second, or None if unknown."""
     if device.type != "cuda":
         return None
     return find_gpu_spec(torch.cuda.get_device_name(device)).flops
 
 
 def device_name(device: torch.device) -> str:
-    """The device in words."""
+    """Return a description of the device: its name and GPU model or number of threads."""
     if device.type == "cuda":
         return f"{device} ({torch.cuda.get_device_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 
 def retain_freed_memory() -> None:
-    """Ask glibc to keep what a step frees for the next one.
+    """Let glibc keep the memory that a training step frees for the next step.
 
-    Otherwise every large tensor is mapped anew and its pages faulted in: a fifth of a small
-    model's step on CPU. Elsewhere this does nothing.
+    Otherwise every large tensor is mapped again and its pages are faulted in, which takes a fifth
+    of a small model's step on CPU. Without glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
         with contextlib.suppress(OSError, AttributeError):

@@ -22,8 +22,9 @@ from gpt import LanguageModel, cli
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
 from gpt.device import resolve_device
+from gpt.generation import generate
 from gpt.kernels.quantization import DType
-from gpt.sampling import SamplingParams, generate
+from gpt.sampling import SamplingParams
 from gpt.summary import count_parameters
 from serving.engine.autotune import (
     quantize_and_measure,
@@ -34,7 +35,7 @@ from serving.engine.autotune import (
 from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Engine
 from serving.http.limits import STREAM_INTERVAL, Limits, Timeouts, check_minimums
 from serving.tokenization import IncrementalDetokenizer, tokenize_prompt, tokenize_source
-from tokenizer import Tokenizer, from_utf8
+from tokenizer import Tokenizer, decode_utf8
 
 if TYPE_CHECKING:
     from serving.engine.compilation import Compiler
@@ -89,7 +90,7 @@ class Sample:
         prompt = self.prompt
         if prompt is None:
             stdin = sys.stdin
-            prompt = "" if stdin.isatty() else from_utf8(stdin.buffer.read(), "standard input")
+            prompt = "" if stdin.isatty() else decode_utf8(stdin.buffer.read(), "standard input")
         source = is_translation_run(path)
         ids, space, first, *_ = (tokenize_source if source else tokenize_prompt)(tokenizer, prompt)
         torch.set_num_threads(tune_num_threads(model))

@@ -51,7 +51,7 @@ def mended(text: str) -> str:
 
 def test_every_link_into_the_code_points_at_what_it_names():
     for old, new in zip(CODE_LINK.finditer(TEXT), CODE_LINK.finditer(mended(TEXT)), strict=True):
-        assert old[0] == new[0], "code has moved: `python tests/test_docs.py` mends the links"
+        assert old[0] == new[0], "code has moved: `python -m tests.test_docs` updates the links"
 
 
 def test_every_chapter_has_its_code_its_picture_and_what_it_leaves_broken():

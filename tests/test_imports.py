@@ -1,4 +1,4 @@
-"""The house: gpt and tokenizer are leaves that never meet, training and serving never each other."""
+"""Layers: gpt and tokenizer import no other package; training and serving not each other."""
 
 import ast
 import subprocess
@@ -14,7 +14,8 @@ PACKAGES = {
     "training": {"training", "gpt", "tokenizer"},
     "serving": {"serving", "gpt", "tokenizer"},
 }
-HEAVY = {
+"""Each package, and those that it may import."""
+LIBRARIES = {
     "datasets": "training/data/sources.py",
     "sacrebleu": "training/tasks/translation.py",
     "tokenizers": "tokenizer/__init__.py",
@@ -24,64 +25,64 @@ HEAVY = {
     "safetensors": "gpt/checkpoint.py",
     "matplotlib": "training/plots/plot.py",
 }
+"""Each heavy library, and the only file that may import it."""
 
 
-def imports_of(file: Path) -> set[str]:
-    """The packages that a file imports."""
-    found = set()
-    tree = ast.parse(file.read_text("utf-8"))
-    for node in ast.walk(tree):
+def imported_packages(file: Path) -> set[str]:
+    packages = set()
+    for node in ast.walk(ast.parse(file.read_text("utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {name.name.split(".")[0] for name in node.names}
+            packages |= {name.name.split(".")[0] for name in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert not node.level, f"{file}: relative imports hide where a name comes from"
-            found.add((node.module or "").split(".")[0])
-    return found
+            packages.add((node.module or "").split(".")[0])
+    return packages
 
 
-def sources(package: str) -> list[Path]:
+def source_files(package: str) -> list[Path]:
     files = sorted((ROOT / package).rglob("*.py"))
     assert files
     return files
 
 
+def output_of(code: str) -> str:
+    """Run a program in a new interpreter."""
+    command = [sys.executable, "-c", code]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return result.stdout.strip()
+
+
 @pytest.mark.parametrize("package", PACKAGES)
-def test_a_package_imports_only_the_floors_below_it(package):
-    for file in sources(package):
-        assert imports_of(file) & PACKAGES.keys() <= PACKAGES[package], file
+def test_a_package_imports_only_lower_layers(package):
+    for file in source_files(package):
+        assert imported_packages(file) & PACKAGES.keys() <= PACKAGES[package], file
 
 
-@pytest.mark.parametrize("library", HEAVY)
-def test_each_heavy_library_has_one_importing_file(library):
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_each_heavy_library_is_imported_by_one_file(library):
     importers = {
         str(file.relative_to(ROOT))
         for package in PACKAGES
-        for file in sources(package)
-        if library in imports_of(file)
+        for file in source_files(package)
+        if library in imported_packages(file)
     }
-    assert importers == {HEAVY[library]}
+    assert importers == {LIBRARIES[library]}
 
 
-def test_what_trains_from_prepared_tokens_needs_no_data_or_web_library():
+def test_training_and_engine_need_no_data_or_web_library():
     code = (
         "import sys, training.cli, serving.engine.engine;"
         "print({'datasets', 'fastapi', 'uvicorn', 'pyarrow'} & sys.modules.keys())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "set()"
+    assert output_of(code) == "set()"
 
 
-def test_the_tokenizer_needs_no_torch():
-    code = "import sys, tokenizer.__main__; print('torch' in sys.modules)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    assert done.stdout.strip() == "False"
+@pytest.mark.parametrize("module", ["tokenizer.__main__", "tinygpt"])
+def test_tokenizer_and_tinygpt_need_no_torch(module):
+    assert output_of(f"import sys, {module}; print('torch' in sys.modules)") == "False"
 
 
-def test_every_source_file_says_what_it_is():
+def test_every_source_file_has_a_docstring():
     for package in PACKAGES:
-        for file in sources(package):
+        for file in source_files(package):
             assert ast.get_docstring(ast.parse(file.read_text("utf-8"))), file

@@ -1,4 +1,4 @@
-"""The command line of the tokenizer: train one, encode text, decode ids."""
+"""Command line of the tokenizers: train one, encode text, decode ids."""
 
 import argparse
 import os
@@ -8,27 +8,29 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from tokenizer import Tokenizer, byte_tokenizer, from_utf8, train_bpe
+from tokenizer import Tokenizer, byte_tokenizer, decode_utf8, train_bpe
+
+TINYGPT_VERBS = {"train": "train-tokenizer", "encode": "tokenize", "decode": "detokenize"}
+"""The commands, and their names under `tinygpt`."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with one line for a mistake instead of a usage block."""
+    """An ArgumentParser that reports errors in one line, without the usage."""
 
     def error(self, message: str) -> NoReturn:
-        """Leave with exit code 2."""
+        """Print the message and exit with code 2."""
         self.exit(2, f"{self.prog}: {message} (--help explains)\n")
 
 
 def _parser(prog: str) -> Parser:
-    parser = Parser(prog=prog, description="Text to token ids and back.")
+    verbs = TINYGPT_VERBS if prog == "tinygpt" else {name: name for name in TINYGPT_VERBS}
+    parser = Parser(prog=prog, description="Train a tokenizer, encode text, decode ids.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    which = "a tokenizer.json, a run directory that holds one, or `bytes`"
 
     train = commands.add_parser(
-        "train",
-        aliases=["train-tokenizer"],
-        help="learn a byte-level BPE tokenizer from text files",
-        description="Learn a byte-level BPE tokenizer from text files.",
+        verbs["train"],
+        help="train a byte-level BPE tokenizer on text files",
+        description="Train a byte-level BPE tokenizer on text files.",
     )
     train.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a UTF-8 text file")
     train.add_argument(
@@ -39,74 +41,81 @@ def _parser(prog: str) -> Parser:
         type=Path,
         default=Path("tokenizer.json"),
         metavar="PATH",
-        help="where to write it (default: tokenizer.json)",
+        help="file to write (default: tokenizer.json)",
     )
+    train.set_defaults(run=_train)
+
+    tokenizer_help = "a tokenizer.json, a run directory that holds one, or `bytes`"
     encode = commands.add_parser(
-        "encode",
-        aliases=["tokenize"],
+        verbs["encode"],
         help="print the ids of a text",
         description="Print the ids of a text, separated by spaces.",
     )
-    encode.add_argument("tokenizer", metavar="TOKENIZER", help=which)
+    encode.add_argument("tokenizer", metavar="TOKENIZER", help=tokenizer_help)
     encode.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input")
+    encode.set_defaults(run=_encode)
 
     decode = commands.add_parser(
-        "decode",
-        aliases=["detokenize"],
+        verbs["decode"],
         help="print the text of ids",
         description="Print the text of ids.",
     )
-    decode.add_argument("tokenizer", metavar="TOKENIZER", help=which)
+    decode.add_argument("tokenizer", metavar="TOKENIZER", help=tokenizer_help)
     decode.add_argument("ids", nargs="*", metavar="ID", help="default: standard input")
+    decode.set_defaults(run=_decode)
     return parser
 
 
-def _open(name: str) -> Tokenizer:
+def _load(name: str) -> Tokenizer:
     return byte_tokenizer() if name == "bytes" else Tokenizer.load(name)
 
 
 def _stdin() -> str:
-    """Standard input as it is: no newline translated, nothing replaced."""
-    return from_utf8(sys.stdin.buffer.read(), "standard input")
+    """Read standard input without newline translation."""
+    return decode_utf8(sys.stdin.buffer.read(), "standard input")
 
 
-def _train(files: list[Path], vocabulary: int, output: Path) -> None:
-    texts = (from_utf8(file.read_bytes(), str(file)) for file in files)
-    tokenizer = train_bpe(texts, vocabulary)
-    tokenizer.save(output)
-    print(f"{output}: {tokenizer.vocab_size} ids", file=sys.stderr)
-    if tokenizer.vocab_size < vocabulary:
-        print(f"fewer than {vocabulary}: the text has no more pairs to merge", file=sys.stderr)
+def _train(options: argparse.Namespace) -> None:
+    texts = (decode_utf8(file.read_bytes(), str(file)) for file in options.files)
+    tokenizer = train_bpe(texts, options.vocab_size)
+    tokenizer.save(options.output)
+    print(f"{options.output}: {tokenizer.vocab_size} ids", file=sys.stderr)
+    if tokenizer.vocab_size < options.vocab_size:
+        print(
+            f"fewer than {options.vocab_size}: the text has no more pairs to merge",
+            file=sys.stderr,
+        )
 
 
-def _decode(tokenizer: Tokenizer, ids: list[str]) -> None:
-    wrong = next((word for word in ids if not re.fullmatch(r"[0-9]{1,18}", word)), None)
-    if wrong is not None:
-        raise ValueError(f"{wrong!r} is not a token id; expected whole numbers between spaces")
+def _encode(options: argparse.Namespace) -> None:
+    text = _stdin() if options.text is None else options.text
+    print(*_load(options.tokenizer).encode(text))
+
+
+def _decode(options: argparse.Namespace) -> None:
+    tokenizer = _load(options.tokenizer)
+    ids = options.ids or _stdin().split()
+    invalid = next((word for word in ids if not re.fullmatch(r"[0-9]{1,18}", word)), None)
+    if invalid is not None:
+        raise ValueError(f"{invalid!r} is not a token id; expected whole numbers between spaces")
     sys.stdout.buffer.write(tokenizer.decode(map(int, ids)).encode())
 
 
 def main(prog: str = "python -m tokenizer", arguments: Sequence[str] | None = None) -> None:
-    """Run one command; a mistake of the user's is one line and exit code 2."""
+    """Run one command; a user's mistake is reported in one line, with exit code 2."""
     parser = _parser(prog)
     options = parser.parse_args(arguments)
     try:
-        if options.command in ("train", "train-tokenizer"):
-            _train(options.files, options.vocabulary, options.output)
-        elif options.command in ("encode", "tokenize"):
-            text = _stdin() if options.text is None else options.text
-            print(*_open(options.tokenizer).encode(text))
-        else:
-            _decode(_open(options.tokenizer), options.ids or _stdin().split())
+        options.run(options)
         sys.stdout.flush()
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
-        # The reader (`| head`) has gone. Python would complain again when it flushes at exit.
+        # The reader (`| head`) has exited. Python would report it again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: {error}\n")
+        parser.exit(2, f"{prog} {options.command}: {error}\n")
 
 
 if __name__ == "__main__":

@@ -462,7 +462,7 @@ def main(prog: str = PROG, arguments: Sequence[str] | None = None) -> None:
         try:
             train = train_command(name)
         except ValueError as error:
-            cli.refuse(prog, str(error))
+            cli.exit_with_error(prog, str(error))
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
         "plan": plan_command(name),

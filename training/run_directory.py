@@ -13,6 +13,7 @@ import torch
 from gpt import LanguageModel
 from gpt.checkpoint import (
     FORMAT,
+    check_format,
     find_run,
     load_tensors,
     read_json,
@@ -144,6 +145,7 @@ def load_training_config(directory: Path) -> TrainingConfig:
     if not path.is_file():
         raise ValueError(f"{directory}: not a training run: it has no run.json")
     content = read_json(path)
+    check_format(path, content)
     try:
         return TrainingConfig(**content["config"])
     except (KeyError, TypeError) as error:

@@ -1,1 +1,1 @@
-"""What is written by hand for speed: fused operations and 8-bit matrices. The models read well without it."""
+"""Hand-written operations for speed: fused gradients and 8-bit matrices."""

@@ -2,27 +2,28 @@
 
     A(Q, K, V) = softmax(Q K^T / sqrt(width of a head) + mask) V
 
-A query looks for keys like itself and takes the average of their values. The causal
-mask hides every key that comes later; rotary positions (Su et al. 2021) turn queries
-and keys by an angle that grows with their place, so that a score depends on how far
-apart the two are; RMS-normalised queries and keys (Henry et al. 2020) keep scores small.
+A query is compared with all keys, and the result is the average of their values, weighted by
+similarity. The causal mask hides every later key. Rotary positions (Su et al. 2021) rotate queries
+and keys by an angle proportional to their position, so that a score depends on the distance
+between the two. RMS-normalized queries and keys (Henry et al. 2020) keep scores small.
 """
-
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.kernels.rms_norm import rms_norm_cpu
+from gpt.kernels.rotary import rotate_pairs
 from gpt.models.base import State
 
 
 def attention_weights(
     queries_BHTK: Tensor, keys_BHSK: Tensor, mask_B1TS: Tensor | None = None
 ) -> Tensor:
-    """weights_BHTS: softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
+    """Return weights_BHTS = softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
-    The layers below leave this product to torch's fused kernel, which never shows it.
+    The layers below use torch's fused kernel instead, which computes attention without
+    materializing the weights.
     """
     scores_BHTS = queries_BHTK @ keys_BHSK.transpose(-1, -2) / keys_BHSK.shape[-1] ** 0.5
     if mask_B1TS is not None:
@@ -31,18 +32,18 @@ def attention_weights(
 
 
 def source_mask(lengths_B: Tensor, length: int) -> Tensor:
-    """mask_BS: True on each row's own tokens, False on the padding after them.
+    """Return mask_BS: True on each row's own tokens, False on the padding after them.
 
-    True everywhere in a row that has none: a softmax needs something to look at. What
-    such a row looks at must be all zero.
+    A row of length 0 is True everywhere, as a softmax needs at least one score; the values of such
+    a row must be zero.
     """
-    places_S = torch.arange(length, device=lengths_B.device)
+    positions_S = torch.arange(length, device=lengths_B.device)
     lengths_B1 = lengths_B.unsqueeze(1)
-    return (places_S < lengths_B1) | (lengths_B1 == 0)
+    return (positions_S < lengths_B1) | (lengths_B1 == 0)
 
 
 def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tensor]:
-    """cos_SK and sin_SK: the turn at each position, each angle twice, for both halves of a head."""
+    """Return cos_SK and sin_SK of position * base^(-2i / K), i < K/2, the same in both halves of K."""
     frequencies = base ** (-torch.arange(0, width, 2).double() / width)
     angles = torch.outer(torch.arange(positions).double(), frequencies)
     angles_SK = torch.cat([angles, angles], dim=-1)
@@ -50,75 +51,35 @@ def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tenso
 
 
 def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2) of a head by its position's angle."""
-    return _Rotation.apply(x_BHTK, cos_BTK, sin_BTK)  # type: ignore[no-untyped-call]
+    """Rotate each pair (x_i, x_{i + K/2}) of a head by its position's angle.
 
-
-class _Rotation(torch.autograd.Function):
-    """Its gradient is the rotation back, which autograd does not know: half the passes over memory."""
-
-    @staticmethod
-    def forward(ctx: Any, x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:  # noqa: ANN401 (torch's own)
-        ctx.save_for_backward(cos_BTK, sin_BTK)
-        return _turned(x_BHTK, cos_BTK, sin_BTK)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BHTK: Tensor) -> tuple[Tensor, None, None]:  # noqa: ANN401
-        cos_BTK, sin_BTK = ctx.saved_tensors
-        return _turned(grad_BHTK, cos_BTK, -sin_BTK), None, None
-
-
-def _turned(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
-    half = x_BHTK.shape[-1] // 2
-    sin_B1TJ = sin_BTK.unsqueeze(-3)[..., :half]
-    turned_BHTK = x_BHTK * cos_BTK.unsqueeze(-3)
-    turned_BHTK[..., :half].addcmul_(x_BHTK[..., half:], sin_B1TJ, value=-1)
-    turned_BHTK[..., half:].addcmul_(x_BHTK[..., :half], sin_B1TJ)
-    return turned_BHTK
+    (x_i cos - x_{i + K/2} sin,  x_{i + K/2} cos + x_i sin)
+    """
+    return rotate_pairs(x_BHTK, cos_BTK, sin_BTK)
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
 
+    eps: float
+
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        """X -> x of the same shape, over the last axis."""
+        """Normalize the last axis of x."""
         if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return _NormOnCPU.apply(x, self.weight.type_as(x), self.eps)  # type: ignore[no-untyped-call]
+            return rms_norm_cpu(x, self.weight.type_as(x), self.eps)
         return self.fused(x)
 
     def fused(self, x: Tensor) -> Tensor:
-        """The same through torch's kernel, which a CPU does not have."""
-        # Under autocast x can be bfloat16 beside a float32 weight, which has no fused kernel.
+        """Normalize the last axis of x with torch's kernel, which on a CPU is not fused."""
+        # Under autocast x can be bfloat16 and the weight float32; no fused kernel takes both.
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
-class _NormOnCPU(torch.autograd.Function):
-    """Two passes over memory forward and four back, where torch makes more than twice as many."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:  # noqa: ANN401 (torch's own)
-        wide = torch.promote_types(x.dtype, torch.float32)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        inverse = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_().type_as(x)
-        normal = x * inverse
-        ctx.save_for_backward(normal, inverse, weight)
-        return normal * weight
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-        normal, inverse, weight = ctx.saved_tensors
-        along = grad * normal
-        # What would only make x longer is taken out: normal * mean(grad * weight * normal).
-        mean = (along @ weight).div_(-len(weight)).unsqueeze(-1)
-        grad_x = torch.addcmul(grad * weight, normal, mean).mul_(inverse)
-        return grad_x, along.flatten(0, -2).sum(0), None
-
-
 def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = False) -> None:
-    """A ValueError says which size of a stack of attention blocks cannot be."""
+    """Raise a ValueError if the sizes of a stack of attention blocks do not fit together."""
     if min(width, depth, heads) < 1 or hidden < 0:
         raise ValueError(
             f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
@@ -134,15 +95,15 @@ def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = 
 
 
 class Positions:
-    """Where this call's tokens stand, worked out once and used by every layer.
+    """Positions and mask of one forward pass, computed once and shared by all layers.
 
-    Without a state the tokens are positions 0..T-1 of their rows. With one, row b continues
-    from its position, and everything that the state has room for is looked at, or masked.
+    Without a state, the tokens are at positions 0..T-1. With a state, each row continues from its
+    position and attends to all positions that the state has room for, less those masked.
 
     Args:
         tokens_BT: The new tokens.
-        state: Has `position`, and the keys and values that `Cache` reads.
-        rotary: The tables cos_SK and sin_SK, where attention is to turn by them.
+        state: A state made by `init_cache`.
+        rotary: The tables cos_SK and sin_SK, for rotary attention.
     """
 
     def __init__(
@@ -150,7 +111,7 @@ class Positions:
     ) -> None:
         length, device = tokens_BT.shape[1], tokens_BT.device
         self.mask_B1TS: Tensor | None = None
-        self.positions_BT = torch.arange(length, device=device)  # of every row alike
+        self.positions_BT = torch.arange(length, device=device)  # the same for all rows
         if state is not None:
             position_B1 = state["position"].unsqueeze(1)
             self.positions_BT = position_B1 + self.positions_BT
@@ -169,9 +130,15 @@ def init_cache(
     length: int,
     dtype: torch.dtype | None = None,
 ) -> State:
-    """position_B, keys_BLHSK and values_BLHSK, empty, on the device of `weight`; without a dtype, in its own.
+    """Return an empty KV cache: position_B, keys_BLHSK and values_BLHSK.
 
-    The last axis of `weight` is the width of the residual stream.
+    Args:
+        weight: A weight whose last axis is the residual stream; the cache is on its device.
+        rows: Number of sequences, B.
+        depth: Number of layers, L.
+        heads: Number of heads, H.
+        length: Number of positions, S.
+        dtype: Type of keys and values; None means that of `weight`.
     """
     shape = (rows, depth, heads, length, weight.shape[-1] // heads)
     return {
@@ -182,7 +149,7 @@ def init_cache(
 
 
 def cache_prefix(state: State, length: int) -> State:
-    """`LanguageModel.part` of a state made by `init_cache`: its first `length` positions."""
+    """Return views of the first `length` positions of a KV cache's keys and values."""
     return {name: state[name][..., :length, :] for name in ("keys", "values")}
 
 
@@ -193,26 +160,26 @@ class KVCache:
         self.keys_BLHSK, self.values_BLHSK, self.layer = state["keys"], state["values"], layer
 
     def extend(
-        self, keys_BHTK: Tensor, values_BHTK: Tensor, places: Positions
+        self, keys_BHTK: Tensor, values_BHTK: Tensor, positions: Positions
     ) -> tuple[Tensor, Tensor]:
-        """Write the new keys and values in their places; return all that may be attended to."""
-        # All of the state is indexed at once, by tensors: a compiler then writes in place, where it
-        # would copy what is written to through a view.
-        layer_11 = places.rows_B1.new_full((1, 1), self.layer)
-        where = (places.rows_B1, layer_11, slice(None), places.positions_BT)
-        self.keys_BLHSK[where] = keys_BHTK.transpose(1, 2).to(self.keys_BLHSK.dtype)
-        self.values_BLHSK[where] = values_BHTK.transpose(1, 2).to(self.values_BLHSK.dtype)
+        """Write new keys and values at their positions; return all keys_BHSK and values_BHSK."""
+        # The whole state is indexed at once, by tensors: a compiler then writes in place, where it
+        # would copy a view before writing to it.
+        layer_11 = positions.rows_B1.new_full((1, 1), self.layer)
+        index = (positions.rows_B1, layer_11, slice(None), positions.positions_BT)
+        self.keys_BLHSK[index] = keys_BHTK.transpose(1, 2).to(self.keys_BLHSK.dtype)
+        self.values_BLHSK[index] = values_BHTK.transpose(1, 2).to(self.values_BLHSK.dtype)
         return self.keys_BLHSK[:, self.layer], self.values_BLHSK[:, self.layer]
 
 
 class MultiHeadAttention(nn.Module):
-    """The four matrices of an attention, shared among several heads that look at once.
+    """The query, key, value and output matrices of attention, each shared by all heads.
 
     Args:
         width: Width of the residual stream, D.
         heads: Number of heads, H; each has width D / H.
-        bias: Whether the four maps add one.
-        dropout: Share of the weights of the average that training drops.
+        bias: Whether the four matrices have a bias.
+        dropout: Fraction of attention weights dropped in training.
     """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
@@ -224,7 +191,7 @@ class MultiHeadAttention(nn.Module):
         self.output = nn.Linear(width, width, bias=bias)
 
     def split(self, x_BTD: Tensor) -> Tensor:
-        """x_BHTK: each head's part of the width."""
+        """Return x_BHTK: the width divided among the heads."""
         return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(
@@ -235,8 +202,8 @@ class MultiHeadAttention(nn.Module):
         mask_B1TS: Tensor | None,
         causal: bool = False,
     ) -> Tensor:
-        """x_BTD: what all heads found, as `importance` weighs it, through the output matrix."""
-        mixed_BHTK = F.scaled_dot_product_attention(
+        """Return x_BTD: averages of values by `attention_weights`, through the output matrix."""
+        averages_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
             keys_BHSK.type_as(queries_BHTK),
             values_BHSK.type_as(queries_BHTK),
@@ -244,42 +211,44 @@ class MultiHeadAttention(nn.Module):
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=causal,
         )
-        return self.output(mixed_BHTK.transpose(1, 2).flatten(2))
+        return self.output(averages_BHTK.transpose(1, 2).flatten(2))
 
 
 class CausalSelfAttention(MultiHeadAttention):
-    """Every token looks back at itself and those before it."""
+    """Every token attends to itself and those before it."""
 
-    def forward(self, x_BTD: Tensor, places: Positions, cache: KVCache | None = None) -> Tensor:
-        """x_BTD -> x_BTD."""
-        queries_BHTK, keys_BHSK = self.queries_and_keys(x_BTD, places)
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
+        """x_BTD -> x_BTD; with a cache, also attends to the positions in it, and extends it."""
+        queries_BHTK, keys_BHSK = self.queries_and_keys(x_BTD, positions)
         values_BHSK = self.split(self.value(x_BTD))
         if cache is not None:
-            keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, places)
-        return self.attend(queries_BHTK, keys_BHSK, values_BHSK, places.mask_B1TS, cache is None)
+            keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, positions)
+        return self.attend(
+            queries_BHTK, keys_BHSK, values_BHSK, positions.mask_B1TS, causal=cache is None
+        )
 
-    def attention_weights(self, x_BTD: Tensor, places: Positions) -> Tensor:
-        """weights_BHTS, S = T: how much of each token's value a token takes in `forward` without a cache."""
-        past_TS = places.positions_BT.unsqueeze(-1) >= places.positions_BT
-        return attention_weights(*self.queries_and_keys(x_BTD, places), past_TS)
+    def attention_weights(self, x_BTD: Tensor, positions: Positions) -> Tensor:
+        """Return weights_BHTS, S = T, with which `forward` without a cache averages the values."""
+        mask_TS = positions.positions_BT.unsqueeze(-1) >= positions.positions_BT
+        return attention_weights(*self.queries_and_keys(x_BTD, positions), mask_TS)
 
-    def queries_and_keys(self, x_BTD: Tensor, places: Positions) -> tuple[Tensor, Tensor]:  # noqa: ARG002
-        """queries_BHTK and keys_BHTK; here x says itself where its tokens stand."""
+    def queries_and_keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:  # noqa: ARG002
+        """Return queries_BHTK and keys_BHTK; here x already contains the position embeddings."""
         return self.split(self.query(x_BTD)), self.split(self.key(x_BTD))
 
 
 class RotarySelfAttention(CausalSelfAttention):
-    """The same without biases; its queries and keys are normalised and turned by their places."""
+    """Causal self-attention without biases, with normalized and rotated queries and keys."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__(width, heads, bias=False)
         self.query_norm = RMSNorm(width // heads)
         self.key_norm = RMSNorm(width // heads)
 
-    def queries_and_keys(self, x_BTD: Tensor, places: Positions) -> tuple[Tensor, Tensor]:
-        """queries_BHTK and keys_BHTK."""
-        queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, places)
-        cos_BTK, sin_BTK = places.cos_BTK, places.sin_BTK
+    def queries_and_keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
+        """Return queries_BHTK and keys_BHTK."""
+        queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, positions)
+        cos_BTK, sin_BTK = positions.cos_BTK, positions.sin_BTK
         return (
             rotate(self.query_norm(queries_BHTK), cos_BTK, sin_BTK),
             rotate(self.key_norm(keys_BHTK), cos_BTK, sin_BTK),

@@ -20,18 +20,10 @@ import torch
 from torch import Tensor, nn
 
 from gpt.beam_search import beam_search
+from gpt.generation import clamp_max_tokens, prefill, recompute_logits
 from gpt.kernels.quantization import has_exact_logits
 from gpt.models.base import LanguageModel, State, batch_slice, copy_state
-from gpt.sampling import (
-    NAN_LOGITS,
-    RANDOM_STATE,
-    TIE_MARGIN,
-    Sampler,
-    clamp_max_tokens,
-    mask_logits,
-    prefill,
-    recompute_logits,
-)
+from gpt.sampling import NAN_LOGITS, RANDOM_STATE, TIE_MARGIN, Sampler, mask_logits
 from serving.engine.cuda_graphs import GraphRunner
 from serving.engine.logprobs import TokenLogprobs, compute_logprobs
 from serving.engine.sequence import (

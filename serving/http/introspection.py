@@ -16,8 +16,9 @@ import torch
 from pydantic import Field, PlainValidator
 from torch import Tensor
 
+from gpt.generation import prefill
 from gpt.models.base import LanguageModel, State
-from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits, prefill
+from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits
 from serving.engine.async_engine import QueueFullError, UnavailableError
 from serving.engine.engine import MAX_NUM_BATCHED_TOKENS
 from serving.engine.sequence import Request

@@ -8,7 +8,8 @@ import torch
 
 from benchmarks import rivals, serve
 from benchmarks.serve import Timing, quantiles, summary
-from gpt.sampling import SamplingParams, generate
+from gpt.generation import generate
+from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
 
 TINY = rivals.Size(300, 32, 2, 2, context=512)

@@ -1,4 +1,4 @@
-"""The loss behind a linear unembedding is torch's, in less memory and without computing anything twice."""
+"""linear_cross_entropy equals torch's cross-entropy, keeps no logits and computes none twice."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ N, D, V = 23, 8, 50
 
 
 @pytest.fixture
-def given():
-    """features_ND, weight_VD, bias_V, targets_N in float64, of which a few do not count."""
+def inputs():
+    """features_ND, weight_VD, bias_V in float64, and targets_N, some of them ignored."""
     torch.manual_seed(0)
     targets_N = torch.randint(V, (N,))
     targets_N[3:9] = -100
@@ -20,43 +20,41 @@ def given():
     return *(tensor.requires_grad_() for tensor in tensors), targets_N
 
 
-def gradients_of(loss, *tensors):
+def gradients(loss, *tensors):
     return torch.autograd.grad(loss, tensors)
 
 
-@pytest.mark.parametrize("size", [N, 7, 1])
-@pytest.mark.parametrize("biased", [True, False])
-def test_value_and_gradients_are_torchs(size, biased, given):
-    features_ND, weight_VD, bias_V, targets_N = given
-    tensors = (features_ND, weight_VD, bias_V)[: 2 + biased]
-    logits_NV = F.linear(features_ND, weight_VD, bias_V if biased else None)
+@pytest.mark.parametrize("chunk_size", [N, 7, 1])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_value_and_gradients_equal_torch(chunk_size, has_bias, inputs):
+    features_ND, weight_VD, bias_V, targets_N = inputs
+    tensors = (features_ND, weight_VD, bias_V)[: 2 + has_bias]
+    bias_V = bias_V if has_bias else None
+    logits_NV = F.linear(features_ND, weight_VD, bias_V)
     expected = F.cross_entropy(logits_NV, targets_N, reduction="sum")
-    loss = linear_cross_entropy(features_ND, weight_VD, bias_V if biased else None, targets_N, size)
+    loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N, chunk_size)
     torch.testing.assert_close(loss, expected)
-    # A mean, and a part of a batch: what comes from behind is not 1.
-    found = gradients_of(loss / 17, *tensors)
-    for one, other in zip(found, gradients_of(expected / 17, *tensors), strict=True):
-        torch.testing.assert_close(one, other)
+    # The incoming gradient is not 1, as for a mean over several micro-batches.
+    torch.testing.assert_close(gradients(loss / 17, *tensors), gradients(expected / 17, *tensors))
 
 
-def test_a_tied_weight_gets_both_gradients(given):
-    _, weight_VD, _, targets_N = given
+def test_a_tied_weight_gets_both_gradients(inputs):
+    _, weight_VD, _, targets_N = inputs
     tokens_N = torch.arange(N)
     loss = linear_cross_entropy(weight_VD[tokens_N].tanh(), weight_VD, None, targets_N, 5)
     expected = F.cross_entropy(weight_VD[tokens_N].tanh() @ weight_VD.T, targets_N, reduction="sum")
-    (found,), (wanted,) = gradients_of(loss, weight_VD), gradients_of(expected, weight_VD)
-    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(gradients(loss, weight_VD), gradients(expected, weight_VD))
 
 
-def test_where_no_target_counts_nothing_is_learned(given):
-    features_ND, weight_VD, bias_V, targets_N = given
+def test_loss_and_gradients_are_zero_if_all_targets_are_ignored(inputs):
+    features_ND, weight_VD, bias_V, targets_N = inputs
     loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N * 0 - 100, 7)
     assert loss.item() == 0
-    assert all(not by.any() for by in gradients_of(loss, features_ND, weight_VD, bias_V))
+    assert all(not grad.any() for grad in gradients(loss, features_ND, weight_VD, bias_V))
 
 
-def test_under_autocast_products_are_bfloat16_and_the_softmax_is_not(given):
-    features_ND, weight_VD, bias_V, targets_N = given
+def test_under_autocast_products_are_bfloat16_and_the_softmax_float32(inputs):
+    features_ND, weight_VD, bias_V, targets_N = inputs
     features_ND, weight_VD, bias_V = (
         tensor.detach().float().requires_grad_() for tensor in (features_ND, weight_VD, bias_V)
     )
@@ -66,37 +64,33 @@ def test_under_autocast_products_are_bfloat16_and_the_softmax_is_not(given):
     assert logits_NV.dtype == torch.bfloat16
     expected = F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
     torch.testing.assert_close(loss, expected)
-    found = gradients_of(loss, features_ND, weight_VD, bias_V)
-    wanted = gradients_of(expected, features_ND, weight_VD, bias_V)
-    for one, other in zip(found, wanted, strict=True):
-        assert one.dtype == torch.float32
-        torch.testing.assert_close(one, other, rtol=0.01, atol=0.02)
+    tensors = (features_ND, weight_VD, bias_V)
+    actual = gradients(loss, *tensors)
+    assert {grad.dtype for grad in actual} == {torch.float32}
+    torch.testing.assert_close(actual, gradients(expected, *tensors), rtol=0.01, atol=0.02)
 
 
-def test_no_logits_are_kept_and_none_are_computed_twice(given):
-    features_ND, weight_VD, _, targets_N = given
-    kept = []
+def test_no_logits_are_saved_and_none_are_computed_twice(inputs):
+    features_ND, weight_VD, _, targets_N = inputs
+    saved = []
     counter = FlopCounterMode(display=False)
     with (
         counter,
-        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t),
     ):
         linear_cross_entropy(features_ND, weight_VD, None, targets_N, 7).backward()
-    assert {tensor.shape for tensor in kept} == {features_ND.shape, weight_VD.shape}
+    assert {tensor.shape for tensor in saved} == {features_ND.shape, weight_VD.shape}
     assert counter.get_total_flops() == 3 * 2 * N * D * V
 
 
 @pytest.mark.long
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of itself
-def test_compiled_it_is_one_graph_and_the_same(given, tmp_path, monkeypatch):
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # from torch itself
+def test_compiles_to_one_graph_with_equal_results(inputs, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    *tensors, targets_N = given
+    *tensors, targets_N = inputs
     compiled = torch.compile(linear_cross_entropy, fullgraph=True)
     loss, expected = (
         function(*tensors, targets_N, 7) for function in (compiled, linear_cross_entropy)
     )
     torch.testing.assert_close(loss, expected)
-    for one, other in zip(
-        gradients_of(loss, *tensors), gradients_of(expected, *tensors), strict=True
-    ):
-        torch.testing.assert_close(one, other)
+    torch.testing.assert_close(gradients(loss, *tensors), gradients(expected, *tensors))

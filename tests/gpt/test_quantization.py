@@ -3,42 +3,43 @@ import torch
 from torch import nn
 
 from gpt.checkpoint import build_model
+from gpt.generation import generate
 from gpt.kernels.quantization import Int8Linear, has_exact_logits, quantize
 from gpt.models.gpt import GPT2
-from gpt.sampling import SamplingParams, generate
+from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.sequence import Request
 from tests.gpt.test_contract import VARIANTS
 
 
-def test_a_product_is_off_by_no_more_than_half_a_step_of_each_side():
+def test_product_error_is_at_most_half_a_quantization_step_of_each_factor():
     torch.manual_seed(0)
     linear = nn.Linear(96, 40)
     x_BTK = torch.randn(5, 3, 96)
-    ours_BTN = Int8Linear(linear)(x_BTK)
-    off = (ours_BTN - linear(x_BTK)).detach()
+    y_BTN = Int8Linear(linear)(x_BTK)
+    error_BTN = (y_BTN - linear(x_BTK)).detach()
     # |w x - q p| <= K (|w| step_x + |x| step_w) / 2, with steps of max / 127
-    steps = 96 * linear.weight.abs().max() * x_BTK.abs().max() / 127
-    assert ours_BTN.shape == (5, 3, 40)
-    assert 0 < off.abs().max() < steps
-    assert off.std() < 0.02 * linear(x_BTK).std()
+    bound = 96 * linear.weight.abs().max() * x_BTK.abs().max() / 127
+    assert y_BTN.shape == (5, 3, 40)
+    assert 0 < error_BTN.abs().max() < bound
+    assert error_BTN.std() < 0.02 * linear(x_BTK).std()
 
 
-def test_rows_are_rounded_alone_and_a_row_of_zeros_gives_the_bias():
+def test_rows_are_quantized_independently_and_a_row_of_zeros_gives_the_bias():
     torch.manual_seed(0)
     linear = Int8Linear(nn.Linear(16, 8))
     x_BK = torch.randn(4, 16)
     x_BK[2] = 0
-    together = linear(x_BK)
-    assert torch.equal(together[2], linear.bias)
+    y_BN = linear(x_BK)
+    assert torch.equal(y_BN[2], linear.bias)
     for row in range(4):
-        assert torch.equal(together[row : row + 1], linear(x_BK[row : row + 1]))
+        assert torch.equal(y_BN[row : row + 1], linear(x_BK[row : row + 1]))
 
 
-def made(variant):
+def random_model(variant):
     torch.manual_seed(0)
-    name, own = VARIANTS[variant]
-    model = build_model(name, {"vocab_size": 50, "context_length": 24, **own}).eval()
+    name, model_args = VARIANTS[variant]
+    model = build_model(name, {"vocab_size": 50, "context_length": 24, **model_args}).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             nn.init.normal_(parameter, std=0.3)
@@ -46,17 +47,17 @@ def made(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_model_speaks_with_8_bits_and_says_nearly_the_same(variant):
-    model = made(variant)
+def test_every_model_generates_in_int8_from_nearly_the_same_probabilities(variant):
+    model = random_model(variant)
     tokens_BT = torch.randint(50, (2, 24))
     with torch.no_grad():
-        wanted = model(tokens_BT).softmax(-1)
-        got = quantize(model, "int8")(tokens_BT).softmax(-1)
+        expected_BTV = model(tokens_BT).softmax(-1)
+        actual_BTV = quantize(model, "int8")(tokens_BT).softmax(-1)
     assert (
         any(isinstance(module, Int8Linear) for module in model.modules())
         or VARIANTS[variant][0] == "softmax"
     )
-    assert (wanted - got).abs().sum(-1).mean() < 0.25
+    assert (expected_BTV - actual_BTV).abs().sum(-1).mean() < 0.25
     request = Request([1, 2, 3], 10, SamplingParams(temperature=0))
     engine = Engine(model, 2, num_scheduler_steps=2)
     engine.add_request(request)
@@ -67,44 +68,42 @@ def test_every_model_speaks_with_8_bits_and_says_nearly_the_same(variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_the_x_ray_of_every_model_with_8_bits_is_nearly_the_same(variant):
-    model = made(variant)
+def test_activation_maps_of_every_model_are_nearly_the_same_in_int8(variant):
+    model = random_model(variant)
     tokens_BT = torch.randint(50, (2, 12))
-    wanted = model.xray(tokens_BT)
-    for one, other in zip(wanted, quantize(model, "int8").xray(tokens_BT), strict=True):
-        assert one.name == other.name
-        off = (one.weights - other.weights).square().mean().sqrt()
-        assert off <= 0.1 * one.weights.square().mean().sqrt(), one.name
+    expected = model.xray(tokens_BT)
+    for before, after in zip(expected, quantize(model, "int8").xray(tokens_BT), strict=True):
+        assert before.name == after.name
+        error = (before.weights - after.weights).square().mean().sqrt()
+        assert error <= 0.1 * before.weights.square().mean().sqrt(), before.name
 
 
-def test_the_matrix_that_8_bits_stand_for_is_that_of_the_product():
+def test_dequantized_weight_equals_the_matrix_of_the_product():
     torch.manual_seed(0)
     linear = nn.Linear(16, 8)
-    rounded = Int8Linear(linear)
+    quantized = Int8Linear(linear)
     step_N = linear.weight.detach().abs().amax(dim=1) / 127
-    assert ((rounded.weight - linear.weight).abs().amax(dim=1) <= 0.51 * step_N).all()
-    ones_KK = torch.eye(16)  # inputs that rounding does not change
-    torch.testing.assert_close(rounded(ones_KK) - linear.bias, rounded.weight.T)
+    assert ((quantized.weight - linear.weight).abs().amax(dim=1) <= 0.51 * step_N).all()
+    identity_KK = torch.eye(16)  # quantization does not change these inputs
+    torch.testing.assert_close(quantized(identity_KK) - linear.bias, quantized.weight.T)
 
 
-def test_int8_takes_a_quarter_of_the_memory_of_what_is_multiplied():
+def test_int8_needs_a_quarter_of_the_memory_of_matrices():
     model = GPT2(300, 16, width=64, depth=2, heads=2)
-    multiplied = sum(
+    weights = sum(
         module.weight.numel() for module in model.modules() if isinstance(module, nn.Linear)
     )
-    whole = Engine(model, 1)
-    before, kept = (
-        whole.memory_bytes,
-        2 * sum(whole.state[name].nbytes for name in ("keys", "values")),
-    )
-    embedding = model.embedding.weight.nbytes  # shared until now with the unembedding
+    engine = Engine(model, 1)
+    before = engine.memory_bytes
+    cache = 2 * sum(engine.state[name].nbytes for name in ("keys", "values"))
+    embedding = model.embedding.weight.nbytes  # until now shared with the unembedding
     after = Engine(quantize(model, "int8"), 1).memory_bytes
     scales = sum(m.scale.nbytes for m in model.modules() if isinstance(m, Int8Linear))
-    # Of keys and values, of the row and of the prompt that is read, a half.
-    assert before - after == 3 * multiplied - embedding - scales + kept // 2
+    # The KV caches, that of the slots and that of the prefill, are halved.
+    assert before - after == 3 * weights - embedding - scales + cache // 2
 
 
-def test_only_what_computes_in_float32_or_better_on_a_cpu_is_exact():
+def test_logits_are_exact_only_in_float32_or_better_on_a_cpu():
     def model():
         return GPT2(50, 16, width=32, depth=1, heads=2)
 

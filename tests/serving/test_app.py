@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from gpt import GPT, MODELS
+from gpt.generation import generate
 from gpt.models.base import EncoderDecoder
-from gpt.sampling import SamplingParams, generate
+from gpt.sampling import SamplingParams
 from serving.engine.async_engine import AsyncEngine
 from serving.engine.engine import Engine
 from serving.http.app import ModelRegistry, create_app

@@ -24,7 +24,8 @@ from gpt.checkpoint import (
     save_tensors,
     unique_state_dict,
 )
-from gpt.sampling import SamplingParams, generate
+from gpt.generation import generate
+from gpt.sampling import SamplingParams
 from serving.engine.compilation import find_cpp_compiler
 from serving.tokenization import tokenize_prompt
 from tokenizer import byte_tokenizer

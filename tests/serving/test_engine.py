@@ -9,7 +9,8 @@ from torch import nn
 from gpt import LanguageModel
 from gpt.beam_search import translate
 from gpt.checkpoint import build_model
-from gpt.sampling import SamplingParams, generate, recompute_logits
+from gpt.generation import generate, recompute_logits
+from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.sequence import Request
 from tests.gpt.test_contract import VARIANTS

@@ -11,14 +11,15 @@ from scipy import stats
 
 from gpt import MODELS
 from gpt.beam_search import translate
+from gpt.generation import recompute_logits
 from gpt.kernels.quantization import quantize
-from gpt.sampling import SamplingParams, recompute_logits
+from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
 from serving.engine.sequence import Request
 from serving.http.introspection import next_token_distribution
 from serving.http.limits import Limits
 from serving.tokenization import token_text, tokenize_prompt
-from tests.gpt.test_sampling import PROCESSED
+from tests.gpt.test_sampling import EQUIVALENTS
 from tests.serving.test_app import DEADLINE, TOKENIZER, Running, model  # noqa: F401
 from tests.serving.test_server import LONG, raw, until
 from tests.training.test_xray import SMALL
@@ -70,7 +71,7 @@ def texts_of(ids):
 # What may follow.
 
 
-@pytest.mark.parametrize(("sampling", "processors"), PROCESSED)
+@pytest.mark.parametrize(("sampling", "processors"), EQUIVALENTS)
 def test_probabilities_are_those_of_transformers(sampling, processors):
     for seed in range(5):
         torch.manual_seed(seed)

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tokenizer import (
+    CHUNK_SIZE,
     END_OF_TEXT,
-    PIECE,
     Tokenizer,
     byte_tokenizer,
-    pieces,
+    split_text,
     train_bpe,
     train_characters,
     train_words,
@@ -22,46 +22,46 @@ from tokenizer import (
 CODE = Path(json.__file__).read_text("utf-8") + Path(subprocess.__file__).read_text("utf-8")
 BPE = train_bpe([CODE], 1000)
 BYTES = byte_tokenizer()
-BOTH = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
+LOSSLESS = pytest.mark.parametrize("tokenizer", [BPE, BYTES], ids=["bpe", "bytes"])
 
 ANY_TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=200)
-# Hypothesis seldom finds the white space that regular expressions stumble over.
+# Hypothesis rarely generates the white space that breaks regular expressions.
 AWKWARD = st.lists(
     st.sampled_from([*"\n\r\t \x0b\x0c\x1c\x85\u2028_aé1½#́👍\0", "  ", "\n\n", "ab", "12345"]),
     max_size=40,
 ).map("".join)
 
 
-@BOTH
+@LOSSLESS
 @settings(deadline=None, max_examples=300)
 @given(text=ANY_TEXT | AWKWARD)
-def test_any_text_comes_back(tokenizer, text):
+def test_decode_inverts_encode(tokenizer, text):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
     assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
 
 
-@BOTH
+@LOSSLESS
 @settings(deadline=None, max_examples=300)
 @given(ids=st.lists(st.integers(0, 256), max_size=50))
-def test_stream_gives_what_decode_gives(tokenizer, ids):
+def test_stream_equals_decode(tokenizer, ids):
     stream = tokenizer.stream()
-    parts = [stream.push(token) for token in ids]
-    assert "".join(parts) + stream.flush() == tokenizer.decode(ids)
+    chunks = [stream.push(token) for token in ids]
+    assert "".join(chunks) + stream.flush() == tokenizer.decode(ids)
 
 
-@BOTH
-def test_stream_gives_whole_characters(tokenizer):
+@LOSSLESS
+def test_stream_returns_complete_characters(tokenizer):
     stream = tokenizer.stream()
     text = "naïve 👩‍🚀 日本"
-    parts = [stream.push(token) for token in tokenizer.encode(text)]
-    assert "�" not in "".join(parts)
-    assert "".join(parts) == text
+    chunks = [stream.push(token) for token in tokenizer.encode(text)]
+    assert "�" not in "".join(chunks)
+    assert "".join(chunks) == text
     assert stream.flush() == ""
 
 
-def test_half_a_character_is_flushed_as_a_replacement():
+def test_incomplete_character_is_flushed_as_replacement_character():
     stream = BYTES.stream()
     assert [stream.push(byte) for byte in "👍".encode()[:2]] == ["", ""]
     assert stream.flush() == "�"
@@ -69,67 +69,67 @@ def test_half_a_character_is_flushed_as_a_replacement():
 
 @settings(deadline=None, max_examples=500)
 @given(before=AWKWARD | ANY_TEXT, after=AWKWARD | ANY_TEXT)
-def test_a_cut_before_a_line_that_is_not_indented_changes_no_token(before, after):
+def test_cut_before_an_unindented_line_changes_no_token(before, after):
     before, after = before + "\n", after.lstrip()
     assert BPE.encode(before) + BPE.encode(after) == BPE.encode(before + after)
 
 
 @settings(deadline=None, max_examples=500)
 @given(text=AWKWARD | ANY_TEXT, size=st.integers(1, 20))
-def test_pieces_join_to_the_text(text, size):
-    parts = list(pieces(text, size))
-    assert "".join(parts) == text
-    assert all(len(part) <= 2 * size for part in parts)
+def test_chunks_join_to_the_text(text, size):
+    chunks = list(split_text(text, size))
+    assert "".join(chunks) == text
+    assert all(len(chunk) <= 2 * size for chunk in chunks)
 
 
-def test_pieces_encode_as_the_whole():
-    text = CODE[: 2 * PIECE]  # `encode` itself cuts only what is longer.
-    parts = list(pieces(text, 2000))
-    assert len(parts) > 10
-    assert list(itertools.chain.from_iterable(map(BPE.encode, parts))) == BPE.encode(text)
+def test_chunks_are_encoded_as_the_whole():
+    text = CODE[: 2 * CHUNK_SIZE]  # `encode` itself splits only longer texts.
+    chunks = list(split_text(text, 2000))
+    assert len(chunks) > 10
+    assert list(itertools.chain.from_iterable(map(BPE.encode, chunks))) == BPE.encode(text)
 
 
-@BOTH
-def test_end_of_text_is_the_last_id_and_no_text_becomes_it(tokenizer):
-    assert tokenizer.end_of_text == tokenizer.vocabulary - 1
+@LOSSLESS
+def test_eos_token_is_the_last_id_and_no_text_is_encoded_as_it(tokenizer):
+    assert tokenizer.eos_token == tokenizer.vocab_size - 1
     ids = tokenizer.encode(f"a{END_OF_TEXT}b")
-    assert tokenizer.end_of_text not in ids
+    assert tokenizer.eos_token not in ids
     assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
-    assert tokenizer.decode([*ids, tokenizer.end_of_text]) == f"a{END_OF_TEXT}b"
-    assert tokenizer.token_bytes(tokenizer.end_of_text) == b""
+    assert tokenizer.decode([*ids, tokenizer.eos_token]) == f"a{END_OF_TEXT}b"
+    assert tokenizer.token_bytes(tokenizer.eos_token) == b""
 
 
-def test_training_on_end_of_text_does_not_make_it_text():
+def test_training_on_the_eos_string_does_not_learn_it():
     tokenizer = train_bpe([END_OF_TEXT * 100], 300)
     assert tokenizer.eos_token == tokenizer.vocab_size - 1
     assert tokenizer.eos_token not in tokenizer.encode(END_OF_TEXT)
 
 
-def test_a_byte_is_its_own_id():
+def test_byte_ids_are_byte_values():
     assert BYTES.vocab_size == 257
     assert BYTES.encode("aé\0") == list("aé\0".encode())
 
 
-def test_bpe_has_the_size_asked_for_and_shortens_text():
+def test_bpe_has_the_requested_size_and_shortens_text():
     assert BPE.vocab_size == 1000
     assert len(BPE.encode(CODE)) < len(CODE) / 2
     assert train_bpe(["hm"], 1000).vocab_size == 257
 
 
-def test_numbers_are_cut_into_groups_of_at_most_three_digits():
+def test_numbers_are_split_into_groups_of_at_most_three_digits():
     tokenizer = train_bpe(["1234567890 " * 1000], 1000)
     words = [tokenizer.token_bytes(token) for token in range(256, tokenizer.vocab_size)]
     assert max(len(word.strip()) for word in words) == 3
 
 
-@BOTH
+@LOSSLESS
 @pytest.mark.parametrize("unit", ["x", " ", "\n", "#", "7", "日", "\0", "ab_"])
 def test_millions_of_characters_on_one_line(tokenizer, unit):
     text = unit * (1_000_000 // len(unit))
     assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
-def test_training_on_one_endless_line():
+def test_training_on_one_very_long_line():
     text = "".join(chr(97 + i * i % 7 % 5) for i in range(500_000))
     tokenizer = train_bpe([text], 600)
     assert tokenizer.decode(tokenizer.encode(text)) == text
@@ -137,13 +137,13 @@ def test_training_on_one_endless_line():
 
 @pytest.mark.parametrize("text", ["a\ud83d", "\udc00"])
 def test_a_lone_surrogate_is_refused(text):
-    for attempt in (
+    for call in (
         lambda: BPE.encode(text),
         lambda: BPE.encode_batch(["fine", text]),
         lambda: train_bpe([text], 300),
     ):
         with pytest.raises(ValueError, match=r"U\+D[8C].., half of a surrogate pair"):
-            attempt()
+            call()
 
 
 @pytest.mark.parametrize("token", [-1, 1000])
@@ -152,28 +152,28 @@ def test_an_id_outside_the_vocabulary_is_refused(token):
         BPE.decode([token])
 
 
-def test_a_vocabulary_without_room_for_bytes_is_refused():
+def test_a_vocabulary_too_small_for_bytes_is_refused():
     with pytest.raises(ValueError, match="257, not 256"):
         train_bpe(["text"], 256)
 
 
-@BOTH
-def test_saved_and_opened_it_is_the_same(tokenizer, tmp_path):
+@LOSSLESS
+def test_save_and_load_round_trip(tokenizer, tmp_path):
     tokenizer.save(tmp_path / "tokenizer.json")
     for path in (tmp_path, tmp_path / "tokenizer.json"):
-        opened = Tokenizer.load(path)
-        assert opened.fingerprint == tokenizer.fingerprint
-        assert opened.encode(CODE + END_OF_TEXT) == tokenizer.encode(CODE + END_OF_TEXT)
+        loaded = Tokenizer.load(path)
+        assert loaded.fingerprint == tokenizer.fingerprint
+        assert loaded.encode(CODE + END_OF_TEXT) == tokenizer.encode(CODE + END_OF_TEXT)
     assert [file.name for file in tmp_path.iterdir()] == ["tokenizer.json"]
     assert BPE.fingerprint != BYTES.fingerprint
 
 
-def test_transformers_reads_it(tmp_path):
+def test_transformers_loads_tokenizer_json(tmp_path):
     transformers = pytest.importorskip("transformers")
     BPE.save(tmp_path / "tokenizer.json")
-    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
-    assert theirs.encode(CODE, add_special_tokens=False) == BPE.encode(CODE)
-    assert theirs.encode(END_OF_TEXT) == [BPE.eos_token]
+    loaded = transformers.PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "tokenizer.json"))
+    assert loaded.encode(CODE, add_special_tokens=False) == BPE.encode(CODE)
+    assert loaded.encode(END_OF_TEXT) == [BPE.eos_token]
 
 
 def test_a_damaged_file_is_refused(tmp_path):
@@ -181,19 +181,19 @@ def test_a_damaged_file_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"no such file"):
         Tokenizer.load(tmp_path)
     BPE.save(path)
-    whole = path.read_text()
-    for damaged, why in {
+    content = path.read_text()
+    for damaged, message in {
         "": "damaged",
-        whole[: len(whole) // 2]: "damaged",
-        whole.replace("endoftext", "eos"): "no <|endoftext|> token",
-        json.dumps(json.loads(whole) | {"decoder": {"type": "Fuse"}}): "not a byte-level",
+        content[: len(content) // 2]: "damaged",
+        content.replace("endoftext", "eos"): "no <|endoftext|> token",
+        json.dumps(json.loads(content) | {"decoder": {"type": "Fuse"}}): "not a byte-level",
         "[]": "damaged",
     }.items():
         path.write_text(damaged)
-        with pytest.raises(ValueError, match=why) as refusal:
+        with pytest.raises(ValueError, match=message) as error:
             Tokenizer.load(path)
-        assert str(path) in str(refusal.value)
-        assert "\n" not in str(refusal.value)
+        assert str(path) in str(error.value)
+        assert "\n" not in str(error.value)
     path.write_bytes(b'{\n"\xff')
     with pytest.raises(ValueError, match="line 2: byte 0xff is not UTF-8"):
         Tokenizer.load(path)
@@ -209,33 +209,33 @@ def test_command_line_round_trip(tmp_path):
     (tmp_path / "a.txt").write_bytes(text * 20)
     trained = run("train", tmp_path / "a.txt", "--vocab-size", 280, "--output", tmp_path / "t.json")
     assert (trained.returncode, trained.stdout) == (0, b"")
-    for which in (tmp_path / "t.json", "bytes"):
-        encoded = run("encode", which, stdin=text)
+    for tokenizer in (tmp_path / "t.json", "bytes"):
+        encoded = run("encode", tokenizer, stdin=text)
         assert encoded.returncode == 0
-        assert run("decode", which, stdin=encoded.stdout).stdout == text
+        assert run("decode", tokenizer, stdin=encoded.stdout).stdout == text
     assert run("encode", "bytes", "hi").stdout == b"104 105\n"
     assert run("decode", "bytes", "104", "105").stdout == b"hi"
 
 
 def test_command_line_mistakes_are_one_line(tmp_path):
     (tmp_path / "latin.txt").write_bytes(b"fine\nna\xefve\n")
-    for arguments, why in (
+    for arguments, message in (
         (["encode", tmp_path, "x"], b"no such file"),
         (["decode", "bytes", "1", "x2"], b"'x2' is not a token id"),
         (["decode", "bytes", "257"], b"from 0 to 256, not 257"),
         (["train", tmp_path / "latin.txt"], b"latin.txt, line 2: byte 0xef is not UTF-8"),
         (["train", tmp_path / "absent.txt"], b"No such file"),
-        (["train", tmp_path / "latin.txt", "--vocab", "many"], b"invalid int value"),
+        (["train", tmp_path / "latin.txt", "--vocab-size", "many"], b"invalid int value"),
         (["encode", "bytes", "--stdin"], b"unrecognized arguments: --stdin"),
         ([], b"COMMAND"),
     ):
         failed = run(*arguments)
         assert failed.returncode == 2
-        assert why in failed.stderr
+        assert message in failed.stderr
         assert failed.stderr.count(b"\n") == 1
 
 
-def test_whole_words_are_the_most_frequent_ones():
+def test_word_vocabulary_is_the_most_frequent_words():
     text = " the cat saw the dog \n the dog \n"
     tokenizer = train_words([text], 5)
     assert tokenizer.decode(tokenizer.encode(text)) == " the <unk> <unk> the dog \n the dog \n"
@@ -245,18 +245,18 @@ def test_whole_words_are_the_most_frequent_ones():
     assert tokenizer.eos_token == tokenizer.vocab_size - 1 == 4
 
 
-def test_whole_words_lose_nothing_that_is_in_the_vocabulary(tmp_path):
+def test_known_words_are_lossless(tmp_path):
     text = "Some words,\n\n  and  more\tof them; été 東京 \n"
     tokenizer = train_words([text], 1000)
     tokenizer.save(tmp_path / "tokenizer.json")
-    for one in (tokenizer, Tokenizer.load(tmp_path)):
-        assert one.decode(one.encode(text)) == text
-        assert one.unk_token == 0
-        assert one.fingerprint == tokenizer.fingerprint
+    for same in (tokenizer, Tokenizer.load(tmp_path)):
+        assert same.decode(same.encode(text)) == text
+        assert same.unk_token == 0
+        assert same.fingerprint == tokenizer.fingerprint
     assert byte_tokenizer().unk_token is None
 
 
-def test_words_of_the_penn_treebank_are_counted_as_mikolov_did(real_data):
+def test_penn_treebank_has_the_word_counts_of_mikolov(real_data):
     tokenizer = train_words([(real_data / "ptb" / "train.txt").read_text("utf-8")], 10_001)
     text = (real_data / "ptb" / "validation.txt").read_text("utf-8")
     ids = tokenizer.encode(text)
@@ -264,7 +264,7 @@ def test_words_of_the_penn_treebank_are_counted_as_mikolov_did(real_data):
     assert tokenizer.decode(ids) == text
 
 
-def test_characters_are_the_most_frequent_ones():
+def test_character_vocabulary_is_the_most_frequent_characters():
     tokenizer = train_characters(["aaab", "bb\nc"], 5)
     assert tokenizer.encode("ab\n") == [1, 2, 3]
     assert tokenizer.encode("ac") == [1, tokenizer.unk_token]
@@ -283,7 +283,7 @@ CHARACTERS = train_characters(["".join(KNOWN)], 1000)
 
 @settings(max_examples=300)
 @given(text=st.text(st.sampled_from(KNOWN), max_size=60))
-def test_any_text_of_known_characters_comes_back_one_id_for_each(text):
+def test_known_characters_are_lossless_with_one_id_each(text):
     ids = CHARACTERS.encode(text)
     assert len(ids) == len(text)
     assert CHARACTERS.decode(ids) == text
@@ -295,14 +295,14 @@ def test_any_text_of_known_characters_comes_back_one_id_for_each(text):
     assert not {CHARACTERS.unk_token, CHARACTERS.eos_token} & set(ids)
 
 
-def test_characters_saved_and_opened_are_the_same(tmp_path):
+def test_character_tokenizer_save_and_load_round_trip(tmp_path):
     CHARACTERS.save(tmp_path / "tokenizer.json")
-    opened = Tokenizer.load(tmp_path)
-    assert opened.fingerprint == CHARACTERS.fingerprint
-    assert opened.unk_token == CHARACTERS.unk_token == 0
-    long = "".join(KNOWN) * 5000
-    assert opened.encode(long) == CHARACTERS.encode(long)
-    assert opened.decode(opened.encode(long)) == long
+    loaded = Tokenizer.load(tmp_path)
+    assert loaded.fingerprint == CHARACTERS.fingerprint
+    assert loaded.unk_token == CHARACTERS.unk_token == 0
+    text = "".join(KNOWN) * 5000
+    assert loaded.encode(text) == CHARACTERS.encode(text)
+    assert loaded.decode(loaded.encode(text)) == text
 
 
 def test_tinyshakespeare_has_65_characters(real_data):

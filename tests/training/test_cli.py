@@ -258,9 +258,9 @@ WRONG = {
     "data options without data": (["eval", "runs/done", "--text-column", "a"], "need --data"),
     "weights cut short": (["eval", "runs/cut"], "model.safetensors: damaged"),
     "weights of another shape": (["eval", "runs/other"], "has shape"),
-    "a newer format": (["eval", "runs/newer"], "format 99, this tinygpt reads up to 1: upgrade"),
+    "a newer format": (["eval", "runs/newer"], "format 99, this tinygpt reads format 2: upgrade"),
     "no weights yet": (["eval", "runs/young"], "has no model.safetensors"),
-    "a config cut short": (["eval", "runs/half"], "config.json: not whole JSON"),
+    "a config cut short": (["eval", "runs/half"], "config.json: not valid JSON"),
     "an unknown model": (["eval", "runs/martian"], "no model is named 'gtp' (did you mean gpt?)"),
     "an unknown argument": (["eval", "runs/odd"], "no argument 'widht' (did you mean width?)"),
     "a picture of no kind": (

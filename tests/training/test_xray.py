@@ -337,7 +337,7 @@ def test_mistakes_are_one_line(tmp_path):
         (Xray(run, "x" * 17, output=output), "17 tokens do not fit in the context of 16"),
         (Xray(run, "x", output=tmp_path / "x.gif"), "--output must end in .svg, .png or .pdf"),
         (Xray(lstm, "x", translation="y", output=output), "LSTM does not translate"),
-        (Xray(linear, "x", output=output), "does not speak"),
+        (Xray(linear, "x", output=output), "Linear is not a language model"),
         (Xray(tmp_path / "none", "x", output=output), "no such run directory"),
         (Xray(run, "x", only="gate", output=output), "no such name; there are attention"),
     ):

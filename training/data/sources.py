@@ -37,7 +37,7 @@ import pyarrow as pa
 from tqdm import tqdm
 
 from gpt.checkpoint import cache_dir
-from tokenizer import WORDS, Tokenizer, from_utf8
+from tokenizer import BPE_PATTERN, Tokenizer, decode_utf8
 from training.data.corpus import (
     FORMAT,
     LEARNED,
@@ -160,7 +160,7 @@ def prepare(
     options = {**asdict(source), "data": found.identity, "hold_out": hold_out}
     if not pairs:
         del options["languages"]
-    recipe = given.fingerprint if given else [tokenizer, vocabulary, WORDS, TOKENIZER_BYTES]
+    recipe = given.fingerprint if given else [tokenizer, vocabulary, BPE_PATTERN, TOKENIZER_BYTES]
     identity = json.dumps([FORMAT, options, recipe])
     key = hashlib.sha256(identity.encode()).hexdigest()[:16]
     name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
@@ -616,7 +616,7 @@ def _check_lines(kind: str, file: str) -> None:
     """Raise a ValueError for the first line that is not UTF-8, or in a JSON file not JSON."""
     with fsspec.open(file, "rb", compression="infer") as lines:
         for number, line in enumerate(lines, 1):
-            text = from_utf8(line, file, number)
+            text = decode_utf8(line, file, number)
             if kind != "json" or not text.strip():
                 continue
             try:
@@ -631,7 +631,7 @@ def _check_lines(kind: str, file: str) -> None:
             return
     with fsspec.open(file, "rb", compression="infer") as whole:
         try:
-            json.loads(from_utf8(whole.read(), file))
+            json.loads(decode_utf8(whole.read(), file))
         except json.JSONDecodeError as error:
             raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
 

@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
+from gpt.generation import generate
 from gpt.models.word2vec import Word2Vec
-from gpt.sampling import SamplingParams, generate
+from gpt.sampling import SamplingParams
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.data.corpus import (
