@@ -7,6 +7,7 @@ The options of a model are its constructor's arguments.
 import dataclasses
 import inspect
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
@@ -231,10 +232,10 @@ def model_options(config: TrainingConfig) -> type:
 
 
 def _argument_docs(model: type) -> dict[str, str]:
-    """Parse the lines `name: text` under Args in a class's docstring."""
-    _, _, lines = (inspect.getdoc(model) or "").partition("Args:")
-    pairs = (line.strip().partition(": ") for line in lines.splitlines())
-    return {name: text for name, colon, text in pairs if colon}
+    """Parse the Args section of a class's docstring: the text of each argument by name."""
+    _, _, section = (inspect.getdoc(model) or "").partition("Args:\n")
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    return {name: " ".join(text.split()) for name, text in entries}
 
 
 def model_arguments(config: TrainingConfig, task_args: dict[str, Any]) -> dict[str, Any]:
