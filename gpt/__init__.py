@@ -1,13 +1,14 @@
-"""Models, from tensors to tensors: no text, no files of text, no HTTP. Start with `model`.
+"""Models of tensors only: no text, no corpora, no HTTP. Start reading in `gpt/models/base.py`.
 
-CHAPTERS holds the model of each chapter by name, in order; MODELS those that speak;
-TABULAR, of the chapters whose model speaks, the one that takes numbers.
+`CHAPTERS` holds one model per chapter of docs/chapters.md by name, in order. `MODELS` holds the
+language models among them. `TABULAR_MODELS` holds the models of numbers of those chapters whose
+model in `CHAPTERS` is a language model.
 """
 
 from gpt.models.base import LanguageModel, Model, State
 from gpt.models.gpt import GPT, GPT2
 from gpt.models.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
-from gpt.models.mlp import MLP, Experts, ExpertsLM, WindowLM
+from gpt.models.mlp import MLP, MLPLM, Experts, ExpertsLM
 from gpt.models.recurrent import GRU, LSTM, RNN
 from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.models.transformer import Transformer
@@ -18,7 +19,7 @@ CHAPTERS: dict[str, type[Model]] = {
     "sigma-pi": SigmaPiLM,
     "logistic": Logistic,
     "softmax": BigramLM,
-    "mlp": WindowLM,
+    "mlp": MLPLM,
     "experts": ExpertsLM,
     "word2vec": Word2Vec,
     "rnn": RNN,
@@ -35,11 +36,11 @@ MODELS: dict[str, type[LanguageModel]] = {
     name: model for name, model in CHAPTERS.items() if issubclass(model, LanguageModel)
 }
 
-TABULAR: dict[str, type[Model]] = {
+TABULAR_MODELS: dict[str, type[Model]] = {
     "sigma-pi-table": SigmaPi,
     "softmax-table": Softmax,
     "mlp-table": MLP,
     "experts-table": Experts,
 }
 
-__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "TABULAR", "LanguageModel", "Model", "State"]
+__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "TABULAR_MODELS", "LanguageModel", "Model", "State"]

@@ -1,4 +1,4 @@
-"""`python -m gpt chapters`: list the models."""
+"""`python -m gpt chapters` lists the models."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,7 +8,7 @@ from gpt import cli, summary
 
 @dataclass(frozen=True)
 class Chapters:
-    """List every model in the order of the chapters."""
+    """List the models in the order of the chapters."""
 
     def __call__(self) -> None:
         """Print the table."""

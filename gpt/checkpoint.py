@@ -17,9 +17,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from gpt import CHAPTERS, TABULAR, LanguageModel, Model
+from gpt import CHAPTERS, TABULAR_MODELS, LanguageModel, Model
 
-MODEL_CLASSES: dict[str, type[Model]] = {**CHAPTERS, **TABULAR}
+MODEL_CLASSES: dict[str, type[Model]] = {**CHAPTERS, **TABULAR_MODELS}
 """Every model that a run can hold, by name."""
 
 FORMAT = 2

@@ -1,4 +1,4 @@
-"""What a model is made of, from its shapes alone: on the `meta` device weights take no memory."""
+"""Parameter counts of models, computed on the `meta` device, where weights take no memory."""
 
 import inspect
 from typing import Any
@@ -6,81 +6,79 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt import CHAPTERS, GPT2, LanguageModel, Model
+from gpt import CHAPTERS, GPT2, Model
 from gpt.models.attention import MultiHeadAttention
 
 NANO = {"vocab_size": 4096, "context_length": 256}
-"""What a model is given that asks for it; all else are its own defaults."""
+"""Constructor arguments without defaults: those of the nano presets."""
 
 GPT3 = {"vocab_size": 50_257, "context_length": 2048, "width": 12_288, "depth": 96, "heads": 96}
-"""Brown et al. 2020: the GPT-2 architecture, 175 billion weights."""
+"""Brown et al. 2020: the GPT-2 architecture with 175 billion weights."""
 
 
-def build_on_meta(model: type[Model], **given: Any) -> Model:  # noqa: ANN401 (a constructor's arguments)
-    """The model without its weights; what is not given is nano size."""
-    wanted = inspect.signature(model).parameters
-    nano = {name: value for name, value in NANO.items() if name in wanted}
+def build_on_meta(model: type[Model], **kwargs: Any) -> Model:  # noqa: ANN401 (constructor arguments)
+    """Build a model without allocating weights. Arguments default to NANO, then to the model's."""
+    parameters = inspect.signature(model).parameters
+    nano = {name: value for name, value in NANO.items() if name in parameters}
     with torch.device("meta"):
-        return model(**{**nano, **given})
+        return model(**{**nano, **kwargs})
 
 
 def count_by_kind(model: Model) -> dict[str, tuple[int, int]]:
-    """(matrices, weights) of each kind: the name that a matrix has in its layer.
+    """Return (matrices, weights) of each kind of matrix, named as in its layer.
 
-    Biases, norms and positions do not count. A head's query, key and value are matrices of
-    their own; the heads' value matrices lead down to a head's width and, side by side, up
-    again as the output matrix. An unembedding tied to the embedding counts again.
+    Biases, norms and position embeddings are not counted. Query, key and value matrices are counted
+    per head; `output` is one matrix, the heads' projections from their width back to D side by
+    side. A tied unembedding is counted again.
     """
     heads = {
-        name: part.heads
-        for name, part in model.named_modules()
-        if isinstance(part, MultiHeadAttention)
+        name: module.heads
+        for name, module in model.named_modules()
+        if isinstance(module, MultiHeadAttention)
     }
-    found: dict[str, tuple[int, int]] = {}
+    counts: dict[str, tuple[int, int]] = {}
     for name, weight in model.named_parameters(remove_duplicate=False):
         *path, kind, last = name.split(".") if "." in name else ("", name, "")
         if weight.ndim < 2 or kind == "position" or last == "bias":
             continue
-        count = heads.get(".".join(path), 1) if kind in ("query", "key", "value") else 1
-        matrices, weights = found.get(kind, (0, 0))
-        found[kind] = matrices + count, weights + weight.numel()
-    return found
+        per_head = heads.get(".".join(path), 1) if kind in ("query", "key", "value") else 1
+        matrices, weights = counts.get(kind, (0, 0))
+        counts[kind] = matrices + per_head, weights + weight.numel()
+    return counts
 
 
 def count_parameters(model: nn.Module) -> int:
-    """All numbers that training moves, each once."""
+    """Return the number of parameters, tied ones counted once."""
     return sum(parameter.numel() for parameter in model.parameters())
 
 
 def describe(model: Model) -> str:
-    """A table of the model's weights by kind."""
-    found = count_by_kind(model)
-    matrices = sum(count for count, _ in found.values())
-    total = sum(weights for _, weights in found.values())
+    """Return a table of the model's weights by kind."""
+    counts = count_by_kind(model)
+    matrices = sum(count for count, _ in counts.values())
+    total = sum(weights for _, weights in counts.values())
     lines = [f"{'kind':<14}{'matrices':>10}{'weights':>20}"]
-    lines += [f"{kind:<14}{count:>10,}{weights:>20,}" for kind, (count, weights) in found.items()]
-    lines.append(f"{'together':<14}{matrices:>10,}{total:>20,}")
+    lines += [f"{kind:<14}{count:>10,}{weights:>20,}" for kind, (count, weights) in counts.items()]
+    lines.append(f"{'total':<14}{matrices:>10,}{total:>20,}")
     lines.append(
-        f"all parameters, each once, with biases, norms, positions: {count_parameters(model):,}"
+        f"all parameters, tied ones once, with biases, norms, positions: {count_parameters(model):,}"
     )
     return "\n".join(lines)
 
 
 def build_gpt3() -> Model:
-    """GPT-3's shapes."""
+    """Build GPT-3 without allocating its weights."""
     return build_on_meta(GPT2, **GPT3)
 
 
 def chapters_table() -> str:
-    """The table of models: number, name, year, size at nano size, what it can, idea and paper."""
-    lines = [f"{'':>2}  {'name':<12}{'year':<6}{'parameters':>11}  {'can':<19}idea, paper"]
+    """Return a table of the models with their years, sizes, tasks, ideas and papers."""
+    lines = [f"{'':>2}  {'name':<12}{'year':<6}{'parameters':>11}  {'tasks':<23}idea, paper"]
     for name, model in CHAPTERS.items():
-        can = "-"
-        if issubclass(model, LanguageModel):
-            can = "speak" + ", translate" * ("translation" in model.supported_tasks)
         size = count_parameters(build_on_meta(model))
+        tasks = ", ".join(model.supported_tasks)
         lines.append(
-            f"{model.chapter:>2}  {name:<12}{model.year:<6}{size:>11,}  {can:<19}{model.idea}"
+            f"{model.chapter:>2}  {name:<12}{model.year:<6}{size:>11,}  {tasks:<23}{model.idea}"
         )
-        lines.append(f"{'':>52}  {model.paper}")
+        lines.append(f"{'':>56}  {model.paper}")
     return "\n".join(lines)

@@ -1,19 +1,17 @@
-"""READ FIRST: the one interface that every model here is behind.
+"""READ FIRST: the interface that all models share.
 
-The dimension key. In this package every tensor argument and result carries the
-letters of its axes as a suffix, so that `logits_BTV` needs no comment:
+Every tensor argument and result in this package names its axes in a suffix: `logits_BTV` has the
+shape (B, T, V). The letters:
 
-    B  rows: independent sequences        H  heads
-    T  new tokens of each row             K  width of a head
-    S  positions attended to, of a source F  hidden width of a feed-forward block
-    D  width of the residual stream       L  layers
-    V  vocabulary                         E  experts
-                                          W  window
+    B  batch                                H  heads
+    T  new tokens of each sequence          K  width of a head
+    S  positions attended to, or source     F  hidden width of a feed-forward block
+    D  width of the residual stream         E  experts
+    V  vocabulary                           W  window
+    L  layers                               N  flattened batch, unless stated otherwise
 
-Everything that can be trained is a `Model`: it knows its own loss. A model that
-gives a next-token distribution is a `LanguageModel`: it is trained, measured,
-sampled and served by one code, whatever is inside. An `EncoderDecoder` is a
-`LanguageModel` in two parts: one network reads, one writes.
+A `Model` can be trained: it computes its own loss. A `LanguageModel` predicts the next token; one
+trainer, one evaluation, one sampler and one server work with all of them.
 """
 
 from collections.abc import Iterator
@@ -27,166 +25,156 @@ from torch.utils.checkpoint import checkpoint
 from gpt.kernels.cross_entropy import linear_cross_entropy
 
 State = dict[str, Tensor]
-"""What a language model remembers between calls. The first axis of every tensor is the row."""
+"""What a language model keeps of each sequence between calls. Axis 0 of every tensor is B."""
 
 MAX_LOGITS = 2**26
-"""Logits are made at most this many at a time in a loss: 256 MiB in float32."""
+"""Maximum number of logits that a loss computes at a time: 256 MiB in float32."""
 
 
 def batch_slice(state: State, start: int, stop: int) -> State:
-    """A view of rows [start, stop): what is written through it is written in `state`."""
+    """Return a view of the sequences [start, stop). Writing to the view writes to `state`."""
     return {name: tensor[start:stop] for name, tensor in state.items()}
 
 
-def copy_state(state: State, new: State) -> None:
-    """Let `state` hold what `new` does; one row of `new` goes to every row."""
+def copy_state(state: State, source: State) -> None:
+    """Copy `source` into `state`. A source with a batch of 1 is copied to every sequence."""
     for name, tensor in state.items():
-        tensor.copy_(new[name].expand_as(tensor))
+        tensor.copy_(source[name].expand_as(tensor))
 
 
 class ActivationMap(NamedTuple):
-    """One kind of choice inside a model, made visible: a map for each layer and head.
-
-    It carries what stands at its axes, so that whoever draws or serves it needs to know no model.
-    """
+    """Attention weights or gate activations of one kind, by layer and head, with axis labels."""
 
     name: str
-    """What is weighed: attention, alignment, forget gate, experts, …"""
+    """The kind: attention, alignment, forget gate, experts, …"""
     weights: Tensor
-    """weights_BLHTS: what the token at row T takes from column S; L and H are 1 where there is only one.
+    """weights_BLHTS: weight of column S for the token in row T; L and H are 1 where not applicable.
 
-    What stands at places of padding means nothing.
+    Values at padding are undefined.
     """
     rows: Tensor
-    """rows_BT, the token at each row of a map."""
+    """rows_BT: the token of each row."""
     columns: Tensor | str
-    """columns_BS, the token at each column; or what is counted there: "units", "experts"."""
+    """columns_BS, the token of each column, or the kind of column: "units" or "experts"."""
 
 
 class Model(nn.Module):
-    """Anything that can be trained: a constructor that is its configuration, and a loss."""
+    """A trainable model. The arguments of its constructor are its configuration."""
 
     chapter: ClassVar[int]
-    """Its rung on the ladder, 1 to 15."""
+    """Its chapter in docs/chapters.md, 1 to 15."""
     year: ClassVar[int]
     paper: ClassVar[str]
-    """Who described it first, and where."""
+    """Its first publication."""
     idea: ClassVar[str]
-    """What it adds to the rung before it, in a clause."""
+    """What it adds to the model of the chapter before, in a clause."""
     supported_tasks: ClassVar[tuple[str, ...]]
-    """The kinds of batches that it takes: numbers, choice (of two classes), classes, vectors, text, pairs."""
+    """Of regression, binary-classification, classification, word-vectors, text and translation."""
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The scalar to minimise, a mean over the batch."""
+        """Return the scalar to minimize, a mean over the batch."""
         raise NotImplementedError
 
-    def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (for those that need it)
-        """Floating-point operations to train on one token of a row of `length` tokens.
+    def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (used by subclasses)
+        """Return the floating-point operations to train on one token of a sequence of `length`.
 
-        Forward and backward: two and four for each weight of a matrix (Kaplan et al. 2020).
-        A model adds what it computes without weights.
+        Each weight of a matrix takes two in the forward and four in the backward pass (Kaplan et
+        al. 2020). Models with operations that involve no weights, such as attention, add those.
         """
         matrices = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
-        looked_up = sum(
+        embeddings = sum(
             module.weight.numel() for module in self.modules() if isinstance(module, nn.Embedding)
         )
-        return 6.0 * (matrices - looked_up)
+        return 6.0 * (matrices - embeddings)
 
 
 class LanguageModel(Model):
     """A model of the next token.
 
-    Some also translate: they give a `start` from a source sentence, and take pairs of
-    sentences for a batch. The others refuse both.
+    A subclass implements `init_state`, `features` and `activation_maps`, and creates
+    `self.unembedding` or overrides `logits`. Models that support the task "translation" also
+    implement `encode_source` and accept batches of sentence pairs.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: Tokens of a row that it is trained on at once.
+        context_length: Tokens of a training sequence.
     """
 
     supported_tasks: ClassVar[tuple[str, ...]] = ("text",)
+    supports_chunked_prefill: ClassVar[bool] = True
+    """Whether `features` may process a prompt in several chunks."""
 
     unembedding: nn.Linear
-    """From features to logits, in all models but those with `logits` of their own."""
+    """The projection from features to logits, unless a model overrides `logits`."""
     cache_dtype: torch.dtype | None = None
-    """What keys and values are kept in; the weights' own when None."""
+    """The dtype of cached keys and values. None: that of the weights."""
 
     def __init__(self, vocab_size: int, context_length: int) -> None:
         super().__init__()
         if vocab_size < 1 or context_length < 1:
             raise ValueError(
-                f"vocabulary and context must be at least 1, not {vocab_size} and {context_length}"
+                "vocab_size and context_length must be at least 1, "
+                f"not {vocab_size} and {context_length}"
             )
         self.vocab_size = vocab_size
         self.context_length = context_length
 
-    @property
-    def max_length(self) -> int | None:
-        """The most positions a row can hold, or None where a row can go on for ever."""
-        return None
-
-    @property
-    def max_scored_tokens(self) -> int:
-        """How many tokens at the end of a window it is trained to predict: evaluation scores no more at once."""
-        return self.context_length
-
-    supports_chunked_prefill: ClassVar[bool] = True
-    """Whether a prompt may be read as `features` of one part of it after the other."""
-
-    def init_state(self, rows: int, length: int) -> State:
-        """An empty state for `rows` rows of up to `length` tokens each."""
-        raise NotImplementedError
-
-    def prefix_view(self, state: State, length: int) -> State:  # noqa: ARG002 (for those that grow)
-        """A view of what `length` tokens fill of each row: all that `features` needs to see until then."""
-        return state
+    # Forward pass
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTD of each token, from it and those before it.
+        """Return features_BTD, the input of the unembedding, from each token and those before it.
 
-        With a state, continue from it and update it in place.
+        With a state, the new tokens continue its sequences, and it is updated in place.
         """
         raise NotImplementedError
 
-    def prefill(self, prompt_BT: Tensor, state: State) -> Tensor:
-        """features_BD of what follows a prompt, with which rows of an empty state begin.
-
-        `features` goes on from the state with the next token.
-        """
-        return self.features(prompt_BT, state)[:, -1]
-
-    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
-        """A state from which `features` writes the translation of each row's source.
-
-        The first token to feed is one that begins a translation; `search.translate` does it.
-
-        Args:
-            source_BS: Source sentences; what stands after a sentence's end does not matter.
-            lengths_B: Tokens of each sentence.
-        """
-        raise ValueError(self._no_translation_message)
-
-    def max_target_length(self, source: int) -> int | None:  # noqa: ARG002
-        """How many tokens can be fed after `start` on `source` tokens; None where there is no limit."""
-        return self.max_length
-
-    @property
-    def _no_translation_message(self) -> str:
-        return f"the model {type(self).__name__} does not translate: it takes text, not pairs"
-
     def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV: the unembedding. Any leading axes will do."""
+        """Return logits_BTV. Any number of leading axes is allowed."""
         return self.unembedding(features_BTD)
 
     def forward(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """logits_BTV of the token that follows each token."""
+        """Return logits_BTV of the token after each token."""
         return self.logits(self.features(tokens_BT, state))
 
-    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """What a batch is scored on: features_BTD, and the targets_BT to be predicted from them.
+    # State
 
-        A batch is text (tokens_BT, targets_BT) or, for a model that translates, pairs
-        (source_BS, lengths_B, tokens_BT, targets_BT), the sources as in `start`.
+    @property
+    def max_length(self) -> int | None:
+        """Maximum number of positions of a sequence; None for models without a limit."""
+        return None
+
+    def _check_length(self, length: int) -> None:
+        if self.max_length is not None and length > self.max_length:
+            raise ValueError(f"{length} tokens do not fit in the context of {self.max_length}")
+
+    def init_state(self, batch_size: int, length: int) -> State:
+        """Return an empty state for `batch_size` sequences of up to `length` tokens."""
+        raise NotImplementedError
+
+    def prefix_view(self, state: State, length: int) -> State:  # noqa: ARG002 (for KV caches)
+        """Return a view of the first `length` positions: enough for `features` up to there."""
+        return state
+
+    def prefill(self, prompt_BT: Tensor, state: State) -> Tensor:
+        """Process prompts from an empty state and return features_BD at their last token.
+
+        `features` continues from the state.
+        """
+        return self.features(prompt_BT, state)[:, -1]
+
+    # Loss
+
+    @property
+    def max_scored_tokens(self) -> int:
+        """The tokens at the end of a window that training scores, and so evaluation too."""
+        return self.context_length
+
+    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features_BTD and the targets_BT to predict from them.
+
+        Args:
+            batch: Text (tokens_BT, targets_BT) or, for models that translate, pairs
+                (source_BS, lengths_B, tokens_BT, targets_BT) with sources as in `encode_source`.
         """
         if len(batch) != 2:
             raise ValueError(self._no_translation_message)
@@ -194,64 +182,48 @@ class LanguageModel(Model):
         return self.features(tokens_BT), targets_BT
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """Mean cross-entropy in nats of a batch's targets (see `predictions`); a target of -100 does not count."""
+        """Return the mean cross-entropy of a batch in nats. Targets of -100 are ignored.
+
+        The batch is as in `features_and_targets`.
+        """
         return self.mean_nll(*self.features_and_targets(*batch))
 
     def stateful_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """The loss of text that goes on from a state, which is updated in place."""
+        """Return the loss of text that continues from a state, which is updated in place."""
         return self.mean_nll(self.features(tokens_BT, state), targets_BT)
 
+    def nll(self, *batch: Tensor) -> Tensor:
+        """Return nll_BT, the cross-entropy in nats of each target of a batch; 0 for -100."""
+        return self.token_nll(*self.features_and_targets(*batch))
+
     def mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """The mean cross-entropy in nats of the targets that count, from what precedes the logits."""
+        """Return the mean cross-entropy in nats. Targets of -100 are ignored."""
         if type(self).logits is LanguageModel.logits:
             total = linear_cross_entropy(
                 features_BTD.flatten(0, 1),
                 self.unembedding.weight,
                 self.unembedding.bias,
                 targets_BT.flatten(),
-                self._at_once,
+                self._loss_chunk_size,
             )
         else:
             total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 
-    def nll(self, *batch: Tensor) -> Tensor:
-        """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100."""
-        return self.token_nll(*self.features_and_targets(*batch))
-
     def token_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-        """nll_BT, from what precedes the logits."""
+        """Return nll_BT, the cross-entropy of each target in nats; 0 where it is -100."""
         chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
         return torch.cat(chunks).view_as(targets_BT)
 
-    @torch.no_grad()
-    def xray(self, *batch: Tensor) -> list[ActivationMap]:
-        """What the model listens to as it reads and writes a batch, without its targets.
-
-        The numbers are those that `predictions` computes with in evaluation mode, from a pass
-        of their own: the ordinary one keeps nothing and asks nothing.
-
-        Args:
-            batch: Text (tokens_BT) or, for a model that translates, pairs (source_BS,
-                lengths_B, tokens_BT).
-        """
-        if len(batch) != 1:
-            raise ValueError(self._no_translation_message)
-        return self.activation_maps(*batch)
-
-    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
-        """The X-ray of a text: what there is to see, by name."""
-        raise NotImplementedError
-
     @property
-    def _at_once(self) -> int:
-        """Positions whose logits are made at a time."""
+    def _loss_chunk_size(self) -> int:
+        """Positions whose logits a loss computes at a time."""
         return max(1, MAX_LOGITS // self.vocab_size)
 
     def _chunked_nll(
         self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
     ) -> Iterator[Tensor]:
-        """Cross-entropies over a few positions at a time, so that (B·T, V) logits never exist at once."""
+        """Yield cross-entropies in chunks, so that (B·T, V) logits never exist at once."""
 
         def nll(features_ND: Tensor, targets_N: Tensor) -> Tensor:
             logits_NV = self.logits(features_ND)
@@ -259,142 +231,54 @@ class LanguageModel(Model):
                 logits_NV = logits_NV.float()
             return F.cross_entropy(logits_NV, targets_N, reduction=reduction)
 
-        features_ND = features_BTD.flatten(0, 1)
-        targets_N = targets_BT.flatten()
-        size = self._at_once
+        features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
+        size = self._loss_chunk_size
         if len(targets_N) <= size:
             yield nll(features_ND, targets_N)
             return
-        for some_ND, some_N in zip(features_ND.split(size), targets_N.split(size), strict=True):
-            # Recomputed in the backward pass: keeping every chunk's logits would undo the chunking.
-            yield checkpoint(nll, some_ND, some_N, use_reentrant=False)
+        for chunk_ND, chunk_N in zip(features_ND.split(size), targets_N.split(size), strict=True):
+            # The backward pass recomputes the logits: storing all chunks would undo the chunking.
+            yield checkpoint(nll, chunk_ND, chunk_N, use_reentrant=False)
 
+    # Translation
 
-class EncoderDecoder(LanguageModel):
-    """One network reads a source, another writes what follows.
+    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
+        """Return a state from which `features` generates translations, after a decoder start token.
 
-    It speaks by reading the first half of a window and writing the second; what it writes
-    first is predicted from the last token read. `features` without a state, or from one of
-    `init_state`, is the decoder after an empty source.
+        Args:
+            source_BS: Source sentences, padded on the right with any tokens.
+            lengths_B: Length of each sentence in tokens.
 
-    A model gives `init_state`, `logits` and the two networks. In a state the tensors that
-    `encode` gives have room for a source of `context` tokens, and beyond it hold zeros.
-    """
-
-    supported_tasks: ClassVar[tuple[str, ...]] = ("text", "translation")
-    supports_chunked_prefill: ClassVar[bool] = False
-
-    def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """All that the decoder has of a source: part of a state, each tensor cut to the source's length.
-
-        A length of 0 gives what `init_state` gives.
+        Raises:
+            ValueError: If the model does not translate.
         """
-        raise NotImplementedError
+        raise ValueError(self._no_translation_message)
 
-    def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
-        """features_BTD of the tokens written so far.
-
-        With a state, of which `encoded` is then a part, continue from it and update it in place.
-        """
-        raise NotImplementedError
-
-    def pair_activation_maps(
-        self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
-    ) -> list[ActivationMap]:
-        """The X-ray of a source being read and tokens being written, by name."""
-        raise NotImplementedError
+    def max_target_length(self, source_length: int) -> int | None:  # noqa: ARG002
+        """Return how many tokens may follow a source of `source_length`; None for no limit."""
+        return self.max_length
 
     @property
-    def max_scored_tokens(self) -> int:
-        """The half that it writes."""
-        return max(1, self.context_length // 2)
+    def _no_translation_message(self) -> str:
+        return f"the model {type(self).__name__} does not translate: it takes text, not pairs"
 
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTD; without a state, after an empty source."""
-        if state is not None:
-            return self.decode(tokens_BT, state, state)
-        rows = len(tokens_BT)
-        return self.decode(
-            tokens_BT, self.encode(tokens_BT.new_zeros(rows, 1), tokens_BT.new_zeros(rows))
-        )
-
-    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """A state from which `features` writes the translation of each row's source."""
-        empty = self.init_state(len(source_BS), self.context_length)
-        return empty | self.encode(source_BS, lengths_B)
-
-    def prefill(self, prompt_BT: Tensor, state: State) -> Tensor:
-        """features_BD of what follows a prompt: its last `context` tokens are the source."""
-        source_BS = prompt_BT[:, -self.context_length :]
-        for name, tensor in self.encode(source_BS, _whole(source_BS)).items():
-            state[name][tuple(slice(size) for size in tensor.shape)] = tensor
-        return self.features(prompt_BT[:, -1:], state)[:, -1]
-
-    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """features_BTD and targets_BT of pairs, or of the second halves of windows of text.
-
-        In training half of the windows lose a part of their beginning, so that short
-        prompts are met too.
-        """
-        if len(batch) == 2:
-            batch = _halves(*batch)
-            if self.training:
-                batch = (*_shorten(batch[0]), *batch[2:])
-        source_BS, lengths_B, tokens_BT, targets_BT = batch
-        return self.decode(tokens_BT, self.encode(source_BS, lengths_B)), targets_BT
-
-    def nll(self, *batch: Tensor) -> Tensor:
-        """nll_BT: the cross-entropy in nats of each target of a batch, 0 where it is -100.
-
-        In text, targets of the first half have a value too: predicted after reading the
-        first token alone. What is to be compared stands in the last `scorable` places.
-        """
-        if len(batch) != 2:
-            return super().nll(*batch)
-        tokens_BT, targets_BT = batch
-        late_BT = super().nll(*_halves(tokens_BT, targets_BT))
-        early = tokens_BT.shape[1] - late_BT.shape[1]
-        tokens_BT, targets_BT = tokens_BT[:, :early], targets_BT[:, :early]
-        if not (targets_BT != -100).any():
-            return torch.cat([late_BT.new_zeros(tokens_BT.shape), late_BT], dim=1)
-        first_B1 = tokens_BT[:, :1]
-        early_BT = super().nll(first_B1, _whole(first_B1), tokens_BT, targets_BT)
-        return torch.cat([early_BT, late_BT], dim=1)
+    # Visualization
 
     @torch.no_grad()
     def xray(self, *batch: Tensor) -> list[ActivationMap]:
-        """What it listens to in pairs; of text the first half is read and the second written."""
-        if len(batch) == 1:
-            batch = _halves(batch[0], batch[0])[:3]
-        return self.pair_activation_maps(*batch)
+        """Return attention weights, alignments or gate activations for a batch without targets.
 
-    def flops_per_token(self, length: int) -> float:
-        """Each token of a window goes through one of the two networks: half of the weights each."""
-        return super().flops_per_token(length) / 2
+        They come from a separate forward pass, which computes what `features_and_targets`
+        computes in evaluation mode, so that the usual pass does not have to store them.
 
+        Args:
+            batch: Text (tokens_BT) or, for models that translate, pairs (source_BS, lengths_B,
+                tokens_BT).
+        """
+        if len(batch) != 1:
+            raise ValueError(self._no_translation_message)
+        return self.activation_maps(*batch)
 
-def _whole(source_BS: Tensor) -> Tensor:
-    """lengths_B of a source without padding."""
-    return source_BS.new_full((len(source_BS),), source_BS.shape[1])
-
-
-def _halves(tokens_BT: Tensor, targets_BT: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A window of text as a pair: the last half of the targets is written.
-
-    The source ends with the token that is fed first: the target after it is the first
-    that the source does not show.
-    """
-    length = tokens_BT.shape[1]
-    read = length - max(1, length // 2)
-    source_BS = tokens_BT[:, : read + 1]
-    return source_BS, _whole(source_BS), tokens_BT[:, read:], targets_BT[:, read:]
-
-
-def _shorten(source_BS: Tensor) -> tuple[Tensor, Tensor]:
-    """source_BS and lengths_B, with a random part of the left end gone from a random half of the rows."""
-    rows, length = source_BS.shape
-    share_B, which_B = torch.rand(2, rows, device=source_BS.device)
-    gone_B = (share_B * length).long() * (which_B < 0.5)
-    places_S = torch.arange(length, device=source_BS.device)
-    places_BS = (places_S + gone_B.unsqueeze(1)).clamp(max=length - 1)
-    return source_BS.gather(1, places_BS), length - gone_B
+    def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
+        """Return the activation maps of a text."""
+        raise NotImplementedError

@@ -1,20 +1,20 @@
-"""The decoder alone: keep only the half that writes, and predict the next token (Radford et al. 2018).
+"""The decoder-only transformer, which predicts the next token (Radford et al. 2018).
 
     x      = embedding(tokens)
-    x      = x + attention(norm(x))              in every block: look back and mix,
-    x      = x + mlp(norm(x))                    then think about each token alone
+    x      = x + attention(norm(x))              each block: gather from earlier tokens,
+    x      = x + mlp(norm(x))                    then transform each token by itself
     logits = unembedding(norm(x))
 
-One pass over a text trains the prediction of every one of its tokens. What it mends in the
-encoder-decoder Transformer: one stack of blocks, and every text is training data. A pair of
-sentences is one more text: the source, then the target, which alone is scored. What it
-leaves broken: a token costs the more the longer the text before it, and no further than
-the context does it look.
+One forward pass over a text trains the prediction of every token in it. Compared with the
+encoder-decoder Transformer there is one stack of blocks instead of two, and any text is training
+data. A sentence pair is concatenated into one text, source before target, and only the target is
+scored. Limitations: the cost of a token grows with the tokens before it, and attention reaches back
+no further than the context length.
 
-`GPT2` (2019) has learned positions, LayerNorm, GELU and biases: weight for weight OpenAI's.
-`GPT` is today's block: RMSNorm (Zhang & Sennrich 2019) before each branch, rotary positions
-and normalised queries and keys (see `attention`), SwiGLU (Shazeer 2020), no biases; the
-Qwen3 architecture (2025) can express it weight for weight.
+`GPT2` (2019) has learned positions, LayerNorm, GELU and biases; OpenAI's weights fit it.
+`GPT` is a modern decoder: RMSNorm (Zhang & Sennrich 2019) before each branch, rotary positions
+and normalized queries and keys (see `attention`), SwiGLU (Shazeer 2020), no biases. Without
+n-grams, the Qwen3 architecture (2025) can express it weight for weight.
 """
 
 from collections.abc import Callable, Iterable
@@ -40,7 +40,7 @@ from gpt.models.transformer import FeedForward
 
 
 class SwiGLU(nn.Module):
-    """A gated feed-forward block: down(silu(gate(x)) * up(x))."""
+    """A gated feed-forward layer: down(silu(gate(x)) * up(x))."""
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class SwiGLU(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the feed-forward block, each added to what came in."""
+    """One layer: attention, then a feed-forward layer, each pre-normed and with a residual."""
 
     def __init__(
         self,
@@ -69,24 +69,24 @@ class Block(nn.Module):
         self.mlp_norm, self.mlp = mlp_norm, mlp
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x_BTD: Tensor, places: Positions, cache: KVCache | None) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
         """x_BTD -> x_BTD."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), places, cache))
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), positions, cache))
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
 
 class DecoderOnly(LanguageModel):
-    """What every GPT shares; a model brings its blocks, its last norm and its kind of positions.
+    """The base class of GPT models. A subclass provides blocks, final norm and kind of positions.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: The most tokens it can look back on, S.
+        context_length: Maximum number of tokens of a sequence, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
-        block: Makes one block.
-        norm: What the unembedding's input goes through.
-        tied: Use the embedding as the unembedding too.
+        block: Creates a block.
+        norm: The norm before the unembedding.
+        tied: Whether the embedding is also the unembedding.
         dropout: Share of the embedding that training drops.
     """
 
@@ -115,123 +115,129 @@ class DecoderOnly(LanguageModel):
         if tied:
             self.unembedding.weight = self.embedding.weight
 
+    # Forward pass
+
+    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
+        """Return features_BTD. With a state, the new tokens follow those in it."""
+        length = tokens_BT.shape[1]
+        self._check_length(length)
+        positions = self.positions(tokens_BT, state)
+        x_BTD = self.dropout(self.embed(tokens_BT, positions, state))
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, positions, None if state is None else KVCache(state, layer))
+        if state is not None:
+            state["position"] += length
+        return self.norm(x_BTD)
+
     def positions(self, tokens_BT: Tensor, state: State | None) -> Positions:
-        """Where the tokens stand, as the model's attention wants to know it."""
+        """Return the positions of the new tokens, shared by all blocks."""
         return Positions(tokens_BT, state)
 
-    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:  # noqa: ARG002 (for those that need it)
-        """x_BTD, what the first block sees."""
+    def embed(self, tokens_BT: Tensor, positions: Positions, state: State | None) -> Tensor:  # noqa: ARG002 (used by subclasses)
+        """Return x_BTD, the input of the first block."""
         return self.embedding(tokens_BT)
 
-    @property
-    def max_length(self) -> int:
-        """Positions and the training end at the context."""
-        return self.context_length
-
-    def max_target_length(self, source: int) -> int:
-        """What the source leaves of the context."""
-        return self.context_length - source
-
     def flops_per_token(self, length: int) -> float:
-        """Adds the attention's scores and averages: 12 L D T (Chowdhery et al. 2022)."""
+        """Add attention, 12 L D T (Chowdhery et al. 2022), and a tied unembedding."""
         tied = self.unembedding.weight is self.embedding.weight
         unembedding = 6.0 * self.embedding.weight.numel() if tied else 0.0
         return (
             super().flops_per_token(length) + unembedding + 12.0 * self.depth * self.width * length
         )
 
-    def init_state(self, rows: int, length: int) -> State:
-        """position_B, keys_BLHSK and values_BLHSK, on the device of the weights."""
+    # State
+
+    @property
+    def max_length(self) -> int:
+        """The context length: no position after it was trained."""
+        return self.context_length
+
+    def init_state(self, batch_size: int, length: int) -> State:
+        """Return position_B and an empty KV cache, keys_BLHSK and values_BLHSK."""
         weight, length = self.embedding.weight, min(length, self.context_length)
-        return init_cache(weight, rows, self.depth, self.heads, length, self.cache_dtype)
+        return init_cache(weight, batch_size, self.depth, self.heads, length, self.cache_dtype)
 
     def prefix_view(self, state: State, length: int) -> State:
-        """Its first `length` positions."""
+        """Return a view of the first `length` positions."""
         return state | cache_prefix(state, length)
 
-    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """A state in which each row has its source for a prefix.
+    # Translation
 
-        What follows is written over the padding before anything looks there.
+    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """Return features_BTD and targets_BT. Pairs are concatenated; only targets are scored."""
+        if len(batch) == 2:
+            return super().features_and_targets(*batch)
+        source_BS, lengths_B, tokens_BT, targets_BT = batch
+        features_BND = self.features(concatenate_pairs(source_BS, lengths_B, tokens_BT))
+        target_positions_T = torch.arange(tokens_BT.shape[1], device=source_BS.device)
+        batch_B1 = torch.arange(len(source_BS), device=source_BS.device).unsqueeze(1)
+        return features_BND[batch_B1, lengths_B.unsqueeze(1) + target_positions_T], targets_BT
+
+    def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:
+        """Return a state with each source as the prefix of its sequence.
+
+        Padding is overwritten by the tokens that follow, before any of them attends to it.
         """
         state = self.init_state(len(source_BS), self.context_length)
         self.features(source_BS, self.prefix_view(state, source_BS.shape[1]))
         state["position"].copy_(lengths_B)
         return state
 
-    def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
-        """features_BTD and targets_BT; of pairs, the target's part of one text: source, then target."""
-        if len(batch) == 2:
-            return super().features_and_targets(*batch)
-        source_BS, lengths_B, tokens_BT, targets_BT = batch
-        features_BND = self.features(one_text(source_BS, lengths_B, tokens_BT))
-        places_T = torch.arange(tokens_BT.shape[1], device=source_BS.device)
-        rows_B1 = torch.arange(len(source_BS), device=source_BS.device).unsqueeze(1)
-        return features_BND[rows_B1, lengths_B.unsqueeze(1) + places_T], targets_BT
+    def max_target_length(self, source_length: int) -> int:
+        """Return what the source leaves of the context length."""
+        return self.context_length - source_length
+
+    # Visualization
 
     @torch.no_grad()
     def xray(self, *batch: Tensor) -> list[ActivationMap]:
-        """What it listens to in text; a pair is one text: source, then target."""
+        """Return the attention weights of a text. A pair is concatenated into one text."""
         if len(batch) == 3:
-            batch = (one_text(*batch),)
+            batch = (concatenate_pairs(*batch),)
         return super().xray(*batch)
 
     def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
-        """`attention`, by layer and head: rows sum to one, exactly zero above the diagonal."""
-        self._check(tokens_BT.shape[1])
-        places = self.positions(tokens_BT, None)
-        x_BTD = self.embed(tokens_BT, places, None)
-        maps = []
+        """Return `attention`, by layer and head. Rows sum to one; the future is exactly zero."""
+        self._check_length(tokens_BT.shape[1])
+        positions = self.positions(tokens_BT, None)
+        x_BTD = self.embed(tokens_BT, positions, None)
+        weights_BHTS = []
         for block in cast(Iterable[Block], self.blocks):
-            maps.append(block.attention.attention_weights(block.attention_norm(x_BTD), places))
-            x_BTD = block(x_BTD, places, None)
-        return [ActivationMap("attention", torch.stack(maps, dim=1), tokens_BT, tokens_BT)]
-
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTD; with a state, the new tokens follow those already in it."""
-        length = tokens_BT.shape[1]
-        self._check(length)
-        places = self.positions(tokens_BT, state)
-        x_BTD = self.dropout(self.embed(tokens_BT, places, state))
-        for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, places, None if state is None else KVCache(state, layer))
-        if state is not None:
-            state["position"] += length
-        return self.norm(x_BTD)
-
-    def _check(self, length: int) -> None:
-        if length > self.context_length:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context_length}")
+            normed_BTD = block.attention_norm(x_BTD)
+            weights_BHTS.append(block.attention.attention_weights(normed_BTD, positions))
+            x_BTD = block(x_BTD, positions, None)
+        return [ActivationMap("attention", torch.stack(weights_BHTS, dim=1), tokens_BT, tokens_BT)]
 
 
-def one_text(source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor) -> Tensor:
-    """tokens_BN, N = S + T: each row's target moves up to its source's end, the padding goes behind both."""
-    source, length = source_BS.shape[1], tokens_BT.shape[1]
-    places_N = torch.arange(source + length, device=source_BS.device)
-    after_BN = (places_N - lengths_B.unsqueeze(1)).clamp(max=length - 1)
-    from_BN = torch.where(after_BN < 0, places_N, source + after_BN)
-    return torch.cat([source_BS, tokens_BT], dim=1).gather(1, from_BN)
+def concatenate_pairs(source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor) -> Tensor:
+    """Return tokens_BN, N = S + T: each source, its target, then the padding of both."""
+    source_length, target_length = source_BS.shape[1], tokens_BT.shape[1]
+    positions_N = torch.arange(source_length + target_length, device=source_BS.device)
+    target_positions_BN = (positions_N - lengths_B.unsqueeze(1)).clamp(max=target_length - 1)
+    indices_BN = torch.where(
+        target_positions_BN < 0, positions_N, source_length + target_positions_BN
+    )
+    return torch.cat([source_BS, tokens_BT], dim=1).gather(1, indices_BN)
 
 
 class GPT2(DecoderOnly):
-    """GPT-2, the unembedding tied to the embedding.
+    """GPT-2. The embedding is also the unembedding.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: The most tokens it can look back on, S.
+        context_length: Maximum number of tokens of a sequence, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
-        hidden: Width inside the feed-forward block, F; 0 means 4 times the width.
-        dropout: Share of the embedding, the attention weights and each branch's output that
-            training drops; OpenAI's is 0.1.
-        bias: Whether norms and linear maps add one; OpenAI's do, and without they are a little faster.
+        hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
+        dropout: Share of embedding, attention weights and branch outputs dropped; OpenAI's is 0.1.
+        bias: Whether norms and linear layers have biases; OpenAI's do. Without is a little faster.
     """
 
     chapter = 14
     year = 2019
     paper = "Radford et al., Language Models are Unsupervised Multitask Learners"
-    idea = "keep only the decoder"
+    idea = "only the decoder"
 
     def __init__(
         self,
@@ -272,77 +278,76 @@ class GPT2(DecoderOnly):
         self._init_weights()
 
     def _init_weights(self) -> None:
-        """OpenAI's: all small, and the smaller what is added to the stream the more often it is."""
+        """Initialize as OpenAI does: smaller for the 2 L projections into the residual stream."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
         for block in cast(Iterable[Block], self.blocks):
-            for matrix in (block.attention.output, block.mlp.down):
-                nn.init.normal_(matrix.weight, std=0.02 / (2 * self.depth) ** 0.5)
+            for projection in (block.attention.output, block.mlp.down):
+                nn.init.normal_(projection.weight, std=0.02 / (2 * self.depth) ** 0.5)
 
-    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:  # noqa: ARG002
-        """x_BTD: a vector for what the token is, plus one for where it stands."""
-        return self.embedding(tokens_BT) + self.position(places.positions_BT)
+    def embed(self, tokens_BT: Tensor, positions: Positions, state: State | None) -> Tensor:  # noqa: ARG002
+        """Return x_BTD: token embedding plus position embedding."""
+        return self.embedding(tokens_BT) + self.position(positions.positions_BT)
 
 
 class NGrams(nn.Module):
-    """A vector for the last two tokens together, and one for the last three (Pagnoni et al. 2024).
+    """Embeddings of the last two and of the last three tokens (Pagnoni et al. 2024).
 
-    What stands close by is most of what there is to know about the next character: looked up, not
-    computed, it costs next to nothing. N-grams are numbered and share the rows of a table modulo
-    its size. What is before the first token counts as token 0.
+    Nearby tokens predict most of the next one, above all of the next character; a lookup costs
+    almost nothing. N-grams are numbered and hashed into the table modulo its size. Positions before
+    the first count as token 0.
 
     Args:
         vocab_size: Number of token ids, V.
-        rows: Rows of each of the two tables.
-        width: Width of a vector, D.
+        table_size: Rows of each of the two tables, at most.
+        width: Width of an embedding, D.
     """
 
-    def __init__(self, vocab_size: int, rows: int, width: int) -> None:
+    def __init__(self, vocab_size: int, table_size: int, width: int) -> None:
         super().__init__()
-        self.vocabulary = vocab_size
-        self.pairs = nn.Embedding(min(rows, vocab_size**2), width)
-        self.triples = nn.Embedding(min(rows, vocab_size**3), width)
+        self.vocab_size = vocab_size
+        self.bigrams = nn.Embedding(min(table_size, vocab_size**2), width)
+        self.trigrams = nn.Embedding(min(table_size, vocab_size**3), width)
 
-    def forward(self, seen_BS: Tensor, places: Positions) -> Tensor:
-        """x_BTD of the tokens in their places; seen_BS are those from the first position on."""
-        positions_BT = places.positions_BT
+    def forward(self, sequence_BS: Tensor, positions: Positions) -> Tensor:
+        """Return x_BTD of the tokens at `positions`, from the sequence up to there."""
+        positions_BT = positions.positions_BT
 
-        def back(distance: int) -> Tensor:
-            """tokens_BT so many places before each."""
-            there_BT = (positions_BT - distance).clamp(min=0).expand(seen_BS.shape[0], -1)
-            return seen_BS.gather(1, there_BT) * (positions_BT >= distance)
+        def previous(distance: int) -> Tensor:
+            """Return tokens_BT, each that many positions before; 0 before the first."""
+            indices_BT = (positions_BT - distance).clamp(min=0).expand(sequence_BS.shape[0], -1)
+            return sequence_BS.gather(1, indices_BT) * (positions_BT >= distance)
 
-        pairs_BT = back(1) * self.vocabulary + back(0)
-        triples_BT = back(2) * self.vocabulary**2 + pairs_BT
-        return self.pairs(pairs_BT % len(self.pairs.weight)) + self.triples(
-            triples_BT % len(self.triples.weight)
+        bigrams_BT = previous(1) * self.vocab_size + previous(0)
+        trigrams_BT = previous(2) * self.vocab_size**2 + bigrams_BT
+        return self.bigrams(bigrams_BT % len(self.bigrams.weight)) + self.trigrams(
+            trigrams_BT % len(self.trigrams.weight)
         )
 
 
 class GPT(DecoderOnly):
-    """Today's decoder-only transformer.
+    """A modern decoder-only transformer.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: The most tokens it can look back on, S.
+        context_length: Maximum number of tokens of a sequence, S.
         width: Width of the residual stream, D.
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
-        hidden: Width inside the feed-forward block, F; 0 means 8/3 of the width, rounded to 64.
-        tied: Use the embedding as the unembedding too.
-        dropout: Share of each branch's output that training drops.
-        rotary_base: Base of the rotary angles: larger sees farther.
-        ngrams: Rows of a table of pairs of tokens and of one of triples, which are added to the
-            embedding; 0 for neither. Learns a small vocabulary much sooner; no other tool knows it.
+        hidden: Width of the feed-forward layers, F; 0 means 8/3 of the width, rounded to 64.
+        tied: Whether the embedding is also the unembedding.
+        dropout: Share of the embedding and of branch outputs that training drops.
+        rotary_base: Base of the rotary angles; a larger one suits longer contexts.
+        ngrams: Rows of the n-gram tables; 0 for none. Speeds up small vocabularies; not in Qwen3.
     """
 
     chapter = 15
     year = 2025
     paper = "Yang et al., Qwen3 Technical Report; its parts in 2019-2021"
-    idea = "today's block"
+    idea = "a modern block: RMSNorm, rotary positions, SwiGLU"
 
     def __init__(
         self,
@@ -392,7 +397,7 @@ class GPT(DecoderOnly):
         self._init_weights(tied)
 
     def _init_weights(self, tied: bool) -> None:
-        """Every matrix keeps the size of what goes through it; every branch starts at zero."""
+        """Initialize matrices to preserve the scale of their inputs, and all branches to zero."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -400,36 +405,36 @@ class GPT(DecoderOnly):
             nn.init.zeros_(block.attention.output.weight)
             nn.init.zeros_(block.mlp.down.weight)
         if self.ngrams:
-            nn.init.zeros_(self.ngrams.pairs.weight)
-            nn.init.zeros_(self.ngrams.triples.weight)
+            nn.init.zeros_(self.ngrams.bigrams.weight)
+            nn.init.zeros_(self.ngrams.trigrams.weight)
         if not tied:
             nn.init.zeros_(self.unembedding.weight)
-            # Between 0.1 and 1 by trial: small enough to be learned away, large enough to tell apart.
+            # Tried 0.1 to 1: small enough to be overwritten, large enough to tell tokens apart.
             nn.init.normal_(self.embedding.weight, std=0.3)
 
     def positions(self, tokens_BT: Tensor, state: State | None) -> Positions:
-        """With the turns of the positions."""
+        """Return the positions of the new tokens with their rotary angles."""
         return Positions(tokens_BT, state, (self.cos_SK, self.sin_SK))
 
-    def init_state(self, rows: int, length: int) -> State:
-        """With n-grams also tokens_BS, to look back on."""
-        state = super().init_state(rows, length)
+    def embed(self, tokens_BT: Tensor, positions: Positions, state: State | None) -> Tensor:
+        """Return x_BTD: token embedding plus n-gram embeddings."""
+        x_BTD = self.embedding(tokens_BT)
         if self.ngrams:
-            state["tokens"] = state["position"].new_zeros(rows, state["keys"].shape[3])
+            sequence_BS = tokens_BT
+            if state is not None:
+                sequence_BS = state["tokens"]
+                sequence_BS[positions.rows_B1, positions.positions_BT] = tokens_BT
+            x_BTD = x_BTD + self.ngrams(sequence_BS, positions)
+        return x_BTD
+
+    def init_state(self, batch_size: int, length: int) -> State:
+        """Return position_B and an empty KV cache, and tokens_BS for n-grams."""
+        state = super().init_state(batch_size, length)
+        if self.ngrams:
+            state["tokens"] = state["position"].new_zeros(batch_size, state["keys"].shape[3])
         return state
 
     def prefix_view(self, state: State, length: int) -> State:
-        """Its first `length` positions."""
-        part = super().prefix_view(state, length)
-        return part | {"tokens": state["tokens"][:, :length]} if self.ngrams else part
-
-    def embed(self, tokens_BT: Tensor, places: Positions, state: State | None) -> Tensor:
-        """x_BTD: a vector for what the token is, and for what it is with those before it."""
-        x_BTD = self.embedding(tokens_BT)
-        if self.ngrams:
-            seen_BS = tokens_BT
-            if state is not None:
-                seen_BS = state["tokens"]
-                seen_BS[places.rows_B1, places.positions_BT] = tokens_BT
-            x_BTD = x_BTD + self.ngrams(seen_BS, places)
-        return x_BTD
+        """Return a view of the first `length` positions."""
+        prefix = super().prefix_view(state, length)
+        return prefix | {"tokens": state["tokens"][:, :length]} if self.ngrams else prefix

@@ -1,17 +1,17 @@
-"""Chapters 5 and 6: layers that bend, and gates that choose among experts.
+"""Chapters 5 and 6: layers with nonlinear activations, and gated experts.
 
     5 mlp       a' = f(W a + b), layer on layer           Rumelhart, Hinton & Williams 1986
     6 experts   y = sum_i f(u)_i softmax(g(v))_i          Jacobs, Jordan, Nowlan & Hinton 1991
 
-The models of `linear` bend only where we say. A layer whose every unit is squashed learns
-where: three ReLUs make up to three kinks, enough of them any curve. Backpropagation finds the
-blame of each weight, from the last layer to the first. Such a network spreads what it knows over
-all its units, and is lost beyond its data. Experts behind gates part the two questions, what
-holds and when: a product switches an expert off as no sum can, and each law stays whole.
+The models of `linear` bend only where we choose. A layer with a nonlinear activation learns where:
+three ReLUs make up to three kinks, and enough of them fit any curve. Backpropagation computes the
+gradient of each weight, from the last layer to the first. Such a network spreads what it learns
+over all its units and does not extrapolate. Gated experts separate two questions, which law holds
+and when: multiplying by a gate switches an expert off, as no sum can, and leaves its law intact.
 
-Beside each stands a language model over a window of embeddings (Bengio, Ducharme, Vincent &
-Jauvin 2003). Both see the last W tokens, each place with weights of its own: a longer memory
-costs more weights. The recurrent networks mend that.
+Each has a language model over a window of embeddings (Bengio, Ducharme, Vincent & Jauvin 2003). It
+has separate weights for each of the last W tokens, so a longer window costs more weights. The
+recurrent networks avoid that.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,11 +23,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.base import ActivationMap, Model, State
-from gpt.models.linear import Windowed, softmax, squared_error
+from gpt.models.linear import WindowLM, softmax, squared_error
 
 
 def step(x: Tensor) -> Tensor:
-    """1 where x is above 0, else 0. Flat, so no blame goes through it: what is below stays as it is."""
+    """Return 1 where x > 0, else 0. Its gradient is 0, so the layers below it are not trained."""
     return (x > 0).to(x.dtype)
 
 
@@ -43,11 +43,11 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Layers(nn.Module):
-    """a' = f(W a + b), layer on layer.
+    """Fully connected layers: a' = f(W a + b), one after the other.
 
     Args:
-        widths: Of the input, and of each layer's output.
-        activation: The name of f, one of ACTIVATIONS.
+        widths: Width of the input, then of each layer's output.
+        activation: The name of f in ACTIVATIONS.
     """
 
     def __init__(self, widths: Sequence[int], activation: Activation) -> None:
@@ -58,23 +58,23 @@ class Layers(nn.Module):
             raise ValueError(
                 f"there is no activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
             )
-        self.bend = ACTIVATIONS[activation]
+        self.activation = ACTIVATIONS[activation]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
 
     def forward(self, a_BF: Tensor) -> Tensor:
-        """a_BF of the last layer. Any leading axes will do."""
+        """Return a_BF of the last layer. Any number of leading axes is allowed."""
         for layer in self.layers:
-            a_BF = self.bend(layer(a_BF))
+            a_BF = self.activation(layer(a_BF))
         return a_BF
 
 
 class MLP(Model):
-    """A multilayer perceptron: hidden layers that bend, and a line on top.
+    """A multilayer perceptron: hidden layers with a nonlinear activation, then a linear output.
 
     Args:
-        inputs: Numbers in a row, D.
+        inputs: Numbers per example, D.
         hidden: Units of each hidden layer.
-        activation: What bends them: step, sigmoid, tanh, relu; or none.
+        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
     """
 
     chapter: ClassVar[int] = 5
@@ -82,7 +82,7 @@ class MLP(Model):
     paper: ClassVar[str] = (
         "Rumelhart, Hinton & Williams, Learning Representations by Back-Propagating Errors"
     )
-    idea: ClassVar[str] = "stack it; bend it"
+    idea: ClassVar[str] = "layers with nonlinear activations"
     supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
@@ -93,11 +93,11 @@ class MLP(Model):
         self.output = nn.Linear([inputs, *hidden][-1], 1)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """y_B."""
+        """Return y_B."""
         return self.output(self.hidden(x_BD)).squeeze(-1)
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The mean squared error of y_B given x_BD."""
+        """Return the mean squared error of y_B given x_BD."""
         x_BD, y_B = batch
         return squared_error(self(x_BD), y_B)
 
@@ -105,7 +105,7 @@ class MLP(Model):
 def backpropagate(
     weights_L: Tensor, biases_L: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of a chain of L layers of one sigmoid neuron each, by hand.
+    """Compute the gradients of a chain of L layers of one sigmoid neuron each by hand.
 
         z_l = w_l a_(l-1) + b_l,   a_l = sigmoid(z_l),   a_0 = x,   C = (a_L - y)^2
 
@@ -115,24 +115,26 @@ def backpropagate(
     for weight, bias in zip(weights_L, biases_L, strict=True):
         activations.append(torch.sigmoid(weight * activations[-1] + bias))
     weight_gradients_L, bias_gradients_L = torch.empty_like(weights_L), torch.empty_like(biases_L)
-    blame = 2 * (activations[-1] - y)  # dC/da of the last layer
+    gradient = 2 * (activations[-1] - y)  # dC/da of the last layer
     for layer in reversed(range(len(weights_L))):
         a = activations[layer + 1]
-        blame = blame * a * (1 - a)  # dC/dz: sigmoid' = a (1 - a)
-        weight_gradients_L[layer] = blame * activations[layer]
-        bias_gradients_L[layer] = blame
-        blame = blame * weights_L[layer]  # dC/da of the layer below
+        gradient = gradient * a * (1 - a)  # dC/dz: sigmoid' = a (1 - a)
+        weight_gradients_L[layer] = gradient * activations[layer]
+        bias_gradients_L[layer] = gradient
+        gradient = gradient * weights_L[layer]  # dC/da of the layer below
     return (activations[-1] - y) ** 2, weight_gradients_L, bias_gradients_L
 
 
-class Gated(nn.Module):
-    """The attention layer in its simplest form: y = sum_i f(u)_i softmax(g(v))_i, f and g linear.
+class GatedExperts(nn.Module):
+    """A mixture of experts: y = sum_i f(u)_i softmax(g(v))_i, f and g linear.
+
+    It is attention in its simplest form: a weighted average whose weights are computed.
 
     Args:
-        u: Width of what the experts see.
-        v: Width of what the gates see.
+        u: Width of the experts' input.
+        v: Width of the gates' input.
         experts: Number of experts, E.
-        outputs: Width of what each expert says, D.
+        outputs: Width of an expert's output, D.
     """
 
     def __init__(self, u: int, v: int, experts: int, outputs: int) -> None:
@@ -142,25 +144,25 @@ class Gated(nn.Module):
         self.experts = nn.Linear(u, experts * outputs)
         self.gates = nn.Linear(v, experts)
 
-    def weights(self, v_BF: Tensor) -> Tensor:
-        """gates_BE: how much each expert is listened to. Any leading axes will do."""
+    def gate_weights(self, v_BF: Tensor) -> Tensor:
+        """Return gates_BE, the weight of each expert. Any number of leading axes is allowed."""
         return softmax(self.gates(v_BF))
 
     def forward(self, u_BF: Tensor, v_BF: Tensor) -> Tensor:
-        """y_BD. Any leading axes will do."""
-        gates_BE = self.weights(v_BF)
-        said_BED = self.experts(u_BF).unflatten(-1, (gates_BE.shape[-1], -1))
-        return (gates_BE.unsqueeze(-2) @ said_BED).squeeze(-2)
+        """Return y_BD. Any number of leading axes is allowed."""
+        gates_BE = self.gate_weights(v_BF)
+        outputs_BED = self.experts(u_BF).unflatten(-1, (gates_BE.shape[-1], -1))
+        return (gates_BE.unsqueeze(-2) @ outputs_BED).squeeze(-2)
 
 
 class Experts(Model):
-    """Softmax gates choose among lines: y = sum_i f(u)_i softmax(g(v))_i.
+    """Linear experts, averaged by softmax gates: y = sum_i f(u)_i softmax(g(v))_i.
 
     Args:
-        inputs: Numbers in a row, D.
+        inputs: Numbers per example, D.
         experts: Number of experts, E.
-        u: Places of the inputs that the experts see, counted from 0; all when not given.
-        v: Places of the inputs that the gates see; all when not given.
+        u: Indices of the inputs that the experts see, counted from 0; all by default.
+        v: Indices of the inputs that the gates see; all by default.
     """
 
     chapter: ClassVar[int] = 6
@@ -179,41 +181,41 @@ class Experts(Model):
         super().__init__()
         self.u = list(range(inputs)) if u is None else list(u)
         self.v = list(range(inputs)) if v is None else list(v)
-        if not (self.u and self.v) or not all(0 <= place < inputs for place in (*self.u, *self.v)):
+        if not (self.u and self.v) or not all(0 <= i < inputs for i in (*self.u, *self.v)):
             raise ValueError(
-                f"u and v must be places of the {inputs} inputs, counted from 0, "
+                f"u and v must be indices of the {inputs} inputs, counted from 0, "
                 f"not {self.u} and {self.v}"
             )
-        self.gated = Gated(len(self.u), len(self.v), experts, 1)
+        self.mixture = GatedExperts(len(self.u), len(self.v), experts, 1)
 
     def forward(self, x_BD: Tensor) -> Tensor:
-        """y_B."""
-        return self.gated(x_BD[:, self.u], x_BD[:, self.v]).squeeze(-1)
+        """Return y_B."""
+        return self.mixture(x_BD[:, self.u], x_BD[:, self.v]).squeeze(-1)
 
-    def gates(self, x_BD: Tensor) -> Tensor:
-        """gates_BE: how much each expert is listened to."""
-        return self.gated.weights(x_BD[:, self.v])
+    def gate_weights(self, x_BD: Tensor) -> Tensor:
+        """Return gates_BE, the weight of each expert."""
+        return self.mixture.gate_weights(x_BD[:, self.v])
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """The mean squared error of y_B given x_BD."""
+        """Return the mean squared error of y_B given x_BD."""
         x_BD, y_B = batch
         return squared_error(self(x_BD), y_B)
 
 
-class WindowLM(Windowed):
-    """A window of embeddings through layers that bend.
+class MLPLM(WindowLM):
+    """An MLP over the concatenated embeddings of a window.
 
         features = norm(mlp(embedding(token), embedding(token before), ...))
         logits   = W features
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W: the window.
+        context_length: Tokens of a training sequence.
+        window: Tokens of the window, W.
         width: Width of an embedding, D.
         hidden: Width of a hidden layer, F.
         depth: Number of hidden layers.
-        activation: What bends them: sigmoid, tanh, relu, step; or none.
+        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
     """
 
     chapter: ClassVar[int] = 5
@@ -239,36 +241,36 @@ class WindowLM(Windowed):
             raise ValueError(f"depth must be at least 1, not {depth}")
         self.layers = Layers([window * width, *[hidden] * depth], activation)
 
-    def effects(self, embeddings_BSD: Tensor) -> Tensor:
-        """effects_BSWF: what each embedding adds to the sums of the first hidden layer."""
+    def contributions(self, embeddings_BSD: Tensor) -> Tensor:
+        """Return contributions_BSWF to the sums of the first hidden layer."""
         first = cast(nn.Linear, self.layers.layers[0])
         weight_FDW = first.weight.unflatten(1, (-1, self.window))
         return torch.einsum("bsd,fdw->bswf", embeddings_BSD, weight_FDW)
 
     def hidden(self, tokens_BT: Tensor, state: State | None) -> Tensor:
-        """hidden_BTF: the last hidden layer."""
+        """Return hidden_BTF, the output of the last hidden layer."""
         embeddings_BSD = self.embed(tokens_BT, state)
-        # Every window at once: unfold puts its W tokens last, so F counts D, then W.
+        # All windows at once: unfold puts the W tokens last, so inputs are ordered by D, then W.
         windows_BTF = embeddings_BSD.unfold(1, self.window, 1).flatten(2)
         return self.layers(windows_BTF)
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTF."""
+        """Return features_BTF."""
         hidden_BTF = self.hidden(tokens_BT, state)
         return F.rms_norm(hidden_BTF, hidden_BTF.shape[-1:])
 
 
-class ExpertsLM(WindowLM):
-    """The window's last layer is gated experts, who see what the gates see.
+class ExpertsLM(MLPLM):
+    """An MLP over a window, whose last layer is gated experts, all with the same input.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: Tokens of a row that it is trained on at once.
-        window: Tokens that it sees, W: the window.
+        context_length: Tokens of a training sequence.
+        window: Tokens of the window, W.
         width: Width of an embedding, D.
-        hidden: Width of a hidden layer and of what an expert says, F.
+        hidden: Width of a hidden layer and of an expert's output, F.
         depth: Number of hidden layers.
-        activation: What bends them: sigmoid, tanh, relu, step; or none.
+        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
         experts: Number of experts, E.
     """
 
@@ -298,16 +300,16 @@ class ExpertsLM(WindowLM):
             depth=depth,
             activation=activation,
         )
-        self.gated = Gated(hidden, hidden, experts, hidden)
+        self.mixture = GatedExperts(hidden, hidden, experts, hidden)
 
     def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
-        """`experts`, how much each is listened to; and the `effect in the window`."""
-        gates_BTE = self.gated.weights(self.hidden(tokens_BT, None))
-        chosen = ActivationMap("experts", gates_BTE[:, None, None], tokens_BT, "experts")
-        return [chosen, *super().activation_maps(tokens_BT)]
+        """Return `experts`, the weight of each expert, and `token contribution`."""
+        gates_BTE = self.mixture.gate_weights(self.hidden(tokens_BT, None))
+        experts = ActivationMap("experts", gates_BTE[:, None, None], tokens_BT, "experts")
+        return [experts, *super().activation_maps(tokens_BT)]
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTF."""
+        """Return features_BTF."""
         hidden_BTF = self.hidden(tokens_BT, state)
-        said_BTF = self.gated(hidden_BTF, hidden_BTF)
-        return F.rms_norm(said_BTF, said_BTF.shape[-1:])
+        mixed_BTF = self.mixture(hidden_BTF, hidden_BTF)
+        return F.rms_norm(mixed_BTF, mixed_BTF.shape[-1:])

@@ -1,38 +1,38 @@
-"""Recurrent networks: feed the output back, so that what was read is remembered.
+"""Recurrent networks: the output is fed back as an input of the next step.
 
-Three cells, each the one before it plus one idea, and one language model around them.
-x_t is the token's vector, h_t the memory that is also the output; * is elementwise.
+Three cells, each with one idea more than the one before, and one language model for all of them.
+x_t is the token's vector, h_t the hidden state, which is also the output; * is elementwise.
 
 RNN (Elman 1990; as a language model Mikolov et al. 2010):
 
     h_t = tanh(W x_t + U h_{t-1} + b)
 
-It mends the fixed window: a row can go on for ever, and a token costs the same however many
-came before it. It leaves the gradient broken: each step back multiplies it by U and by
-tanh' <= 1, so that it vanishes, or explodes, exponentially with distance.
+It has no fixed window: sequences can have any length, and every token costs the same. Its gradient
+is the problem: each step back multiplies it by U and by tanh' <= 1, so it vanishes, or explodes,
+exponentially with distance.
 
 LSTM (Hochreiter & Schmidhuber 1997; its forget gate Gers et al. 2000):
 
     i, f, o = sigmoid(W x_t + U h_{t-1} + b)          write, keep, show: one (W, U, b) each
-    g       = tanh(W x_t + U h_{t-1} + b)             what to write
-    C_t     = f * C_{t-1} + i * g                     a second memory, changed by adding
+    g       = tanh(W x_t + U h_{t-1} + b)             the candidate to write
+    C_t     = f * C_{t-1} + i * g                     the cell state, changed by addition
     h_t     = o * tanh(C_t)
 
-Where f is 1, C and its gradient pass a step unchanged. Four gates, two memories.
+Where f is 1, C and its gradient pass a step unchanged. It has four gates and two states.
 
 GRU (Cho et al. 2014):
 
-    r, z = sigmoid(W x_t + U h_{t-1} + b)             forget for the candidate, carry
+    r, z = sigmoid(W x_t + U h_{t-1} + b)             reset (for the candidate), carry
     n    = tanh(W x_t + b + r * (U h_{t-1} + b'))     the candidate
     h_t  = z * h_{t-1} + (1 - z) * n
 
-Two gates and one memory do the same with a quarter less to compute. Papers and courses disagree
-on both gates. Here z = 1 carries everything forward, as in torch; some write (1 - z) h + z n.
-Here r multiplies the product U h + b', as in torch and cuDNN, so that all gates share one
-product; Cho's own form is U (r h). r = 0 ignores the past and r = 1 reads it in either.
+Two gates and one state achieve the same with a quarter less computation. Conventions differ for
+both gates. Here z = 1 carries everything forward, as in torch; some write (1 - z) h + z n. Here r
+multiplies the product U h + b', as in torch and cuDNN, so that all gates share one product; Cho's
+own form is U (r h). In either, r = 0 ignores the past and r = 1 uses all of it.
 
-What all three leave broken: a step waits for the one before it, so that a text cannot be
-read in parallel, and the whole past must fit in one vector.
+Limitations of all three: each step waits for the one before it, so the tokens of a text cannot be
+processed in parallel, and the whole past must fit in one vector.
 """
 
 from collections.abc import Iterable
@@ -45,128 +45,103 @@ from gpt.models.base import ActivationMap, LanguageModel, State
 
 
 class Cell(nn.Module):
-    """One layer's weights, and one step of it.
+    """The weights of one layer, and one step of it.
 
-    All gates are one matrix: F is the cell's `gates` times its width, in torch's order.
+    The matrices of all gates are stored as one: F is `num_gates` times D, in torch's order.
 
     Args:
         inputs: Width of x.
-        width: Width of the memory, D.
+        width: Width of the state, D.
     """
 
-    gates: ClassVar[int]
-    memories: ClassVar[tuple[str, ...]] = ("hidden",)
-    """What is passed from step to step, by name; the first is also the output."""
+    num_gates: ClassVar[int]
+    """Gates, counting the candidate."""
     gate_names: ClassVar[tuple[str, ...]] = ()
-    """Of what `gate` gives."""
-    hidden_bias: ClassVar[bool] = False
-    """A second bias says nothing that the first cannot, unless a gate stands between."""
+    """Names of the results of `gates`."""
+    state_names: ClassVar[tuple[str, ...]] = ("hidden",)
+    """Names of the states passed from step to step; the first is also the output."""
+    has_hidden_bias: ClassVar[bool] = False
+    """Whether U h has a bias of its own. It is redundant unless a gate multiplies U h."""
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.width = width
-        self.input = nn.Linear(inputs, self.gates * width)
-        self.hidden = nn.Linear(width, self.gates * width, bias=self.hidden_bias)
+        self.input = nn.Linear(inputs, self.num_gates * width)
+        self.hidden = nn.Linear(width, self.num_gates * width, bias=self.has_hidden_bias)
 
-    def total(self, input_BF: Tensor, hidden_BD: Tensor) -> Tensor:
-        """W x + b + U h, of a cell whose product with the memory has no bias."""
-        if isinstance(self.hidden, nn.Linear):  # one kernel at every step instead of two
+    def preactivation(self, input_BF: Tensor, hidden_BD: Tensor) -> Tensor:
+        """Return W x + b + U h, for cells without a hidden bias."""
+        if isinstance(self.hidden, nn.Linear):  # one kernel per step instead of two
             return torch.addmm(input_BF, hidden_BD, self.hidden.weight.t())
         return input_BF + self.hidden(hidden_BD)
 
-    def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
-        """All that decides a step, each of shape BD; nothing in a cell without gates."""
+    def gates(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, ...]:  # noqa: ARG002
+        """Return the gates and the candidate, each of shape BD; none for a cell without gates."""
         return ()
 
-    def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
-        """The memories after a token, from its projected input and the memories before it."""
+    def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
+        """Return the states after a token from its projected input and the states before it."""
         raise NotImplementedError
 
     def forward(
-        self, x_TBD: Tensor, memory_BD: tuple[Tensor, ...]
+        self, x_TBD: Tensor, states_BD: tuple[Tensor, ...]
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """output_TBD of every step and the last memories.
+        """Return output_TBD of every step and the last states.
 
-        Time comes first, so that a step's slice is contiguous. Nothing but the product with
-        the memory waits for the step before: all inputs are projected at once.
+        Time is the first axis, so that the slice of a step is contiguous. All inputs are projected
+        at once; only the product with the hidden state has to wait for the step before.
         """
         outputs = []
         for input_BF in self.input(x_TBD):
-            memory_BD = self.step(input_BF, *memory_BD)
-            outputs.append(memory_BD[0])
-        return torch.stack(outputs), memory_BD
+            states_BD = self.step(input_BF, *states_BD)
+            outputs.append(states_BD[0])
+        return torch.stack(outputs), states_BD
 
-    def watch(self, input_TBF: Tensor, memory_BD: tuple[Tensor, ...]) -> dict[str, Tensor]:
-        """By name, the gates_BTD and memories_BTD of every step, from the projected inputs."""
+    def trace(self, input_TBF: Tensor, states_BD: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """Return the gates_BTD and states_BTD of every step by name, from projected inputs."""
         steps = []
         for input_BF in input_TBF:
-            gates_BD = self.gate(input_BF, memory_BD[0])
-            memory_BD = self.step(input_BF, *memory_BD)
-            steps.append((*gates_BD, *memory_BD))
-        stacked = (torch.stack(each, dim=1) for each in zip(*steps, strict=True))
-        return dict(zip((*self.gate_names, *self.memories), stacked, strict=True))
-
-
-def watch(
-    cells: Iterable[tuple[Cell, tuple[Tensor, ...]]], x_TBD: Tensor
-) -> list[dict[str, Tensor]]:
-    """What `Cell.watch` sees in each layer of a stack of cells, each with its first memory_BD."""
-    layers = []
-    for cell, memory_BD in cells:
-        layers.append(cell.watch(cell.input(x_TBD), memory_BD))
-        x_TBD = layers[-1]["hidden"].transpose(0, 1)
-    return layers
-
-
-def over_time(
-    tokens_BT: Tensor, layers: list[dict[str, Tensor]], network: str = ""
-) -> list[ActivationMap]:
-    """What was watched in each layer as `network` went over the tokens, whose name goes before it."""
-    return [
-        ActivationMap(
-            f"{network} {name}".strip(),
-            torch.stack([layer[name] for layer in layers], dim=1).unsqueeze(2),
-            tokens_BT,
-            "units",
-        )
-        for name in layers[0]
-    ]
+            gates_BD = self.gates(input_BF, states_BD[0])
+            states_BD = self.step(input_BF, *states_BD)
+            steps.append((*gates_BD, *states_BD))
+        stacked = (torch.stack(tensors, dim=1) for tensors in zip(*steps, strict=True))
+        return dict(zip((*self.gate_names, *self.state_names), stacked, strict=True))
 
 
 class RNNCell(Cell):
     """h = tanh(W x + U h + b)."""
 
-    gates = 1
+    num_gates = 1
 
-    def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
+    def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
         """hidden_BD -> hidden_BD."""
-        (hidden_BD,) = memory_BD
-        return (self.total(input_BF, hidden_BD).tanh(),)
+        (hidden_BD,) = states_BD
+        return (self.preactivation(input_BF, hidden_BD).tanh(),)
 
 
 class LSTMCell(Cell):
     """C = f C + i g; h = o tanh(C)."""
 
-    gates = 4
-    memories = ("hidden", "cell")
+    num_gates = 4
     gate_names = ("input gate", "forget gate", "candidate", "output gate")
+    state_names = ("hidden", "cell")
 
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__(inputs, width)
-        # Begin by remembering: at 0 half of the memory would be lost at every step
+        # The forget gate starts open: with a bias of 0 every step would lose half of the cell state
         # (Gers et al. 2000, Jozefowicz et al. 2015).
         nn.init.ones_(self.input.bias[width : 2 * width])
 
-    def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """i_BD, f_BD, g_BD and o_BD."""
-        all_BF = self.total(input_BF, hidden_BD)
-        i_BD, f_BD, g_BD, o_BD = all_BF.chunk(4, dim=-1)
+    def gates(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return i_BD, f_BD, g_BD and o_BD."""
+        gates_BF = self.preactivation(input_BF, hidden_BD)
+        i_BD, f_BD, g_BD, o_BD = gates_BF.chunk(4, dim=-1)
         return i_BD.sigmoid(), f_BD.sigmoid(), g_BD.tanh(), o_BD.sigmoid()
 
-    def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
+    def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
         """hidden_BD, cell_BD -> hidden_BD, cell_BD."""
-        hidden_BD, cell_BD = memory_BD
-        i_BD, f_BD, g_BD, o_BD = self.gate(input_BF, hidden_BD)
+        hidden_BD, cell_BD = states_BD
+        i_BD, f_BD, g_BD, o_BD = self.gates(input_BF, hidden_BD)
         cell_BD = f_BD * cell_BD + i_BD * g_BD
         return o_BD * cell_BD.tanh(), cell_BD
 
@@ -174,55 +149,54 @@ class LSTMCell(Cell):
 class GRUCell(Cell):
     """h = z h + (1 - z) n."""
 
-    gates = 3
+    num_gates = 3
     gate_names = ("reset gate", "carry gate", "candidate")
-    hidden_bias = True
+    has_hidden_bias = True
 
-    def gate(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """r_BD, z_BD and the candidate n_BD."""
+    def gates(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return r_BD, z_BD and the candidate n_BD."""
         r_BD, z_BD, n_BD = input_BF.chunk(3, dim=-1)
-        past_r_BD, past_z_BD, past_n_BD = self.hidden(hidden_BD).chunk(3, dim=-1)
-        r_BD = (r_BD + past_r_BD).sigmoid()
-        return r_BD, (z_BD + past_z_BD).sigmoid(), (n_BD + r_BD * past_n_BD).tanh()
+        hidden_r_BD, hidden_z_BD, hidden_n_BD = self.hidden(hidden_BD).chunk(3, dim=-1)
+        r_BD = (r_BD + hidden_r_BD).sigmoid()
+        return r_BD, (z_BD + hidden_z_BD).sigmoid(), (n_BD + r_BD * hidden_n_BD).tanh()
 
-    def step(self, input_BF: Tensor, *memory_BD: Tensor) -> tuple[Tensor, ...]:
+    def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
         """hidden_BD -> hidden_BD."""
-        (hidden_BD,) = memory_BD
-        _, z_BD, n_BD = self.gate(input_BF, hidden_BD)
+        (hidden_BD,) = states_BD
+        _, z_BD, n_BD = self.gates(input_BF, hidden_BD)
         return (n_BD + z_BD * (hidden_BD - n_BD),)
 
 
 def gradient_by_distance(cell: Cell, x_TBD: Tensor) -> Tensor:
-    """norms_T: how long dL/dh is, 0, 1, 2 … steps before the last output, whose sum is L.
+    """Return norms_T of dL/dh, 0, 1, 2 … steps before the last output, whose sum is L.
 
-    A mean over rows, of what reaches each h by every way from there on: for an LSTM,
-    through the cell that it helped to write too.
+    The norms are averaged over the batch. They include every path from h to the output: for an
+    LSTM also the one through the cell state.
     """
-    memory_BD = tuple(x_TBD.new_zeros(x_TBD.shape[1], cell.width) for _ in cell.memories)
+    states_BD = tuple(x_TBD.new_zeros(x_TBD.shape[1], cell.width) for _ in cell.state_names)
     outputs = []
     for input_BF in cell.input(x_TBD):
-        memory_BD = cell.step(input_BF, *memory_BD)
-        outputs.append(memory_BD[0])
+        states_BD = cell.step(input_BF, *states_BD)
+        outputs.append(states_BD[0])
     gradients = torch.autograd.grad(outputs[-1].sum(), outputs)
     return torch.stack(gradients).norm(dim=-1).mean(dim=-1).flip(0)
 
 
 class RecurrentLM(LanguageModel):
-    """A stack of cells between an embedding and an unembedding.
+    """A stack of recurrent layers between an embedding and an unembedding.
 
-    Dropout is on what goes into a layer and out of the last, never on what goes from step to
-    step (Zaremba et al. 2014): a memory survives it.
+    Dropout applies to the input of every layer and the output of the last, never between steps
+    (Zaremba et al. 2014), so that states are kept. They also introduced `init_range`.
 
     Args:
         vocab_size: Number of token ids, V.
-        context_length: Tokens of a row that it is trained on at once.
-        width: Width of every memory, D.
+        context_length: Tokens of a training sequence.
+        width: Width of every state, D.
         depth: Number of layers, L.
-        embedding_width: Width of a token's vector; 0 means `width`.
-        tied: Use the embedding as the unembedding too.
-        dropout: Share of what goes between layers that training drops.
-        init_range: Draw every first weight evenly from [-init_range, init_range], as
-            Zaremba et al. did; 0 leaves each layer its own way.
+        embedding_width: Width of an embedding; 0 means `width`.
+        tied: Whether the embedding is also the unembedding.
+        dropout: Share of the values between layers that training drops.
+        init_range: Draw initial weights from [-init_range, init_range]; 0 for torch's defaults.
     """
 
     cell: ClassVar[type[Cell]]
@@ -248,7 +222,7 @@ class RecurrentLM(LanguageModel):
         embedding_width = embedding_width or width
         if tied and embedding_width != width:
             raise ValueError(
-                f"a tied embedding must be as wide as the memory: embedding_width "
+                f"a tied embedding must be as wide as the state: embedding_width "
                 f"{embedding_width} is not {width}"
             )
         self.tied = tied
@@ -259,49 +233,78 @@ class RecurrentLM(LanguageModel):
         )
         self.unembedding = nn.Linear(width, vocab_size)
         if tied:
-            # An unembedding as large as an embedding's first values would be sure of anything.
+            # With the usual initial scale of an embedding the logits would be extreme.
             nn.init.normal_(self.embedding.weight, std=width**-0.5)
             self.unembedding.weight = self.embedding.weight
         if init_range:
             for parameter in self.parameters():
                 nn.init.uniform_(parameter, -init_range, init_range)
 
+    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
+        """Return features_BTD. With a state, the new tokens follow those in it.
+
+        No gradient flows into or out of a state: training that passes it from window to window is
+        truncated backpropagation through time.
+        """
+        state = self.init_state(len(tokens_BT), 0) if state is None else state
+        x_TBD = self.embedding(tokens_BT.t())
+        for layer, cell in enumerate(self.cells):
+            # Cloned, because the backward pass needs the values after the state is overwritten.
+            states_BD = tuple(state[name][:, layer].clone() for name in self.cell.state_names)
+            x_TBD, states_BD = cell(self.dropout(x_TBD), states_BD)
+            for name, last_BD in zip(self.cell.state_names, states_BD, strict=True):
+                state[name][:, layer] = last_BD.detach()
+        return self.dropout(x_TBD).transpose(0, 1)
+
     def flops_per_token(self, length: int) -> float:
-        """Adds the unembedding where it is the embedding's matrix."""
+        """Add the unembedding where it is tied to the embedding."""
         unembedding = 6.0 * self.embedding.weight.numel() if self.tied else 0.0
         return super().flops_per_token(length) + unembedding
 
-    def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (any length is one vector)
-        """hidden_BLD, and cell_BLD for an LSTM, in the dtype and on the device of the weights."""
-        shape = (rows, len(self.cells), self.unembedding.in_features)
-        return {name: self.embedding.weight.new_zeros(shape) for name in self.cell.memories}
-
-    def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
-        """features_BTD; with a state, the new tokens follow those that it has read.
-
-        No gradient flows into or out of a state: training that carries one from window to
-        window is truncated backpropagation through time.
-        """
-        before = self.init_state(len(tokens_BT), 0) if state is None else state
-        x_TBD = self.embedding(tokens_BT.t())
-        for layer, cell in enumerate(self.cells):
-            # A copy, because the backward pass needs it when the state has long gone on.
-            memory_BD = tuple(before[name][:, layer].clone() for name in self.cell.memories)
-            x_TBD, memory_BD = cell(self.dropout(x_TBD), memory_BD)
-            for name, last_BD in zip(self.cell.memories, memory_BD, strict=True):
-                before[name][:, layer] = last_BD.detach()
-        return self.dropout(x_TBD).transpose(0, 1)
+    def init_state(self, batch_size: int, length: int) -> State:  # noqa: ARG002 (constant size)
+        """Return hidden_BLD, and cell_BLD for an LSTM, all zeros."""
+        shape = (batch_size, len(self.cells), self.unembedding.in_features)
+        return {name: self.embedding.weight.new_zeros(shape) for name in self.cell.state_names}
 
     def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
-        """Every gate and memory of the cell by its name, in each layer, over time."""
-        empty = self.init_state(len(tokens_BT), 0)
-        firsts = [
-            tuple(empty[name][:, layer] for name in self.cell.memories)
+        """Return every gate and state of the cell by its name, by layer, over time."""
+        state = self.init_state(len(tokens_BT), 0)
+        initial_states = [
+            tuple(state[name][:, layer] for name in self.cell.state_names)
             for layer in range(len(self.cells))
         ]
         cells = cast(Iterable[Cell], self.cells)
-        layers = watch(zip(cells, firsts, strict=True), self.embedding(tokens_BT.t()))
-        return over_time(tokens_BT, layers)
+        layers = trace(zip(cells, initial_states, strict=True), self.embedding(tokens_BT.t()))
+        return trace_maps(tokens_BT, layers)
+
+
+def trace(
+    cells: Iterable[tuple[Cell, tuple[Tensor, ...]]], x_TBD: Tensor
+) -> list[dict[str, Tensor]]:
+    """Return `Cell.trace` of each layer of a stack of cells, given with their initial states."""
+    layers = []
+    for cell, states_BD in cells:
+        layers.append(cell.trace(cell.input(x_TBD), states_BD))
+        x_TBD = layers[-1]["hidden"].transpose(0, 1)
+    return layers
+
+
+def trace_maps(
+    tokens_BT: Tensor, layers: list[dict[str, Tensor]], network: str = ""
+) -> list[ActivationMap]:
+    """Return an activation map for each name in the traces of a network's layers.
+
+    The name of the network, if given, precedes the names.
+    """
+    return [
+        ActivationMap(
+            f"{network} {name}".strip(),
+            torch.stack([layer[name] for layer in layers], dim=1).unsqueeze(2),
+            tokens_BT,
+            "units",
+        )
+        for name in layers[0]
+    ]
 
 
 class RNN(RecurrentLM):
@@ -310,7 +313,7 @@ class RNN(RecurrentLM):
     chapter: ClassVar[int] = 8
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = "Elman, Finding structure in time"
-    idea: ClassVar[str] = "feed the output back"
+    idea: ClassVar[str] = "the output is fed back as an input"
     cell = RNNCell
 
 
@@ -320,7 +323,7 @@ class LSTM(RecurrentLM):
     chapter: ClassVar[int] = 9
     year: ClassVar[int] = 1997
     paper: ClassVar[str] = "Hochreiter & Schmidhuber, Long short-term memory"
-    idea: ClassVar[str] = "four gates, two memories"
+    idea: ClassVar[str] = "four gates, and a cell state that keeps its gradient"
     cell = LSTMCell
 
 
@@ -330,5 +333,5 @@ class GRU(RecurrentLM):
     chapter: ClassVar[int] = 10
     year: ClassVar[int] = 2014
     paper: ClassVar[str] = "Cho et al., Learning phrase representations using RNN encoder-decoder"
-    idea: ClassVar[str] = "two gates, one memory"
+    idea: ClassVar[str] = "two gates, one state"
     cell = GRUCell

@@ -1,23 +1,23 @@
-"""Encoder and decoder: one network reads, one writes, and so in and out differ in length.
+"""Recurrent encoder-decoders: source and target may differ in length.
 
 `Seq2Seq` (Cho et al. 2014; Sutskever et al. 2014):
 
-    context = h_n of the encoder                    after the last word of the source
+    context = h_n of the encoder                    after the last source token
     decoder: h_0 = context, h_t = GRU(embedding(y_t), h_{t-1})
 
-It mends what a single recurrent network cannot do: read all before the first word is
-written. It leaves a bottleneck: one vector carries a sentence, however long.
+Unlike a single recurrent network it processes the whole source before it generates the first token.
+It has a bottleneck: one vector represents a sentence of any length.
 
-`Seq2SeqAttention` (Bahdanau et al. 2014) looks back at every encoder state instead:
+`Seq2SeqAttention` (Bahdanau et al. 2014) attends to every encoder state instead:
 
-    e_i     = v . tanh(W1 h_dec + W2 h_enc,i)       how well they fit
-    weights = softmax(e)                            over the words of the source
-    context = sum_i weights_i h_enc,i               a fresh one for each word written
+    e_i     = v · tanh(W1 h_dec + W2 h_enc,i)       scores: how well they match
+    weights = softmax(e)                            over the source tokens
+    context = sum_i weights_i h_enc,i               computed for each target token
     h_t     = GRU([embedding(y_t), context_t], h_{t-1}),  context_t from h_{t-1}
 
-W1 and W2 bring two networks' states into one space, where they can be compared. Its encoder
-reads in both directions, so that each state knows what comes before its word and after. It
-leaves the chain: the states are still computed one after the other.
+W1 and W2 project the states of two networks into one space, where they can be compared. The encoder
+is bidirectional, so that each state contains what precedes and what follows its token.
+Limitation: the states are still computed one after the other.
 """
 
 from collections.abc import Iterable
@@ -27,8 +27,9 @@ import torch
 from torch import Tensor, nn
 
 from gpt.models.attention import source_mask
-from gpt.models.base import ActivationMap, EncoderDecoder, State
-from gpt.models.recurrent import Cell, GRUCell, over_time, watch
+from gpt.models.base import ActivationMap, State
+from gpt.models.encoder_decoder import EncoderDecoder
+from gpt.models.recurrent import Cell, GRUCell, trace, trace_maps
 
 
 def _check_sizes(width: int, depth: int) -> None:
@@ -37,22 +38,21 @@ def _check_sizes(width: int, depth: int) -> None:
 
 
 class Seq2Seq(EncoderDecoder):
-    """An encoder and a decoder of gated recurrent units, joined by one state per layer.
+    """A GRU encoder and a GRU decoder, whose initial state is the encoder's last.
 
     Args:
         vocab_size: Number of token ids, V, of source and target alike.
-        context_length: Tokens of a window: half of them are read, half written.
+        context_length: Tokens of a window: half of them are the source, half the target.
         width: Width of embeddings and states, D.
-        depth: Recurrent layers of the encoder, and of the decoder, L.
-        dropout: Share of what enters and leaves each layer that training drops.
-        reverse: Read the source from its end: its first word is then nearest to the target's
-            first (Sutskever et al. 2014).
+        depth: Layers of the encoder, and of the decoder, L.
+        dropout: Share of the inputs and outputs of each layer that training drops.
+        reverse: Encode the source from its end, so that the first words of both are close.
     """
 
     chapter = 11
     year = 2014
     paper = "Sutskever et al., Sequence to Sequence Learning with Neural Networks"
-    idea = "one network reads, one writes"
+    idea = "one network encodes the source, another decodes the target"
 
     def __init__(
         self,
@@ -66,31 +66,32 @@ class Seq2Seq(EncoderDecoder):
     ) -> None:
         super().__init__(vocab_size, context_length)
         _check_sizes(width, depth)
-        self.width, self.depth, self.reverse = width, depth, reverse
+        self.width, self.depth = width, depth
+        self.reverse = reverse  # as Sutskever et al. did
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(GRUCell(width, width) for _ in range(depth))
         self.decoder = nn.ModuleList(GRUCell(width, width) for _ in range(depth))
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
 
-    def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (the same for all)
-        """hidden_BLD: the decoder's state, which begins as the encoder's last."""
-        return {"hidden": self.embedding.weight.new_zeros(rows, self.depth, self.width)}
+    def init_state(self, batch_size: int, length: int) -> State:  # noqa: ARG002 (constant size)
+        """Return hidden_BLD of the decoder, all zeros."""
+        return {"hidden": self.embedding.weight.new_zeros(batch_size, self.depth, self.width)}
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """hidden_BLD, each layer's state after the last token of each row."""
+        """Return hidden_BLD, the state of each encoder layer at the last token of each source."""
         if self.reverse:
-            source_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
+            source_BS = source_BS.gather(1, reversed_indices(lengths_B, source_BS.shape[1]))
         x_SBD = self.dropout(self.embedding(source_BS.t()))
-        lasts_BD = []
+        last_states_BD = []
         for cell in self.encoder:
             x_SBD, _ = cell(x_SBD, (torch.zeros_like(x_SBD[0]),))
-            lasts_BD.append(last(x_SBD, lengths_B))
+            last_states_BD.append(at_last_token(x_SBD, lengths_B))
             x_SBD = self.dropout(x_SBD)
-        return {"hidden": torch.stack(lasts_BD, dim=1)}
+        return {"hidden": torch.stack(last_states_BD, dim=1)}
 
     def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
-        """features_BTD of the tokens written so far."""
+        """Return features_BTD of target tokens."""
         x_TBD = self.dropout(self.embedding(tokens_BT.t()))
         for layer, cell in enumerate(self.decoder):
             x_TBD, (hidden_BD,) = cell(x_TBD, (encoded["hidden"][:, layer],))
@@ -102,71 +103,71 @@ class Seq2Seq(EncoderDecoder):
     def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
     ) -> list[ActivationMap]:
-        """Every gate and memory of `encoder` and `decoder`, in each layer, over time as it is read."""
-        first_BLD = self.init_state(len(source_BS), 0)["hidden"]
-        hidden_BLD = self.encode(source_BS, lengths_B)["hidden"]
+        """Return every gate and state of `encoder` and `decoder`, by layer, in processing order."""
+        initial_BLD = self.init_state(len(source_BS), 0)["hidden"]
+        context_BLD = self.encode(source_BS, lengths_B)["hidden"]
         if self.reverse:
-            source_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
-        found = []
-        for name, cells, memory_BLD, ids_BT in (
-            ("encoder", self.encoder, first_BLD, source_BS),
-            ("decoder", self.decoder, hidden_BLD, tokens_BT),
+            source_BS = source_BS.gather(1, reversed_indices(lengths_B, source_BS.shape[1]))
+        maps = []
+        for network, cells, hidden_BLD, ids_BT in (
+            ("encoder", self.encoder, initial_BLD, source_BS),
+            ("decoder", self.decoder, context_BLD, tokens_BT),
         ):
-            memories = ((memory_BD,) for memory_BD in memory_BLD.unbind(1))
-            stack = zip(cast(Iterable[Cell], cells), memories, strict=True)
-            found += over_time(ids_BT, watch(stack, self.embedding(ids_BT.t())), name)
-        return found
+            states = ((hidden_BD,) for hidden_BD in hidden_BLD.unbind(1))
+            stack = zip(cast(Iterable[Cell], cells), states, strict=True)
+            maps += trace_maps(ids_BT, trace(stack, self.embedding(ids_BT.t())), network)
+        return maps
 
 
-def reversal(lengths_B: Tensor, length: int) -> Tensor:
-    """places_BS: gathered by them, each row's own tokens are read from its end, the padding stays."""
-    places_S = torch.arange(length, device=lengths_B.device)
-    mirrored_BS = lengths_B.unsqueeze(1) - 1 - places_S
-    return torch.where(mirrored_BS < 0, places_S, mirrored_BS)
+def reversed_indices(lengths_B: Tensor, length: int) -> Tensor:
+    """Return indices_BS for `gather` that reverse each sequence and leave its padding in place."""
+    positions_S = torch.arange(length, device=lengths_B.device)
+    reversed_BS = lengths_B.unsqueeze(1) - 1 - positions_S
+    return torch.where(reversed_BS < 0, positions_S, reversed_BS)
 
 
-def last(x_SBD: Tensor, lengths_B: Tensor) -> Tensor:
-    """x_BD at the last token of each row, zero for a row that has none."""
-    rows_B = torch.arange(len(lengths_B), device=lengths_B.device)
-    x_BD = x_SBD[(lengths_B - 1).clamp(min=0), rows_B]
+def at_last_token(x_SBD: Tensor, lengths_B: Tensor) -> Tensor:
+    """Return x_BD at the last token of each sequence, zeros for an empty one."""
+    batch_B = torch.arange(len(lengths_B), device=lengths_B.device)
+    x_BD = x_SBD[(lengths_B - 1).clamp(min=0), batch_B]
     return x_BD.masked_fill((lengths_B == 0).unsqueeze(1), 0.0)
 
 
 class AdditiveAttention(nn.Module):
-    """How much each encoder state matters to a decoder state: a small network that learns it.
+    """Attention whose scores are computed by a small network: v · tanh(W1 h_dec + W2 h_enc).
 
     Args:
-        width: Width of the decoder's state, and of the space where the two meet, D.
-        memory: Width of the encoder's states.
+        width: Width of the decoder's state and of the space for comparison, D.
+        memory_width: Width of the encoder's states.
     """
 
-    def __init__(self, width: int, memory: int) -> None:
+    def __init__(self, width: int, memory_width: int) -> None:
         super().__init__()
         self.query = nn.Linear(width, width)
-        self.key = nn.Linear(memory, width, bias=False)
-        # A vector that is not too small to send gradients on, nor so large that tanh saturates.
+        self.key = nn.Linear(memory_width, width, bias=False)
+        # Large enough to pass gradients on, small enough that tanh does not saturate.
         self.score = nn.Parameter(torch.randn(width) * width**-0.5)
 
-    def forward(self, hidden_BD: Tensor, keys_BSD: Tensor, absent_BS: Tensor) -> Tensor:
-        """weights_BS, which sum to one and are exactly zero where absent; the keys are W2 h_enc."""
+    def forward(self, hidden_BD: Tensor, keys_BSD: Tensor, padding_BS: Tensor) -> Tensor:
+        """Return weights_BS, exactly zero at padding, from the keys W2 h_enc. They sum to one."""
         scores_BS = torch.tanh(self.query(hidden_BD).unsqueeze(1) + keys_BSD) @ self.score
-        return scores_BS.masked_fill(absent_BS, -torch.inf).softmax(dim=-1)
+        return scores_BS.masked_fill(padding_BS, -torch.inf).softmax(dim=-1)
 
 
 class Seq2SeqAttention(EncoderDecoder):
-    """A recurrent encoder in both directions, and a decoder that looks back at all of its states.
+    """A bidirectional GRU encoder, and a GRU decoder that attends to all encoder states.
 
     Args:
         vocab_size: Number of token ids, V, of source and target alike.
-        context_length: The most tokens that it can look back at; of a window, half are read, half written.
-        width: Width of embeddings and states, D; an encoder state is two of them.
+        context_length: Tokens of a window, half source, half target; also the longest source.
+        width: Width of embeddings and states, D; an encoder state has twice that width.
         dropout: Share of embeddings and features that training drops.
     """
 
     chapter = 12
     year = 2014
     paper = "Bahdanau et al., Neural Machine Translation by Jointly Learning to Align and Translate"
-    idea = "look back at every encoder state"
+    idea = "the decoder attends to every encoder state"
 
     def __init__(
         self, vocab_size: int, context_length: int, *, width: int = 192, dropout: float = 0.0
@@ -176,98 +177,103 @@ class Seq2SeqAttention(EncoderDecoder):
         self.width = width
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
-        self.ahead = GRUCell(width, width)
-        self.back = GRUCell(width, width)
-        # Without a bias, an empty source is a state of zeros.
+        self.forward_encoder = GRUCell(width, width)
+        self.backward_encoder = GRUCell(width, width)
+        # No bias, so that an empty source gives an initial state of zeros.
         self.bridge = nn.Linear(width, width, bias=False)
         self.attention = AdditiveAttention(width, 2 * width)
         self.decoder = GRUCell(width, width)
-        # The context's share of the input, which cannot be projected before the loop.
-        self.summary = nn.Linear(2 * width, 3 * width, bias=False)
+        # The context's part of the input projection, which has to be computed step by step.
+        self.context = nn.Linear(2 * width, 3 * width, bias=False)
         self.readout = nn.Linear(4 * width, width)
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
 
-    def init_state(self, rows: int, length: int) -> State:  # noqa: ARG002 (the same for all)
-        """hidden_BD, the decoder's; source_length_B, memory_BSD, the encoder's states, and keys_BSD, W2 times them."""
-        weight, room = self.embedding.weight, self.context_length
+    def init_state(self, batch_size: int, length: int) -> State:  # noqa: ARG002 (constant size)
+        """Return an empty state.
+
+        hidden_BD is the decoder's; source_length_B, memory_BSD (the encoder states) and keys_BSD
+        (W2 times memory) are the source's.
+        """
+        weight, source_length = self.embedding.weight, self.context_length
         return {
-            "hidden": weight.new_zeros(rows, self.width),
-            "source_length": torch.zeros(rows, dtype=torch.long, device=weight.device),
-            "memory": weight.new_zeros(rows, room, 2 * self.width),
-            "keys": weight.new_zeros(rows, room, self.width),
+            "hidden": weight.new_zeros(batch_size, self.width),
+            "source_length": torch.zeros(batch_size, dtype=torch.long, device=weight.device),
+            "memory": weight.new_zeros(batch_size, source_length, 2 * self.width),
+            "keys": weight.new_zeros(batch_size, source_length, self.width),
         }
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """All of `init_state`; the decoder begins from what the encoder knows at the first word."""
+        """Return all entries of `init_state`.
+
+        The decoder starts from the backward encoder's state at the first source token.
+        """
         x_SBD = self.dropout(self.embedding(source_BS.t()))
-        first_BD = torch.zeros_like(x_SBD[0])
-        places_SB1 = reversal(lengths_B, len(x_SBD)).t().unsqueeze(-1).expand_as(x_SBD)
-        ahead_SBD, _ = self.ahead(x_SBD, (first_BD,))
-        back_SBD, _ = self.back(x_SBD.gather(0, places_SB1), (first_BD,))
-        memory_SBD = torch.cat([ahead_SBD, back_SBD.gather(0, places_SB1)], dim=-1)
-        absent_BS = torch.arange(len(x_SBD), device=lengths_B.device) >= lengths_B.unsqueeze(1)
+        initial_BD = torch.zeros_like(x_SBD[0])
+        indices_SBD = reversed_indices(lengths_B, len(x_SBD)).t().unsqueeze(-1).expand_as(x_SBD)
+        forward_SBD, _ = self.forward_encoder(x_SBD, (initial_BD,))
+        backward_SBD, _ = self.backward_encoder(x_SBD.gather(0, indices_SBD), (initial_BD,))
+        memory_SBD = torch.cat([forward_SBD, backward_SBD.gather(0, indices_SBD)], dim=-1)
+        padding_BS = torch.arange(len(x_SBD), device=lengths_B.device) >= lengths_B.unsqueeze(1)
         memory_BSD = memory_SBD.transpose(0, 1).contiguous()
-        memory_BSD = memory_BSD.masked_fill(absent_BS.unsqueeze(-1), 0.0)
+        memory_BSD = memory_BSD.masked_fill(padding_BS.unsqueeze(-1), 0.0)
         return {
-            "hidden": torch.tanh(self.bridge(last(back_SBD, lengths_B))),
+            "hidden": torch.tanh(self.bridge(at_last_token(backward_SBD, lengths_B))),
             "source_length": lengths_B,
             "memory": memory_BSD,
             "keys": self.attention.key(memory_BSD),
         }
 
     def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
-        """features_BTD of the tokens written so far."""
+        """Return features_BTD of target tokens."""
         x_BTD = self.dropout(self.embedding(tokens_BT))
-        hidden_BTD, contexts_BTD, _ = self._write(x_BTD, encoded)
+        hidden_BTD, context_BTD, _ = self._decode_steps(x_BTD, encoded)
         if state is not None:
             state["hidden"].copy_(hidden_BTD[:, -1])
-        all_BTD = torch.cat([hidden_BTD, contexts_BTD, x_BTD], dim=-1)
-        return self.dropout(torch.tanh(self.readout(all_BTD)))
+        concatenated_BTD = torch.cat([hidden_BTD, context_BTD, x_BTD], dim=-1)
+        return self.dropout(torch.tanh(self.readout(concatenated_BTD)))
+
+    def _decode_steps(self, x_BTD: Tensor, encoded: State) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the decoder's hidden_BTD, context_BTD and attention weights_BTS at each token."""
+        hidden_BD = encoded["hidden"]
+        padding_BS = ~source_mask(encoded["source_length"], encoded["keys"].shape[1])
+        steps = []
+        for input_BF in self.decoder.input(x_BTD.transpose(0, 1)):
+            weights_BS = self.attention(hidden_BD, encoded["keys"], padding_BS)
+            context_BD = (weights_BS.unsqueeze(1) @ encoded["memory"]).squeeze(1)
+            (hidden_BD,) = self.decoder.step(input_BF + self.context(context_BD), hidden_BD)
+            steps.append((hidden_BD, context_BD, weights_BS))
+        hidden_BTD, context_BTD, weights_BTS = (
+            torch.stack(tensors, dim=1) for tensors in zip(*steps, strict=True)
+        )
+        return hidden_BTD, context_BTD, weights_BTS
+
+    def logits(self, features_BTD: Tensor) -> Tensor:
+        """Return logits_BTV."""
+        return self.unembedding(features_BTD)
 
     def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
     ) -> list[ActivationMap]:
-        """`alignment of the next token`: how much each source token matters to it; then the gates.
+        """Return `alignment of the next token`, the attention weights; then gates and states.
 
-        They are those of the encoder `ahead` and `back`, over time as it reads, and the `decoder`.
+        Those are of `forward encoder`, `backward encoder` and `decoder`, in processing order.
         """
         encoded = self.encode(source_BS, lengths_B)
         x_BTD = self.embedding(tokens_BT)
-        _, contexts_BTD, weights_BTS = self._write(x_BTD, encoded)
-        found = [
-            ActivationMap(
-                "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
-            )
-        ]
-        backwards_BS = source_BS.gather(1, reversal(lengths_B, source_BS.shape[1]))
-        inputs_TBF = self.decoder.input(x_BTD.transpose(0, 1))
-        inputs_TBF = inputs_TBF + self.summary(contexts_BTD.transpose(0, 1))
-        first_BD = torch.zeros_like(encoded["hidden"])
-        for name, cell, ids_BS in (
-            ("ahead", self.ahead, source_BS),
-            ("back", self.back, backwards_BS),
-        ):
-            found += over_time(
-                ids_BS, watch([(cell, (first_BD,))], self.embedding(ids_BS.t())), name
-            )
-        written = self.decoder.watch(inputs_TBF, (encoded["hidden"],))
-        return found + over_time(tokens_BT, [written], "decoder")
-
-    def _write(self, x_BTD: Tensor, encoded: State) -> tuple[Tensor, Tensor, Tensor]:
-        """At each token the decoder's hidden_BTD, its context_BTD and the weights_BTS that made it."""
-        hidden_BD = encoded["hidden"]
-        absent_BS = ~source_mask(encoded["source_length"], encoded["keys"].shape[1])
-        steps = []
-        for input_BF in self.decoder.input(x_BTD.transpose(0, 1)):
-            weights_BS = self.attention(hidden_BD, encoded["keys"], absent_BS)
-            context_BD = (weights_BS.unsqueeze(1) @ encoded["memory"]).squeeze(1)
-            (hidden_BD,) = self.decoder.step(input_BF + self.summary(context_BD), hidden_BD)
-            steps.append((hidden_BD, context_BD, weights_BS))
-        hidden_BTD, contexts_BTD, weights_BTS = (
-            torch.stack(each, dim=1) for each in zip(*steps, strict=True)
+        _, context_BTD, weights_BTS = self._decode_steps(x_BTD, encoded)
+        alignment = ActivationMap(
+            "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
         )
-        return hidden_BTD, contexts_BTD, weights_BTS
-
-    def logits(self, features_BTD: Tensor) -> Tensor:
-        """logits_BTV."""
-        return self.unembedding(features_BTD)
+        maps = [alignment]
+        reversed_BS = source_BS.gather(1, reversed_indices(lengths_B, source_BS.shape[1]))
+        initial_BD = torch.zeros_like(encoded["hidden"])
+        for network, cell, ids_BS in (
+            ("forward encoder", self.forward_encoder, source_BS),
+            ("backward encoder", self.backward_encoder, reversed_BS),
+        ):
+            layers = trace([(cell, (initial_BD,))], self.embedding(ids_BS.t()))
+            maps += trace_maps(ids_BS, layers, network)
+        inputs_TBF = self.decoder.input(x_BTD.transpose(0, 1))
+        inputs_TBF = inputs_TBF + self.context(context_BTD.transpose(0, 1))
+        decoder_trace = self.decoder.trace(inputs_TBF, (encoded["hidden"],))
+        return maps + trace_maps(tokens_BT, [decoder_trace], "decoder")

@@ -1,24 +1,25 @@
-"""The Transformer: throw away the recurrence, keep the attention (Vaswani et al. 2017).
+"""The Transformer: attention without recurrence (Vaswani et al. 2017).
 
-    x = embedding(tokens) + positions
-    encoder block   x = x + self-attention(norm(x))        every word looks at every word
-                    x = x + mlp(norm(x))                   mlp(x) = down(relu(up(x)))
-    decoder block   y = y + causal-self-attention(norm(y)) what is written so far
-                    y = y + cross-attention(norm(y), x)    what was read
+    x = embedding(source) + positions
+    encoder block   x = x + self-attention(norm(x))          attends to the whole source
+                    x = x + mlp(norm(x))                     mlp(x) = down(relu(up(x)))
+    y = embedding(target) + positions
+    decoder block   y = y + causal-self-attention(norm(y))   attends to earlier target tokens
+                    y = y + cross-attention(norm(y), x)      attends to the source
                     y = y + mlp(norm(y))
     logits = unembedding(norm(y))
 
     positions: sin(t / 10000^(2i/D)), cos(t / 10000^(2i/D)) for each pair i of the width
 
-An average does not know the order of what it averages: without positions, "I eat bread" and
-"bread eat I" are one set of words. What it mends in the recurrent encoder-decoder: between
-any two words lies one step, not a chain of them, and a whole sentence is computed at once.
-What it leaves broken: every token is compared with every other; and of two stacks of
-blocks, what one learns the other cannot use.
+A weighted average ignores order: without positions, "I eat bread" and "bread eat I" are the same
+set of words. Compared with the recurrent encoder-decoder, any two words are one step apart
+instead of a chain of steps, and a whole sentence is computed at once. Limitations: every token is
+compared with every other, and there are two stacks of blocks, neither of which can use what the
+other learns.
 
-Where it differs from the paper: the norms stand before the branches, not after the sums
-(Xiong et al. 2020), which trains without a long warm-up; and embeddings of size 1 are what
-the paper's sqrt(D) makes of its own.
+Two differences from the paper: norms precede the branches instead of following the sums (Xiong et
+al. 2020), which needs no long warmup; and embeddings have an initial scale of 1, to which the paper
+scales its own by sqrt(D).
 """
 
 from collections.abc import Iterable
@@ -38,14 +39,15 @@ from gpt.models.attention import (
     init_cache,
     source_mask,
 )
-from gpt.models.base import ActivationMap, EncoderDecoder, State
+from gpt.models.base import ActivationMap, State
+from gpt.models.encoder_decoder import EncoderDecoder
 
 
 class Attention(MultiHeadAttention):
-    """Everyone may look everywhere: the encoder's at itself, the decoder's at the encoder."""
+    """Attention without a causal mask: the encoder's self-attention and the cross-attention."""
 
-    def remember(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """keys_BHSK and values_BHSK of what is looked at."""
+    def keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys_BHSK and values_BHSK of the attended sequence."""
         return self.split(self.key(x_BSD)), self.split(self.value(x_BSD))
 
     def forward(
@@ -55,26 +57,28 @@ class Attention(MultiHeadAttention):
         return self.attend(self.split(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
 
     def attention_weights(self, x_BTD: Tensor, keys_BHSK: Tensor, mask_B11S: Tensor) -> Tensor:
-        """weights_BHTS: how much of each value a token takes."""
+        """Return weights_BHTS of each value for each token."""
         return attention_weights(self.split(self.query(x_BTD)), keys_BHSK, mask_B11S)
 
 
 class FeedForward(nn.Module):
-    """Two layers, each token by itself: down(bend(up(x)))."""
+    """A feed-forward layer for each token by itself: down(activation(up(x)))."""
 
-    def __init__(self, width: int, hidden: int, bend: nn.Module, *, bias: bool = True) -> None:
+    def __init__(
+        self, width: int, hidden: int, activation: nn.Module, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.up = nn.Linear(width, hidden, bias=bias)
-        self.bend = bend
+        self.activation = activation
         self.down = nn.Linear(hidden, width, bias=bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         """x_BTD -> x_BTD."""
-        return self.down(self.bend(self.up(x_BTD)))
+        return self.down(self.activation(self.up(x_BTD)))
 
 
 class EncoderBlock(nn.Module):
-    """One layer of the network that reads."""
+    """One layer of the encoder."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -87,20 +91,20 @@ class EncoderBlock(nn.Module):
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
         """x_BSD -> x_BSD."""
         normed_BSD = self.attention_norm(x_BSD)
-        keys_BHSK, values_BHSK = self.attention.remember(normed_BSD)
-        found_BSD = self.attention(normed_BSD, keys_BHSK, values_BHSK, mask_B11S)
-        x_BSD = x_BSD + self.dropout(found_BSD)
+        keys_BHSK, values_BHSK = self.attention.keys_and_values(normed_BSD)
+        attended_BSD = self.attention(normed_BSD, keys_BHSK, values_BHSK, mask_B11S)
+        x_BSD = x_BSD + self.dropout(attended_BSD)
         return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
 
     def attention_weights(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
-        """weights_BHSS of the attention, in `forward` on the same."""
+        """Return weights_BHSS of the attention in `forward` with the same arguments."""
         normed_BSD = self.attention_norm(x_BSD)
-        keys_BHSK, _ = self.attention.remember(normed_BSD)
+        keys_BHSK, _ = self.attention.keys_and_values(normed_BSD)
         return self.attention.attention_weights(normed_BSD, keys_BHSK, mask_B11S)
 
 
 class DecoderBlock(nn.Module):
-    """One layer of the network that writes."""
+    """One layer of the decoder."""
 
     def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -112,39 +116,35 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(width, hidden, nn.ReLU())
         self.dropout = nn.Dropout(dropout)
 
-    def remember(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
-        """keys_BHSK and values_BHSK of the source."""
-        return self.cross.remember(x_BSD)
-
     def forward(
         self,
         x_BTD: Tensor,
-        places: Positions,
+        positions: Positions,
         cache: KVCache | None,
         keys_BHSK: Tensor,
         values_BHSK: Tensor,
         mask_B11S: Tensor,
     ) -> Tensor:
-        """x_BTD -> x_BTD; keys, values and mask are the source's."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), places, cache))
-        found_BTD = self.cross(self.cross_norm(x_BTD), keys_BHSK, values_BHSK, mask_B11S)
-        x_BTD = x_BTD + self.dropout(found_BTD)
+        """x_BTD -> x_BTD; keys, values and mask are those of the source."""
+        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), positions, cache))
+        attended_BTD = self.cross(self.cross_norm(x_BTD), keys_BHSK, values_BHSK, mask_B11S)
+        x_BTD = x_BTD + self.dropout(attended_BTD)
         return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
 
     def attention_weights(
-        self, x_BTD: Tensor, places: Positions, keys_BHSK: Tensor, mask_B11S: Tensor
+        self, x_BTD: Tensor, positions: Positions, keys_BHSK: Tensor, mask_B11S: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """weights_BHTT of the attention to what is written, and weights_BHTS to the source, in `forward`."""
+        """Return weights_BHTT of the self-attention and weights_BHTS of the cross-attention."""
         normed_BTD = self.attention_norm(x_BTD)
-        own_BHTT = self.attention.attention_weights(normed_BTD, places)
-        x_BTD = x_BTD + self.attention(normed_BTD, places)
-        return own_BHTT, self.cross.attention_weights(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
+        self_BHTT = self.attention.attention_weights(normed_BTD, positions)
+        x_BTD = x_BTD + self.attention(normed_BTD, positions)
+        return self_BHTT, self.cross.attention_weights(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
 
 
-def sinusoids(positions: int, width: int) -> Tensor:
-    """positions_SD: for each position, sines and cosines of ever longer wavelengths."""
+def sinusoids(length: int, width: int) -> Tensor:
+    """Return positions_SD: sines and cosines of increasing wavelengths for each position."""
     frequencies = 10_000.0 ** (-torch.arange(0, width, 2).double() / width)
-    angles = torch.outer(torch.arange(positions).double(), frequencies)
+    angles = torch.outer(torch.arange(length).double(), frequencies)
     return torch.stack([angles.sin(), angles.cos()], dim=-1).flatten(1)[:, :width].float()
 
 
@@ -153,18 +153,18 @@ class Transformer(EncoderDecoder):
 
     Args:
         vocab_size: Number of token ids, V, of source and target alike.
-        context_length: The most tokens that it can read, and the most that it can write.
+        context_length: Maximum number of tokens of a source, and of a target.
         width: Width of the residual stream, D.
         depth: Number of blocks of the encoder, and of the decoder, L.
         heads: Attention heads of each block, H.
-        hidden: Width inside the feed-forward block, F; 0 means 4 times the width.
-        dropout: Share of embeddings and branch outputs that training drops, as in the paper.
+        hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
+        dropout: Share of embeddings and branch outputs that training drops; the paper's is 0.1.
     """
 
     chapter = 13
     year = 2017
     paper = "Vaswani et al., Attention Is All You Need"
-    idea = "throw away the recurrence"
+    idea = "attention without recurrence"
 
     def __init__(
         self,
@@ -195,63 +195,37 @@ class Transformer(EncoderDecoder):
         self.positions_SD: Tensor
         self.register_buffer("positions_SD", sinusoids(context_length, width), persistent=False)
 
-    @property
-    def max_length(self) -> int:
-        """The table of positions ends at the context."""
-        return self.context_length
-
-    def flops_per_token(self, length: int) -> float:
-        """Adds scores and averages: each half of the window to itself, and the second to the first."""
-        return super().flops_per_token(length) + 12.0 * self.depth * self.width * length * 3 / 4
-
-    def init_state(self, rows: int, length: int) -> State:
-        """position_B, keys_BLHSK and values_BLHSK of what is written; source_* of what was read."""
-        shape, dtype = (self.embedding.weight, rows, self.depth, self.heads), self.cache_dtype
-        own = init_cache(*shape, min(length, self.context_length), dtype)
-        source = init_cache(*shape, self.context_length, dtype)
-        return own | {
-            "source_length": source["position"],
-            "source_keys": source["keys"],
-            "source_values": source["values"],
-        }
-
-    def prefix_view(self, state: State, length: int) -> State:
-        """The first `length` positions of what is written, and all of what was read."""
-        return state | cache_prefix(state, length)
-
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """source_length_B, and each decoder layer's source_keys_BLHSK and source_values_BLHSK."""
+        """Return source_length_B, source_keys_BLHSK and source_values_BLHSK by decoder layer."""
         length = source_BS.shape[1]
-        self._check(length)
+        self._check_length(length)
         mask_BS = source_mask(lengths_B, length)
         x_BSD = self.dropout(self.embedding(source_BS) + self.positions_SD[:length])
         for block in self.encoder:
             x_BSD = block(x_BSD, mask_BS[:, None, None])
         x_BSD = self.encoder_norm(x_BSD)
         decoder = cast(Iterable[DecoderBlock], self.decoder)
-        memories = [block.remember(x_BSD) for block in decoder]
-        keys_BLHSK = torch.stack([keys_BHSK for keys_BHSK, _ in memories], dim=1)
-        values_BLHSK = torch.stack([values_BHSK for _, values_BHSK in memories], dim=1)
-        absent_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)
-        absent_B11S1 = absent_BS[:, None, None, :, None]
+        keys, values = zip(*(block.cross.keys_and_values(x_BSD) for block in decoder), strict=True)
+        padding_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)
+        padding_B11S1 = padding_BS[:, None, None, :, None]
         return {
             "source_length": lengths_B,
-            "source_keys": keys_BLHSK.masked_fill(absent_B11S1, 0.0),
-            "source_values": values_BLHSK.masked_fill(absent_B11S1, 0.0),
+            "source_keys": torch.stack(keys, dim=1).masked_fill(padding_B11S1, 0.0),
+            "source_values": torch.stack(values, dim=1).masked_fill(padding_B11S1, 0.0),
         }
 
     def decode(self, tokens_BT: Tensor, encoded: State, state: State | None = None) -> Tensor:
-        """features_BTD of the tokens written so far; with a state, the new ones follow those in it."""
+        """Return features_BTD of target tokens. With a state, the new ones follow those in it."""
         length = tokens_BT.shape[1]
-        self._check(length)
-        places = Positions(tokens_BT, state)
+        self._check_length(length)
+        positions = Positions(tokens_BT, state)
         keys_BLHSK, values_BLHSK = encoded["source_keys"], encoded["source_values"]
         mask_BS = source_mask(encoded["source_length"], keys_BLHSK.shape[-2])
-        x_BTD = self.dropout(self.embedding(tokens_BT) + self.positions_SD[places.positions_BT])
+        x_BTD = self.dropout(self.embedding(tokens_BT) + self.positions_SD[positions.positions_BT])
         for layer, block in enumerate(self.decoder):
             x_BTD = block(
                 x_BTD,
-                places,
+                positions,
                 None if state is None else KVCache(state, layer),
                 keys_BLHSK[:, layer],
                 values_BLHSK[:, layer],
@@ -261,41 +235,64 @@ class Transformer(EncoderDecoder):
             state["position"] += length
         return self.norm(x_BTD)
 
+    @property
+    def max_length(self) -> int:
+        """The context length: the table of positions ends there."""
+        return self.context_length
+
+    def init_state(self, batch_size: int, length: int) -> State:
+        """Return position_B, keys_BLHSK and values_BLHSK of the target, source_* of the source."""
+        shape, dtype = (self.embedding.weight, batch_size, self.depth, self.heads), self.cache_dtype
+        target = init_cache(*shape, min(length, self.context_length), dtype)
+        source = init_cache(*shape, self.context_length, dtype)
+        return target | {
+            "source_length": source["position"],
+            "source_keys": source["keys"],
+            "source_values": source["values"],
+        }
+
+    def prefix_view(self, state: State, length: int) -> State:
+        """Return a view of the first `length` positions of the target and of the whole source."""
+        return state | cache_prefix(state, length)
+
+    def flops_per_token(self, length: int) -> float:
+        """Add attention: of each half of a window to itself, and of the second to the first."""
+        return super().flops_per_token(length) + 12.0 * self.depth * self.width * length * 3 / 4
+
     def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
     ) -> list[ActivationMap]:
-        """`encoder attention`, `decoder attention` and `cross-attention`, by layer and head.
+        """Return `encoder attention`, `decoder attention` and `cross-attention`, by layer and head.
 
-        Rows sum to one: exactly zero on padding and, in the decoder's, above the diagonal.
+        Rows sum to one. Weights are exactly zero for padding and, in the decoder, for the future.
         """
         encoded = self.encode(source_BS, lengths_B)
         mask_B11S = source_mask(lengths_B, source_BS.shape[1])[:, None, None]
         x_BSD = self.embedding(source_BS) + self.positions_SD[: source_BS.shape[1]]
-        read = []
-        for reader in cast(Iterable[EncoderBlock], self.encoder):
-            read.append(reader.attention_weights(x_BSD, mask_B11S))
-            x_BSD = reader(x_BSD, mask_B11S)
+        encoder_weights = []
+        for encoder_block in cast(Iterable[EncoderBlock], self.encoder):
+            encoder_weights.append(encoder_block.attention_weights(x_BSD, mask_B11S))
+            x_BSD = encoder_block(x_BSD, mask_B11S)
 
-        self._check(tokens_BT.shape[1])
-        places = Positions(tokens_BT, None)
-        y_BTD = self.embedding(tokens_BT) + self.positions_SD[places.positions_BT]
-        written, crossed = [], []
-        for writer, keys_BHSK, values_BHSK in zip(
+        self._check_length(tokens_BT.shape[1])
+        positions = Positions(tokens_BT, None)
+        y_BTD = self.embedding(tokens_BT) + self.positions_SD[positions.positions_BT]
+        decoder_weights, cross_weights = [], []
+        for block, keys_BHSK, values_BHSK in zip(
             cast(Iterable[DecoderBlock], self.decoder),
             encoded["source_keys"].unbind(1),
             encoded["source_values"].unbind(1),
             strict=True,
         ):
-            own_BHTT, cross_BHTS = writer.attention_weights(y_BTD, places, keys_BHSK, mask_B11S)
-            written.append(own_BHTT)
-            crossed.append(cross_BHTS)
-            y_BTD = writer(y_BTD, places, None, keys_BHSK, values_BHSK, mask_B11S)
+            self_BHTT, cross_BHTS = block.attention_weights(y_BTD, positions, keys_BHSK, mask_B11S)
+            decoder_weights.append(self_BHTT)
+            cross_weights.append(cross_BHTS)
+            y_BTD = block(y_BTD, positions, None, keys_BHSK, values_BHSK, mask_B11S)
         return [
-            ActivationMap("encoder attention", torch.stack(read, dim=1), source_BS, source_BS),
-            ActivationMap("decoder attention", torch.stack(written, dim=1), tokens_BT, tokens_BT),
-            ActivationMap("cross-attention", torch.stack(crossed, dim=1), tokens_BT, source_BS),
+            ActivationMap(name, torch.stack(weights, dim=1), rows, columns)
+            for name, weights, rows, columns in (
+                ("encoder attention", encoder_weights, source_BS, source_BS),
+                ("decoder attention", decoder_weights, tokens_BT, tokens_BT),
+                ("cross-attention", cross_weights, tokens_BT, source_BS),
+            )
         ]
-
-    def _check(self, length: int) -> None:
-        if length > self.context_length:
-            raise ValueError(f"{length} tokens do not fit in the context of {self.context_length}")

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from gpt.beam_search import translate
-from gpt.models.base import EncoderDecoder, LanguageModel, State, batch_slice
+from gpt.models.base import LanguageModel, State, batch_slice
+from gpt.models.encoder_decoder import EncoderDecoder
 from gpt.models.gpt import GPT, GPT2
 from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.models.transformer import Transformer

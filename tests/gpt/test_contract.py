@@ -1,12 +1,12 @@
-"""What every language model must hold, whatever is inside."""
+"""Properties that every language model must have."""
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from gpt import MODELS, LanguageModel
-from gpt.checkpoint import build_model as build_model
 from gpt.checkpoint import (
+    build_model,
     load_language_model,
     load_tensors,
     save_config,
@@ -47,11 +47,11 @@ def test_every_model_has_a_variant_here() -> None:
 
 @pytest.fixture(params=VARIANTS)
 def model(request: pytest.FixtureRequest) -> LanguageModel:
-    """In float64, with weights such that every part of the model matters."""
+    """A model in float64 with weights large enough that every part of it affects the output."""
     torch.manual_seed(0)
-    name, own = VARIANTS[request.param]
+    name, kwargs = VARIANTS[request.param]
     model = (
-        build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
+        build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **kwargs})
         .double()
         .eval()
     )
@@ -66,21 +66,21 @@ def tokens_BT() -> Tensor:
     return torch.randint(VOCABULARY, (3, CONTEXT), generator=torch.Generator().manual_seed(1))
 
 
-def test_logits_are_one_row_of_the_vocabulary_for_each_token(
+def test_logits_have_the_shape_of_the_tokens_and_the_vocabulary(
     model: LanguageModel, tokens_BT: Tensor
 ) -> None:
     assert model(tokens_BT).shape == (3, CONTEXT, VOCABULARY)
 
 
-@pytest.mark.parametrize("place", [1, 11, CONTEXT - 1])
-def test_changing_the_future_leaves_the_past(
-    model: LanguageModel, tokens_BT: Tensor, place: int
+@pytest.mark.parametrize("position", [1, 11, CONTEXT - 1])
+def test_logits_do_not_depend_on_future_tokens(
+    model: LanguageModel, tokens_BT: Tensor, position: int
 ) -> None:
     changed_BT = tokens_BT.clone()
-    changed_BT[:, place:] = (changed_BT[:, place:] + 1) % VOCABULARY
+    changed_BT[:, position:] = (changed_BT[:, position:] + 1) % VOCABULARY
     before, after = model(tokens_BT), model(changed_BT)
-    assert torch.equal(before[:, :place], after[:, :place])
-    assert not torch.allclose(before[:, place:], after[:, place:])
+    assert torch.equal(before[:, :position], after[:, :position])
+    assert not torch.allclose(before[:, position:], after[:, position:])
 
 
 @pytest.mark.parametrize(
@@ -90,34 +90,37 @@ def test_stateful_equals_stateless(
     model: LanguageModel, tokens_BT: Tensor, chunks: list[int]
 ) -> None:
     state = model.init_state(3, CONTEXT)
-    parts = [model(chunk_BT, state) for chunk_BT in tokens_BT.split(chunks, dim=1)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens_BT), rtol=0, atol=1e-12)
+    logits = [model(chunk_BT, state) for chunk_BT in tokens_BT.split(chunks, dim=1)]
+    torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens_BT), rtol=0, atol=1e-12)
 
 
-def test_rows_at_different_places_go_on_together(model: LanguageModel, tokens_BT: Tensor) -> None:
+def test_sequences_of_different_lengths_continue_in_one_batch(
+    model: LanguageModel, tokens_BT: Tensor
+) -> None:
     expected = model(tokens_BT)
     state = model.init_state(4, CONTEXT)
     lengths = [9, 3, 20]
-    for row, length in enumerate(lengths):
-        model(tokens_BT[row : row + 1, :length], batch_slice(state, row, row + 1))
+    for i, length in enumerate(lengths):
+        model(tokens_BT[i : i + 1, :length], batch_slice(state, i, i + 1))
     for step in range(3):
-        places = torch.tensor(lengths) + step
-        new_B1 = tokens_BT[torch.arange(3), places].unsqueeze(1)
-        got = model(new_B1, batch_slice(state, 0, 3))[:, 0]
-        torch.testing.assert_close(got, expected[torch.arange(3), places], rtol=0, atol=1e-12)
+        positions_B = torch.tensor(lengths) + step
+        new_B1 = tokens_BT[torch.arange(3), positions_B].unsqueeze(1)
+        logits_BV = model(new_B1, batch_slice(state, 0, 3))[:, 0]
+        expected_BV = expected[torch.arange(3), positions_B]
+        torch.testing.assert_close(logits_BV, expected_BV, rtol=0, atol=1e-12)
 
 
-def test_a_row_taken_over_by_another_is_that_other(model: LanguageModel, tokens_BT: Tensor) -> None:
+def test_a_copied_state_continues_its_sequence(model: LanguageModel, tokens_BT: Tensor) -> None:
     state = model.init_state(2, CONTEXT)
     model(tokens_BT[:1, :4], batch_slice(state, 0, 1))
     model(tokens_BT[1:2, :10], batch_slice(state, 1, 2))
     for tensor in state.values():
         tensor[0] = tensor[1]
-    got = model(tokens_BT[1:2, 10:11], batch_slice(state, 0, 1))[0, 0]
-    torch.testing.assert_close(got, model(tokens_BT)[1, 10], rtol=0, atol=1e-12)
+    logits_V = model(tokens_BT[1:2, 10:11], batch_slice(state, 0, 1))[0, 0]
+    torch.testing.assert_close(logits_V, model(tokens_BT)[1, 10], rtol=0, atol=1e-12)
 
 
-def test_the_loss_is_torchs_cross_entropy_over_the_logits(
+def test_loss_equals_torch_cross_entropy_of_the_logits(
     model: LanguageModel, tokens_BT: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     targets_BT = tokens_BT.roll(-1, dims=1)
@@ -129,8 +132,8 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
     expected_N = nn.functional.cross_entropy(logits_NV, scored_BT.flatten(), reduction="none")
     expected.backward()
     gradients = {name: p.grad for name, p in model.named_parameters()}
-    for chunk_elements in (2**26, 7 * VOCABULARY):  # at once, and seven positions at a time
-        monkeypatch.setattr("gpt.models.base.CHUNK_ELEMENTS", chunk_elements)
+    for max_logits in (2**26, 7 * VOCABULARY):  # all at once, and seven positions at a time
+        monkeypatch.setattr("gpt.models.base.MAX_LOGITS", max_logits)
         model.zero_grad()
         loss = model.loss(tokens_BT, targets_BT)
         loss.backward()
@@ -142,30 +145,30 @@ def test_the_loss_is_torchs_cross_entropy_over_the_logits(
             torch.testing.assert_close(parameter.grad, gradients[name])
 
 
-def test_saved_and_opened_gives_the_same_logits(
+def test_a_saved_and_loaded_model_gives_the_same_logits(
     model: LanguageModel, tokens_BT: Tensor, tmp_path, request: pytest.FixtureRequest
 ) -> None:
-    name, own = VARIANTS[request.node.callspec.params["model"]]
+    name, kwargs = VARIANTS[request.node.callspec.params["model"]]
     model = model.float()
-    save_config(tmp_path, name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
+    save_config(tmp_path, name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **kwargs})
     save_tensors(tmp_path / "model.safetensors", unique_state_dict(model))
-    opened = load_language_model(tmp_path)
-    assert torch.equal(opened(tokens_BT), model(tokens_BT))
-    assert load_tensors(tmp_path / "model.safetensors").keys() == unique_state_dict(opened).keys()
+    loaded = load_language_model(tmp_path)
+    assert torch.equal(loaded(tokens_BT), model(tokens_BT))
+    assert load_tensors(tmp_path / "model.safetensors").keys() == unique_state_dict(loaded).keys()
 
 
 SEES_ONE_TOKEN = {"softmax": 1e-1, "sigma-pi-1": 1e-2}
-"""Variants that can only learn what follows a token, whatever was before it, and at which rate."""
+"""Variants whose prediction depends on the last token only, and their learning rates."""
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_overfits_one_batch(variant: str, tokens_BT: Tensor) -> None:
     torch.manual_seed(0)
-    name, own = VARIANTS[variant]
+    name, kwargs = VARIANTS[variant]
     if variant in SEES_ONE_TOKEN:
-        places_BT = torch.arange(CONTEXT) + torch.tensor([[0], [17], [31]])
-        tokens_BT = torch.randperm(VOCABULARY)[places_BT % VOCABULARY]
-    model = build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **own})
+        positions_BT = torch.arange(CONTEXT) + torch.tensor([[0], [17], [31]])
+        tokens_BT = torch.randperm(VOCABULARY)[positions_BT % VOCABULARY]
+    model = build_model(name, {"vocab_size": VOCABULARY, "context_length": CONTEXT, **kwargs})
     optimizer = torch.optim.Adam(model.parameters(), lr=SEES_ONE_TOKEN.get(variant, 1e-2))
     for _ in range(80):
         optimizer.zero_grad()
@@ -175,7 +178,7 @@ def test_overfits_one_batch(variant: str, tokens_BT: Tensor) -> None:
     assert loss.item() < 0.05
 
 
-def test_more_tokens_than_the_context_are_refused(model: LanguageModel) -> None:
+def test_more_tokens_than_the_context_length_raise(model: LanguageModel) -> None:
     if model.max_length is None:
         return
     with pytest.raises(ValueError, match=r"25 tokens.*24"):

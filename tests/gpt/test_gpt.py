@@ -1,4 +1,4 @@
-"""GPT-2 and today's GPT against implementations that we did not write."""
+"""GPT-2 and GPT against `transformers` and torch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from gpt.models.gpt import GPT, GPT2, NGrams
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
+def test_chapter_15_equals_transformers_qwen3_weight_for_weight(tied: bool) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
@@ -62,7 +62,7 @@ def test_equals_qwen3_weight_for_weight(tied: bool) -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("training", [False, True])
-def test_chapter_14_equals_gpt2_weight_for_weight(training: bool, bias: bool) -> None:
+def test_chapter_14_equals_transformers_gpt2_weight_for_weight(training: bool, bias: bool) -> None:
     torch.manual_seed(0)
     dropout = 0.3 if training else 0.0
     model = GPT2(97, 32, width=48, depth=2, heads=3, dropout=dropout, bias=bias)
@@ -72,15 +72,15 @@ def test_chapter_14_equals_gpt2_weight_for_weight(training: bool, bias: bool) ->
     theirs = as_transformers(model, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     tokens_BT = torch.randint(97, (2, 32))
 
-    def logits(of) -> torch.Tensor:
-        torch.manual_seed(1)  # of the dropout: the same places in the same order
+    def output(model):
+        torch.manual_seed(1)  # the same dropout masks in the same order
         with torch.no_grad():
-            return of(tokens_BT)
+            return model(tokens_BT)
 
-    torch.testing.assert_close(logits(model), logits(theirs).logits, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(output(model), output(theirs).logits, rtol=1e-9, atol=1e-9)
 
 
-def test_chapter_14_begins_as_openai_s_does() -> None:
+def test_chapter_14_initial_weights_are_those_of_openai() -> None:
     torch.manual_seed(0)
     model = GPT2(500, 64, width=128, depth=8, heads=4)
     for name, parameter in model.named_parameters():
@@ -94,20 +94,20 @@ def test_chapter_14_begins_as_openai_s_does() -> None:
     assert model.loss(tokens_BT, tokens_BT.roll(1)).item() == pytest.approx(6.21, abs=0.05)
 
 
-@pytest.mark.parametrize("kind", [GPT, GPT2])
-def test_chapter_14_no_gradient_flows_from_the_future(kind: type[GPT | GPT2]) -> None:
+@pytest.mark.parametrize("model_class", [GPT, GPT2])
+def test_chapter_14_no_gradient_flows_from_the_future(model_class: type[GPT | GPT2]) -> None:
     torch.manual_seed(0)
-    model = kind(20, 10, width=16, depth=2, heads=2).double()
+    model = model_class(20, 10, width=16, depth=2, heads=2).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
-    # Ten tokens, each another: the gradient of its embedding is that of its place.
+    # Ten different tokens, so that the gradient of an embedding is that of its position.
     model.features(torch.arange(10).unsqueeze(0))[0, 4].square().sum().backward()
     gradient_T = model.embedding.weight.grad[:10].norm(dim=-1)
     assert (gradient_T[5:] == 0).all()
     assert (gradient_T[:5] > 1e-6).all()
 
 
-def test_chapter_14_a_pair_is_one_text_with_the_loss_on_its_target() -> None:
+def test_chapter_14_only_the_target_of_a_concatenated_pair_is_scored() -> None:
     torch.manual_seed(0)
     model = GPT2(50, 24, width=32, depth=2, heads=2).double()
     for parameter in model.parameters():
@@ -121,68 +121,66 @@ def test_chapter_14_a_pair_is_one_text_with_the_loss_on_its_target() -> None:
         torch.testing.assert_close(nll_BT[row], expected, rtol=0, atol=1e-12)
 
 
-def test_rotary_scores_depend_only_on_the_distance() -> None:
+def test_rotary_scores_depend_only_on_distance() -> None:
     cos_SK, sin_SK = (table.double() for table in rotary_table(64, 16, 10_000.0))
     query, key = torch.randn(
         2, 1, 1, 1, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
     )
 
     def score(i: int, j: int) -> float:
-        turned = [
-            rotate(x, cos_SK[k : k + 1], sin_SK[k : k + 1]) for x, k in ((query, i), (key, j))
-        ]
-        return (turned[0] * turned[1]).sum().item()
+        rotated_query = rotate(query, cos_SK[i : i + 1], sin_SK[i : i + 1])
+        rotated_key = rotate(key, cos_SK[j : j + 1], sin_SK[j : j + 1])
+        return (rotated_query * rotated_key).sum().item()
 
     assert score(5, 2) == pytest.approx(score(40, 37), rel=1e-5)
     assert score(5, 2) != pytest.approx(score(5, 3), rel=1e-2)
 
 
-def test_the_gradient_of_a_rotation_is_the_one_that_is_measured() -> None:
+def test_rotate_passes_gradcheck() -> None:
     torch.manual_seed(0)
     cos_SK, sin_SK = (table[:3].double() for table in rotary_table(64, 6, 10_000.0))
     x_BHTK = torch.randn(2, 2, 3, 6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x: rotate(x, cos_SK, sin_SK), x_BHTK)
 
 
-def test_the_norm_and_its_gradients_are_torchs() -> None:
+def test_rms_norm_and_its_gradients_equal_torch() -> None:
     torch.manual_seed(0)
     norm = RMSNorm(5).double()
     nn.init.normal_(norm.weight)
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
-    found, expected = norm(x), F.rms_norm(x, (5,), norm.weight, 1e-6)
-    torch.testing.assert_close(found, expected)
-    some = torch.randn_like(x)
-    for ours, theirs in zip(
-        *(torch.autograd.grad(y, (x, norm.weight), some) for y in (found, expected)), strict=True
-    ):
-        torch.testing.assert_close(ours, theirs)
+    y, expected = norm(x), F.rms_norm(x, (5,), norm.weight, 1e-6)
+    torch.testing.assert_close(y, expected)
+    inputs, grad = (x, norm.weight), torch.randn_like(x)
+    torch.testing.assert_close(
+        torch.autograd.grad(y, inputs, grad), torch.autograd.grad(expected, inputs, grad)
+    )
 
 
-def test_a_norm_in_bfloat16_loses_no_more_than_its_rounding() -> None:
+def test_rms_norm_in_bfloat16_is_accurate_to_its_rounding() -> None:
     x = torch.randn(64, 32, generator=torch.Generator().manual_seed(0)) + 3
     norm = RMSNorm(32)
-    found = norm(x.bfloat16())
-    assert found.dtype == torch.bfloat16
-    torch.testing.assert_close(found.float(), norm(x), rtol=2**-6, atol=0)
+    y = norm(x.bfloat16())
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), norm(x), rtol=2**-6, atol=0)
 
 
-def test_ngrams_are_the_rows_of_the_last_two_and_three_tokens() -> None:
+def test_ngrams_look_up_the_last_two_and_three_tokens() -> None:
     torch.manual_seed(0)
-    ngrams = NGrams(vocab_size=7, rows=100, width=4)
-    assert len(ngrams.pairs.weight) == 49  # no more than there are
-    assert len(ngrams.triples.weight) == 100
-    text = [3, 0, 6, 6, 1]
-    tokens_BT = torch.tensor([text])
-    found_BTD = ngrams(tokens_BT, Positions(tokens_BT, None))
-    for place, token in enumerate(text):
-        before, first = [0, 0, *text][place + 1], [0, 0, *text][place]
-        pair = ngrams.pairs.weight[before * 7 + token]
-        triple = ngrams.triples.weight[(first * 49 + before * 7 + token) % 100]
-        torch.testing.assert_close(found_BTD[0, place], pair + triple)
+    ngrams = NGrams(vocab_size=7, table_size=100, width=4)
+    assert len(ngrams.bigrams.weight) == 49  # all that exist
+    assert len(ngrams.trigrams.weight) == 100
+    tokens = [3, 0, 6, 6, 1]
+    tokens_BT = torch.tensor([tokens])
+    x_BTD = ngrams(tokens_BT, Positions(tokens_BT, None))
+    for position in range(5):
+        a, b, c = [0, 0, *tokens][position : position + 3]
+        bigram = ngrams.bigrams.weight[b * 7 + c]
+        trigram = ngrams.trigrams.weight[(a * 49 + b * 7 + c) % 100]
+        torch.testing.assert_close(x_BTD[0, position], bigram + trigram)
 
 
-def test_flops_follow_the_published_count() -> None:
-    """6 N + 12 L H Q T (Chowdhery et al. 2022), N without the embedding that is only looked up."""
+def test_flops_equal_the_published_formula() -> None:
+    """6 N + 12 L H Q T (Chowdhery et al. 2022), N without the embedding, which is a lookup."""
     model = GPT(1000, 64, width=48, depth=2, heads=3)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) - 1000 * 48
     assert model.flops_per_token(64) == 6 * matrices + 12 * 2 * 3 * 16 * 64
@@ -190,12 +188,12 @@ def test_flops_follow_the_published_count() -> None:
     assert tied.flops_per_token(64) == model.flops_per_token(64)
 
 
-def test_a_width_that_the_heads_cannot_share_is_refused() -> None:
+def test_a_width_not_divisible_by_heads_raises() -> None:
     with pytest.raises(ValueError, match=r"multiple of 2 \* heads.*50 with 3"):
         GPT(100, 16, width=50, heads=3)
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_invalid_sizes_raise() -> None:
     with pytest.raises(ValueError, match="ngrams must be at least 0, not -1"):
         GPT(100, 16, ngrams=-1)
     with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):

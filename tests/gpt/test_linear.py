@@ -1,4 +1,4 @@
-"""Chapters 1 to 4: against the documents' numbers, closed forms and autograd."""
+"""Chapters 1 to 4 against published numbers, closed forms and autograd."""
 
 import pytest
 import torch
@@ -7,14 +7,14 @@ from torch import Tensor
 
 from gpt.models.base import Model
 from gpt.models.linear import (
-    NOTHING,
+    NO_TOKEN,
     BigramLM,
     Linear,
     Logistic,
     SigmaPi,
     SigmaPiLM,
     Softmax,
-    descend,
+    gradient_step,
     softmax,
 )
 from gpt.models.mlp import MLP
@@ -24,7 +24,7 @@ CUPS = torch.linspace(1, 5, 9, dtype=torch.float64)
 
 
 def fit(model: Model, *batch: Tensor, steps: int = 100) -> float:
-    """The loss that torch's L-BFGS reaches."""
+    """Fit a model with L-BFGS and return the final loss."""
     optimizer = torch.optim.LBFGS(
         model.parameters(),
         max_iter=steps,
@@ -53,21 +53,23 @@ def basketball() -> tuple[Linear, Tensor, Tensor]:
 
 def test_chapter_1_the_basketball_shot_by_hand() -> None:
     model, x_BD, y_B = basketball()
-    step = model.descend_by_hand(0.001, x_BD, y_B)
-    assert [number.item() for number in step] == [45, 25, -100, -10]
+    results = model.gradient_step_by_hand(0.001, x_BD, y_B)
+    assert [result.item() for result in results] == [45, 25, -100, -10]
     assert model.weight.item() == pytest.approx(4.1)
-    assert model.bias.item() == pytest.approx(5.01)  # the document's 5.2 needs another rate
+    assert model.bias.item() == pytest.approx(
+        5.01
+    )  # the 5.2 of the source document needs another rate
 
 
-def test_chapter_1_the_same_shot_left_to_autograd() -> None:
+def test_chapter_1_the_basketball_shot_by_autograd() -> None:
     model, x_BD, y_B = basketball()
-    assert descend(model, 0.001, x_BD, y_B).item() == 25
+    assert gradient_step(model, 0.001, x_BD, y_B).item() == 25
     assert model.weight.item() == pytest.approx(4.1)
     assert model.bias.item() == pytest.approx(5.01)
     assert model.weight.grad is None
 
 
-def test_chapter_1_by_hand_equals_autograd_and_torchs_sgd() -> None:
+def test_chapter_1_by_hand_equals_autograd_and_torch_sgd() -> None:
     torch.manual_seed(0)
     x_BD, y_B = torch.randn(7, 3, dtype=torch.float64), torch.randn(7, dtype=torch.float64)
     start = Linear(3).double()
@@ -77,8 +79,8 @@ def test_chapter_1_by_hand_equals_autograd_and_torchs_sgd() -> None:
     by_hand, by_autograd, by_torch = models
     sgd = torch.optim.SGD(by_torch.parameters(), lr=0.1)
     for _ in range(20):
-        by_hand.descend_by_hand(0.1, x_BD, y_B)
-        descend(by_autograd, 0.1, x_BD, y_B)
+        by_hand.gradient_step_by_hand(0.1, x_BD, y_B)
+        gradient_step(by_autograd, 0.1, x_BD, y_B)
         sgd.zero_grad()
         F.mse_loss(by_torch(x_BD), y_B).backward()
         sgd.step()
@@ -92,7 +94,7 @@ def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
     x_BD, y_B = grains(CUPS, WHITE)
     model = Linear(1).double()
     for _ in range(500):
-        descend(model, 0.05, x_BD[:, :1], y_B)
+        gradient_step(model, 0.05, x_BD[:, :1], y_B)
     assert model.weight.item() == pytest.approx(2, abs=1e-3)
     assert model.bias.item() == pytest.approx(0, abs=3e-3)
 
@@ -100,28 +102,28 @@ def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
 def test_chapter_1_no_plane_fits_white_and_brown_rice() -> None:
     torch.manual_seed(0)
     x_BD, y_B = grains(CUPS, WHITE, BROWN)
-    reached = fit(Linear(2).double(), x_BD, y_B)
+    loss = fit(Linear(2).double(), x_BD, y_B)
     design = torch.cat([x_BD, torch.ones(len(x_BD), 1, dtype=torch.float64)], dim=1)
-    best = torch.linalg.lstsq(design, y_B.unsqueeze(1)).solution.squeeze(1)
-    least = F.mse_loss(design @ best, y_B).item()
-    assert reached == pytest.approx(least)
-    assert least > 0.3
+    solution = torch.linalg.lstsq(design, y_B.unsqueeze(1)).solution.squeeze(1)
+    minimum = F.mse_loss(design @ solution, y_B).item()
+    assert loss == pytest.approx(minimum)
+    assert minimum > 0.3
 
 
-def test_chapter_1_an_answer_of_another_shape_is_refused() -> None:
+def test_chapter_1_targets_of_another_shape_raise() -> None:
     with pytest.raises(ValueError, match=r"\[4\].*not \[4, 1\]"):
         Linear(2).loss(torch.zeros(4, 2), torch.zeros(4, 1))
 
 
 @pytest.fixture(scope="module")
 def polynomial() -> SigmaPi:
-    """y = p xz + qx + b, fitted on white and brown rice."""
+    """y = p xz + qx + b, fitted to white and brown rice."""
     model = SigmaPi(products=((0, 1), (0,), ())).double()
     assert fit(model, *grains(CUPS, WHITE, BROWN)) < 1e-12
     return model
 
 
-def test_chapter_2_a_sigma_pi_unit_is_its_formula() -> None:
+def test_chapter_2_sigma_pi_equals_its_formula() -> None:
     torch.manual_seed(0)
     model = SigmaPi(3, ((0, 0, 2), (1, 2), (1,), ())).double()
     with torch.no_grad():
@@ -131,19 +133,19 @@ def test_chapter_2_a_sigma_pi_unit_is_its_formula() -> None:
     torch.testing.assert_close(model(x_BD), 2 * a * a * c - b * c + 3 * b + 5)
 
 
-def test_chapter_2_a_product_fits_both_rices_exactly(polynomial: SigmaPi) -> None:
+def test_chapter_2_a_product_fits_both_kinds_of_rice_exactly(polynomial: SigmaPi) -> None:
     torch.testing.assert_close(
         polynomial.weight.data, torch.tensor([2.0, 2.0, 0.0]).double(), rtol=0, atol=1e-5
     )
 
 
-def test_chapter_2_it_holds_on_ten_cups(polynomial: SigmaPi) -> None:
-    """Where a ReLU network does not: test_mlp.py."""
+def test_chapter_2_a_product_extrapolates_to_ten_cups(polynomial: SigmaPi) -> None:
+    """A ReLU network does not: see test_mlp.py."""
     x_BD, y_B = grains(torch.tensor([10.0], dtype=torch.float64), WHITE, BROWN)
     torch.testing.assert_close(polynomial(x_BD), y_B, rtol=0, atol=1e-4)
 
 
-def test_chapter_2_it_needs_three_parameters_where_n_relus_need_4n_plus_1() -> None:
+def test_chapter_2_parameter_counts() -> None:
     def size(model: Model) -> int:
         return sum(parameter.numel() for parameter in model.parameters())
 
@@ -159,28 +161,28 @@ def test_chapter_2_a_smooth_law_cannot_switch_to_the_franken_grain(polynomial: S
 
 
 @pytest.mark.parametrize("products", [(), ((0, -1),), ((2,),)])
-def test_chapter_2_products_that_are_none_are_refused(products: tuple[tuple[int, ...]]) -> None:
-    with pytest.raises(ValueError, match="places of the 2 inputs"):
+def test_chapter_2_invalid_products_raise(products: tuple[tuple[int, ...]]) -> None:
+    with pytest.raises(ValueError, match="indices of the 2 inputs"):
         SigmaPi(products=products)
 
 
-def binary() -> tuple[Logistic, Tensor, Tensor]:
+def binary_problem() -> tuple[Logistic, Tensor, Tensor]:
     torch.manual_seed(0)
     x_BD = torch.randn(50, 3, dtype=torch.float64)
     y_B = (x_BD @ torch.tensor([1.0, -2.0, 0.5]).double() + 0.3 > 0).double()
     return Logistic(3).double(), x_BD, y_B
 
 
-def test_chapter_3_the_gradient_is_the_mean_of_the_error_times_the_input() -> None:
-    model, x_BD, y_B = binary()
+def test_chapter_3_gradient_is_the_mean_of_error_times_input() -> None:
+    model, x_BD, y_B = binary_problem()
     model.loss(x_BD, y_B).backward()
     error_B = (model(x_BD) - y_B).detach()
     torch.testing.assert_close(model.score.weight.grad, (error_B.unsqueeze(1) * x_BD).mean(0))
     torch.testing.assert_close(model.score.bias.grad, error_B.mean())
 
 
-def test_chapter_3_the_loss_is_the_likelihoods() -> None:
-    model, x_BD, y_B = binary()
+def test_chapter_3_loss_is_the_negative_log_likelihood() -> None:
+    model, x_BD, y_B = binary_problem()
     p_B = model(x_BD)
     likelihood = (p_B**y_B * (1 - p_B) ** (1 - y_B)).prod()
     torch.testing.assert_close(model.loss(x_BD, y_B), -likelihood.log() / len(y_B))
@@ -188,16 +190,16 @@ def test_chapter_3_the_loss_is_the_likelihoods() -> None:
     assert model.loss(1e4 * x_BD, y_B).isfinite()
 
 
-def test_chapter_3_the_sigmoids_slope_is_p_times_1_minus_p() -> None:
+def test_chapter_3_derivative_of_the_sigmoid() -> None:
     z = torch.linspace(-6, 6, 25, dtype=torch.float64, requires_grad=True)
     p = torch.sigmoid(z)
-    (slope,) = torch.autograd.grad(p.sum(), z)
-    torch.testing.assert_close(slope, p * (1 - p))
+    (derivative,) = torch.autograd.grad(p.sum(), z)
+    torch.testing.assert_close(derivative, p * (1 - p))
     torch.testing.assert_close(p, 1 / (1 + (-z).exp()))
 
 
-def test_chapter_3_a_class_is_1_where_its_probability_is_a_half() -> None:
-    model, x_BD, y_B = binary()
+def test_chapter_3_class_1_starts_at_a_probability_of_a_half() -> None:
+    model, x_BD, y_B = binary_problem()
     fit(model, x_BD, y_B, steps=30)
     assert torch.equal(model.classify(x_BD), y_B.long())
     with torch.no_grad():
@@ -213,7 +215,7 @@ def test_chapter_4_softmax_of_1_2_8() -> None:
     )
 
 
-def test_chapter_4_softmax_is_torchs_and_knows_differences_only() -> None:
+def test_chapter_4_softmax_equals_torch_and_ignores_constants() -> None:
     logits_BV = torch.randn(4, 7, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(softmax(logits_BV), logits_BV.softmax(-1))
     torch.testing.assert_close(softmax(logits_BV, 0.3), (logits_BV / 0.3).softmax(-1))
@@ -221,7 +223,7 @@ def test_chapter_4_softmax_is_torchs_and_knows_differences_only() -> None:
     assert softmax(logits_BV.float() + 1e4).isfinite().all()
 
 
-def test_chapter_4_the_gradient_is_the_error_times_the_input() -> None:
+def test_chapter_4_gradient_is_error_times_input() -> None:
     torch.manual_seed(0)
     model = Softmax(3, 4).double()
     x_BD, class_B = torch.randn(9, 3, dtype=torch.float64), torch.randint(4, (9,))
@@ -233,7 +235,7 @@ def test_chapter_4_the_gradient_is_the_error_times_the_input() -> None:
     torch.testing.assert_close(model.scores.bias.grad, error_BV.mean(0))
 
 
-def test_chapter_4_two_classes_are_the_sigmoid_of_the_difference() -> None:
+def test_chapter_4_two_classes_equal_the_sigmoid_of_the_difference() -> None:
     torch.manual_seed(0)
     model = Softmax(3, 2)
     x_BD = torch.randn(9, 3)
@@ -241,7 +243,7 @@ def test_chapter_4_two_classes_are_the_sigmoid_of_the_difference() -> None:
     torch.testing.assert_close(model(x_BD)[:, 1], torch.sigmoid(z_BV[:, 1] - z_BV[:, 0]))
 
 
-def test_chapter_4_temperature_spreads_and_at_0_only_the_largest_is_left() -> None:
+def test_chapter_4_entropy_grows_with_temperature_and_0_is_argmax() -> None:
     torch.manual_seed(0)
     model = Softmax(3, 5)
     x_BD = torch.randn(6, 3)
@@ -256,7 +258,7 @@ def test_chapter_4_temperature_spreads_and_at_0_only_the_largest_is_left() -> No
     assert torch.equal(model(x_BD), F.one_hot(model.scores(x_BD).argmax(-1), 5).float())
 
 
-def test_chapter_4_grains_are_told_apart_by_their_darkness() -> None:
+def test_chapter_4_grains_are_classified_by_darkness() -> None:
     torch.manual_seed(0)
     model = Softmax(1, 3).double()
     darkness_BD = grains(CUPS, WHITE, BROWN, FRANKEN)[0][:, 1:]
@@ -265,7 +267,7 @@ def test_chapter_4_grains_are_told_apart_by_their_darkness() -> None:
     assert torch.equal(model(darkness_BD).argmax(-1), kind_B)
 
 
-def test_chapter_4_a_learned_bigram_table_is_the_counted_one() -> None:
+def test_chapter_4_a_trained_bigram_table_equals_the_counts() -> None:
     generator = torch.Generator().manual_seed(0)
     tokens_BT, targets_BT = torch.randint(6, (2, 2, 300), generator=generator)
     counts_VV = torch.zeros(6, 6)
@@ -282,28 +284,28 @@ def test_chapter_4_a_learned_bigram_table_is_the_counted_one() -> None:
     )
 
 
-def test_chapter_2_speaking_a_feature_is_the_sum_of_all_products_of_its_factors() -> None:
+def test_chapter_2_a_feature_of_sigma_pi_lm_is_the_sum_of_all_products() -> None:
     torch.manual_seed(0)
     model = SigmaPiLM(20, 8, window=3, width=5, hidden=4).double()
     tokens_BT = torch.randint(20, (2, 8))
     embeddings_BTD = model.embedding(tokens_BT)
     weights_WFD = model.factors.weight.view(3, 4, 5)
     for t in range(8):
-        factors = [  # token j back meets the weights of place W - 1 - j; before the row is nothing
+        factors = [  # token j back has the weights of window position W - 1 - j
             embeddings_BTD[:, t - j] @ weights_WFD[2 - j].T for j in range(3) if t - j >= 0
         ]
         expected = torch.zeros(2, 4).double()
-        for chosen in range(2 ** len(factors)):  # every subset of the window
+        for subset in range(2 ** len(factors)):  # of the tokens in the window
             product = torch.ones(2, 4).double()
             for j, factor in enumerate(factors):
-                if chosen >> j & 1:
+                if subset >> j & 1:
                     product = product * factor
             expected = expected + product
         expected = expected / expected.square().mean(-1, keepdim=True).sqrt()
         torch.testing.assert_close(model.features(tokens_BT)[:, t], expected)
 
 
-def test_a_window_remembers_its_last_tokens_and_nothing_more() -> None:
+def test_a_window_model_depends_on_the_last_tokens_only() -> None:
     torch.manual_seed(0)
     model = SigmaPiLM(20, 8, window=3, width=5, hidden=4).double()
     torch.nn.init.normal_(model.unembedding.weight)
@@ -313,7 +315,7 @@ def test_a_window_remembers_its_last_tokens_and_nothing_more() -> None:
     differs_T = (model(tokens_BT) - model(changed_BT)).abs().amax((0, 2)) > 0
     assert differs_T.tolist() == [False, False, True, True, True, False, False, False]
     state = model.init_state(2, 8)
-    assert state["last"].tolist() == [[NOTHING] * 2] * 2
+    assert state["last"].tolist() == [[NO_TOKEN] * 2] * 2
     address = state["last"].data_ptr()
     model(tokens_BT[:, :1], state)
     model(tokens_BT[:, 1:5], state)
@@ -321,19 +323,19 @@ def test_a_window_remembers_its_last_tokens_and_nothing_more() -> None:
     assert state["last"].data_ptr() == address
 
 
-def test_a_row_may_be_longer_than_the_context() -> None:
+def test_sequences_may_be_longer_than_the_context_length() -> None:
     for model in (BigramLM(20, 4), SigmaPiLM(20, 4, window=3, width=5, hidden=4)):
         assert model.max_length is None
         assert model(torch.zeros(1, 9, dtype=torch.long)).shape == (1, 9, 20)
 
 
-@pytest.mark.parametrize("own", [{"window": 0}, {"width": 0}, {"hidden": 0}])
-def test_sizes_that_are_none_are_refused(own: dict[str, int]) -> None:
+@pytest.mark.parametrize("kwargs", [{"window": 0}, {"width": 0}, {"hidden": 0}])
+def test_invalid_sizes_raise(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1, not"):
-        SigmaPiLM(20, 4, **own)
+        SigmaPiLM(20, 4, **kwargs)
 
 
-def test_bad_configurations_are_refused() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="inputs must be at least 1, not 0"):
         Linear(0)
     with pytest.raises(ValueError, match=r"temperature above 0.*0\.0"):

@@ -1,4 +1,4 @@
-"""Chapters 5 and 6: networks that bend, experts behind gates, and what they do beyond their data."""
+"""Chapters 5 and 6: MLPs and gated experts, and how they extrapolate."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from gpt.models.linear import SigmaPi
 from gpt.models.mlp import (
     ACTIVATIONS,
     MLP,
+    MLPLM,
     Experts,
     ExpertsLM,
-    Gated,
+    GatedExperts,
     Layers,
-    WindowLM,
     backpropagate,
 )
 from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grains
@@ -25,14 +25,14 @@ from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, gra
 def fit_many(
     make: Callable[[], Model], x_NBD: Tensor, y_NB: Tensor, steps: int, rate: float = 0.05
 ) -> Callable[[Tensor], Tensor]:
-    """N models of N seeds, each fitted on data of its own, side by side; returns their answers."""
+    """Fit N models with seeds 0 to N - 1 to N data sets in parallel; return their predictions."""
     models = []
     for seed in range(len(x_NBD)):
         torch.manual_seed(seed)
         models.append(make())
     parameters, _ = stack_module_state(models)
     optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
-    predict = vmap(lambda own, x_BD: functional_call(models[0], own, (x_BD,)))
+    predict = vmap(lambda parameters, x_BD: functional_call(models[0], parameters, (x_BD,)))
     for step in range(steps):
         optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
         optimizer.zero_grad()
@@ -41,24 +41,24 @@ def fit_many(
     return lambda x_NBD: predict(parameters, x_NBD).detach()
 
 
-def size(model: Model) -> int:
+def num_parameters(model: Model) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def test_chapter_2_a_relu_network_fitted_on_five_cups_is_lost_on_ten() -> None:
+def test_chapter_2_a_relu_network_fitted_to_five_cups_fails_at_ten() -> None:
     x_BD, y_B = grains(torch.linspace(1, 5, 9), WHITE, BROWN)
     x_NBD, y_NB = x_BD.expand(5, -1, -1), y_B.expand(5, -1)
     network = fit_many(lambda: MLP(2, (10,)), x_NBD, y_NB, steps=1000)
     assert (network(x_NBD) - y_NB).abs().mean(-1).median() < 0.2
     far_BD, far_B = grains(torch.tensor([10.0]), WHITE, BROWN)
     assert (network(far_BD.expand(5, -1, -1)) - far_B).abs().mean(-1).median() > 0.5
-    law = SigmaPi()
+    sigma_pi = SigmaPi()
     with torch.no_grad():
-        law.weight.copy_(torch.tensor([2.0, 2.0, 0.0]))
-    torch.testing.assert_close(law(far_BD), far_B)
+        sigma_pi.weight.copy_(torch.tensor([2.0, 2.0, 0.0]))
+    torch.testing.assert_close(sigma_pi(far_BD), far_B)
 
 
-def test_chapter_5_two_layers_without_a_bend_are_one() -> None:
+def test_chapter_5_two_linear_layers_equal_one() -> None:
     torch.manual_seed(0)
     model = MLP(3, (5,), "none").double()
     first, last = model.hidden.layers[0], model.output
@@ -68,7 +68,7 @@ def test_chapter_5_two_layers_without_a_bend_are_one() -> None:
     torch.testing.assert_close(model(x_BD), x_BD @ weight_D + bias)
 
 
-def test_chapter_5_the_bends() -> None:
+def test_chapter_5_activations_equal_their_formulas() -> None:
     x = torch.linspace(-4, 4, 33, dtype=torch.float64)
     sigmoid, tanh = ACTIVATIONS["sigmoid"], ACTIVATIONS["tanh"]
     torch.testing.assert_close(sigmoid(x), 1 / (1 + (-x).exp()))
@@ -79,11 +79,11 @@ def test_chapter_5_the_bends() -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_chapter_5_a_network_is_torchs_layers_one_after_the_other(activation: str) -> None:
+def test_chapter_5_an_mlp_equals_torch_layers(activation: str) -> None:
     torch.manual_seed(0)
     model = MLP(3, (5, 4), activation).double()
     first, second = model.hidden.layers
-    bend = {
+    activate = {
         "step": lambda a: (a > 0).double(),
         "sigmoid": nn.Sigmoid(),
         "tanh": nn.Tanh(),
@@ -91,26 +91,28 @@ def test_chapter_5_a_network_is_torchs_layers_one_after_the_other(activation: st
         "none": nn.Identity(),
     }[activation]
     x_BD, y_B = torch.randn(6, 3, dtype=torch.float64), torch.randn(6, dtype=torch.float64)
-    torch.testing.assert_close(model(x_BD), model.output(bend(second(bend(first(x_BD)))))[:, 0])
+    torch.testing.assert_close(
+        model(x_BD), model.output(activate(second(activate(first(x_BD)))))[:, 0]
+    )
     torch.testing.assert_close(model.loss(x_BD, y_B), nn.functional.mse_loss(model(x_BD), y_B))
 
 
 def test_chapter_5_three_relus_make_at_most_three_kinks() -> None:
     x_BD = torch.linspace(-20, 20, 4001, dtype=torch.float64).unsqueeze(1)
-    most = 0
+    max_kinks = 0
     for seed in range(30):
         torch.manual_seed(seed)
         model = MLP(1, (3,)).double()
-        bent_B = model(x_BD).detach().diff().diff().abs() > 1e-9
-        # A kink between two points of the grid bends the slope at one place or at two neighbours.
-        kinks = int(bent_B[0]) + int((bent_B[1:] & ~bent_B[:-1]).sum())
+        is_kink_B = model(x_BD).detach().diff().diff().abs() > 1e-9
+        # A kink between two grid points changes the slope at one point or at two neighbors.
+        kinks = int(is_kink_B[0]) + int((is_kink_B[1:] & ~is_kink_B[:-1]).sum())
         assert kinks <= 3
-        most = max(most, kinks)
-    assert most == 3
+        max_kinks = max(max_kinks, kinks)
+    assert max_kinks == 3
 
 
 @pytest.mark.parametrize("activation", ["relu", "tanh"])
-def test_chapter_5_curves_are_fitted_better_with_more_units(activation: str) -> None:
+def test_chapter_5_more_units_fit_curves_better(activation: str) -> None:
     x_B = torch.linspace(-1.5, 2.5, 60)
     y_NB = torch.stack([curve(x_B) for _, curve in CURVES.values()])
     x_NBD = x_B.view(1, -1, 1).expand(len(CURVES), -1, -1)
@@ -133,12 +135,12 @@ def test_chapter_5_backpropagation_by_hand_equals_autograd() -> None:
         a = torch.sigmoid(weight * a + bias)
     cost = (a - y) ** 2
     expected = torch.autograd.grad(cost, (weights_L, biases_L))
-    got = backpropagate(weights_L.detach(), biases_L.detach(), x, y)
-    torch.testing.assert_close(got, (cost.detach(), *expected))
+    by_hand = backpropagate(weights_L.detach(), biases_L.detach(), x, y)
+    torch.testing.assert_close(by_hand, (cost.detach(), *expected))
 
 
-def test_chapter_6_the_hand_set_relu_switch_passes_its_own_grain_and_shuts_the_rest() -> None:
-    """One ReLU a kind: ratio * cups - 100 * p(other kinds), from cups and a classifier's answer."""
+def test_chapter_6_hand_set_relus_pass_their_own_grain_and_block_the_others() -> None:
+    """One ReLU per kind: ratio * cups - 100 * p(other kinds), p from a classifier."""
     ratios = torch.tensor([grain.water for grain in (WHITE, BROWN, FRANKEN)])
     model = MLP(4, (3,))
     with torch.no_grad():
@@ -152,14 +154,14 @@ def test_chapter_6_the_hand_set_relu_switch_passes_its_own_grain_and_shuts_the_r
     for kind, ratio in enumerate(ratios):
         p_BE = nn.functional.one_hot(torch.full((10,), kind), 3).float()
         x_BD = torch.cat([cups.unsqueeze(1), p_BE], dim=1)
-        switched_BE = model.hidden(x_BD)
-        torch.testing.assert_close(switched_BE, p_BE * ratio * cups.unsqueeze(1))
+        hidden_BE = model.hidden(x_BD)
+        torch.testing.assert_close(hidden_BE, p_BE * ratio * cups.unsqueeze(1))
         torch.testing.assert_close(model(x_BD), ratio * cups)
 
 
-def test_chapter_6_gated_experts_are_their_formula() -> None:
+def test_chapter_6_gated_experts_equal_their_formula() -> None:
     torch.manual_seed(0)
-    model = Gated(3, 2, 4, 5).double()
+    model = GatedExperts(3, 2, 4, 5).double()
     u_BF, v_BF = torch.randn(6, 3).double(), torch.randn(6, 2).double()
     gates_BE = model.gates(v_BF).softmax(-1)
     expected = torch.zeros(6, 5).double()
@@ -167,28 +169,28 @@ def test_chapter_6_gated_experts_are_their_formula() -> None:
         weight, bias = (p[5 * i : 5 * i + 5] for p in model.experts.parameters())
         expected += gates_BE[:, i : i + 1] * (u_BF @ weight.T + bias)
     torch.testing.assert_close(model(u_BF, v_BF), expected)
-    torch.testing.assert_close(model.weights(v_BF), gates_BE)
+    torch.testing.assert_close(model.gate_weights(v_BF), gates_BE)
 
 
-def test_chapter_6_gates_may_see_other_inputs_than_experts() -> None:
+def test_chapter_6_gates_and_experts_may_have_different_inputs() -> None:
     torch.manual_seed(0)
     model = Experts(2, 3, u=(0,), v=(1,))
-    assert size(model) == 3 * (1 + 1) + 3 * (1 + 1)
+    assert num_parameters(model) == 3 * (1 + 1) + 3 * (1 + 1)
     x_BD = torch.rand(5, 2)
     more_BD = x_BD + torch.tensor([1.0, 0.0])
-    assert torch.equal(model.gates(x_BD), model.gates(more_BD))
-    torch.testing.assert_close(model.gates(x_BD).sum(-1), torch.ones(5))
-    slope_B = (model.gates(x_BD) * model.gated.experts.weight[:, 0]).sum(-1)
+    assert torch.equal(model.gate_weights(x_BD), model.gate_weights(more_BD))
+    torch.testing.assert_close(model.gate_weights(x_BD).sum(-1), torch.ones(5))
+    slope_B = (model.gate_weights(x_BD) * model.mixture.experts.weight[:, 0]).sum(-1)
     torch.testing.assert_close(model(more_BD) - model(x_BD), slope_B)
 
 
 def test_chapter_6_parameter_counts() -> None:
-    assert size(Experts(2, 5)) == 30
-    assert size(MLP(2, (7,))) == 29
-    assert size(MLP(2, (4, 3))) == 31
+    assert num_parameters(Experts(2, 5)) == 30
+    assert num_parameters(MLP(2, (7,))) == 29
+    assert num_parameters(MLP(2, (4, 3))) == 31
 
 
-def test_chapter_6_experts_keep_to_five_random_lines_where_networks_of_their_size_do_not() -> None:
+def test_chapter_6_experts_extrapolate_five_random_lines_better_than_mlps_of_their_size() -> None:
     def data(x_B: Tensor) -> tuple[Tensor, Tensor]:
         x_BDs, y_Bs = zip(*(five_lines(seed, x_B) for seed in range(16)), strict=True)
         return torch.stack(x_BDs), torch.stack(y_Bs)
@@ -205,27 +207,27 @@ def test_chapter_6_experts_keep_to_five_random_lines_where_networks_of_their_siz
     assert experts < 0.75 * error(lambda: MLP(2, (4, 3)))
 
 
-@pytest.mark.parametrize("apart", [False, True], ids=["u = v", "u cups, v darkness"])
-def test_chapter_6_white_brown_and_franken_grain_together(apart: bool) -> None:
-    """As in the document, the best fit of a few; only experts that see the cups alone find the law."""
-    own = {"u": (0,), "v": (1,)} if apart else {}
+@pytest.mark.parametrize("split_inputs", [False, True], ids=["u = v", "u cups, v darkness"])
+def test_chapter_6_white_brown_and_franken_grain_together(split_inputs: bool) -> None:
+    """The best of several fits. Only experts that see the cups alone find the law."""
+    kwargs = {"u": (0,), "v": (1,)} if split_inputs else {}
     x_BD, y_B = grains(torch.linspace(1, 5, 9), WHITE, BROWN, FRANKEN)
     x_NBD, y_NB = x_BD.expand(8, -1, -1), y_B.expand(8, -1)
-    model = fit_many(lambda: Experts(2, 5, **own), x_NBD, y_NB, steps=1200)
+    model = fit_many(lambda: Experts(2, 5, **kwargs), x_NBD, y_NB, steps=1200)
     loss_N = (model(x_NBD) - y_NB).square().mean(-1)
     assert loss_N.min() < 0.01
     far_BD, far_B = grains(torch.tensor([10.0]), WHITE, BROWN, FRANKEN)
     far_N = (model(far_BD.expand(8, -1, -1)) - far_B).abs().amax(-1)
-    assert (far_N[loss_N.argmin()] < 0.5) == apart
+    assert (far_N[loss_N.argmin()] < 0.5) == split_inputs
 
 
-def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
+def test_chapter_5_mlp_lm_concatenates_the_embeddings_of_the_window() -> None:
     torch.manual_seed(0)
-    model = WindowLM(20, 8, window=3, width=5, hidden=4, depth=2).double()
+    model = MLPLM(20, 8, window=3, width=5, hidden=4, depth=2).double()
     tokens_BT = torch.randint(20, (2, 8))
     embeddings_BTD = model.embedding(tokens_BT)
     for t in range(8):
-        window_BWD = torch.zeros(2, 3, 5).double()  # oldest first; before the row is nothing
+        window_BWD = torch.zeros(2, 3, 5).double()  # oldest first; zeros before the start
         for j in range(min(3, t + 1)):
             window_BWD[:, 2 - j] = embeddings_BTD[:, t - j]
         hidden_BF = model.layers(window_BWD.transpose(1, 2).flatten(1))
@@ -233,18 +235,18 @@ def test_chapter_5_speaking_a_window_is_the_embeddings_side_by_side() -> None:
         torch.testing.assert_close(model.features(tokens_BT)[:, t], expected)
 
 
-def test_chapter_6_speaking_is_the_window_and_gated_experts() -> None:
+def test_chapter_6_experts_lm_is_an_mlp_lm_with_gated_experts() -> None:
     torch.manual_seed(0)
     model = ExpertsLM(20, 8, window=3, width=5, hidden=4, experts=3).double()
     tokens_BT = torch.randint(20, (2, 8))
     hidden_BTF = model.hidden(tokens_BT, None)
-    said_BTF = model.gated(hidden_BTF, hidden_BTF)
-    expected = said_BTF / said_BTF.square().mean(-1, keepdim=True).sqrt()
+    mixed_BTF = model.mixture(hidden_BTF, hidden_BTF)
+    expected = mixed_BTF / mixed_BTF.square().mean(-1, keepdim=True).sqrt()
     torch.testing.assert_close(model.features(tokens_BT), expected)
 
 
-@pytest.mark.parametrize("make", [WindowLM, ExpertsLM])
-def test_a_window_is_as_long_as_it_says(make: type[WindowLM]) -> None:
+@pytest.mark.parametrize("make", [MLPLM, ExpertsLM])
+def test_features_depend_on_window_tokens_only(make: type[MLPLM]) -> None:
     torch.manual_seed(0)
     model = make(20, 4, window=3, width=5, hidden=4).double()
     assert model.max_length is None
@@ -255,16 +257,16 @@ def test_a_window_is_as_long_as_it_says(make: type[WindowLM]) -> None:
     assert differs_T.tolist() == [4 <= t < 7 for t in range(9)]
 
 
-def test_bad_configurations_are_refused() -> None:
+def test_invalid_arguments_raise() -> None:
     with pytest.raises(ValueError, match="no activation 'gelu'; there are step, sigmoid"):
         MLP(2, (3,), "gelu")
     with pytest.raises(ValueError, match=r"at least 1 wide, not \[2, 0\]"):
         Layers([2, 0], "relu")
     with pytest.raises(ValueError, match="experts must be at least 1, not 0"):
         Experts(2, 0)
-    with pytest.raises(ValueError, match=r"places of the 2 inputs.*\[0, 2\] and \[0, 1\]"):
+    with pytest.raises(ValueError, match=r"indices of the 2 inputs.*\[0, 2\] and \[0, 1\]"):
         Experts(2, 3, u=(0, 2))
-    with pytest.raises(ValueError, match=r"places of the 2 inputs.*\[0, 1\] and \[\]"):
+    with pytest.raises(ValueError, match=r"indices of the 2 inputs.*\[0, 1\] and \[\]"):
         Experts(2, 3, v=())
     with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
-        WindowLM(20, 4, depth=0)
+        MLPLM(20, 4, depth=0)

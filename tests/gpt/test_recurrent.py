@@ -1,4 +1,4 @@
-"""Chapters 8 to 10: the three cells against torch's, and what their gates can do."""
+"""Chapters 8 to 10: the three cells against torch's, and the effects of their gates."""
 
 import time
 
@@ -19,15 +19,15 @@ from gpt.models.recurrent import (
     gradient_by_distance,
 )
 
-THEIRS = {RNN: nn.RNN, LSTM: nn.LSTM, GRU: nn.GRU}
-FAR = 1e3
-"""A bias that opens a gate fully; its negative shuts it."""
+TORCH_CLASSES = {RNN: nn.RNN, LSTM: nn.LSTM, GRU: nn.GRU}
+OPEN = 1e3
+"""A bias that opens a gate fully; its negative closes it."""
 
 
-def torchs_own(model: RecurrentLM) -> nn.RNNBase:
-    """torch's network with the weights of ours."""
+def as_torch(model: RecurrentLM) -> nn.RNNBase:
+    """torch's network with our weights."""
     first = model.cells[0]
-    theirs = THEIRS[type(model)](
+    theirs = TORCH_CLASSES[type(model)](
         first.input.in_features, first.width, len(model.cells), batch_first=True
     ).to(first.input.weight.dtype)
     with torch.no_grad():
@@ -40,9 +40,9 @@ def torchs_own(model: RecurrentLM) -> nn.RNNBase:
     return theirs
 
 
-def their_state(model: RecurrentLM, state: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
-    memories = tuple(state[name].transpose(0, 1).contiguous() for name in model.cell.memories)
-    return memories if len(memories) > 1 else memories[0]
+def as_torch_state(model: RecurrentLM, state: dict[str, Tensor]) -> Tensor | tuple[Tensor, ...]:
+    states = tuple(state[name].transpose(0, 1).contiguous() for name in model.cell.state_names)
+    return states if len(states) > 1 else states[0]
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -57,16 +57,16 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
         pytest.param(GRU, id="chapter_10_gru"),
     ],
 )
-def test_equals_torchs_own_weight_for_weight(model_class: type[RecurrentLM]) -> None:
+def test_equals_torch_weight_for_weight(model_class: type[RecurrentLM]) -> None:
     torch.manual_seed(0)
     model = model_class(30, 12, width=10, depth=2, embedding_width=7).double()
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.4)
-    theirs = torchs_own(model)
+    theirs = as_torch(model)
     tokens_BT = torch.randint(30, (3, 12))
     state = {name: torch.randn_like(t) for name, t in model.init_state(3, 12).items()}
     expected_BTD, last = theirs(
-        F.embedding(tokens_BT, model.embedding.weight.detach()), their_state(model, state)
+        F.embedding(tokens_BT, model.embedding.weight.detach()), as_torch_state(model, state)
     )
     weights_BTD = torch.randn(3, 12, 10, dtype=torch.float64)
     (expected_BTD * weights_BTD).sum().backward()
@@ -74,22 +74,21 @@ def test_equals_torchs_own_weight_for_weight(model_class: type[RecurrentLM]) -> 
     features_BTD = model.features(tokens_BT, state)
     (features_BTD * weights_BTD).sum().backward()
     torch.testing.assert_close(features_BTD, expected_BTD)
-    for ours, their in zip(
-        state.values(), last if isinstance(last, tuple) else (last,), strict=True
-    ):
-        torch.testing.assert_close(ours, their.detach().transpose(0, 1))
-    got = gradients(model)
+    last_states = last if isinstance(last, tuple) else (last,)
+    for actual, expected in zip(state.values(), last_states, strict=True):
+        torch.testing.assert_close(actual, expected.detach().transpose(0, 1))
+    ours = gradients(model)
     for name, expected in gradients(theirs).items():
         kind, side, layer = name.split("_")
-        part = "input" if side == "ih" else "hidden"
-        mine = got.get(f"cells.{layer[1:]}.{part}.{kind}")
-        # Where torch has two biases that are only ever added, both have our one's gradient.
-        mine = got[f"cells.{layer[1:]}.input.bias"] if mine is None else mine
-        torch.testing.assert_close(mine, expected)
+        module = "input" if side == "ih" else "hidden"
+        actual = ours.get(f"cells.{layer[1:]}.{module}.{kind}")
+        # Where torch adds two biases, both have the gradient of our one.
+        actual = ours[f"cells.{layer[1:]}.input.bias"] if actual is None else actual
+        torch.testing.assert_close(actual, expected)
 
 
 def scalar(cell: Cell, weight: float) -> Cell:
-    """A cell of width 1 that reads nothing, with this weight from h to h, in float64."""
+    """Set the recurrent weight of a cell of width 1 and all other parameters to 0, in float64."""
     for parameter in cell.parameters():
         nn.init.zeros_(parameter)
     nn.init.constant_(cell.double().hidden.weight, weight)
@@ -100,17 +99,17 @@ def scalar(cell: Cell, weight: float) -> Cell:
     ("weight", "steps", "expected"),
     [(0.2, 5, 0.00032), (0.5, 100, 0.5**100), (2.0, 100, 2.0**100)],
 )
-def test_chapter_8_a_scalar_gradient_vanishes_or_explodes(
+def test_chapter_8_gradient_of_a_scalar_recurrence_vanishes_or_explodes(
     weight: float, steps: int, expected: float
 ) -> None:
-    """At h = 0 tanh is the line y = x, so that nothing but the weight is multiplied."""
+    """At h = 0 the derivative of tanh is 1, so only the weight is multiplied."""
     cell = scalar(RNNCell(1, 1), weight)
     norms_T = gradient_by_distance(cell, torch.zeros(steps + 1, 1, 1, dtype=torch.float64))
     assert norms_T[0] == 1
     assert norms_T[steps].item() == pytest.approx(expected, rel=1e-12)
 
 
-def test_chapter_8_the_gradient_of_the_rnn_falls_fastest_with_distance() -> None:
+def test_chapter_8_gradient_of_the_rnn_falls_fastest_with_distance() -> None:
     for seed in range(3):
         torch.manual_seed(seed)
         x_TBD = torch.randn(60, 4, 64)
@@ -122,27 +121,27 @@ def test_chapter_8_the_gradient_of_the_rnn_falls_fastest_with_distance() -> None
             assert rnn[distance] / rnn[0] < lstm[distance] / lstm[0] / 2
 
 
-def test_gradient_by_distance_is_the_slope() -> None:
-    """Move h_t a little, run on, and see how far the last output moves."""
+def test_gradient_by_distance_equals_finite_differences() -> None:
     torch.manual_seed(0)
     cell = LSTMCell(3, 1).double()
     x_TBD = torch.randn(6, 1, 3, dtype=torch.float64)
     norms_T = gradient_by_distance(cell, x_TBD)
 
-    def last(distance: int, nudge: float) -> float:
-        memory = (torch.zeros(1, 1, dtype=torch.float64),) * 2
-        for place, input_BF in enumerate(cell.input(x_TBD)):
-            hidden_BD, cell_BD = cell.step(input_BF, *memory)
-            memory = (hidden_BD + nudge * (place == 5 - distance), cell_BD)
-        return memory[0].item()
+    def last_output(distance: int, epsilon: float) -> float:
+        """The last output when the hidden state at `distance` is changed by `epsilon`."""
+        states = (torch.zeros(1, 1, dtype=torch.float64),) * 2
+        for position, input_BF in enumerate(cell.input(x_TBD)):
+            hidden_BD, cell_BD = cell.step(input_BF, *states)
+            states = (hidden_BD + epsilon * (position == 5 - distance), cell_BD)
+        return states[0].item()
 
     for distance in range(6):
-        slope = (last(distance, 1e-6) - last(distance, -1e-6)) / 2e-6
+        slope = (last_output(distance, 1e-6) - last_output(distance, -1e-6)) / 2e-6
         assert norms_T[distance].item() == pytest.approx(abs(slope), rel=1e-6)
 
 
 def with_gates(cell: Cell, **biases: float) -> Cell:
-    """The cell with some gates held at a value, by their biases; the others do as they like."""
+    """Set the biases of some gates, to fix these gates open or closed."""
     order = {LSTMCell: "ifgo", GRUCell: "rzn"}[type(cell)]
     for gate, bias in biases.items():
         start = order.index(gate) * cell.width
@@ -151,68 +150,66 @@ def with_gates(cell: Cell, **biases: float) -> Cell:
 
 
 @pytest.fixture
-def memory_BD() -> tuple[Tensor, Tensor]:
-    """h and C, and with them the seed of what follows."""
+def states_BD() -> tuple[Tensor, Tensor]:
+    """h and C. Also seeds the random numbers of the test."""
     torch.manual_seed(0)
     return torch.rand(4, 8) * 2 - 1, torch.randn(4, 8)
 
 
-def read(cell: Cell, *memory_BD: Tensor, x_BD: Tensor) -> tuple[Tensor, ...]:
-    return cell.step(cell.input(x_BD), *memory_BD)
+def step(cell: Cell, x_BD: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
+    return cell.step(cell.input(x_BD), *states_BD)
 
 
-def test_chapter_9_f_1_and_i_0_carry_the_cell_unchanged(memory_BD) -> None:
-    cell = with_gates(LSTMCell(8, 8), f=FAR, i=-FAR)
+def test_chapter_9_f_1_and_i_0_keep_the_cell_state(states_BD) -> None:
+    cell = with_gates(LSTMCell(8, 8), f=OPEN, i=-OPEN)
     x_TBD = torch.randn(50, 4, 8)
-    _, (_, cell_BD) = cell(x_TBD, memory_BD)
-    assert torch.equal(cell_BD, memory_BD[1])
+    _, (_, cell_BD) = cell(x_TBD, states_BD)
+    assert torch.equal(cell_BD, states_BD[1])
 
 
-def test_chapter_9_f_0_erases_the_cell(memory_BD) -> None:
-    cell = with_gates(LSTMCell(8, 8), f=-FAR)
-    x_BD, (hidden_BD, cell_BD) = torch.randn(4, 8), memory_BD
-    one = read(cell, hidden_BD, cell_BD, x_BD=x_BD)
-    other = read(cell, hidden_BD, cell_BD + 5, x_BD=x_BD)
-    assert torch.equal(one[1], other[1])
-    i_BD, _, g_BD, _ = cell.gate(cell.input(x_BD), hidden_BD)
-    torch.testing.assert_close(one[1], i_BD * g_BD)
-    with_gates(cell, i=-FAR)
-    assert not read(cell, hidden_BD, cell_BD, x_BD=x_BD)[1].any()
+def test_chapter_9_f_0_erases_the_cell_state(states_BD) -> None:
+    cell = with_gates(LSTMCell(8, 8), f=-OPEN)
+    x_BD, (hidden_BD, cell_BD) = torch.randn(4, 8), states_BD
+    _, next_cell_BD = step(cell, x_BD, hidden_BD, cell_BD)
+    assert torch.equal(next_cell_BD, step(cell, x_BD, hidden_BD, cell_BD + 5)[1])
+    i_BD, _, g_BD, _ = cell.gates(cell.input(x_BD), hidden_BD)
+    torch.testing.assert_close(next_cell_BD, i_BD * g_BD)
+    with_gates(cell, i=-OPEN)
+    assert not step(cell, x_BD, hidden_BD, cell_BD)[1].any()
 
 
-def test_chapter_9_o_0_silences_h(memory_BD) -> None:
-    cell = with_gates(LSTMCell(8, 8), o=-FAR)
-    hidden_BD, cell_BD = read(cell, *memory_BD, x_BD=torch.randn(4, 8))
+def test_chapter_9_o_0_makes_h_zero(states_BD) -> None:
+    cell = with_gates(LSTMCell(8, 8), o=-OPEN)
+    hidden_BD, cell_BD = step(cell, torch.randn(4, 8), *states_BD)
     assert not hidden_BD.any()
     assert cell_BD.all()
 
 
-def test_chapter_10_z_1_carries_everything_forward(memory_BD) -> None:
-    cell = with_gates(GRUCell(8, 8), z=FAR)
-    outputs_TBD, (hidden_BD,) = cell(torch.randn(50, 4, 8), memory_BD[:1])
+def test_chapter_10_z_1_keeps_h(states_BD) -> None:
+    cell = with_gates(GRUCell(8, 8), z=OPEN)
+    outputs_TBD, (hidden_BD,) = cell(torch.randn(50, 4, 8), states_BD[:1])
     assert outputs_TBD.shape == (50, 4, 8)
-    torch.testing.assert_close(hidden_BD, memory_BD[0])
+    torch.testing.assert_close(hidden_BD, states_BD[0])
 
 
-def test_chapter_10_z_0_takes_the_candidate(memory_BD) -> None:
-    cell = with_gates(GRUCell(8, 8), z=-FAR)
+def test_chapter_10_z_0_takes_the_candidate(states_BD) -> None:
+    cell = with_gates(GRUCell(8, 8), z=-OPEN)
     x_BD = torch.randn(4, 8)
-    (hidden_BD,) = read(cell, memory_BD[0], x_BD=x_BD)
-    assert torch.equal(hidden_BD, cell.gate(cell.input(x_BD), memory_BD[0])[2])
+    (hidden_BD,) = step(cell, x_BD, states_BD[0])
+    assert torch.equal(hidden_BD, cell.gates(cell.input(x_BD), states_BD[0])[2])
 
 
-def test_chapter_10_r_0_ignores_the_past(memory_BD) -> None:
-    cell = with_gates(GRUCell(8, 8), r=-FAR)
+def test_chapter_10_r_0_ignores_the_past(states_BD) -> None:
+    cell = with_gates(GRUCell(8, 8), r=-OPEN)
     x_BD = torch.randn(4, 8)
-    one, other = (cell.gate(cell.input(x_BD), h_BD)[2] for h_BD in (memory_BD[0], memory_BD[1]))
-    assert torch.equal(one, other)
-    with_gates(cell, z=-FAR)
-    one, other = (read(cell, h_BD, x_BD=x_BD)[0] for h_BD in (memory_BD[0], memory_BD[1]))
-    assert torch.equal(one, other)
+    candidates = [cell.gates(cell.input(x_BD), hidden_BD)[2] for hidden_BD in states_BD]
+    assert torch.equal(*candidates)
+    with_gates(cell, z=-OPEN)
+    assert torch.equal(*(step(cell, x_BD, hidden_BD)[0] for hidden_BD in states_BD))
 
 
-@pytest.mark.parametrize("model_class", THEIRS)
-def test_a_row_costs_one_vector_a_layer_however_long(model_class: type[RecurrentLM]) -> None:
+@pytest.mark.parametrize("model_class", TORCH_CLASSES)
+def test_state_size_does_not_depend_on_length(model_class: type[RecurrentLM]) -> None:
     model = model_class(20, 8, width=6, depth=3)
     assert model.max_length is None
     for length in (1, 8, 100_000):
@@ -220,8 +217,8 @@ def test_a_row_costs_one_vector_a_layer_however_long(model_class: type[Recurrent
             assert tensor.shape == (5, 3, 6)
 
 
-@pytest.mark.parametrize("model_class", THEIRS)
-def test_training_carries_a_state_and_no_gradient_across_windows(model_class) -> None:
+@pytest.mark.parametrize("model_class", TORCH_CLASSES)
+def test_states_but_no_gradients_cross_windows(model_class) -> None:
     torch.manual_seed(0)
     model = model_class(20, 8, width=6)
     tokens_BT = torch.randint(20, (2, 16))
@@ -230,7 +227,7 @@ def test_training_carries_a_state_and_no_gradient_across_windows(model_class) ->
     second_BTD = model.features(tokens_BT[:, 8:], state)
     torch.testing.assert_close(second_BTD, model.features(tokens_BT)[:, 8:])
     assert not any(tensor.requires_grad for tensor in state.values())
-    # The first window's backward pass comes after the state has moved on.
+    # The first window's backward pass runs after the state was overwritten.
     first_BTD.sum().backward()
     expected = gradients(model)["cells.0.hidden.weight"].clone()
     model.zero_grad()
@@ -238,14 +235,14 @@ def test_training_carries_a_state_and_no_gradient_across_windows(model_class) ->
     torch.testing.assert_close(gradients(model)["cells.0.hidden.weight"], expected)
     model.zero_grad()
     second_BTD.sum().backward()
-    seen = tokens_BT[:, 8:].unique()
-    unseen = [token for token in range(20) if token not in seen]
-    assert unseen
-    assert not model.embedding.weight.grad[unseen].any()
+    window_tokens = tokens_BT[:, 8:].unique()
+    other_tokens = [token for token in range(20) if token not in window_tokens]
+    assert other_tokens
+    assert not model.embedding.weight.grad[other_tokens].any()
 
 
 def test_dropout_is_between_layers_and_never_between_steps() -> None:
-    """All is dropped: what a step hands to the next is still there."""
+    """With all values dropped, states are still passed from step to step."""
     torch.manual_seed(0)
     model = LSTM(20, 8, width=6, dropout=1.0)
     nn.init.normal_(model.cells[0].input.bias)
@@ -253,26 +250,25 @@ def test_dropout_is_between_layers_and_never_between_steps() -> None:
     features_BTD = model.features(torch.randint(20, (2, 8)), state)
     assert not features_BTD.any()
     assert state["hidden"].all()
-    whole = model.eval().features(torch.randint(20, (2, 8)))
-    assert whole.all()
+    assert model.eval().features(torch.randint(20, (2, 8))).all()
 
 
-def test_first_weights_in_a_range() -> None:
+def test_init_range_and_the_forget_gates_initial_bias() -> None:
     model = LSTM(50, 8, width=16, init_range=0.1)
     for parameter in model.parameters():
         assert 0.05 < parameter.abs().max() <= 0.1
-    forgets = LSTM(50, 8, width=16).cells[0].input.bias[16:32]
-    assert torch.equal(forgets, torch.ones(16))
+    forget_bias = LSTM(50, 8, width=16).cells[0].input.bias[16:32]
+    assert torch.equal(forget_bias, torch.ones(16))
 
 
-def test_flops_are_those_of_the_matrices() -> None:
+def test_flops_count_each_matrix() -> None:
     matrices = 4 * (16 * 16 + 16 * 16) + 50 * 16
     for tied in (False, True):
         assert LSTM(50, 8, width=16, tied=tied).flops_per_token(8) == 6 * matrices
 
 
 @pytest.mark.parametrize(
-    ("own", "message"),
+    ("kwargs", "message"),
     [
         ({"width": 0}, "at least 1.*not 0"),
         ({"depth": 0}, "at least 1"),
@@ -281,40 +277,40 @@ def test_flops_are_those_of_the_matrices() -> None:
         ({"tied": True, "width": 8, "embedding_width": 4}, "embedding_width 4 is not 8"),
     ],
 )
-def test_bad_arguments_are_refused(own, message) -> None:
+def test_invalid_arguments_raise(kwargs, message) -> None:
     with pytest.raises(ValueError, match=message):
-        GRU(20, 8, **own)
+        GRU(20, 8, **kwargs)
 
 
 class Fused(nn.Module):
-    """A cell's layer by torch's own fused network."""
+    """A layer of a recurrent model, computed by torch's fused network."""
 
     def __init__(self, theirs: nn.RNNBase) -> None:
         super().__init__()
         self.theirs = theirs
 
-    def forward(self, x_TBD: Tensor, memory_BD: tuple[Tensor, ...]):
-        memory = tuple(one_BD.unsqueeze(0) for one_BD in memory_BD)
-        output_TBD, last = self.theirs(x_TBD, memory if len(memory) > 1 else memory[0])
+    def forward(self, x_TBD: Tensor, states_BD: tuple[Tensor, ...]):
+        states = tuple(state_BD.unsqueeze(0) for state_BD in states_BD)
+        output_TBD, last = self.theirs(x_TBD, states if len(states) > 1 else states[0])
         return output_TBD, tuple(t[0] for t in (last if isinstance(last, tuple) else (last,)))
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("model_class", [LSTM, GRU])
-def test_trains_at_no_less_than_half_the_speed_of_torchs_fused_network(model_class) -> None:
-    """Processor time on one thread, so that what else the machine does counts for little."""
+def test_trains_at_least_at_half_the_speed_of_torchs_fused_network(model_class) -> None:
+    """Measures CPU time on one thread, so that other load on the machine matters little."""
     ours, theirs = (model_class(4096, 128, width=256, depth=2) for _ in range(2))
-    theirs.cells = nn.ModuleList(Fused(THEIRS[model_class](256, 256)) for _ in range(2))
+    theirs.cells = nn.ModuleList(Fused(TORCH_CLASSES[model_class](256, 256)) for _ in range(2))
     tokens_BT = torch.randint(4096, (32, 129))
     times = {ours: [], theirs: []}
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         for _ in range(4):
-            for model, taken in times.items():
-                begun = time.process_time()
+            for model, seconds in times.items():
+                start = time.process_time()
                 model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:]).backward()
-                taken.append(time.process_time() - begun)
+                seconds.append(time.process_time() - start)
     finally:
         torch.set_num_threads(threads)
     assert min(times[ours]) < 2 * min(times[theirs])

@@ -1,4 +1,4 @@
-"""Chapter 13: attention as it is written, and the encoder-decoder made of it."""
+"""Chapter 13: attention and the encoder-decoder transformer."""
 
 import pytest
 import torch
@@ -15,16 +15,16 @@ from gpt.models.attention import (
 from gpt.models.transformer import Attention, Transformer, sinusoids
 
 
-def build(**own: int) -> Transformer:
+def build(**kwargs: int) -> Transformer:
     torch.manual_seed(0)
-    model = Transformer(30, 12, **{"width": 16, "depth": 2, "heads": 2, **own}).double().eval()
+    model = Transformer(30, 12, **{"width": 16, "depth": 2, "heads": 2, **kwargs}).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.4)
     return model
 
 
 def causal_mask(length: int) -> Tensor:
-    """The mask that cached attention uses."""
+    """The mask of attention with a KV cache."""
     state = init_cache(torch.zeros(1, 8), 1, 1, 2, length)
     return Positions(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
 
@@ -33,14 +33,14 @@ def random(*shape: int) -> Tensor:
     return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def test_chapter_13_the_fused_attention_is_the_written_one() -> None:
+def test_chapter_13_attention_weights_agree_with_fused_attention() -> None:
     queries, keys, values = random(3, 2, 4, 6, 8)
     for mask, causal in ((None, False), (causal_mask(6), True)):
         expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
         torch.testing.assert_close(attention_weights(queries, keys, mask) @ values, expected)
 
 
-def test_chapter_13_the_mask_gives_exact_zeros_and_equal_scores_share() -> None:
+def test_chapter_13_mask_gives_exact_zeros_and_equal_scores_equal_weights() -> None:
     weights_TS = attention_weights(random(1, 1, 7, 4), random(1, 1, 7, 4), causal_mask(7))[0, 0]
     assert (weights_TS.triu(1) == 0).all()
     assert (weights_TS.tril()[weights_TS.new_ones(7, 7).tril() > 0] > 0).all()
@@ -53,7 +53,7 @@ def test_chapter_13_the_mask_gives_exact_zeros_and_equal_scores_share() -> None:
 
 
 def test_chapter_13_attention_is_asymmetric() -> None:
-    """What "eat" sees in "bread" is not what "bread" sees in "eat"."""
+    """The weight of "bread" for "eat" differs from that of "eat" for "bread"."""
     attention = Attention(8, 1).double()
     x_BTD = random(1, 3, 8)
     weights_TS = attention_weights(
@@ -62,24 +62,24 @@ def test_chapter_13_attention_is_asymmetric() -> None:
     assert not torch.allclose(weights_TS, weights_TS.T, atol=1e-3)
 
 
-def test_chapter_13_without_positions_the_order_does_not_matter() -> None:
-    """I eat bread, bread eat I."""
+def test_chapter_13_without_positions_order_does_not_matter() -> None:
     model = build()
     sentence, lengths = torch.tensor([[5, 17, 9]]), torch.tensor([3])
     order = [2, 1, 0]
 
-    def read(source_BS: Tensor) -> Tensor:
+    def encode(source_BS: Tensor) -> Tensor:
         return model.encode(source_BS, lengths)["source_values"]
 
-    assert not torch.allclose(read(sentence[:, order]), read(sentence)[..., order, :], atol=1e-3)
+    encoded, reordered = encode(sentence)[..., order, :], encode(sentence[:, order])
+    assert not torch.allclose(reordered, encoded, atol=1e-3)
     model.positions_SD.zero_()
-    torch.testing.assert_close(read(sentence[:, order]), read(sentence)[..., order, :])
-    written = torch.tensor([[3, 4]])
-    one, other = (
-        model.features(written, model.encode_source(source_BS, lengths))
-        for source_BS in (sentence, sentence[:, order])
+    encoded, reordered = encode(sentence)[..., order, :], encode(sentence[:, order])
+    torch.testing.assert_close(reordered, encoded)
+    target = torch.tensor([[3, 4]])
+    torch.testing.assert_close(
+        model.features(target, model.encode_source(sentence, lengths)),
+        model.features(target, model.encode_source(sentence[:, order], lengths)),
     )
-    torch.testing.assert_close(one, other)
 
 
 def test_chapter_13_no_gradient_flows_from_the_future() -> None:
@@ -90,12 +90,12 @@ def test_chapter_13_no_gradient_flows_from_the_future() -> None:
     gradient_V = model.embedding.weight.grad.norm(dim=-1)
     assert (gradient_V[:5] > 1e-6).all()
     assert (gradient_V[5:10] == 0).all()
-    # Of the source every word, wherever it stands; of the padding none.
+    # Gradients flow to all source tokens but not to padding.
     assert (gradient_V[20:22] > 1e-6).all()
     assert gradient_V[22] == 0
 
 
-def test_chapter_13_equals_torchs_own_layers_weight_for_weight() -> None:
+def test_chapter_13_equals_torch_layers_weight_for_weight() -> None:
     model = build()
     settings = {"dim_feedforward": 64, "dropout": 0.0, "batch_first": True, "norm_first": True}
     encoder = nn.TransformerEncoder(
@@ -106,12 +106,12 @@ def test_chapter_13_equals_torchs_own_layers_weight_for_weight() -> None:
     ).double()
     ours = model.state_dict()
 
-    def load(theirs: nn.Module, stack: str, norm: str, parts: dict[str, str]) -> None:
+    def load(theirs: nn.Module, stack: str, norm: str, names: dict[str, str]) -> None:
         state = {}
         for kind in ("weight", "bias"):
             state[f"norm.{kind}"] = ours[f"{norm}.{kind}"]
             for layer in range(2):
-                for name, their_name in parts.items():
+                for name, their_name in names.items():
                     state[f"layers.{layer}.{their_name}.{kind}"] = ours[
                         f"{stack}.{layer}.{name}.{kind}"
                     ]
@@ -120,8 +120,8 @@ def test_chapter_13_equals_torchs_own_layers_weight_for_weight() -> None:
                         continue
                     state[f"layers.{layer}.{their_name}.in_proj_{kind}"] = torch.cat(
                         [
-                            ours[f"{stack}.{layer}.{name}.{part}.{kind}"]
-                            for part in ("query", "key", "value")
+                            ours[f"{stack}.{layer}.{name}.{matrix}.{kind}"]
+                            for matrix in ("query", "key", "value")
                         ]
                     )
                     state[f"layers.{layer}.{their_name}.out_proj.{kind}"] = ours[
@@ -129,29 +129,29 @@ def test_chapter_13_equals_torchs_own_layers_weight_for_weight() -> None:
                     ]
         theirs.load_state_dict(state)
 
-    both = {"attention_norm": "norm1", "mlp.up": "linear1", "mlp.down": "linear2"}
-    load(encoder, "encoder", "encoder_norm", {**both, "mlp_norm": "norm2"})
-    load(decoder, "decoder", "norm", {**both, "cross_norm": "norm2", "mlp_norm": "norm3"})
+    shared = {"attention_norm": "norm1", "mlp.up": "linear1", "mlp.down": "linear2"}
+    load(encoder, "encoder", "encoder_norm", {**shared, "mlp_norm": "norm2"})
+    load(decoder, "decoder", "norm", {**shared, "cross_norm": "norm2", "mlp_norm": "norm3"})
     generator = torch.Generator().manual_seed(2)
     source_BS = torch.randint(30, (3, 7), generator=generator)
     tokens_BT = torch.randint(30, (3, 5), generator=generator)
     lengths_B = torch.tensor([7, 2, 4])
-    absent_BS = ~source_mask(lengths_B, 7)
+    padding_BS = ~source_mask(lengths_B, 7)
     future_TT = torch.ones(5, 5, dtype=torch.bool).triu(1)
     memory_BSD = encoder(
-        model.embedding(source_BS) + model.positions_SD[:7], src_key_padding_mask=absent_BS
+        model.embedding(source_BS) + model.positions_SD[:7], src_key_padding_mask=padding_BS
     )
     expected_BTD = decoder(
         model.embedding(tokens_BT) + model.positions_SD[:5],
         memory_BSD,
         tgt_mask=future_TT,
-        memory_key_padding_mask=absent_BS,
+        memory_key_padding_mask=padding_BS,
     )
     encoded = model.encode(source_BS, lengths_B)
     torch.testing.assert_close(model.decode(tokens_BT, encoded), expected_BTD)
 
 
-def test_chapter_13_positions_are_the_papers() -> None:
+def test_chapter_13_positions_equal_the_papers_formula() -> None:
     table_SD = sinusoids(40, 6)
     for position, pair in ((0, 0), (1, 0), (7, 1), (39, 2)):
         angle = torch.tensor(position / 10_000 ** (2 * pair / 6))
@@ -160,7 +160,7 @@ def test_chapter_13_positions_are_the_papers() -> None:
     assert sinusoids(5, 7).shape == (5, 7)
 
 
-def test_an_empty_source_in_a_batch_is_no_source() -> None:
+def test_an_empty_source_in_a_batch_gives_the_unconditional_features() -> None:
     model = build()
     source_BS, lengths_B = torch.tensor([[4, 5, 6], [7, 8, 9]]), torch.tensor([3, 0])
     tokens_BT = torch.tensor([[1, 2], [1, 2]])
@@ -169,17 +169,18 @@ def test_an_empty_source_in_a_batch_is_no_source() -> None:
     assert not torch.allclose(features_BTD[0], features_BTD[1], atol=1e-3)
 
 
-def test_cached_causal_attention_equals_the_whole() -> None:
+def test_causal_attention_with_the_cache_mask_equals_it_without() -> None:
     attention = CausalSelfAttention(8, 2).double()
     x_BTD = random(2, 5, 8)
-    whole_BTD = attention(x_BTD, Positions(torch.zeros(2, 5), None))
+    expected_BTD = attention(x_BTD, Positions(torch.zeros(2, 5), None))
     queries_BHTK, keys_BHSK = attention.queries_and_keys(x_BTD, Positions(torch.zeros(2, 5), None))
     weights_BHTS = attention_weights(queries_BHTK, keys_BHSK, causal_mask(5))
     mixed_BHTK = weights_BHTS @ attention.split(attention.value(x_BTD))
-    torch.testing.assert_close(attention.output(mixed_BHTK.transpose(1, 2).flatten(2)), whole_BTD)
+    output_BTD = attention.output(mixed_BHTK.transpose(1, 2).flatten(2))
+    torch.testing.assert_close(output_BTD, expected_BTD)
 
 
-def test_sizes_that_cannot_be_are_refused() -> None:
+def test_invalid_sizes_raise() -> None:
     with pytest.raises(ValueError, match=r"multiple of heads.*50 with 3"):
         Transformer(30, 8, width=50, heads=3)
     with pytest.raises(ValueError, match=r"at least 1.*32, 0, 2 and 0"):
@@ -188,7 +189,7 @@ def test_sizes_that_cannot_be_are_refused() -> None:
         Transformer(30, 8).encode_source(torch.zeros(1, 9, dtype=torch.long), torch.tensor([9]))
 
 
-def test_flops_count_each_token_in_the_half_that_it_goes_through() -> None:
+def test_flops_count_each_token_in_one_of_the_two_networks() -> None:
     model = Transformer(1000, 64, width=48, depth=2, heads=3)
     matrices = sum(p.numel() for p in model.parameters() if p.ndim > 1) - 1000 * 48
     # Over a window of 64: two self-attentions and one cross-attention of 32 by 32, forward

@@ -1,4 +1,4 @@
-"""Chapter 7: words with the same neighbours come to have the same vector."""
+"""Chapter 7: words with similar contexts get similar vectors."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ GROUPS, SIZE = 6, 5
 VOCABULARY = GROUPS * SIZE
 
 
-def corpus(rows: int, length: int) -> Tensor:
+def corpus(batch_size: int, length: int) -> Tensor:
     """tokens_BT: eight words of one group, then eight of another, and so on."""
-    groups_BT = torch.randint(GROUPS, (rows, length // 8)).repeat_interleave(8, dim=1)
+    groups_BT = torch.randint(GROUPS, (batch_size, length // 8)).repeat_interleave(8, dim=1)
     return groups_BT * SIZE + torch.randint(SIZE, groups_BT.shape)
 
 
@@ -32,21 +32,23 @@ def trained() -> Word2Vec:
     return model
 
 
-def test_chapter_7_neighbours_end_nearer_than_random_pairs(trained: Word2Vec) -> None:
+def test_chapter_7_context_words_have_more_similar_vectors_than_random_pairs(
+    trained: Word2Vec,
+) -> None:
     vectors_VD = F.normalize(trained.vectors_VD, dim=1)
     cosines_VV = vectors_VD @ vectors_VD.t()
     group_V = torch.arange(VOCABULARY) // SIZE
     same_VV = group_V.unsqueeze(1) == group_V
-    apart_VV = ~same_VV
+    different_VV = ~same_VV
     same_VV.fill_diagonal_(False)
-    assert cosines_VV[same_VV].mean() > cosines_VV[apart_VV].mean() + 0.4
-    assert cosines_VV[same_VV].min() > cosines_VV[apart_VV].max()
+    assert cosines_VV[same_VV].mean() > cosines_VV[different_VV].mean() + 0.4
+    assert cosines_VV[same_VV].min() > cosines_VV[different_VV].max()
 
 
 @pytest.mark.parametrize("model_class", [GPT, LSTM])
-def test_chapter_7_vectors_load_as_another_rungs_embedding(trained, model_class) -> None:
-    own = {"heads": 1} if model_class is GPT else {}
-    model = model_class(VOCABULARY, 8, width=16, depth=1, **own)
+def test_chapter_7_vectors_load_as_the_embedding_of_another_model(trained, model_class) -> None:
+    kwargs = {"heads": 1} if model_class is GPT else {}
+    model = model_class(VOCABULARY, 8, width=16, depth=1, **kwargs)
     tokens_BT = torch.randint(VOCABULARY, (2, 8))
     before_BTD = model.features(tokens_BT)
     with torch.no_grad():
@@ -56,45 +58,50 @@ def test_chapter_7_vectors_load_as_another_rungs_embedding(trained, model_class)
     assert torch.equal(model.embedding(tokens_BT), trained.vectors_VD[tokens_BT])
 
 
-def test_the_loss_is_the_papers_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_loss_equals_the_papers_formula_pair_by_pair(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     model = Word2Vec(12, width=6, window=2, negatives=3).double()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter)
-    text_BW = torch.randint(12, (2, 5))
-    drawn = torch.randint(12, (2, 5, 3))
-    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: drawn.flatten())
-    v, u = model.embedding.weight, model.neighbour.weight
+    words_BW = torch.randint(12, (2, 5))
+    negatives_BWN = torch.randint(12, (2, 5, 3))
+    monkeypatch.setattr(torch, "multinomial", lambda *_, **__: negatives_BWN.flatten())
+    v, u = model.embedding.weight, model.context_embedding.weight
     pairs = []
-    for row in range(2):
-        for centre in range(5):
-            for other in range(5):
-                if 0 < abs(centre - other) <= 2:
-                    word = v[text_BW[row, centre]]
-                    loss = -F.logsigmoid(word @ u[text_BW[row, other]])
-                    loss -= sum(F.logsigmoid(-word @ u[n]) for n in drawn[row, centre])
+    for words, negatives in zip(words_BW, negatives_BWN, strict=True):
+        for center in range(5):
+            for context in range(5):
+                if 0 < abs(center - context) <= 2:
+                    vector = v[words[center]]
+                    loss = -F.logsigmoid(vector @ u[words[context]])
+                    loss -= sum(F.logsigmoid(-vector @ u[n]) for n in negatives[center])
                     pairs.append(loss)
     expected = torch.stack(pairs).mean()
-    torch.testing.assert_close(model.loss(text_BW[:, :-1], text_BW[:, 1:]), expected)
+    torch.testing.assert_close(model.loss(words_BW[:, :-1], words_BW[:, 1:]), expected)
 
 
-def test_negatives_follow_the_counts_seen_in_training(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_negatives_are_drawn_by_the_counts_of_trained_words(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = Word2Vec(4, width=2)
-    seen = []
-    draw = torch.multinomial
-    monkeypatch.setattr(
-        torch, "multinomial", lambda p, *rest, **more: seen.append(p) or draw(p, *rest, **more)
-    )
+    weights = []
+    multinomial = torch.multinomial
+
+    def spy(weights_V: Tensor, *args, **kwargs) -> Tensor:
+        weights.append(weights_V)
+        return multinomial(weights_V, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "multinomial", spy)
     tokens_BT = torch.tensor([[0, 0, 1], [0, 2, 2]])
     model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
     model.eval().loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
-    assert model.counts_V.tolist() == [4, 2, 3, 1]  # once more than seen: any word can be drawn
-    for weights_V in seen:
+    assert model.counts_V.tolist() == [4, 2, 3, 1]  # counts start at 1: any word can be drawn
+    for weights_V in weights:
         torch.testing.assert_close(weights_V, torch.tensor([4.0, 2.0, 3.0, 1.0]) ** 0.75)
-    assert "counts_V" in model.state_dict()  # so that a resumed run draws as the first would have
+    assert "counts_V" in model.state_dict()  # a resumed run draws the same negatives
 
 
-def test_a_seed_gives_the_same_loss_and_a_text_may_be_shorter_than_the_span() -> None:
+def test_loss_is_reproducible_and_sequences_may_be_shorter_than_the_window() -> None:
     model = Word2Vec(9, width=4, window=50).eval()
     tokens_BT = torch.tensor([[1, 2]])
     losses = []
@@ -102,7 +109,7 @@ def test_a_seed_gives_the_same_loss_and_a_text_may_be_shorter_than_the_span() ->
         torch.manual_seed(3)
         losses.append(model.loss(tokens_BT[:, :1], tokens_BT[:, 1:]))
     assert losses[0] == losses[1]
-    # Nothing learned: every one of six sigmoids is a half.
+    # Before training each of the six sigmoids is a half.
     torch.testing.assert_close(losses[0], -6 * torch.tensor(0.5).log())
 
 
@@ -110,7 +117,7 @@ def test_flops_count_the_dot_products() -> None:
     assert Word2Vec(9, width=4, window=2, negatives=3).flops_per_token(10) == 6 * 7 * 4
 
 
-@pytest.mark.parametrize("own", [{"width": 0}, {"window": 0}, {"negatives": 0}])
-def test_bad_arguments_are_refused(own: dict[str, int]) -> None:
+@pytest.mark.parametrize("kwargs", [{"width": 0}, {"window": 0}, {"negatives": 0}])
+def test_invalid_arguments_raise(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
-        Word2Vec(9, **own)
+        Word2Vec(9, **kwargs)

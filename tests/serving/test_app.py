@@ -13,7 +13,7 @@ import torch
 
 from gpt import GPT, MODELS
 from gpt.generation import generate
-from gpt.models.base import EncoderDecoder
+from gpt.models.encoder_decoder import EncoderDecoder
 from gpt.sampling import SamplingParams
 from serving.engine.async_engine import AsyncEngine
 from serving.engine.engine import Engine

@@ -260,7 +260,7 @@ def test_what_does_not_fit_is_said(run, message):
 
 def test_experts_that_see_what_a_table_does_not_have_are_refused(tmp_path):
     run = dataclasses.replace(PRESETS["grain-experts"], task="square")
-    with pytest.raises(ValueError, match=r"places of the 1 inputs.*\[0\] and \[1\]"):
+    with pytest.raises(ValueError, match=r"indices of the 1 inputs.*\[0\] and \[1\]"):
         Trainer(run, tmp_path, open_task(run), torch.device("cpu"))
 
 

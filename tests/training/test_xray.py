@@ -14,7 +14,7 @@ import gpt.models.attention
 from gpt import MODELS
 from gpt.beam_search import translate
 from gpt.checkpoint import save_config, save_tensors, unique_state_dict
-from gpt.models.seq2seq import reversal
+from gpt.models.seq2seq import reversed_indices
 from tokenizer import byte_tokenizer
 from training.plots.commands import Xray
 
@@ -155,8 +155,8 @@ def test_an_alignment_is_what_the_readout_uses():
     expected_BTD, _ = model.features_and_targets(*PAIR, tokens_BT)
     torch.testing.assert_close(torch.tanh(model.readout(all_BTD)), expected_BTD)
     ahead_D, back_D = memory_BSD[1, 3].chunk(2)
-    torch.testing.assert_close(seen["ahead hidden"][1, 0, 0, 3], ahead_D)
-    torch.testing.assert_close(seen["back hidden"][1, 0, 0, 0], back_D)
+    torch.testing.assert_close(seen["forward encoder hidden"][1, 0, 0, 3], ahead_D)
+    torch.testing.assert_close(seen["backward encoder hidden"][1, 0, 0, 0], back_D)
 
 
 def before(memory_BLTD: Tensor, first: Tensor | None = None) -> Tensor:
@@ -198,7 +198,7 @@ def test_an_encoder_decoders_gates_recompute_its_memories(reverse):
     torch.testing.assert_close(seen["encoder hidden"][1, :, 3], first_BLD[1])
     expected_BTD, _ = model.features_and_targets(*PAIR, PAIR[-1])
     torch.testing.assert_close(seen["decoder hidden"][:, -1], expected_BTD)
-    read_BS = SOURCE_BS.gather(1, reversal(LENGTHS_B, 7)) if reverse else SOURCE_BS
+    read_BS = SOURCE_BS.gather(1, reversed_indices(LENGTHS_B, 7)) if reverse else SOURCE_BS
     assert torch.equal(found[0].rows, read_BS)
 
 
@@ -206,7 +206,7 @@ def test_experts_are_those_that_the_features_are_made_of():
     model = build("experts")
     gates_BTE = named(model, TOKENS_BT)["experts"][:, 0, 0]
     hidden_BTF = model.hidden(TOKENS_BT, None)
-    said_BTEF = model.gated.experts(hidden_BTF).unflatten(-1, (5, -1))
+    said_BTEF = model.mixture.experts(hidden_BTF).unflatten(-1, (5, -1))
     mixed_BTF = (gates_BTE.unsqueeze(-1) * said_BTEF).sum(-2)
     features_BTF = F.rms_norm(mixed_BTF, mixed_BTF.shape[-1:])
     torch.testing.assert_close(features_BTF, model.features(TOKENS_BT))
@@ -216,20 +216,20 @@ def test_a_windows_effect_is_what_one_token_alone_does_to_it():
     """Token s alone in the window of token t, and nothing at its other places."""
     for name in ("sigma-pi", "mlp"):
         model = build(name)
-        effect_TS = named(model, TOKENS_BT)["effect in the window"][0, 0, 0]
+        effect_TS = named(model, TOKENS_BT)["token contribution"][0, 0, 0]
         for t in range(12):
             for s in range(12):
-                if not 0 <= t - s < model.span:
+                if not 0 <= t - s < model.window:
                     assert effect_TS[t, s] == 0
                     continue
-                window_WD = torch.zeros(model.span, 8, dtype=torch.float64)
-                window_WD[model.span - 1 - (t - s)] = model.embedding.weight[TOKENS_BT[0, s]]
+                window_WD = torch.zeros(model.window, 8, dtype=torch.float64)
+                window_WD[model.window - 1 - (t - s)] = model.embedding.weight[TOKENS_BT[0, s]]
                 if name == "mlp":
                     first = model.layers.layers[0]
                     changed = first(window_WD.t().flatten()) - first.bias
                 else:
-                    each = model.factors(window_WD).unflatten(-1, (model.span, -1))
-                    changed = torch.stack([1 + each[w, w] for w in range(model.span)]).prod(0) - 1
+                    each = model.factors(window_WD).unflatten(-1, (model.window, -1))
+                    changed = torch.stack([1 + each[w, w] for w in range(model.window)]).prod(0) - 1
                 torch.testing.assert_close(effect_TS[t, s], changed.norm())
 
 
@@ -275,8 +275,11 @@ def test_a_picture_names_tokens_layers_heads_and_scales(tmp_path, capsys):
     ("name", "titles"),
     [
         ("lstm", ["input gate", "forget gate", "candidate", "output gate", "hidden", "cell"]),
-        ("experts", ["experts", "effect in the window"]),
-        ("attention", ["alignment of the next token", "back hidden", "decoder reset gate"]),
+        ("experts", ["experts", "token contribution"]),
+        (
+            "attention",
+            ["alignment of the next token", "backward encoder hidden", "decoder reset gate"],
+        ),
     ],
 )
 def test_every_kind_is_drawn_under_its_name(name, titles, tmp_path):

@@ -19,7 +19,7 @@ from gpt import summary
 from gpt.checkpoint import did_you_mean
 from gpt.models.attention import attention_weights
 from gpt.models.base import Model
-from gpt.models.linear import Linear, Logistic, SigmaPi, descend, softmax
+from gpt.models.linear import Linear, Logistic, SigmaPi, gradient_step, softmax
 from gpt.models.mlp import MLP, Experts
 from gpt.models.recurrent import Cell, GRUCell, LSTMCell, RNNCell, gradient_by_distance
 from gpt.models.transformer import sinusoids
@@ -154,7 +154,7 @@ def line() -> Sequence[Panel]:
             power = model(ends.unsqueeze(-1)).detach()
             strength = 0.3 + 0.7 * len(series) / (len(wanted) - 1)
             series.append(Series(ends, power, BLUE, wanted[step], strength=strength))
-        descend(model, 0.005, metres_BD, power_B)
+        gradient_step(model, 0.005, metres_BD, power_B)
     shots = Series(metres_BD[:, 0], power_B, ORANGE, "shots that went in", "dots", 5, (-105, 8))
     return [Curves("distance (metres)", "power (units)", [*series, shots])]
 
@@ -253,7 +253,7 @@ def experts() -> Sequence[Panel]:
     network = fit(lambda: MLP(2, (7,)), rows, starts=4)
     darkness = torch.linspace(0, 1, 81)
     with torch.no_grad():
-        gates_BE = model.gates(torch.stack([darkness * 0, darkness], -1).double())
+        gates_BE = model.gate_weights(torch.stack([darkness * 0, darkness], -1).double())
     peaks_E, order_E = gates_BE.argmax(0).sort()
     series = [
         Series(darkness, gates_BE[:, expert], PURPLE, f"{place + 1}", at=int(peak), shift=(-3, 9))
