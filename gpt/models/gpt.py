@@ -87,7 +87,7 @@ class DecoderOnly(LanguageModel):
         block: Creates a block.
         norm: The norm before the unembedding.
         tied: Whether the embedding is also the unembedding.
-        dropout: Share of the embedding that training drops.
+        dropout: Fraction of the embedding that training drops.
     """
 
     supported_tasks = ("text", "translation")
@@ -230,7 +230,7 @@ class GPT2(DecoderOnly):
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
-        dropout: Share of embedding, attention weights and branch outputs dropped; OpenAI's is 0.1.
+        dropout: Fraction of embeddings, attention weights and branch outputs dropped; OpenAI: 0.1.
         bias: Whether norms and linear layers have biases; OpenAI's do. Without is a little faster.
     """
 
@@ -339,7 +339,7 @@ class GPT(DecoderOnly):
         heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 8/3 of the width, rounded to 64.
         tied: Whether the embedding is also the unembedding.
-        dropout: Share of the embedding and of branch outputs that training drops.
+        dropout: Fraction of the embedding and of branch outputs that training drops.
         rotary_base: Base of the rotary angles; a larger one suits longer contexts.
         ngrams: Rows of the n-gram tables; 0 for none. Speeds up small vocabularies; not in Qwen3.
     """

@@ -195,7 +195,7 @@ class RecurrentLM(LanguageModel):
         depth: Number of layers, L.
         embedding_width: Width of an embedding; 0 means `width`.
         tied: Whether the embedding is also the unembedding.
-        dropout: Share of the values between layers that training drops.
+        dropout: Fraction of the values between layers that training drops.
         init_range: Draw initial weights from [-init_range, init_range]; 0 for torch's defaults.
     """
 

@@ -45,7 +45,7 @@ class Seq2Seq(EncoderDecoder):
         context_length: Tokens of a window: half of them are the source, half the target.
         width: Width of embeddings and states, D.
         depth: Layers of the encoder, and of the decoder, L.
-        dropout: Share of the inputs and outputs of each layer that training drops.
+        dropout: Fraction of the inputs and outputs of each layer that training drops.
         reverse: Encode the source from its end, so that the first words of both are close.
     """
 
@@ -161,7 +161,7 @@ class Seq2SeqAttention(EncoderDecoder):
         vocab_size: Number of token ids, V, of source and target alike.
         context_length: Tokens of a window, half source, half target; also the longest source.
         width: Width of embeddings and states, D; an encoder state has twice that width.
-        dropout: Share of embeddings and features that training drops.
+        dropout: Fraction of embeddings and features that training drops.
     """
 
     chapter = 12

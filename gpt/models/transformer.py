@@ -158,7 +158,7 @@ class Transformer(EncoderDecoder):
         depth: Number of blocks of the encoder, and of the decoder, L.
         heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
-        dropout: Share of embeddings and branch outputs that training drops; the paper's is 0.1.
+        dropout: Fraction of embeddings and branch outputs that training drops; the paper's is 0.1.
     """
 
     chapter = 13
