@@ -385,7 +385,7 @@ def create_app(
             "idea": model.idea,
             "parameters": served.num_parameters or count_parameters(model),
             "vocab_size": model.vocab_size,
-            "eos_token": served.tokenizer.eos_token,
+            "eos_token_id": served.tokenizer.eos_token,
             "dtype": served.dtype,
             "translates": served.is_translation,
             "bits_per_byte": served.bits_per_byte,

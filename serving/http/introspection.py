@@ -76,7 +76,7 @@ class XrayRequest(StrictModel):
         Any, PlainValidator(_prompt, json_schema_input_type=str | list[int] | None)
     ] = Field(None, description="what a translator then writes; default: its own")
     layer: int | None = Field(None, ge=0, description="of all maps only this one, from 0")
-    only: str | None = Field(None, description="maps whose name contains this")
+    map_name: str | None = Field(None, description="maps whose name contains this")
 
 
 async def _ask(served: ModelEntry, function: Callable[[], Result]) -> Result:
@@ -108,7 +108,7 @@ class Candidate(NamedTuple):
     id: int
     probability: float
     """The model's alone."""
-    sampled: float
+    sampling_probability: float
     """What it is drawn from."""
     rank: int
     """From 1, by the model alone."""
@@ -218,7 +218,7 @@ async def next_tokens_response(
     )
 
     def both(values: tuple[float, float]) -> dict[str, float]:
-        return dict(zip(("probability", "sampled"), values, strict=True))
+        return dict(zip(("probability", "sampling_probability"), values, strict=True))
 
     candidates = [
         {"id": one.id, "text": token_text(tokenizer, one.id)} | one._asdict()
@@ -229,7 +229,7 @@ async def next_tokens_response(
             "model": served.name,
             "candidates": candidates,
             "entropy": both(found.entropy),
-            "kept": found.kept,
+            "support_size": found.kept,
             "rest": both(found.rest),
         }
     )
@@ -307,7 +307,7 @@ def activation_maps(
     found = [one for one in everything if only in one.name]
     if not found:
         names = ", ".join(one.name for one in everything)
-        raise ValueError(f"only = {only[:80]!r}: no map has this in its name; there are {names}")
+        raise ValueError(f"map_name = {only[:80]!r}: no map has this in its name; there are {names}")
     most = max(one.weights.shape[1] for one in found)
     if layer is not None and layer >= most:
         raise ValueError(f"layer = {layer}: there are {most} layers, counted from 0")
@@ -318,7 +318,7 @@ def activation_maps(
         names = ", ".join(one.name for one, _ in chosen)
         raise ValueError(
             f"these maps are {count:,} numbers, this server tells {NUMBERS:,}: send a `layer` "
-            f"below {most}, `only` one of {names}, or a shorter text"
+            f"below {most}, `map_name` one of {names}, or a shorter text"
         )
     if not all(weights_LHTS.isfinite().all() for _, weights_LHTS in chosen):
         raise FloatingPointError(NAN_LOGITS)
@@ -360,12 +360,12 @@ async def xray_response(served: ModelEntry, asked: XrayRequest, limits: Limits) 
             fed = [served.decoder_start_token, *text][: model.max_target_length(len(ids))]
             _check_length(len(ids) + len(fed), limits)
     with _about("prompt"):
-        told = functools.partial(activation_maps, model, ids, fed, asked.layer, asked.only or "")
+        told = functools.partial(activation_maps, model, ids, fed, asked.layer, asked.map_name or "")
         found = await _ask(served, told)
     head = {
         "model": served.name,
         "tokens": _tokens(tokenizer, ids),
-        "written": None if fed is None else _tokens(tokenizer, fed),
+        "target_tokens": None if fed is None else _tokens(tokenizer, fed),
     }
     return await to_thread(_xray_json, tokenizer, head, found)
 
@@ -411,14 +411,14 @@ def _xray_json(tokenizer: Tokenizer, head: dict[str, Any], told: Sequence[LayerM
         weights_LHTS, columns = shown.weights_LHTS, shown.columns
         about = {
             "name": shown.name,
-            "layers": shown.layers,
-            "heads": weights_LHTS.shape[1],
-            "layer": shown.layer,
+            "num_layers": shown.layers,
+            "num_heads": weights_LHTS.shape[1],
+            "first_layer": shown.layer,
             "rows": _tokens(tokenizer, shown.rows),
             "columns": None if isinstance(columns, str) else _tokens(tokenizer, columns),
-            "counts": columns if isinstance(columns, str) else None,
-            "least": shown.least,
-            "most": shown.most,
+            "column_label": columns if isinstance(columns, str) else None,
+            "min": shown.least,
+            "max": shown.most,
         }
         return to_json(about)[:-1] + b',"weights":' + nested(weights_LHTS) + b"}"
 

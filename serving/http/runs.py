@@ -98,14 +98,14 @@ class RunBrowser:
                 "year": model.year,
                 "paper": model.paper,
                 "idea": model.idea,
-                "about": inspect.getdoc(sys.modules[model.__module__]),
+                "description": inspect.getdoc(sys.modules[model.__module__]),
             }
             for name, model in CHAPTERS.items()
         }
         source, rows = self._newest_ladder()
         for row in rows:
             rung = rungs.get(str(row.get("rung")), {})
-            row |= {key: rung.get(key) for key in ("paper", "idea", "about")}
+            row |= {key: rung.get(key) for key in ("paper", "idea", "description")}
         return {"rows": rows, "rungs": [*rungs.values()], "source": source}
 
     def _newest_ladder(self) -> tuple[str | None, list[Json]]:
@@ -123,7 +123,7 @@ class RunBrowser:
     def _config(self, run: Path) -> Json | None:
         """What run.json holds, where it can be read."""
         config = _parsed(self._read(run / "run.json"))
-        good = isinstance(config, dict) and isinstance(config.get("run"), dict)
+        good = isinstance(config, dict) and isinstance(config.get("config"), dict)
         return config if good else None
 
     def _newest(self, run: Path) -> Json:

@@ -36,7 +36,7 @@ export function ladder() {
       ...(row ? [el("dl", {},
         ...fact("bits per byte", row.bits_per_byte.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
         ...fact("parameters", long(row.parameters)), ...fact("training", `${clock(row.seconds)}, ${long(row.tokens)} tokens`))] : []),
-      ...(rung.about ? prose(rung.about) : []),
+      ...(rung.description ? prose(rung.description) : []),
       ...(row?.sample ? [el("h3", {}, "What it writes when nothing is given"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "A sample" }, row.sample)] : []),
     );
     if (found.rows.length) draw();

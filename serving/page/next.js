@@ -41,18 +41,18 @@ export class Next {
     this.list.hidden = false;
     if (chosen) this.title.replaceChildren("Instead of ", el("span", { class: "token-name" }, visible(chosen.name)), " there could be");
     else this.title.replaceChildren("What may come next");
-    this.about.textContent = `${found.kept === 1 ? "1 token" : `${long(found.kept)} tokens`} can be drawn; uncertainty ` +
-      `${found.entropy.probability.toFixed(2)} bits, after temperature ${found.entropy.sampled.toFixed(2)}`;
-    const most = Math.max(...found.candidates.flatMap((one) => [one.probability, one.sampled]), 1e-9);
+    this.about.textContent = `${found.support_size === 1 ? "1 token" : `${long(found.support_size)} tokens`} can be drawn; uncertainty ` +
+      `${found.entropy.probability.toFixed(2)} bits, after temperature ${found.entropy.sampling_probability.toFixed(2)}`;
+    const most = Math.max(...found.candidates.flatMap((one) => [one.probability, one.sampling_probability]), 1e-9);
     this.rows.forEach((row, i) => {
       const one = found.candidates[i];
       row.item.hidden = !one;
       if (!one) return;
       row.item.classList.toggle("chosen", one.id === chosen?.id);
-      row.item.classList.toggle("gone", one.sampled === 0);
+      row.item.classList.toggle("gone", one.sampling_probability === 0);
       row.name.textContent = (one.rank > SHOWN ? `${long(one.rank)}. ` : "") + visible(one.text);
       row.name.title = `token ${one.id}, rank ${long(one.rank)}`;
-      [one.probability, one.sampled].forEach((share, side) => {
+      [one.probability, one.sampling_probability].forEach((share, side) => {
         row.bars[side].style.setProperty("--share", (share / most).toFixed(4));
         row.numbers[side].textContent = percent(share);
       });

@@ -62,7 +62,7 @@ export class TokenView {
         this.made++;
       }
       // The token that ends a text is none of its text's, and has no id among these.
-      this.fresh.push({ id: ids[i] ?? this.model.eos_token, ends: i >= ids.length, name, text: this.#read(name), logprob, given: i < given });
+      this.fresh.push({ id: ids[i] ?? this.model.eos_token_id, ends: i >= ids.length, name, text: this.#read(name), logprob, given: i < given });
     });
     this.drawing ??= requestAnimationFrame(() => this.#draw());
   }

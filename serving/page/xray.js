@@ -54,13 +54,13 @@ export function xray(models) {
   }
 
   function choose() {
-    fill(layer, map().layers, "layer");
-    fill(head, map().heads, "head");
+    fill(layer, map().num_layers, "layer");
+    fill(head, map().num_heads, "head");
     draw();
   }
 
   async function changeLayer() {
-    const at = Number(layer.value) - map().layer;
+    const at = Number(layer.value) - map().first_layer;
     if (at < 0 || at >= map().weights.length) {
       const name = which.value;
       answer = await post("v1/xray", { ...asked, layer: Number(layer.value) });
@@ -69,7 +69,7 @@ export function xray(models) {
     draw();
   }
 
-  const weights = () => map().weights[Number(layer.value) - map().layer][Number(head.value)];
+  const weights = () => map().weights[Number(layer.value) - map().first_layer][Number(head.value)];
 
   function draw() {
     const one = map(), { rows, columns } = one;
@@ -84,21 +84,21 @@ export function xray(models) {
     const told = line(rows, "The text: the arrow keys go from token to token");
     told.tabIndex = 0;
     const says = el("p", { class: "figures", role: "status", id: "xray-says" });
-    const many = one.weights.length * one.weights[0].length > 1, table = one.heads > 1; // a row for each layer, where they have heads
-    const grid = el("div", { class: "maps", role: "group", "aria-label": "Layers and heads", hidden: !many, style: { "--columns": table ? one.heads + 1 : one.layers } });
+    const many = one.weights.length * one.weights[0].length > 1, table = one.num_heads > 1; // a row for each layer, where they have heads
+    const grid = el("div", { class: "maps", role: "group", "aria-label": "Layers and heads", hidden: !many, style: { "--columns": table ? one.num_heads + 1 : one.num_layers } });
     const name = (what, number) => el("span", { "aria-hidden": "true" }, `${what} ${number + 1}`);
     if (table) grid.append(el("span"), ...one.weights[0].map((_, h) => name("head", h)));
-    const large = el("canvas", { role: "img", "aria-label": `${one.name}: rows are tokens, columns ${columns ? "the tokens they listen to" : one.counts}` });
+    const large = el("canvas", { role: "img", "aria-label": `${one.name}: rows are tokens, columns ${columns ? "the tokens they listen to" : one.column_label}` });
     const panel = el("div", { class: "panel wide", tabindex: 0, role: "group", "aria-label": "The map, token by token" }, large);
     found.replaceChildren(...[listened, told, says].filter(Boolean), el("div", { class: "overview" }, grid, panel));
 
     if (many) one.weights.forEach((heads, l) => heads.forEach((map, h) => {
-      const canvas = el("canvas", { "aria-hidden": "true" }), label = name("layer", one.layer + l);
+      const canvas = el("canvas", { "aria-hidden": "true" }), label = name("layer", one.first_layer + l);
       if (table && h === 0) grid.append(label);
       grid.append(el("button", {
-        type: "button", "aria-pressed": "false", "data-layer": one.layer + l, "data-head": h,
-        "aria-label": `layer ${one.layer + l + 1}${table ? `, head ${h + 1}` : ""}`,
-        onclick: () => { layer.value = one.layer + l; head.value = h; pick(); },
+        type: "button", "aria-pressed": "false", "data-layer": one.first_layer + l, "data-head": h,
+        "aria-label": `layer ${one.first_layer + l + 1}${table ? `, head ${h + 1}` : ""}`,
+        onclick: () => { layer.value = one.first_layer + l; head.value = h; pick(); },
       }, canvas, table ? null : label));
       paint(canvas, map, one, 1);
     }));
@@ -151,9 +151,9 @@ export function xray(models) {
 function say(map, values, token) {
   const order = values.map((value, i) => [value, i]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 4);
   const sum = values.reduce((total, value) => total + value, 0);
-  const name = (i) => (map.columns ? `“${visible(map.columns[i].text)}”` : `${map.counts === "experts" ? "expert" : "unit"} ${i + 1}`);
+  const name = (i) => (map.columns ? `“${visible(map.columns[i].text)}”` : `${map.column_label === "experts" ? "expert" : "unit"} ${i + 1}`);
   const list = order.filter(([value]) => value !== 0).map(([value, i]) => `${name(i)} ${value.toFixed(2)}`).join(", ");
-  const end = map.columns || map.counts === "experts" ? `sum ${sum.toFixed(2)}` : `mean ${(sum / values.length).toFixed(2)}`;
+  const end = map.columns || map.column_label === "experts" ? `sum ${sum.toFixed(2)}` : `mean ${(sum / values.length).toFixed(2)}`;
   return `${map.name} of “${visible(token.text)}”: ${list || "nothing"} · ${end}`;
 }
 
@@ -165,7 +165,7 @@ const SHADES = {
 
 function shade(value, map) {
   const { none, most, least } = SHADES[isDark() ? "dark" : "light"];
-  const share = Math.min(1, Math.abs(value) / Math.max(map.most, -map.least, 1e-9));
+  const share = Math.min(1, Math.abs(value) / Math.max(map.max, -map.min, 1e-9));
   return (value < 0 ? least : most).map((channel, i) => Math.round(none[i] + share * (channel - none[i])));
 }
 
@@ -211,7 +211,7 @@ function label(canvas, map, rows, here) {
   });
   context.globalAlpha = 0.8;
   context.textAlign = "left";
-  if (!map.columns) context.fillText(`${map.counts} 1 to ${count}`, left, canvas.top - 12);
+  if (!map.columns) context.fillText(`${map.column_label} 1 to ${count}`, left, canvas.top - 12);
   top.forEach((name, j) => {
     context.save();
     context.translate(left + j * cell + cell / 2, canvas.top - 4);

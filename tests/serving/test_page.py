@@ -366,7 +366,7 @@ def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
         # Without a translation it is the model's own that is shown.
         page.fill("#xray-translation", "")
         page.click("#xray-go")
-        written = server.ask("v1/xray", prompt="one cat")["written"]
+        written = server.ask("v1/xray", prompt="one cat")["target_tokens"]
         until(lambda: told.locator(".token").count() == len(written))
         # Its own translation stands below the source; after its end nothing comes.
         page.click("nav a[href='#play']")
