@@ -315,7 +315,7 @@ async def settled(port: int, parts: int) -> None:
     while True:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET /metrics HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n")
-        found = re.search(rb"compiled_parts{[^}]*} (\d+)", await reader.read())
+        found = re.search(rb"compiled_steps{[^}]*} (\d+)", await reader.read())
         writer.close()
         if found and int(found[1]) >= parts:
             return

@@ -1,4 +1,4 @@
-"""From a run directory to text, in the terminal and over HTTP.
+"""Generate text from a run directory, in the terminal and over HTTP.
 
-The path of a request: route -> service -> engine.step -> model -> sampling -> text -> event.
+The path of a request: route -> async engine -> engine step -> model -> sampling -> detokenizer -> event.
 """

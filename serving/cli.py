@@ -1,4 +1,4 @@
-"""The command line of serving: a text in the terminal, or a server."""
+"""The commands `sample` and `serve`: text generation in the terminal and over HTTP."""
 
 import asyncio
 import contextlib
@@ -11,7 +11,6 @@ import socket
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -22,8 +21,8 @@ from gpt import LanguageModel, cli
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
 from gpt.device import resolve_device
-from gpt.generation import generate
 from gpt.kernels.quantization import DType
+from gpt.generation import generate
 from gpt.sampling import SamplingParams
 from gpt.summary import count_parameters
 from serving.engine.autotune import (
@@ -39,46 +38,48 @@ from tokenizer import Tokenizer, decode_utf8
 
 if TYPE_CHECKING:
     from serving.engine.compilation import Compiler
-    from serving.http.app import ModelRegistry
-    from serving.http.completions import ModelEntry
+    from serving.http.registry import ModelEntry
     from serving.http.runs import RunBrowser
+
+WATCH_INTERVAL = 2.0
+"""Seconds between two scans of a watched folder."""
 
 
 @dataclass
 class Sample:
-    """Continue a text in the terminal, as it comes; with a run that translates, translate it."""
+    """Generate text in the terminal, token by token; with a translation run, translate the prompt."""
 
     run: MaybeRun = None
-    """Run directory; without one, the newest in runs/."""
+    """Run directory; default: the newest in runs/."""
     prompt: MaybeText = None
-    """Text to continue; without one, standard input, or the beginning of a document."""
+    """Text to continue or translate; default: standard input, or in a terminal an empty prompt, which starts a new document."""
     temperature: float = 0.8
-    """Above 1 more surprising, below 1 less, 0 always the most likely."""
+    """Divides the logits: above 1 more random, below 1 less; 0: greedy decoding."""
     top_k: int = 0
-    """Choose among this many likeliest tokens; 0: all."""
+    """Sample from this many likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Choose among the likeliest tokens that make up this probability."""
+    """Sample from the fewest likeliest tokens whose probabilities reach this sum (0 to 1)."""
     min_p: float = 0.0
-    """Choose among tokens at least this share as likely as the likeliest."""
+    """Sample from tokens at least this fraction as likely as the likeliest (0 to 1)."""
     repetition_penalty: float = 1.0
-    """Above 1, what has been said is less likely to be said again."""
+    """Above 1, tokens that are in the prompt or output become less likely."""
     max_tokens: int = 200
-    """The most tokens; the model or its context may end the text before."""
+    """Maximum output tokens; an EOS token or a full context also ends the output."""
     stop: UseAppendAction[tuple[str, ...]] = ()
-    """End before this text; may be given several times."""
+    """Stop string: the output ends before it; may be repeated."""
     seed: MaybeInt = None
-    """The same seed gives the same text; without one, it is drawn and told."""
+    """The same seed gives the same output; default: a random seed, which is printed."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
-    """How many texts."""
+    """Number of outputs."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps, …"""
+    """Device to compute on: auto, cpu, cuda, cuda:1, mps, …"""
 
     def __call__(self) -> None:
-        """Print prompt and text, flushed token by token, and nothing else on standard output."""
+        """Print the prompt and each token of the output, and nothing else on standard output."""
         if self.n < 1:
             raise ValueError(f"-n must be at least 1, not {self.n}")
         seed = secrets.randbits(31) if self.seed is None else self.seed
-        sampling = SamplingParams(
+        sampling_params = SamplingParams(
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
@@ -91,68 +92,76 @@ class Sample:
         if prompt is None:
             stdin = sys.stdin
             prompt = "" if stdin.isatty() else decode_utf8(stdin.buffer.read(), "standard input")
-        source = is_translation_run(path)
-        ids, space, first, *_ = (tokenize_source if source else tokenize_prompt)(tokenizer, prompt)
+        is_translation = is_translation_run(path)
+        tokens = (tokenize_source if is_translation else tokenize_prompt)(tokenizer, prompt)
         torch.set_num_threads(tune_num_threads(model))
-        end = tokenizer.eos_token
-        begin = end if source else None
+        eos_token = tokenizer.eos_token
         for choice in range(self.n):
-            text = IncrementalDetokenizer(tokenizer, self.stop, space)
-            tokens = generate(model, ids, self.max_tokens, sampling, {end}, choice, first, begin)
+            detokenizer = IncrementalDetokenizer(tokenizer, self.stop, tokens.trailing_space)
+            output = generate(
+                model,
+                tokens.ids,
+                self.max_tokens,
+                sampling_params,
+                {eos_token},
+                choice,
+                tokens.allowed_first_tokens,
+                eos_token if is_translation else None,
+            )
             if choice:
                 print("-" * 20)
-            elif self.seed is None and not sampling.greedy:
-                print(f"seed {seed}: the same text again with --seed {seed}", file=sys.stderr)
-            print("" if source else prompt, end="", flush=True)
-            for token in tokens:
-                print(text.push(token), end="", flush=True)
-                if text.stopped:
+            elif self.seed is None and not sampling_params.greedy:
+                print(f"seed {seed}: --seed {seed} repeats this output", file=sys.stderr)
+            print("" if is_translation else prompt, end="", flush=True)
+            for token in output:
+                print(detokenizer.push(token), end="", flush=True)
+                if detokenizer.stopped:
                     break
-            print(text.flush())
+            print(detokenizer.flush())
 
 
 @dataclass
 class Serve:
-    """Answer OpenAI's completion requests over HTTP."""
+    """Serve runs over HTTP with an OpenAI-compatible completions API and a web page."""
 
     run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
-    """Run directories; without any, the newest in runs/."""
+    """Run directories; default: the newest in runs/."""
     watch: MaybePath = None
-    """Serve each run in this folder too, as soon as it has finished."""
+    """Also serve each run in this folder as soon as its training has finished."""
     runs_dir: MaybePath = None
-    """Folder of runs whose curves the page shows; when not given, the one that the first run lies in, or --watch."""
+    """Folder of runs whose metrics the web page shows; default: the folder of the first run, or --watch."""
     host: str = "127.0.0.1"
-    """Address to listen on; 0.0.0.0 lets other machines in, for which a key is asked."""
+    """Address to listen on; 0.0.0.0 is reachable from other machines and needs an API key."""
     port: int = 8000
-    """Port to listen on; 0 takes any free one."""
+    """Port to listen on; 0 chooses a free one."""
     api_key: MaybeText = None
-    """What clients must say to be answered; TINYGPT_API_KEY in the environment when not given, where `ps` does not show it."""
+    """API key that clients must send as a bearer token; default: the environment variable TINYGPT_API_KEY, which `ps` does not show."""
     no_api_key: bool = False
-    """Listen on an address that other machines reach, and ask for no key."""
+    """Allow an address that other machines can reach without an API key."""
     allowed_origins: UseAppendAction[tuple[str, ...]] = ()
-    """Let web pages of this address ask too (CORS); may be given several times."""
+    """Origin of another web page that may send requests, such as https://example.org (CORS); may be repeated."""
     max_num_seqs: int = 16
-    """Texts made at once by each model."""
+    """Maximum running sequences of each model: the batch size of decoding."""
     max_queue: int = 64
-    """Texts that may wait for a row of each model; more are refused with 429."""
+    """Maximum waiting sequences of each model; requests above it get a 429 response."""
     max_model_len: MaybeInt = None
-    """Positions of a row, prompt and text together; the model's context when not given."""
+    """Maximum tokens of a sequence, prompt and output together; default: the maximum length of the model, if it has one."""
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
-    """Tokens that a step takes in: a longer prompt is read in parts, so that it holds up nobody."""
+    """Maximum tokens of an engine step: longer prompts are processed in chunks and delay no running sequence."""
     dtype: DType = "float32"
-    """What to compute with: int8, for a CPU, takes a quarter of the memory and time, and says what that costs in perplexity."""
+    """Number format of weights and products; int8, for CPUs, takes a quarter of the memory and time. Its cost in perplexity is printed."""
     threads: MaybeInt = None
-    """Cores for each model's products; measured when not given."""
+    """CPU threads of each model; default: the fastest number, measured at the start."""
     compile: bool = True
-    """On a CPU with a C++ compiler, compile each model's steps in the background; on a card, record them as graphs."""
+    """Compile each model's steps in the background on a CPU with a C++ compiler; capture them as CUDA graphs on a GPU."""
     deterministic: bool = False
-    """Compute each text by itself: the same to the last bit whoever else asks, and many take longer."""
+    """Compute each sequence in a batch of one: outputs are bit-identical whatever else is running; many sequences take longer."""
     stream_interval: float = STREAM_INTERVAL
-    """Seconds: tokens of a stream that come faster share a chunk, but for its first and its last; 0 tells each at once."""
+    """Minimum seconds between two chunks of a stream: tokens that come faster share a chunk; the first and the last are sent at once. 0: a chunk for each step."""
     stall_timeout: float = 60.0
-    """Seconds without a step, though there is work, after which /health is red."""
+    """Seconds without a finished engine step, while there is work, after which /health returns 503."""
     device: str = "auto"
-    """Where to compute: auto, cpu, cuda, cuda:1, mps, …"""
+    """Device to compute on: auto, cpu, cuda, cuda:1, mps, …"""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -169,77 +178,86 @@ class Serve:
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
-        # FastAPI takes longer to import than a small model to sample from.
+        # Imported here since FastAPI takes longer to import than `sample` takes with a small model.
         from serving.engine.compilation import Compiler
-        from serving.http.app import ModelRegistry, create_app
+        from serving.http.app import create_app
+        from serving.http.early_refusal import early_refusal_protocol
+        from serving.http.registry import ModelRegistry
         from serving.http.runs import RunBrowser
         from serving.http.server import Server
 
-        key = self._key()
+        key = self._resolve_api_key()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-        folders = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
-        names = [folder.resolve().name for folder in folders]
+        paths = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
+        names = [path.resolve().name for path in paths]
         if len(set(names)) < len(names):
             raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-        for name, folder in (("watch", self.watch), ("runs", self.runs_dir)):
+        for option, folder in (("--watch", self.watch), ("--runs-dir", self.runs_dir)):
             if folder and not folder.is_dir():
-                raise ValueError(f"--{name} {folder}: no such folder")
-        runs = RunBrowser(self.runs_dir or (folders[0].resolve().parent if folders else self.watch))
-        with (
-            bind(self.host, self.port) as listener,
-            contextlib.closing(Compiler()) as compiler,
-        ):
+                raise ValueError(f"{option} {folder}: no such folder")
+        runs = RunBrowser(self.runs_dir or (paths[0].resolve().parent if paths else self.watch))
+        with bind(self.host, self.port) as listener, contextlib.closing(Compiler()) as compiler:
             host = f"[{self.host}]" if ":" in self.host else self.host
             address = f"http://{host}:{listener.getsockname()[1]}"
-            catalog = ModelRegistry()
+            registry = ModelRegistry()
 
-            async def load() -> None:
-                for folder in folders:
-                    await catalog.add(await self._load(folder, compiler, runs))
-                catalog.missing = ""
-                gc.freeze()  # what stays is not looked through again, which takes a tenth of a second
-                print(_invitation(list(catalog.entries), address, key), flush=True)
+            async def load(path: Path) -> None:
+                entry = await asyncio.to_thread(
+                    run_in_own_thread, lambda: self._load(path, compiler, runs)
+                )
+                await registry.add(entry)
+
+            async def load_all() -> None:
+                for path in paths:
+                    await load(path)
+                registry.loading_message = ""
+                gc.freeze()  # a collection that traverses the models takes a tenth of a second
+                print(_startup_message(list(registry.entries), address, key), flush=True)
                 while self.watch:
-                    for folder in finished_runs(self.watch):
-                        if folder.resolve().name not in catalog.entries:
-                            await self._join(catalog, folder, compiler, runs)
-                    await asyncio.sleep(WATCH)
+                    for path in finished_runs(self.watch):
+                        name = path.resolve().name
+                        if name in registry.entries:
+                            continue
+                        try:
+                            await load(path)
+                            print(f"{name}: now served", flush=True)
+                        except (ValueError, OSError) as error:  # the other models stay served
+                            logging.getLogger(__name__).error("%s", error)
+                    await asyncio.sleep(WATCH_INTERVAL)
 
-            app = create_app(catalog, self.limits, key=key, origins=self.allowed_origins, runs=runs)
-            server = Server(app, catalog, load, self.timeouts, key)
+            app = create_app(
+                registry, self.limits, key=key, allowed_origins=self.allowed_origins, runs=runs
+            )
+            protocol = early_refusal_protocol(registry, key)
+            server = Server(app, registry, load_all, self.timeouts, protocol)
             server.run([listener])
-            if server.failure:
-                raise server.failure
+            if server.load_error:
+                raise server.load_error
 
-    def _key(self) -> str | None:
-        """The key that clients must say, if any; a ValueError where there must be one."""
+    def _resolve_api_key(self) -> str | None:
+        """Return the API key, if any; a ValueError if it is invalid or one is required."""
         key = self.api_key or os.environ.get("TINYGPT_API_KEY")
         if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
         if not key and not self.no_api_key and not is_loopback(self.host):
             raise ValueError(
                 f"--host {self.host} can be reached from other machines: give --api-key KEY, or "
-                "--no-api-key to let everybody in"
+                "--no-api-key to allow requests without a key"
             )
         return key
 
-    async def _load(self, folder: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
-        return await asyncio.to_thread(
-            run_in_own_thread, partial(self._open, folder, compiler, runs)
-        )
-
-    def _open(self, folder: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
-        """Load a run, and say what it will take."""
+    def _load(self, run: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
+        """Load a run, print its size and return its entry, whose engine is not started yet."""
         from serving.engine.async_engine import AsyncEngine
-        from serving.http.completions import ModelEntry
+        from serving.http.registry import ModelEntry
         from serving.http.runs import latest_metrics
         from serving.metrics import Metrics
 
-        path, model, tokenizer = load_run(folder, self.device)
+        path, model, tokenizer = load_run(run, self.device)
         name = path.resolve().name
-        size = count_parameters(model)
-        model, cost = quantize_and_measure(model, self.dtype, path)
+        num_parameters = count_parameters(model)
+        model, quantization_cost = quantize_and_measure(model, self.dtype, path)
         threads = self.threads or tune_num_threads(model)
         torch.set_num_threads(threads)
         engine = Engine(
@@ -251,15 +269,15 @@ class Serve:
             num_scheduler_steps=1 if self.deterministic else tune_scheduler_steps(model),
             cuda_graphs=self.compile and next(model.parameters()).device.type == "cuda",
         )
-        mebibytes = engine.memory_bytes / 2**20
         print(
-            f"{name}: {size:,} parameters in {self.dtype}; {self.max_num_seqs} rows of "
-            f"{engine.cache_length:,} positions, {mebibytes:,.1f} MiB with the weights; threads: {threads}",
+            f"{name}: {num_parameters:,} parameters in {self.dtype}; {self.max_num_seqs} slots of "
+            f"{engine.cache_length:,} tokens, {engine.memory_bytes / 2**20:,.1f} MiB with the weights; "
+            f"threads: {threads}",
             file=sys.stderr,
         )
-        if cost:
-            print(f"{name}: {cost}", file=sys.stderr)
-        service = AsyncEngine(
+        if quantization_cost:
+            print(f"{name}: {quantization_cost}", file=sys.stderr)
+        async_engine = AsyncEngine(
             engine,
             max_queue=self.max_queue,
             stall_timeout=self.stall_timeout,
@@ -269,60 +287,45 @@ class Serve:
         )
         if self.compile:
             compiler.add(engine, threads)
-        created = int((path / "model.safetensors").stat().st_mtime)
         return ModelEntry(
             name,
-            service,
+            async_engine,
             tokenizer,
-            created,
+            int((path / "model.safetensors").stat().st_mtime),
             is_translation_run(path),
             dtype=self.dtype,
-            num_parameters=size,
+            num_parameters=num_parameters,
             bits_per_byte=latest_metrics(path).get("final_bits_per_byte"),
             run=runs.name_of(path),
         )
 
-    async def _join(
-        self, catalog: "ModelRegistry", folder: Path, compiler: "Compiler", runs: "RunBrowser"
-    ) -> None:
-        """Serve one more run; one that cannot be is named, and the others go on."""
-        try:
-            await catalog.add(await self._load(folder, compiler, runs))
-            print(f"{folder.resolve().name} is served too", flush=True)
-        except (ValueError, OSError) as error:
-            logging.getLogger(__name__).error("%s", error)
-
-
-WATCH = 2.0
-"""Seconds between two looks at a watched folder."""
-
 
 def finished_runs(folder: Path) -> list[Path]:
-    """The runs in a folder whose training has ended, the oldest first."""
-    found = []
+    """Return the runs in a folder whose training has finished, the oldest first."""
+    runs = []
     for metrics in folder.glob("*/metrics.jsonl"):
         run = metrics.parent
-        whole = (run / "model.safetensors").exists() and (run / "tokenizer.json").exists()
-        if whole and b'"final_' in metrics.read_bytes()[-4096:]:
-            found.append(run)
-    return sorted(found, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+        is_complete = (run / "model.safetensors").exists() and (run / "tokenizer.json").exists()
+        if is_complete and b'"final_' in metrics.read_bytes()[-4096:]:
+            runs.append(run)
+    return sorted(runs, key=lambda run: (run / "model.safetensors").stat().st_mtime)
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address; True for one that there is not."""
+    """Whether only this machine can connect to an address; True if it does not resolve."""
     try:
-        found = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
+        addresses = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
     except OSError:
-        return True  # `bind` says it better
+        return True  # the error message of `bind` is more precise
     return all(
-        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in found
+        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in addresses
     )
 
 
-def _invitation(names: Sequence[str], address: str, key: str | None) -> str:
-    """What is served where, and a command to try it with."""
+def _startup_message(names: Sequence[str], address: str, key: str | None) -> str:
+    """Return what is served where, and a command to try it with."""
     if not names:
-        return f"nothing to serve yet at {address}"
+        return f"no finished run to serve yet; listening at {address}"
     body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
     header = " -H 'Authorization: Bearer KEY'" if key else ""
     return (
@@ -332,26 +335,26 @@ def _invitation(names: Sequence[str], address: str, key: str | None) -> str:
 
 
 def load_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
-    """The directory, model and tokenizer of a run; a ValueError says what is wrong with one of them."""
+    """Return directory, model and tokenizer of a run; a ValueError says what is wrong with it."""
     path = find_run(run)
     model = load_language_model(path, resolve_device(device))
     tokenizer = Tokenizer.load(path)
     if model.vocab_size != tokenizer.vocab_size:
         raise ValueError(
-            f"{path}: the model has {model.vocab_size} tokens and its tokenizer.json "
-            f"{tokenizer.vocab_size}: they are not of the same run"
+            f"{path}: the vocabulary of the model has {model.vocab_size} tokens, that of "
+            f"tokenizer.json {tokenizer.vocab_size}: they are not of the same run"
         )
     return path, model, tokenizer
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket on that address, not listening yet; an OSError says why there can be none."""
+    """Return a socket bound to an address; an OSError says why it is impossible."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be between 0 and 65535, not {port}")
     with contextlib.ExitStack() as undo:
         try:
-            found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            family, kind, protocol, _, address = found[0]
+            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            family, kind, protocol, _, address = addresses[0]
             listener = undo.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
@@ -368,7 +371,7 @@ def main(prog: str = "python -m serving", arguments: Sequence[str] | None = None
     """Run one command."""
     cli.main(
         prog,
-        "Text from a trained run: in the terminal, or over HTTP.",
+        "Generate text from a trained run, in the terminal or over HTTP.",
         {"sample": Sample, "serve": Serve},
         arguments,
     )

@@ -1,4 +1,4 @@
-"""Between text and token ids, as a reader sees it: prompts in; whole characters out, up to a stop string."""
+"""Between text and token ids: prompts in; whole characters out, up to a stop string."""
 
 import functools
 from collections.abc import Sequence
@@ -8,36 +8,41 @@ from tokenizer import END_OF_TEXT, Tokenizer
 
 
 class PromptTokens(NamedTuple):
-    """What to continue: tokens, and the space after them that the next token is to begin with."""
+    """A tokenized prompt."""
 
     ids: list[int]
-    space: str = ""
+    trailing_space: str = ""
+    """A space that ended the text and is not among the ids: the first output token starts with it."""
     allowed_first_tokens: Sequence[int] = ()
-    """The tokens to choose the first one from, where there is a choice to be made."""
+    """Tokens that may start the output; any, if empty."""
     text: str = ""
-    """What the tokens were read from."""
-    begins: bool = False
-    """Whether the first token is the end-of-text before a document, which is in no text."""
+    """The text that was tokenized."""
+    eos_prepended: bool = False
+    """Whether the first id is an EOS token that is not in the text."""
 
 
 def tokenize_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
-    """The tokens to continue `text` from: like every document in training, it begins with end-of-text.
+    """Tokenize a text to continue; it starts with an EOS token, as every document in training does.
 
-    A space at the end is part of the word that follows, to the tokenizer and so to the model,
-    which has hardly ever seen one alone. It is left to the first token, and not given twice.
+    A trailing space is part of the next word's token, both for the tokenizer and for the model,
+    which has hardly ever seen one alone: it is removed, and the first output token must start with it.
     """
-    spaced = _beginning_with_space(tokenizer) if text.endswith(" ") else ()
-    space = " " if len(spaced) > 1 else ""
+    space_tokens = _tokens_starting_with_space(tokenizer) if text.endswith(" ") else ()
+    space = " " if len(space_tokens) > 1 else ""
     ids = tokenizer.encode(text.removesuffix(space))
     return PromptTokens(
-        [tokenizer.eos_token, *ids], space, spaced if space else (), text, begins=True
+        [tokenizer.eos_token, *ids],
+        space,
+        space_tokens if space else (),
+        text,
+        eos_prepended=True,
     )
 
 
 def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
-    """The tokens of a sentence to translate, as in training; a ValueError if there are none.
+    """Tokenize a sentence to translate, as in training; a ValueError if it has no tokens.
 
-    A translation's first word has a space before it, which is left out.
+    The space that the first word of a translation starts with is omitted from the output.
     """
     ids = tokenizer.encode(text)
     if not ids:
@@ -46,7 +51,7 @@ def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
 
 
 def token_text(tokenizer: Tokenizer, token: int) -> str:
-    """A token for people to read: its text, or its bytes where they are only a part of a character."""
+    r"""Return a token as text, or as `bytes:\xc3` if it is not whole characters."""
     if token == tokenizer.eos_token:
         return END_OF_TEXT
     data = tokenizer.token_bytes(token)
@@ -57,62 +62,71 @@ def token_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 @functools.cache
-def _beginning_with_space(tokenizer: Tokenizer) -> Sequence[int]:
+def _tokens_starting_with_space(tokenizer: Tokenizer) -> Sequence[int]:
     ids = range(tokenizer.vocab_size)
     return [token for token in ids if tokenizer.token_bytes(token).startswith(b" ")]
 
 
 class IncrementalDetokenizer:
-    """The text of one request as its tokens come, cut before the first stop string.
+    """Decodes the tokens of one sequence as they come, up to the first stop string.
 
-    All the pushes and the flush, joined, are the text. What a push gives is never taken
-    back: it holds back what may be the beginning of a character or of a stop string. The
-    first stop string is the one that is complete first; of two at once, the longer.
+    The results of all `push` calls and of `flush`, joined, are the output. Nothing is ever
+    retracted: what may be the start of a character or of a stop string is buffered. The first stop
+    string is the one completed first; of two completed by the same character, the longer.
+
+    Args:
+        tokenizer: Decodes the tokens.
+        stop_strings: Strings that end the output and are not part of it.
+        omitted_prefix: Removed from the start of the output: the prompt's trailing space.
     """
 
-    def __init__(self, tokenizer: Tokenizer, stops: Sequence[str] = (), space: str = "") -> None:
-        if "" in stops:
+    def __init__(
+        self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), omitted_prefix: str = ""
+    ) -> None:
+        if "" in stop_strings:
             raise ValueError("a stop string is empty: expected at least one character")
         self.stopped = False
-        self.seen = 0
-        """Characters of the tokens so far, of those that are whole."""
-        self.sure = 0
-        """Characters of the text that have been given."""
+        """Whether a stop string has ended the output."""
+        self.num_decoded = 0
+        """Whole characters decoded so far, buffered ones included."""
+        self.num_emitted = 0
+        """Characters returned so far."""
         self._stream = tokenizer.stream()
-        self._stops = stops
-        self._space = space  # of the prompt: the first token repeats it
-        self._held = ""
+        self._stop_strings = stop_strings
+        self._omitted_prefix = omitted_prefix
+        self._buffer = ""
 
     def push(self, token: int) -> str:
-        """The characters that this token makes certain."""
-        return self._pass(self._stream.push(token))
+        """Add a token; return the characters that can be emitted."""
+        return self._emit(self._stream.push(token))
 
     def flush(self) -> str:
-        """What was held back, once no token will follow."""
-        text = self._pass(self._stream.flush())
-        self.sure += len(self._held)
-        text, self._held = text + self._held, ""
+        """Return the buffered characters, once there are no more tokens."""
+        text = self._emit(self._stream.flush())
+        self.num_emitted += len(self._buffer)
+        text, self._buffer = text + self._buffer, ""
         return text
 
-    def _pass(self, new: str) -> str:
+    def _emit(self, new_text: str) -> str:
         if self.stopped:
             return ""
-        new = new.removeprefix(self._space)
-        self._space = ""
-        self.seen += len(new)
-        text = self._held + new
-        found = [(text.find(stop), len(stop)) for stop in self._stops if stop in text]
-        if found:
-            self.stopped, self._held = True, ""
-            sure, _ = min(found, key=lambda match: (sum(match), match[0]))
+        new_text = new_text.removeprefix(self._omitted_prefix)
+        self._omitted_prefix = ""
+        self.num_decoded += len(new_text)
+        text = self._buffer + new_text
+        matches = [(text.find(stop), len(stop)) for stop in self._stop_strings if stop in text]
+        if matches:
+            self.stopped, self._buffer = True, ""
+            end, _ = min(matches, key=lambda match: (sum(match), match[0]))
         else:
-            sure = len(text) - max((_overlap(text, stop) for stop in self._stops), default=0)
-            self._held = text[sure:]
-        self.sure += sure
-        return text[:sure]
+            overlaps = (_overlap(text, stop) for stop in self._stop_strings)
+            end = len(text) - max(overlaps, default=0)
+            self._buffer = text[end:]
+        self.num_emitted += end
+        return text[:end]
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

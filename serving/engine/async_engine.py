@@ -141,7 +141,7 @@ class AsyncEngine:
         """Why requests are not taken; empty while they are."""
         self._last_step_time = time.monotonic()
         self._finish_times: deque[float] = deque(maxlen=NUM_FINISH_TIMES)
-        self.metrics.watch(
+        self.metrics.set_gauges(
             lambda: self.num_running,
             lambda: self.num_waiting,
             lambda: self.engine.num_compiled_steps,
@@ -245,7 +245,7 @@ class AsyncEngine:
         stream = RequestStream(requests)
         self._streams.update(dict.fromkeys(requests, stream))
         for request in requests:
-            self.metrics.arrived(len(request.prompt))
+            self.metrics.request_arrived(len(request.prompt))
             self._calls.put(partial(self.engine.add_request, request))
         return stream
 
@@ -318,11 +318,11 @@ class AsyncEngine:
     def _record(self, output: SequenceOutput, stream: RequestStream, now: float) -> None:
         key = output.request, output.choice
         if output.token is not None:
-            self.metrics.token(stream.arrival_time, stream.last_token_times.get(key), now)
+            self.metrics.token_generated(stream.arrival_time, stream.last_token_times.get(key), now)
             stream.last_token_times[key] = now
         if output.finish_reason:
             started = output.request.prefill_started or now
-            self.metrics.ended(output.finish_reason, stream.arrival_time, started, now)
+            self.metrics.sequence_finished(output.finish_reason, stream.arrival_time, started, now)
 
     def _end_all(self, reason: str) -> None:
         """Take no more requests, and end all that there are with an error."""

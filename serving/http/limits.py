@@ -1,44 +1,44 @@
-"""What one client may ask of a server, and how long it may take: the options of `serve`."""
+"""Limits of requests and timeouts of clients: options of `serve`."""
 
 from dataclasses import dataclass
 
 from gpt.cli import MaybeInt
 
 STREAM_INTERVAL = 0.04
-"""Seconds: tokens that come faster are told together, 25 times a second."""
+"""Default seconds between two chunks of a stream: at most 25 chunks a second."""
 
 
-def check_minimums(options: object, **least: int) -> None:
-    """A ValueError names an option that is smaller."""
-    for name, limit in least.items():
+def check_minimums(options: object, **minimums: int) -> None:
+    """Raise a ValueError that names the first option below its minimum."""
+    for name, minimum in minimums.items():
         value = getattr(options, name)
-        if value is not None and value < limit:
+        if value is not None and value < minimum:
             option = name.replace("_", "-")
-            raise ValueError(f"--{option} must be at least {limit}, not {value}")
+            raise ValueError(f"--{option} must be at least {minimum}, not {value}")
 
 
 @dataclass(frozen=True)
 class Limits:
-    """Of a request; one that asks for more is refused with a message that says how much may be."""
+    """Limits of one request. A request above a limit gets a 400 response that names the limit."""
 
     max_prompt_tokens: MaybeInt = None
-    """Tokens of a prompt; as many as the model's context holds when not given, 65,536 where that has no end."""
+    """Maximum tokens of a prompt; default: what the model's context holds, 65,536 for models without a maximum length."""
     max_tokens: int = 65_536
-    """Tokens of a text."""
+    """Maximum output tokens (`max_tokens`) of each choice."""
     max_sequences: int = 128
-    """Texts of a request: its prompts times `n`."""
+    """Maximum choices: number of prompts times `n`."""
     max_stop_strings: int = 4
-    """Stop strings."""
+    """Maximum number of stop strings."""
     max_stop_length: int = 256
-    """Characters of a stop string."""
+    """Maximum characters of a stop string."""
     max_logprobs: int = 5
-    """Likeliest tokens that are told beside each."""
+    """Maximum `logprobs`: likeliest tokens returned at each position."""
     max_num_beams: int = 16
-    """Translations followed at once by a beam search."""
+    """Maximum beams of a beam search (`num_beams`)."""
     max_xray_tokens: int = 256
-    """Tokens of an X-ray."""
+    """Maximum tokens of an X-ray, source and target together."""
     max_body_bytes: int = 4 * 2**20
-    """Bytes of a request's body."""
+    """Maximum bytes of the request body; above it, the response is 413."""
 
     def __post_init__(self) -> None:
         check_minimums(
@@ -48,41 +48,41 @@ class Limits:
             max_sequences=1,
             max_stop_length=1,
             max_num_beams=1,
-        )
-        check_minimums(
-            self, max_body_bytes=1, max_stop_strings=0, max_logprobs=0, max_xray_tokens=1
+            max_body_bytes=1,
+            max_stop_strings=0,
+            max_logprobs=0,
+            max_xray_tokens=1,
         )
 
-    def described(self) -> str:
-        """For the documentation, in Markdown."""
-        prompt = self.max_prompt_tokens or "as many as the model's context holds"
-        lines = {
-            "tokens of a prompt": prompt,
+    def to_markdown(self) -> str:
+        """Return a list for the API documentation."""
+        limits = {
+            "prompt tokens": self.max_prompt_tokens or "what the model's context holds",
             "max_tokens": self.max_tokens,
-            "texts of a request (prompts times n)": self.max_sequences,
+            "choices (prompts times n)": self.max_sequences,
             "stop strings": f"{self.max_stop_strings}, of {self.max_stop_length} characters each",
             "logprobs": self.max_logprobs,
             "num_beams": self.max_num_beams,
-            "tokens of an X-ray": self.max_xray_tokens,
-            "bytes of a body": self.max_body_bytes,
+            "X-ray tokens": self.max_xray_tokens,
+            "body bytes": self.max_body_bytes,
         }
-        return "\n".join(f"- {name}: {most}" for name, most in lines.items())
+        return "\n".join(f"- {name}: {limit}" for name, limit in limits.items())
 
 
 @dataclass(frozen=True)
 class Timeouts:
-    """For clients; and for texts, when the server is told to stop."""
+    """Timeouts of clients and of the shutdown."""
 
     header_timeout: float = 10.0
-    """Seconds that a client may take from a connection, or a request's first byte, to the end of its head."""
+    """Seconds in which a client must send a request's head, from the connection or the head's first byte on; then 408."""
     body_timeout: float = 30.0
-    """Seconds that it may take from there to the end of its body."""
+    """Seconds in which a client must send the body, from the end of the head on; then 408."""
     idle_timeout: float = 30.0
-    """Seconds between two requests of a connection."""
+    """Seconds after which an idle connection is closed (keep-alive)."""
     max_connections: int = 1024
-    """Open connections."""
+    """Maximum open connections; further ones get a 503 response."""
     shutdown_timeout: float = 30.0
-    """Seconds that texts have to end in when the server is told to stop."""
+    """Seconds that running sequences have to finish after SIGTERM or Ctrl-C; then they end with an error event."""
 
     def __post_init__(self) -> None:
         check_minimums(self, max_connections=1)

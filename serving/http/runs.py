@@ -1,7 +1,7 @@
-"""What training leaves in the runs folder, for who watches it: runs, their curves, the ladder.
+"""The runs folder for the web page: runs, their metrics, and the results of the ladder.
 
-It is read while it is written: what is cut short or damaged is left out. A run's name is one of
-those that were found, so that none can lead out of the folder; no link is followed out of it.
+Files are read while training writes them: incomplete and damaged parts are left out. Only names
+found in the folder are accepted and no link out of it is followed, so no path leads out of it.
 """
 
 import inspect
@@ -14,83 +14,82 @@ from typing import Any
 
 from gpt import CHAPTERS
 
-TAIL = 2**16
-"""Bytes at the end of metrics.jsonl in which the newest figures are looked for."""
+TAIL_BYTES = 2**16
+"""Bytes at the end of metrics.jsonl that are searched for the latest metrics."""
 
 Json = dict[str, Any]
 
 
 class RunBrowser:
-    """A folder of runs, and of folders of runs, such as a ladder.
+    """A folder of runs, and of folders of runs such as a ladder's.
 
     Args:
-        folder: Where they are; without one there are none.
+        folder: Its path; None is an empty folder.
     """
 
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder.resolve() if folder else None
 
-    def find(self) -> dict[str, Path]:
-        """The runs' directories by name: by their paths below the folder."""
+    def run_dirs(self) -> dict[str, Path]:
+        """Return the run directories by name, which is the path relative to the folder."""
         if self.folder is None:
             return {}
-        near = _folders(self.folder)
-        far = [folder for one in near for folder in _folders(one)]
-        runs = [folder for folder in near + far if self._inside(folder / "run.json")]
+        children = _subfolders(self.folder)
+        grandchildren = [path for child in children for path in _subfolders(child)]
+        runs = [path for path in children + grandchildren if self._is_inside(path / "run.json")]
         return {run.relative_to(self.folder).as_posix(): run for run in runs}
 
     def name_of(self, run: Path) -> str | None:
-        """The name of a directory, where it is one of these."""
-        here = run.resolve()
-        return next((name for name, path in self.find().items() if path.resolve() == here), None)
+        """Return the name of a run directory, or None if it is not in the folder."""
+        resolved = run.resolve()
+        runs = self.run_dirs().items()
+        return next((name for name, path in runs if path.resolve() == resolved), None)
 
-    def overview(self) -> list[Json]:
-        """What is known of each run that can be read, the newest first."""
-        found = []
-        for name, run in self.find().items():
-            config, newest = self._config(run), self._newest(run)
-            if config is not None:
-                asked = {
-                    key: config["config"].get(key) for key in ("task", "model", "preset", "steps")
+    def summaries(self) -> list[Json]:
+        """Return configuration and latest metrics of each readable run, the newest first."""
+        summaries = []
+        for name, run in self.run_dirs().items():
+            metadata, latest = self._metadata(run), self._latest_metrics(run)
+            if metadata is None:
+                continue
+            config = metadata["config"]
+            metrics = ("step", "tokens", "seconds", "loss", "validation_loss")
+            summaries.append(
+                {
+                    "name": name,
+                    **{key: config.get(key) for key in ("task", "model", "preset", "steps")},
+                    **{key: latest.get(key) for key in (*metrics, "final_bits_per_byte")},
+                    "updated": _modified(run / "metrics.jsonl") or _modified(run / "run.json"),
+                    "finished": _is_finished(run, latest),
+                    "parameters": metadata.get("parameters"),
                 }
-                figures = ("step", "tokens", "seconds", "loss", "validation_loss")
-                reached = {key: newest.get(key) for key in (*figures, "final_bits_per_byte")}
-                found.append(
-                    {
-                        "name": name,
-                        **asked,
-                        **reached,
-                        "updated": _changed(run / "metrics.jsonl") or _changed(run / "run.json"),
-                        "finished": self._is_finished(run, newest),
-                        "parameters": config.get("parameters"),
-                    }
-                )
-        return sorted(found, key=lambda line: float(line["updated"]), reverse=True)
+            )
+        return sorted(summaries, key=lambda run: float(run["updated"]), reverse=True)
 
-    def one(self, name: str, after: int = 0) -> Json | None:
-        """A run's configuration and the lines of its metrics from a byte on; None if it cannot be read.
+    def details(self, name: str, after: int = 0) -> Json | None:
+        """Return a run's configuration and the metrics from byte `after` on; None if it is unreadable.
 
-        `restarted` says that there is no line at that byte, since training has gone back to a
-        checkpoint: then all lines are told.
+        `next` is the `after` of the next call. `restarted` means that no line starts at that byte, as
+        training has gone back to a checkpoint: then all metrics are returned.
         """
-        run = self.find().get(name)
-        config = self._config(run) if run else None
-        if run is None or config is None:
+        run = self.run_dirs().get(name)
+        metadata = self._metadata(run) if run else None
+        if run is None or metadata is None:
             return None
         data = self._read(run / "metrics.jsonl")
         restarted = bool(after) and data[after - 1 : after] != b"\n"
         start, end = 0 if restarted else after, data.rfind(b"\n") + 1
         return {
             "name": name,
-            "config": config["config"],
-            "metrics": [*_lines(data[start:end])],
+            "config": metadata["config"],
+            "metrics": [*_json_lines(data[start:end])],
             "next": end,
-            "finished": self._is_finished(run, self._newest(run)),
+            "finished": _is_finished(run, self._latest_metrics(run)),
             **({"restarted": True} if restarted else {}),
         }
 
     def ladder(self) -> Json:
-        """The rows of the newest ladder, and every rung with what its code says of it."""
+        """Return the rows of the newest ladder, and every rung with its module's docstring."""
         rungs = {
             name: {
                 "name": name,
@@ -109,76 +108,78 @@ class RunBrowser:
         return {"rows": rows, "rungs": [*rungs.values()], "source": source}
 
     def _newest_ladder(self) -> tuple[str | None, list[Json]]:
-        """The name of its folder and its rows; runs/ladder before all others."""
+        """Return the name of a ladder's folder and its rows; runs/ladder takes precedence."""
         if self.folder is None:
             return None, []
-        files = [folder / "ladder.json" for folder in (self.folder, *_folders(self.folder))]
-        usual = self.folder / "ladder" / "ladder.json"
-        for file in sorted(files, key=lambda file: (file == usual, _changed(file)), reverse=True):
-            rows = _parsed(self._read(file))
+        files = [folder / "ladder.json" for folder in (self.folder, *_subfolders(self.folder))]
+        default = self.folder / "ladder" / "ladder.json"
+        files.sort(key=lambda file: (file == default, _modified(file)), reverse=True)
+        for file in files:
+            rows = _parse_json(self._read(file))
             if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
                 return file.parent.name, rows
         return None, []
 
-    def _config(self, run: Path) -> Json | None:
-        """What run.json holds, where it can be read."""
-        config = _parsed(self._read(run / "run.json"))
-        good = isinstance(config, dict) and isinstance(config.get("config"), dict)
-        return config if good else None
+    def _metadata(self, run: Path) -> Json | None:
+        """Return the contents of run.json, or None if it is unreadable."""
+        metadata = _parse_json(self._read(run / "run.json"))
+        valid = isinstance(metadata, dict) and isinstance(metadata.get("config"), dict)
+        return metadata if valid else None
 
-    def _newest(self, run: Path) -> Json:
-        return latest_metrics(run) if self._inside(run / "metrics.jsonl") else {}
+    def _latest_metrics(self, run: Path) -> Json:
+        return latest_metrics(run) if self._is_inside(run / "metrics.jsonl") else {}
 
-    def _is_finished(self, run: Path, figures: Json) -> bool:
-        """Whether it has its final score; a ladder's rung has it in a file of its own."""
-        scored = any(key.startswith("final_") for key in figures)
-        return scored or (run / "rung.json").is_file()
-
-    def _inside(self, file: Path) -> bool:
-        """Whether there is such a file, and no link leads out of the folder to it."""
+    def _is_inside(self, file: Path) -> bool:
+        """Whether a file exists and is in the folder once links are resolved."""
         try:
             return file.is_file() and file.resolve().is_relative_to(self.folder or "")
         except OSError:
             return False
 
     def _read(self, file: Path) -> bytes:
-        """What is in a file; nothing where it cannot be read."""
+        """Return a file's contents, or nothing if it is unreadable."""
         try:
-            return file.read_bytes() if self._inside(file) else b""
+            return file.read_bytes() if self._is_inside(file) else b""
         except OSError:
             return b""
 
 
-def _folders(folder: Path) -> list[Path]:
+def _is_finished(run: Path, metrics: Json) -> bool:
+    """Whether a run has its final score; a ladder's rung has it in rung.json."""
+    has_score = any(key.startswith("final_") for key in metrics)
+    return has_score or (run / "rung.json").is_file()
+
+
+def _subfolders(folder: Path) -> list[Path]:
     try:
         return [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    except OSError:  # it may have gone meanwhile
+    except OSError:  # it may have been removed meanwhile
         return []
 
 
 def latest_metrics(run: Path) -> Json:
-    """The newest value of each figure at the end of a run's metrics."""
-    found: Json = {}
+    """Return the latest value of each metric at the end of a run's metrics.jsonl."""
+    latest: Json = {}
     try:
         with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL))
-            for line in _lines(file.read()):
-                found |= line
+            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+            for line in _json_lines(file.read()):
+                latest |= line
     except OSError:
         pass
-    return found
+    return latest
 
 
-def _lines(data: bytes) -> Iterator[Json]:
-    """The objects in whole lines."""
+def _json_lines(data: bytes) -> Iterator[Json]:
+    """Yield the JSON objects in complete lines."""
     for line in data.split(b"\n")[:-1]:
-        values = _parsed(line)
+        values = _parse_json(line)
         if isinstance(values, dict):
             yield values
 
 
-def _parsed(data: bytes) -> Any:  # noqa: ANN401 (what JSON can hold)
-    """A JSON value; None where it is none. What is no number to other languages is null."""
+def _parse_json(data: bytes) -> Any:  # noqa: ANN401 (what JSON can hold)
+    """Return a JSON value, with null for NaN and infinity; None if the data is not JSON."""
     try:
         return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
     except (ValueError, RecursionError):
@@ -190,8 +191,8 @@ def _finite(number: str) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _changed(file: Path) -> float:
-    """When a file was written, in unix seconds; 0 where there is none."""
+def _modified(file: Path) -> float:
+    """Return a file's modification time in Unix seconds; 0 if it does not exist."""
     try:
         return file.stat().st_mtime
     except OSError:

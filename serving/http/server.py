@@ -1,8 +1,8 @@
-"""The server around the application: deadlines for slow clients, loading, an orderly end.
+"""The uvicorn server: timeouts for slow clients, loading in the background, graceful shutdown.
 
-uvicorn waits for a request's head and body for ever, so its protocol is given deadlines
-here. Models are loaded while it already listens, and answers that it is loading. SIGTERM or
-Ctrl-C lets the texts end, for a while, before it leaves.
+uvicorn waits without limit for a request's head and body, so its protocol gets timeouts here.
+The server listens while models load and responds that it is loading. On SIGTERM or Ctrl-C it
+lets running sequences finish within a timeout.
 """
 
 import asyncio
@@ -13,185 +13,171 @@ import socket
 from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from types import FrameType
+from typing import Any
 
 import h11
 import uvicorn
 from starlette.types import ASGIApp
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from serving.http.app import EarlyRefusal, ModelRegistry
-from serving.http.completions import ApiError
 from serving.http.limits import Timeouts
+from serving.http.protocol import APIError
+from serving.http.registry import ModelRegistry
 
 logger = logging.getLogger(__name__)
 
-FLUSH = 5
-"""Seconds that a stopping server gives slow clients to take what was already written for them."""
+FLUSH_TIMEOUT = 5
+"""Seconds that a server shutting down gives slow clients to receive what was already sent."""
 
 
 @functools.lru_cache(maxsize=1)
-def _plain(error: ApiError) -> bytes:
-    """A whole answer, where the application is not asked."""
-    status, data = HTTPStatus(error.status), error.body()
-    fields = {
+def _raw_response(error: APIError) -> bytes:
+    """Return a whole HTTP response, sent without the application."""
+    status, body = HTTPStatus(error.status), error.body()
+    headers = {
         "content-type": "application/json",
         "connection": "close",
-        "content-length": str(len(data)),
+        "content-length": str(len(body)),
         **(error.headers or {}),
     }
-    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *map(": ".join, fields.items()), "", ""]
-    return "\r\n".join(lines).encode() + data
+    lines = [f"HTTP/1.1 {status.value} {status.phrase}", *map(": ".join, headers.items()), "", ""]
+    return "\r\n".join(lines).encode() + body
 
 
-def make_protocol(deadlines: Timeouts, door: EarlyRefusal) -> type[H11Protocol]:
-    """The protocol of uvicorn, which closes a connection that takes too long to ask, or is one too many."""
+class TimeoutProtocol(H11Protocol):
+    """uvicorn's protocol, with timeouts and a limit of the number of connections."""
 
-    class Protocol(H11Protocol):
-        deadline: asyncio.TimerHandle | None = None
-        told: ApiError | None = None
-        """The refusal that was logged last: a crowd is told the same, and metrics count it."""
-        unread = 0
-        """Bytes of a request that is answered already: closed before them, a client might lose the answer."""
+    def __init__(self, *, timeouts: Timeouts, **uvicorn_kwargs: Any) -> None:  # noqa: ANN401
+        super().__init__(**uvicorn_kwargs)
+        self.timeouts = timeouts
+        self.deadline: asyncio.TimerHandle | None = None
 
-        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-            super().connection_made(transport)
-            if len(self.connections) > deadlines.max_connections:
-                message = "too many connections: try again later"
-                self.refuse(ApiError(503, message, headers={"retry-after": "1"}))
-            else:
-                self.expect("head", deadlines.header_timeout)
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for a head, or refuse one connection too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self.timeouts.max_connections:
+            message = "too many connections: try again later"
+            self.refuse(APIError(503, message, headers={"retry-after": "1"}))
+        else:
+            self._set_deadline("head", self.timeouts.header_timeout)
 
-        def connection_lost(self, exc: Exception | None) -> None:
-            self.relax()
-            door.coming.discard(self)
-            super().connection_lost(exc)
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Cancel the timeout."""
+        self._clear_deadline()
+        super().connection_lost(exc)
 
-        def data_received(self, data: bytes) -> None:
-            if self.transport.is_closing():
-                return
-            if self.unread:
-                self.unread -= len(data)
-                if self.unread <= 0:
-                    self.transport.close()
-                return
-            before = self.conn.their_state
-            if before is h11.IDLE:
-                if refusal := door(self, data):
-                    self.refuse(*refusal)
-                    return
-                if self.deadline is None:
-                    self.expect("head", deadlines.header_timeout)
-            super().data_received(data)
-            if self in door.coming and self.scope:
-                self.scope["state"]["looked_at"] = functools.partial(door.coming.discard, self)
-            now = self.conn.their_state
-            if now is h11.SEND_BODY and before is not h11.SEND_BODY:
-                self.expect("body", deadlines.body_timeout)
-            elif now is not h11.SEND_BODY and now is not h11.IDLE:
-                self.relax()
+    def data_received(self, data: bytes) -> None:
+        """Parse data; start or cancel the timeouts of head and body."""
+        if self.transport.is_closing():
+            return
+        before = self.conn.their_state
+        if before is h11.IDLE and self.deadline is None:
+            self._set_deadline("head", self.timeouts.header_timeout)
+        super().data_received(data)
+        after = self.conn.their_state
+        if after is h11.SEND_BODY and before is not h11.SEND_BODY:
+            self._set_deadline("body", self.timeouts.body_timeout)
+        elif after is not h11.SEND_BODY and after is not h11.IDLE:
+            self._clear_deadline()
 
-        def on_response_complete(self) -> None:
-            self.relax()
-            door.coming.discard(self)
-            super().on_response_complete()
+    def on_response_complete(self) -> None:
+        """Cancel the timeout; uvicorn starts that of an idle connection."""
+        self._clear_deadline()
+        super().on_response_complete()
 
-        def expect(self, what: str, seconds: float) -> None:
-            self.relax()
-            message = f"the {what} of the request did not end within {seconds:g} s"
-            self.deadline = self.loop.call_later(seconds, self.refuse, ApiError(408, message))
+    def send_400_response(self, msg: str) -> None:
+        """Respond to invalid HTTP in OpenAI's error shape."""
+        self.refuse(APIError(400, msg))
 
-        def relax(self) -> None:
-            if self.deadline:
-                self.deadline.cancel()
-                self.deadline = None
+    def refuse(self, error: APIError) -> None:
+        """Send an error, unless a response has started, and close the connection."""
+        started = self.cycle and self.cycle.response_started and not self.cycle.response_complete
+        if started:
+            self._clear_deadline()
+        else:
+            self.write_error(error)
+        self.transport.close()
 
-        def refuse(self, error: ApiError, unread: int = 0) -> None:
-            """Say why, unless an answer has begun, and close, once the rest of the request has come."""
-            self.relax()
-            door.coming.discard(self)
-            if (
-                self.cycle is None
-                or self.cycle.response_complete
-                or not self.cycle.response_started
-            ):
-                self.transport.write(_plain(error))
-                if self.client and error is not Protocol.told:
-                    self.access_logger.info("%s:%d - refused: %s", *self.client, error)
-                    Protocol.told = error
-            self.unread = unread
-            if unread:
-                self.deadline = self.loop.call_later(deadlines.body_timeout, self.transport.close)
-            else:
-                self.transport.close()
+    def write_error(self, error: APIError, *, log: bool = True) -> None:
+        """Send an error that closes the connection."""
+        self._clear_deadline()
+        self.transport.write(_raw_response(error))
+        if self.client and log:
+            self.access_logger.info("%s:%d - refused: %s", *self.client, error)
 
-        def send_400_response(self, msg: str) -> None:
-            self.refuse(ApiError(400, msg))
+    def _set_deadline(self, part: str, seconds: float) -> None:
+        self._clear_deadline()
+        message = f"the {part} of the request was not complete within {seconds:g} s"
+        self.deadline = self.loop.call_later(seconds, self.refuse, APIError(408, message))
 
-    return Protocol
+    def _clear_deadline(self) -> None:
+        if self.deadline:
+            self.deadline.cancel()
+            self.deadline = None
 
 
 class Server(uvicorn.Server):
-    """uvicorn, with what it serves loaded behind it and brought to an end before it.
+    """uvicorn's server, which also loads the models and shuts down their engines.
 
     Args:
         app: The application of `create_app`.
-        catalog: What it serves.
-        load: Fills the catalog, and may go on doing so; runs while the server answers.
-        deadlines: For clients, and for texts when it ends.
-        key: What the application asks for, if anything.
+        registry: The models it serves.
+        load: Fills the registry; runs while the server already responds, for ever with `--watch`.
+        timeouts: Timeouts of clients and of the shutdown.
+        protocol: Makes the protocol of a connection.
     """
 
     def __init__(
         self,
         app: ASGIApp,
-        catalog: ModelRegistry,
+        registry: ModelRegistry,
         load: Callable[[], Awaitable[None]],
-        deadlines: Timeouts | None = None,
-        key: str | None = None,
+        timeouts: Timeouts | None = None,
+        protocol: Callable[..., TimeoutProtocol] = TimeoutProtocol,
     ) -> None:
-        self.deadlines = deadlines or Timeouts()
+        self.timeouts = timeouts or Timeouts()
         config = uvicorn.Config(
             app,
-            http=make_protocol(self.deadlines, EarlyRefusal(catalog, key)),
+            http=functools.partial(protocol, timeouts=self.timeouts),  # type: ignore[arg-type]
             log_config=None,
             ws="none",
             server_header=False,
-            timeout_keep_alive=round(self.deadlines.idle_timeout),
-            timeout_graceful_shutdown=FLUSH,
+            timeout_keep_alive=round(self.timeouts.idle_timeout),
+            timeout_graceful_shutdown=FLUSH_TIMEOUT,
         )
         super().__init__(config)
-        self.catalog, self.load = catalog, load
-        self.failure: BaseException | None = None
-        """What loading has failed with."""
+        self.registry, self.load = registry, load
+        self.load_error: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to load once clients can connect."""
+        """Start loading once clients can connect."""
         await super().startup(sockets)
-        self.loading = asyncio.create_task(self._load())
+        self.load_task = asyncio.create_task(self._load())
 
     async def _load(self) -> None:
         try:
             await self.load()
         except Exception as error:
-            self.failure, self.should_exit = error, True
+            self.load_error, self.should_exit = error, True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Let the texts end, then end them, before uvicorn waits for the answers that wait for them."""
-        self.loading.cancel()
-        await asyncio.wait({self.loading})
-        services = [served.engine for served in self.catalog.entries.values()]
-        drains = [asyncio.create_task(s.drain(self.deadlines.shutdown_timeout)) for s in services]
+        """Drain and close the engines before uvicorn waits for the responses that depend on them."""
+        self.load_task.cancel()
+        await asyncio.wait({self.load_task})
+        engines = [entry.engine for entry in self.registry.entries.values()]
+        drains = [asyncio.create_task(e.drain(self.timeouts.shutdown_timeout)) for e in engines]
         while drains and not self.force_exit:
-            _, waiting = await asyncio.wait(drains, timeout=0.05)
-            drains = list(waiting)
+            _, pending = await asyncio.wait(drains, timeout=0.05)
+            drains = list(pending)
         for drain in drains:
             drain.cancel()
-        for service in services:
-            await service.close()
+        for async_engine in engines:
+            await async_engine.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002
-        """Leave with exit code 0: a server that was told to stop has done what it was told."""
-        # SIGTERM may well come twice: make hands on what the terminal or a supervisor sent to both.
+        """Shut down, and exit with code 0: stopping on a signal is no failure."""
+        # SIGTERM may come twice, as make forwards what a supervisor also sends to the server
+        # itself; only a second Ctrl-C forces the exit.
         self.force_exit = self.should_exit and sig == signal.SIGINT
         self.should_exit = True

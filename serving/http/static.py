@@ -1,6 +1,6 @@
-"""The page's files, from the folder `page`: read once, when the server starts; there are no others.
+"""The web page's files in `serving/page`, read once when the server starts.
 
-FastAPI's own documentation would have the browser ask other hosts: the page has a view of it.
+`/docs` redirects to the page's own view of the API: FastAPI's would load scripts from other hosts.
 """
 
 import hashlib
@@ -11,17 +11,17 @@ from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 from starlette.routing import BaseRoute, Route
 
-FOLDER = Path(__file__).parents[1] / "page"
-TYPES = {
+PAGE_DIR = Path(__file__).parents[1] / "page"
+MEDIA_TYPES = {
     ".html": "text/html",
     ".css": "text/css",
     ".js": "text/javascript",
     ".svg": "image/svg+xml",
 }
-"""Of the files that are told, by how their names end."""
+"""Media types of the served files by suffix; files with other suffixes are not served."""
 
 HEADERS = {
-    # Asked for again each time, and sent again when it has changed.
+    # Browsers ask each time and get 304 unless the file has changed.
     "cache-control": "no-cache",
     "content-security-policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data:; "
@@ -34,27 +34,31 @@ HEADERS = {
 
 
 def is_page(path: str) -> bool:
-    """Whether a path is that of the page or of its files, which hold no secret."""
+    """Whether a path is the page's or one of its files, which are public."""
     return path == "/" or path.startswith("/page/")
 
 
-def page_routes(folder: Path = FOLDER) -> list[BaseRoute]:
-    """`/`, `/page/NAME`, and `/docs`, which is a view of the page; for GET and HEAD."""
-    files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in TYPES}
+def page_routes(folder: Path = PAGE_DIR) -> list[BaseRoute]:
+    """Return the routes `/`, `/page/NAME` and `/docs`, for GET and HEAD."""
+    files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in MEDIA_TYPES}
     contents = {name: file.read_bytes() for name, file in files.items()}
-    tags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
+    etags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
 
-    async def send(request: Request) -> Response:
+    async def get_file(request: Request) -> Response:
         name = request.path_params.get("name", "index.html")
         if name not in contents:
-            raise HTTPException(404, f"no file {name[:80]!r} of the page")
-        headers = {**HEADERS, "etag": tags[name]}
-        if request.headers.get("if-none-match") == tags[name]:
+            raise HTTPException(404, f"the page has no file {name[:80]!r}")
+        headers = {**HEADERS, "etag": etags[name]}
+        if request.headers.get("if-none-match") == etags[name]:
             return Response(status_code=304, headers=headers)
-        kind = TYPES[files[name].suffix]
-        return Response(contents[name], headers=headers, media_type=kind)
+        media_type = MEDIA_TYPES[files[name].suffix]
+        return Response(contents[name], headers=headers, media_type=media_type)
 
-    async def docs(request: Request) -> Response:  # noqa: ARG001
+    async def redirect_to_docs(request: Request) -> Response:  # noqa: ARG001
         return RedirectResponse("./#docs")
 
-    return [Route("/", send), Route("/page/{name}", send), Route("/docs", docs)]
+    return [
+        Route("/", get_file),
+        Route("/page/{name}", get_file),
+        Route("/docs", redirect_to_docs),
+    ]

@@ -34,15 +34,21 @@ TOKENIZER = byte_tokenizer()
 DEADLINE = 60
 
 
-def save(run, context):
-    arguments = {"vocab_size": 257, "context_length": context, "width": 16, "depth": 2, "heads": 2}
+def save_run(run, context_length):
+    arguments = {
+        "vocab_size": 257,
+        "context_length": context_length,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+    }
     torch.manual_seed(0)
     model = GPT(**arguments).eval()
     for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=3 * parameter.shape[-1] ** -0.5)
     with torch.no_grad():
-        model.unembedding.weight[TOKENIZER.eos_token] = 0  # so that a greedy text does not end
+        model.unembedding.weight[TOKENIZER.eos_token] = 0  # so that greedy outputs do not end
     run.mkdir(parents=True)
     save_config(run, "gpt", arguments)
     save_tensors(run / "model.safetensors", unique_state_dict(model))
@@ -51,33 +57,35 @@ def save(run, context):
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
+def folder(tmp_path_factory):
     """A folder with runs/tiny in it."""
-    return tmp_path_factory.mktemp("here")
+    return tmp_path_factory.mktemp("folder")
 
 
 @pytest.fixture(scope="module", autouse=True)
-def model(here):
-    return save(here / "runs" / "tiny", 64)
+def model(folder):
+    return save_run(folder / "runs" / "tiny", 64)
 
 
 @pytest.fixture(autouse=True)
-def path(monkeypatch, request):
+def import_path(monkeypatch, request):
     monkeypatch.setenv("PYTHONPATH", str(request.config.rootpath))
 
 
-def serving(here, *arguments, stdin=b""):
+def run_serving(folder, *arguments, stdin=b""):
     return subprocess.run(
         [sys.executable, "-m", "serving", *arguments],
-        cwd=here,
+        cwd=folder,
         input=stdin,
         capture_output=True,
         timeout=DEADLINE,
     )
 
 
-def test_sample_prints_the_prompt_and_what_generate_adds_to_it(here, model):
-    done = serving(here, "sample", "--prompt", "déf", "--temperature", "0", "--max-tokens", "20")
+def test_sample_prints_prompt_and_output(folder, model):
+    done = run_serving(
+        folder, "sample", "--prompt", "déf", "--temperature", "0", "--max-tokens", "20"
+    )
     tokens = list(
         generate(model, tokenize_prompt(TOKENIZER, "déf").ids, 20, SamplingParams(0.0), {256})
     )
@@ -86,26 +94,26 @@ def test_sample_prints_the_prompt_and_what_generate_adds_to_it(here, model):
     assert done.stderr == b""
 
 
-def test_sample_repeats_itself_with_the_seed_it_told(here):
-    first = serving(here, "sample", "runs/tiny", "-n", "2", stdin=b"a\nb")
+def test_sample_with_the_printed_seed_repeats_the_output(folder):
+    first = run_serving(folder, "sample", "runs/tiny", "-n", "2", stdin=b"a\nb")
     assert first.stdout.startswith(b"a\nb")
     texts = first.stdout.split(b"\n" + b"-" * 20 + b"\n")
     assert len(set(texts)) == 2
     seed = first.stderr.split()[-1].decode()
     assert first.stderr.startswith(b"seed " + seed.encode())
-    again = serving(here, "sample", "--prompt", "a\nb", "--seed", seed, "-n", "2")
+    again = run_serving(folder, "sample", "--prompt", "a\nb", "--seed", seed, "-n", "2")
     assert (again.stdout, again.stderr) == (first.stdout, b"")
 
 
-def test_sample_ends_before_the_first_stop_string(here, model):
+def test_sample_ends_before_a_stop_string(folder, model):
     tokens = generate(model, [256], 60, SamplingParams(0.0), {256})
     text = TOKENIZER.decode(tokens)
     stop = text[9:11]
-    done = serving(here, "sample", "--temperature", "0", "--stop", "absent", "--stop", stop)
+    done = run_serving(folder, "sample", "--temperature", "0", "--stop", "absent", "--stop", stop)
     assert done.stdout.decode() == text[: text.index(stop)] + "\n"
 
 
-WRONG = {
+MISTAKES = {
     "no such run": (["sample", "runs/tinny"], "did you mean tiny?"),
     "no run at all": (["sample"], "train one with `make train`"),
     "a long prompt": (["sample", "runs/tiny", "--prompt", "a" * 99], "100 tokens long"),
@@ -118,11 +126,11 @@ WRONG = {
         ["sample", "runs/tiny", "--device", "gpu"],
         "--device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'",
     ),
-    "no texts": (["sample", "runs/tiny", "-n", "0"], "-n must be at least 1"),
+    "no outputs": (["sample", "runs/tiny", "-n", "0"], "-n must be at least 1"),
     "an empty stop": (["sample", "runs/tiny", "--stop", ""], "a stop string is empty"),
     "a port": (["serve", "runs/tiny", "--port", "70000"], "between 0 and 65535"),
     "a host": (["serve", "runs/tiny", "--host", "256.0.0.1"], "cannot listen on 256.0.0.1"),
-    "rows": (
+    "slots": (
         ["serve", "runs/tiny", "--port", "0", "--max-num-seqs", "0"],
         "--max-num-seqs must be at least 1, not 0",
     ),
@@ -163,8 +171,8 @@ WRONG = {
 
 
 @pytest.fixture
-def mistaken(monkeypatch, capsys):
-    """Runs the module in this process; gives the one line that a mistake costs."""
+def run_mistake(monkeypatch, capsys):
+    """Runs the module in this process; returns the one line of its error message."""
 
     def run(folder, *arguments, stdin=b""):
         monkeypatch.chdir(folder)
@@ -181,12 +189,12 @@ def mistaken(monkeypatch, capsys):
     return run
 
 
-@pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_one_line_and_exit_code_2(here, tmp_path, mistaken, case):
-    arguments, message = WRONG[case]
-    folder = tmp_path if case == "no run at all" else here
+@pytest.mark.parametrize("case", MISTAKES)
+def test_mistake_is_one_line_and_exit_code_2(folder, tmp_path, run_mistake, case):
+    arguments, message = MISTAKES[case]
+    cwd = tmp_path if case == "no run at all" else folder
     stdin = b"\xff" if case == "not UTF-8" else b""
-    assert message in mistaken(folder, *arguments, stdin=stdin)
+    assert message in run_mistake(cwd, *arguments, stdin=stdin)
 
 
 @pytest.mark.parametrize(
@@ -194,22 +202,24 @@ def test_a_mistake_is_one_line_and_exit_code_2(here, tmp_path, mistaken, case):
     [
         ("model.safetensors", lambda raw: raw[: len(raw) // 2], "model.safetensors: damaged"),
         ("tokenizer.json", lambda raw: raw[:99], "tokenizer.json: damaged"),
-        ("config.json", lambda raw: raw.replace(b'format": 1', b'format": 9'), "format 9"),
+        ("config.json", lambda raw: raw.replace(b'format": 2', b'format": 9'), "format 9"),
         ("config.json", lambda raw: raw.replace(b"257", b"300"), "shape [257, 16]"),
     ],
 )
-def test_a_damaged_run_is_one_line_and_exit_code_2(tmp_path, mistaken, name, change, message):
-    save(tmp_path / "run", 8)
+def test_sample_of_a_damaged_run_is_one_line_and_exit_code_2(
+    tmp_path, run_mistake, name, change, message
+):
+    save_run(tmp_path / "run", 8)
     file = tmp_path / "run" / name
     file.write_bytes(change(file.read_bytes()))
-    assert message in mistaken(tmp_path, "sample", "run")
+    assert message in run_mistake(tmp_path, "sample", "run")
 
 
 @pytest.mark.parametrize("arguments", ["sample --seed 1 -n 50", "sample --help"])
-def test_a_reader_that_leaves_costs_no_traceback(here, arguments):
+def test_closed_output_pipe_is_no_traceback(folder, arguments):
     with subprocess.Popen(
         [sys.executable, "-m", "serving", *arguments.split()],
-        cwd=here,
+        cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -219,18 +229,18 @@ def test_a_reader_that_leaves_costs_no_traceback(here, arguments):
         assert process.wait(DEADLINE) == 1
 
 
-class Serving:
-    """`serve` as a process of its own; the line it prints once it is ready."""
+class ServeProcess:
+    """`serve` in its own process, and the line it prints once it is ready."""
 
-    def __init__(self, here, *arguments, compiles=False):
-        if not compiles:
+    def __init__(self, folder, *arguments, with_compilation=False):
+        if not with_compilation:
             arguments = *arguments, "--no-compile"
         self.process = subprocess.Popen(
             [sys.executable, "-m", "serving", "serve", "--port", "0", *arguments],
-            cwd=here,
+            cwd=folder,
             stdout=subprocess.PIPE,
-            # Nobody reads the log of the many requests while it compiles: a pipe would be full.
-            stderr=subprocess.DEVNULL if compiles else subprocess.PIPE,
+            # While it compiles, the log of many requests would fill a pipe.
+            stderr=subprocess.DEVNULL if with_compilation else subprocess.PIPE,
             text=True,
         )
         self.line = self.process.stdout.readline()
@@ -244,8 +254,8 @@ class Serving:
         self.process.communicate(timeout=DEADLINE)
 
 
-def test_serve_prints_a_command_that_works_as_it_stands(here):
-    with Serving(here) as server:
+def test_serve_prints_a_working_command(folder):
+    with ServeProcess(folder) as server:
         assert server.line.startswith("tiny at http://127.0.0.1:")
         _, command = server.line.split("try:")
         done = subprocess.run(
@@ -255,41 +265,41 @@ def test_serve_prints_a_command_that_works_as_it_stands(here):
         server.process.send_signal(signal.SIGINT)
         _, log = server.process.communicate(timeout=DEADLINE)
         assert server.process.returncode == 0
-        about, request = log.splitlines()  # of the model, and of the one request
-        assert about.startswith("tiny: ")
-        assert "16 rows of 64 positions" in about
-        assert '"POST /v1/completions HTTP/1.1" 200' in request
+        model_line, request_line = log.splitlines()
+        assert model_line.startswith("tiny: ")
+        assert "16 slots of 64 tokens" in model_line
+        assert '"POST /v1/completions HTTP/1.1" 200' in request_line
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
-def test_another_format_says_what_it_costs_and_answers(here, tmp_path, model, dtype):
-    run = shutil.copytree(here / "runs" / "tiny", tmp_path / "run")
+def test_other_dtypes_print_their_cost_and_serve(folder, tmp_path, model, dtype):
+    run = shutil.copytree(folder / "runs" / "tiny", tmp_path / "run")
     ids = torch.randint(256, (300,), dtype=torch.int32)
     save_tensors(run / "validation.safetensors", {"tokens": ids})
-    with Serving(tmp_path, "run", "--dtype", dtype) as server:
+    with ServeProcess(tmp_path, "run", "--dtype", dtype) as server:
         body = {"prompt": "ab", "max_tokens": 20, "temperature": 0}
-        answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
-        assert answer["usage"]["completion_tokens"] == 20
+        response = httpx.post(f"{server.address}/v1/completions", json=body).json()
+        assert response["usage"]["completion_tokens"] == 20
         server.process.terminate()
         _, log = server.process.communicate(timeout=DEADLINE)
-    found = re.search(
+    match = re.search(
         r"perplexity ([0-9.]+) instead of ([0-9.]+) \(([-+0-9.]+)%\) on (\d+) of", log
     )
-    new, old, share, count = map(float, found.groups())
+    new, old, share, count = map(float, match.groups())
     losses = [
         model.loss(part[:-1].long().unsqueeze(0), part[1:].long().unsqueeze(0)).item()
         for part in ids.split(65)
     ]
     weights_of_losses = [len(part) - 1 for part in ids.split(65)]
-    wanted = math.exp(float(np.average(losses, weights=weights_of_losses)))
-    assert (old, count) == (pytest.approx(wanted, rel=1e-3), sum(weights_of_losses))
-    assert new == pytest.approx(wanted, rel=0.1)
+    expected = math.exp(float(np.average(losses, weights=weights_of_losses)))
+    assert (old, count) == (pytest.approx(expected, rel=1e-3), sum(weights_of_losses))
+    assert new == pytest.approx(expected, rel=0.1)
     assert share == pytest.approx(100 * (new / old - 1), abs=0.02)
     assert f"parameters in {dtype}" in log
 
 
-def test_threads_are_what_is_fastest_or_what_is_asked_for(here):
-    with Serving(here, "--threads", "3", "--dtype", "int8") as server:
+def test_threads_option(folder):
+    with ServeProcess(folder, "--threads", "3", "--dtype", "int8") as server:
         server.process.terminate()
         _, log = server.process.communicate(timeout=DEADLINE)
     assert "threads: 3" in log
@@ -298,38 +308,38 @@ def test_threads_are_what_is_fastest_or_what_is_asked_for(here):
 
 @pytest.mark.long
 @pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
-def test_a_server_answers_at_once_and_then_compiles_itself_while_it_answers(here, tmp_path):
+def test_outputs_stay_the_same_while_steps_are_compiled(folder, tmp_path):
     def compiled(server):
         metrics = httpx.get(f"{server.address}/metrics").text
-        return re.search(r"compiled_parts{.*} (\d)", metrics)[1]
+        return re.search(r"compiled_steps{.*} (\d)", metrics)[1]
 
     body = {"prompt": "ab", "max_tokens": 60, "temperature": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYGPT_CACHE", str(tmp_path))
-        with Serving(here, compiles=True) as server:
+        with ServeProcess(folder, with_compilation=True) as server:
             assert compiled(server) == "0"
             texts = set()
             while compiled(server) != "3":
-                answer = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
-                texts.add(answer.json()["choices"][0]["text"])
-            answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
-            assert texts == {answer["choices"][0]["text"]}
+                response = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
+                texts.add(response.json()["choices"][0]["text"])
+            response = httpx.post(f"{server.address}/v1/completions", json=body).json()
+            assert texts == {response["choices"][0]["text"]}
         assert len(list((tmp_path / "steps").iterdir())) == 3
 
 
-def test_several_runs_are_chosen_by_their_names(here, tmp_path):
-    other = save(tmp_path / "other", 32)
-    with Serving(here, "runs/tiny", str(tmp_path / "other")) as server:
+def test_requests_choose_a_run_by_name(folder, tmp_path):
+    other = save_run(tmp_path / "other", 32)
+    with ServeProcess(folder, "runs/tiny", str(tmp_path / "other")) as server:
         names = httpx.get(f"{server.address}/v1/models").json()["data"]
         assert [model["id"] for model in names] == ["tiny", "other"]
         body = {"model": "other", "prompt": "", "temperature": 0, "max_tokens": 99}
-        answer = httpx.post(f"{server.address}/v1/completions", json=body).json()
+        response = httpx.post(f"{server.address}/v1/completions", json=body).json()
     tokens = generate(other, [256], 99, SamplingParams(0.0), {256})
-    assert answer["choices"][0]["text"] == TOKENIZER.decode(tokens)
-    assert answer["usage"]["completion_tokens"] == 32
+    assert response["choices"][0]["text"] == TOKENIZER.decode(tokens)
+    assert response["usage"]["completion_tokens"] == 32
 
 
-def test_a_run_that_was_trained_on_pairs_translates(tmp_path):
+def test_translation_run_translates(tmp_path):
     row = json.dumps({"translation": {"en": "one cat", "fr": "un chat"}}) + "\n"
     (tmp_path / "pairs").mkdir()
     for split in ("train", "validation", "test"):
@@ -347,54 +357,54 @@ def test_a_run_that_was_trained_on_pairs_translates(tmp_path):
     [tokens] = translate(model, [source], decoder_start_token=end, eos_token=end, max_tokens=12)
     expected = tokenizer.decode([token for token in tokens if token != end]).removeprefix(" ")
     assert expected
-    asked = ("--prompt", "one cat", "--temperature", "0", "--max-tokens", "12")
-    done = serving(tmp_path, "sample", *asked)
+    options = ("--prompt", "one cat", "--temperature", "0", "--max-tokens", "12")
+    done = run_serving(tmp_path, "sample", *options)
     assert (done.stdout.decode(), done.returncode) == (expected + "\n", 0)
-    with Serving(tmp_path, "runs/fr", "--no-compile") as server:
-        (about,) = httpx.get(f"{server.address}/v1/models").json()["data"]
-        assert about["translates"] is True
+    with ServeProcess(tmp_path, "runs/fr", "--no-compile") as server:
+        (entry,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+        assert entry["translates"] is True
         body = {"prompt": "one cat", "temperature": 0, "max_tokens": 12}
         (choice,) = httpx.post(f"{server.address}/v1/completions", json=body).json()["choices"]
         assert choice["text"] == expected
 
 
-def test_what_training_left_is_told_beside_the_model_and_the_page_is_there(tmp_path):
+def test_models_and_runs_endpoints_read_the_runs_folder(tmp_path):
     for run in (tmp_path / "runs" / "one", tmp_path / "others" / "two"):
-        save(run, 64)
+        save_run(run, 64)
         (run / "run.json").write_text('{"format": 2, "config": {"task": "text", "model": "gpt"}}')
         line = {"step": 1, "final_loss": 2.0, "final_bits_per_byte": 1.5}
         (run / "metrics.jsonl").write_text(json.dumps(line) + "\n")
-    for arguments, name, told in (
+    for arguments, name, run_names in (
         (("runs/one", "--dtype", "int8"), "one", ["one"]),
         (("runs/one", "--runs-dir", "others"), None, ["two"]),
         (("runs/one", "--runs-dir", "."), "runs/one", ["others/two", "runs/one"]),
     ):
-        with Serving(tmp_path, *arguments) as server:
-            (about,) = httpx.get(f"{server.address}/v1/models").json()["data"]
-            assert (about["bits_per_byte"], about["run"]) == (1.5, name)
-            assert about["dtype"] == ("int8" if "int8" in arguments else "float32")
+        with ServeProcess(tmp_path, *arguments) as server:
+            (entry,) = httpx.get(f"{server.address}/v1/models").json()["data"]
+            assert (entry["bits_per_byte"], entry["run"]) == (1.5, name)
+            assert entry["dtype"] == ("int8" if "int8" in arguments else "float32")
             weights_file = load_tensors(tmp_path / "runs" / "one" / "model.safetensors")
-            assert about["parameters"] == sum(tensor.numel() for tensor in weights_file.values())
+            assert entry["parameters"] == sum(tensor.numel() for tensor in weights_file.values())
             runs = httpx.get(f"{server.address}/v1/runs").json()["data"]
-            assert sorted(run["name"] for run in runs) == told
+            assert sorted(run["name"] for run in runs) == run_names
             assert "<title>tinygpt" in httpx.get(f"{server.address}/").text
 
 
-def test_a_run_that_finishes_is_served_too(here, tmp_path):
-    with Serving(here, "--watch", str(tmp_path)) as server:
-        assert server.line.startswith("nothing to serve yet at ")
+def test_watched_run_is_served_once_it_has_finished(folder, tmp_path):
+    with ServeProcess(folder, "--watch", str(tmp_path)) as server:
+        assert server.line.startswith("no finished run to serve yet; listening at ")
         assert httpx.get(f"{server.address}/v1/models").json()["data"] == []
-        save(tmp_path / "new", 8)
+        save_run(tmp_path / "new", 8)
         assert httpx.get(f"{server.address}/v1/models").json()["data"] == []
         (tmp_path / "new" / "metrics.jsonl").write_text('{"step": 1, "final_loss": 2.0}\n')
-        assert server.process.stdout.readline() == "new is served too\n"
+        assert server.process.stdout.readline() == "new: now served\n"
         body = {"model": "new", "prompt": "", "max_tokens": 1}
         assert httpx.post(f"{server.address}/v1/completions", json=body).status_code == 200
 
 
-def test_a_key_from_the_environment_is_asked_for(here, monkeypatch):
+def test_api_key_from_the_environment_is_required_and_not_logged(folder, monkeypatch):
     monkeypatch.setenv("TINYGPT_API_KEY", "sesame")
-    with Serving(here, "--host", "0.0.0.0") as server:
+    with ServeProcess(folder, "--host", "0.0.0.0") as server:
         port = server.address.rpartition(":")[2]
         url = f"http://127.0.0.1:{port}/v1/models"
         assert httpx.get(url).status_code == 401
@@ -404,30 +414,30 @@ def test_a_key_from_the_environment_is_asked_for(here, monkeypatch):
         assert "sesame" not in server.line + out + log
 
 
-def test_a_damaged_run_ends_a_server_with_one_line(tmp_path):
-    save(tmp_path / "run", 8)
+def test_serve_of_a_damaged_run_is_one_line_and_exit_code_2(tmp_path):
+    save_run(tmp_path / "run", 8)
     file = tmp_path / "run" / "model.safetensors"
     file.write_bytes(file.read_bytes()[:1000])
-    done = serving(tmp_path, "serve", "run", "--port", "0")
+    done = run_serving(tmp_path, "serve", "run", "--port", "0")
     assert done.returncode == 2
     assert done.stdout == b""
     assert done.stderr.startswith(b"python -m serving: run/model.safetensors: damaged")
     assert done.stderr.count(b"\n") == 1
 
 
-def test_a_port_in_use_is_one_line(here, mistaken):
+def test_port_in_use_is_one_line(folder, run_mistake):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        line = mistaken(here, "serve", "--port", str(taken.getsockname()[1]))
+        line = run_mistake(folder, "serve", "--port", str(taken.getsockname()[1]))
     assert "Address already in use; choose others with --host, --port" in line
 
 
-def test_sigterm_brings_open_streams_to_their_end_and_exits(here, tmp_path):
-    """Two texts are being made and a third waits for a row."""
-    save(tmp_path / "long", 20_000)
+def test_sigterm_ends_open_streams_and_exits(folder, tmp_path):
+    """Two sequences are running and a third waits for a slot."""
+    save_run(tmp_path / "long", 20_000)
     body = {"prompt": "", "temperature": 0, "max_tokens": 20_000, "stream": True}
     with (
-        Serving(
-            here, str(tmp_path / "long"), "--max-num-seqs", "2", "--shutdown-timeout", "0.2"
+        ServeProcess(
+            folder, str(tmp_path / "long"), "--max-num-seqs", "2", "--shutdown-timeout", "0.2"
         ) as server,
         httpx.Client(timeout=DEADLINE) as client,
         contextlib.ExitStack() as stack,

@@ -1,6 +1,6 @@
-"""Clients that we did not write, against a server over real sockets.
+"""Other projects' clients against a server over real sockets.
 
-Those of evaluation and of chains are an extra: `pip install -e '.[clients]'`.
+LangChain and the evaluation harness are an extra: `pip install -e '.[clients]'`.
 """
 
 import asyncio
@@ -14,8 +14,14 @@ import openai
 import pytest
 
 from gpt.sampling import SamplingParams
-from tests.serving.test_app import DEADLINE, TOKENIZER, Running, model, reference  # noqa: F401
-from tests.serving.test_server import LONG, until
+from tests.serving.running_server import (
+    DEADLINE,
+    LONG,
+    TOKENIZER,
+    RunningServer,
+    reference,
+    wait_until,
+)
 from training.cli import Eval
 from training.evaluation.evaluate import evaluate
 
@@ -25,20 +31,20 @@ TEXT = "".join(
 
 
 @pytest.fixture(scope="module")
-def server(model):  # noqa: F811
-    running = Running(model, 4, places=100)
-    yield running
-    running.close()
+def server(model):
+    server = RunningServer(model, 4, max_queue=100)
+    yield server
+    server.close()
 
 
-def greedy(model, prompt, tokens):  # noqa: F811
-    return reference(model, prompt, SamplingParams(0.0), tokens)
+def greedy(model, prompt, max_tokens):
+    return reference(model, prompt, SamplingParams(0.0), max_tokens)
 
 
-def test_openais_asynchronous_client_streams_many_at_once(server, model):  # noqa: F811
+def test_async_openai_client_streams_concurrently(server, model):
     client = openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="none")
 
-    async def ask(i):
+    async def complete(i):
         stream = await client.completions.create(
             model="tiny", prompt=f"number {i}", max_tokens=12, temperature=0, stream=True, n=2
         )
@@ -48,54 +54,56 @@ def test_openais_asynchronous_client_streams_many_at_once(server, model):  # noq
                 texts[choice.index] += choice.text
         return texts
 
-    async def ask_all():
+    async def complete_all():
         async with client:
-            return await asyncio.gather(*(ask(i) for i in range(30)))
+            return await asyncio.gather(*(complete(i) for i in range(30)))
 
-    for i, texts in enumerate(asyncio.run(ask_all())):
+    for i, texts in enumerate(asyncio.run(complete_all())):
         assert texts == [greedy(model, f"number {i}", 12)] * 2
 
 
-def test_openais_client_comes_again_by_itself_when_there_was_no_place(model):  # noqa: F811
-    busy = Running(model, 1, places=0)
+def test_openai_client_retries_after_429(model):
+    server = RunningServer(model, 1, max_queue=0)
     try:
-        client = openai.OpenAI(base_url=f"{busy.address}/v1", api_key="none", max_retries=5)
+        client = openai.OpenAI(base_url=f"{server.address}/v1", api_key="none", max_retries=5)
         statuses = []
         client._client.event_hooks["response"].append(lambda r: statuses.append(r.status_code))
         short = {**LONG, "max_tokens": 20}
-        blocker = threading.Thread(target=busy.post, kwargs=short)
-        go_on, step = threading.Event(), busy.engine.step
+        blocker = threading.Thread(target=server.complete, kwargs=short)
+        released, step = threading.Event(), server.engine.step
 
-        def slow():
-            assert go_on.wait(60)
+        def blocking_step():
+            assert released.wait(60)
             return step()
 
-        busy.engine.step = slow  # the row is taken until the client has been refused once
+        server.engine.step = blocking_step  # the slot is taken until the client is refused once
         blocker.start()
-        until(lambda: busy.service.num_unfinished == 1)
-        client._client.event_hooks["response"].append(lambda _: go_on.set())
-        answer = client.completions.create(model="tiny", prompt="x", max_tokens=3, temperature=0)
+        wait_until(lambda: server.async_engine.num_unfinished == 1)
+        client._client.event_hooks["response"].append(lambda _: released.set())
+        completion = client.completions.create(
+            model="tiny", prompt="x", max_tokens=3, temperature=0
+        )
         blocker.join()
         assert statuses[0] == 429
         assert statuses[-1] == 200
-        assert answer.choices[0].text == greedy(model, "x", 3)
-        go_on.clear()
-        blocker = threading.Thread(target=busy.post, kwargs=short)
+        assert completion.choices[0].text == greedy(model, "x", 3)
+        released.clear()
+        blocker = threading.Thread(target=server.complete, kwargs=short)
         blocker.start()
-        until(lambda: busy.service.num_unfinished == 1)
-        impatient = client.with_options(max_retries=0).completions
+        wait_until(lambda: server.async_engine.num_unfinished == 1)
+        without_retries = client.with_options(max_retries=0).completions
         with pytest.raises(openai.RateLimitError) as refused:
-            impatient.create(model="tiny", prompt="x")
-        go_on.set()
+            without_retries.create(model="tiny", prompt="x")
+        released.set()
         blocker.join()
         assert int(refused.value.response.headers["retry-after"]) >= 1
     finally:
-        go_on.set()
-        busy.close()
+        released.set()
+        server.close()
 
 
-def said_by(script, *arguments):
-    """What a client says that runs in a process of its own, as JSON in the last line."""
+def run_client(script, *arguments):
+    """Run a client in its own process; the JSON in its last line of output."""
     done = subprocess.run(
         [sys.executable, "-c", script, *arguments],
         capture_output=True,
@@ -114,29 +122,29 @@ print(json.dumps([chain.invoke("a cat"), "".join(chain.stream("a cat")), *chain.
 """
 
 
-def test_langchain_completes_and_streams(server, model):  # noqa: F811
+def test_langchain_completion_and_streaming(server, model):
     pytest.importorskip("langchain_openai")
-    found = said_by(LANGCHAIN, f"{server.address}/v1")
-    assert found == [greedy(model, text, 9) for text in ("a cat", "a cat", "a", "b")]
+    texts = run_client(LANGCHAIN, f"{server.address}/v1")
+    assert texts == [greedy(model, text, 9) for text in ("a cat", "a cat", "a", "b")]
 
 
 HARNESS = """
 import json, sys
 import lm_eval
 from lm_eval.tasks import TaskManager
-found = lm_eval.simple_evaluate(
+evaluation = lm_eval.simple_evaluate(
     model="local-completions",
     model_args=json.loads(sys.argv[1]),
     tasks=["own_text"],
     task_manager=TaskManager(include_path=sys.argv[2]),
     bootstrap_iters=0,
 )
-print(json.dumps(found["results"]["own_text"]["bits_per_byte,none"]))
+print(json.dumps(evaluation["results"]["own_text"]["bits_per_byte,none"]))
 """
 
 
-def test_the_evaluation_harness_finds_the_bits_per_byte_that_we_do(server, model, tmp_path):  # noqa: F811
-    """Its windows are two tokens shorter than it is told that the context is, and disjoint."""
+def test_evaluation_harness_computes_the_same_bits_per_byte(server, model, tmp_path):
+    """Its windows are disjoint and two tokens shorter than its `max_length`."""
     pytest.importorskip("lm_eval")
     window = 100
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
@@ -163,10 +171,10 @@ def test_the_evaluation_harness_finds_the_bits_per_byte_that_we_do(server, model
         "max_length": window + 2,
         "num_concurrent": 2,
     }
-    theirs = said_by(HARNESS, json.dumps(arguments), str(tmp_path))
+    harness_bits_per_byte = run_client(HARNESS, json.dumps(arguments), str(tmp_path))
     ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(TEXT)])
-    size, precision = len(TEXT.encode()), Eval.precision  # of `python -m training eval`
+    size, precision = len(TEXT.encode()), Eval.precision  # of `tinygpt eval`
     windows = {"stride": window, "context_length": window}
     score = evaluate(model, ids, words=1, bytes=size, precision=precision, **windows)
     assert score.tokens > 3 * window
-    assert theirs == pytest.approx(score.bits_per_byte, abs=1e-4)
+    assert harness_bits_per_byte == pytest.approx(score.bits_per_byte, abs=1e-4)

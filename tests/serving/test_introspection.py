@@ -1,4 +1,4 @@
-"""What a model may say next and what it listens to, over HTTP: against the models and against others."""
+"""Next-token distributions and X-rays over HTTP, compared with the models and with transformers."""
 
 import asyncio
 import json
@@ -20,274 +20,289 @@ from serving.http.introspection import next_token_distribution
 from serving.http.limits import Limits
 from serving.tokenization import token_text, tokenize_prompt
 from tests.gpt.test_sampling import EQUIVALENTS
-from tests.serving.test_app import DEADLINE, TOKENIZER, Running, model  # noqa: F401
-from tests.serving.test_server import LONG, raw, until
+from tests.serving.running_server import (
+    DEADLINE,
+    JSON,
+    LONG,
+    TOKENIZER,
+    RunningServer,
+    connect,
+    wait_until,
+)
 from tests.training.test_xray import SMALL
 
-END = TOKENIZER.eos_token
-VOCABULARY = 40
+EOS = TOKENIZER.eos_token
+VOCAB_SIZE = 40
 
 
-def small(name, context=64):
+def small_model(name, context_length=64):
     torch.manual_seed(0)
-    made = MODELS[name](TOKENIZER.vocab_size, context, **SMALL[name]).eval()
-    for parameter in made.parameters():
+    model = MODELS[name](TOKENIZER.vocab_size, context_length, **SMALL[name]).eval()
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=2 * parameter.shape[-1] ** -0.5)
-    return made
+    return model
 
 
 @pytest.fixture(scope="module")
-def served(model):  # noqa: F811
-    running = Running(model, 4)
-    yield running
-    running.close()
+def server(model):
+    server = RunningServer(model, 4)
+    yield server
+    server.close()
 
 
 @pytest.fixture
 def start():
-    """Starts servers of models, and closes them all."""
-    running = []
+    """Starts servers, and closes them after the test."""
+    servers = []
 
-    def begin(made, rows=2, **options):
-        running.append(Running(made, rows, **options))
-        return running[-1]
+    def start_server(model, max_num_seqs=2, **options):
+        servers.append(RunningServer(model, max_num_seqs, **options))
+        return servers[-1]
 
-    yield begin
-    for one in running:
-        one.close()
-
-
-def ask(running, route, **body):
-    answer = running.http.post(f"/v1/{route}", json=body)
-    assert answer.status_code == 200, answer.text
-    return answer.json()
+    yield start_server
+    for server in servers:
+        server.close()
 
 
-def texts_of(ids):
+def post(server, route, **body):
+    response = server.http.post(f"/v1/{route}", json=body)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def tokens_json(ids):
     return [{"id": token, "text": token_text(TOKENIZER, token)} for token in ids]
 
 
-# What may follow.
+# Next tokens.
 
 
-@pytest.mark.parametrize(("sampling", "processors"), EQUIVALENTS)
-def test_probabilities_are_those_of_transformers(sampling, processors):
+@pytest.mark.parametrize(("sampling_params", "processors"), EQUIVALENTS)
+def test_probabilities_equal_those_of_transformers(sampling_params, processors):
     for seed in range(5):
         torch.manual_seed(seed)
-        logits_V = 2 * torch.randn(VOCABULARY)
-        prompt, text = [1, 2], logits_V.topk(3).indices.tolist()
+        logits_V = 2 * torch.randn(VOCAB_SIZE)
+        prompt, output = [1, 2], logits_V.topk(3).indices.tolist()
         scores_1V = logits_V.double().unsqueeze(0)
-        alone_V = scores_1V.softmax(-1)[0]
+        model_V = scores_1V.softmax(-1)[0]
         for processor in processors:
-            scores_1V = processor(torch.tensor([prompt + text]), scores_1V)
-        drawn_V = scores_1V.softmax(-1)[0]
-        found = next_token_distribution(
-            logits_V, sampling, prompt, text, most=10, include=[3, 39, 3]
+            scores_1V = processor(torch.tensor([prompt + output]), scores_1V)
+        sampling_V = scores_1V.softmax(-1)[0]
+        distribution = next_token_distribution(
+            logits_V, sampling_params, prompt, output, num_candidates=10, include=[3, 39, 3]
         )
-        told = [one.id for one in found.candidates]
-        likeliest = alone_V.argsort(descending=True).tolist()
-        assert told[:10] == likeliest[:10]
-        assert set(told[10:]) == {3, 39} - {*likeliest[:10]}
-        for one in found.candidates:
-            assert one.probability == pytest.approx(float(alone_V[one.id]), rel=1e-6)
-            assert one.sampled == pytest.approx(float(drawn_V[one.id]), rel=1e-5)
-            assert one.rank == likeliest.index(one.id) + 1
-        assert [one.rank for one in found.candidates] == sorted(
-            one.rank for one in found.candidates
-        )
-        assert found.kept == int((drawn_V > 0).sum())
-        for place, wanted_V in enumerate((alone_V, drawn_V)):
-            bits = -sum(p * math.log2(p) for p in wanted_V.tolist() if p)
-            assert found.entropy[place] == pytest.approx(bits, rel=1e-5, abs=1e-6)
-            rest = 1 - sum(float(wanted_V[token]) for token in told)
-            assert found.rest[place] == pytest.approx(rest, abs=1e-6)
+        candidates = distribution.candidates
+        tokens = [candidate.id for candidate in candidates]
+        likeliest = model_V.argsort(descending=True).tolist()
+        assert tokens[:10] == likeliest[:10]
+        assert set(tokens[10:]) == {3, 39} - {*likeliest[:10]}
+        for candidate in candidates:
+            token = candidate.id
+            assert candidate.probability == pytest.approx(float(model_V[token]), rel=1e-6)
+            expected = pytest.approx(float(sampling_V[token]), rel=1e-5)
+            assert candidate.sampling_probability == expected
+            assert candidate.rank == likeliest.index(token) + 1
+        ranks = [candidate.rank for candidate in candidates]
+        assert ranks == sorted(ranks)
+        assert distribution.support_size == int((sampling_V > 0).sum())
+        for i, expected_V in enumerate((model_V, sampling_V)):
+            bits = -sum(p * math.log2(p) for p in expected_V.tolist() if p)
+            assert distribution.entropy[i] == pytest.approx(bits, rel=1e-5, abs=1e-6)
+            rest = 1 - sum(float(expected_V[token]) for token in tokens)
+            assert distribution.rest[i] == pytest.approx(rest, abs=1e-6)
 
 
-def test_penalties_and_biases_are_counted_by_hand():
+def test_penalties_and_logit_bias_by_hand():
     logits_V = torch.tensor([1.0, 2.0, 0.5, -1.0])
-    sampling = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0),))
-    found = next_token_distribution(logits_V, sampling, [2], [0, 1, 1])
-    wanted_V = torch.tensor([1.0 - 0.75, 2.0 - 1.0, 0.5, 1.0]).softmax(-1)
-    sampled = {one.id: one.sampled for one in found.candidates}
-    assert sampled == {token: pytest.approx(float(wanted_V[token])) for token in range(4)}
-    greedy = next_token_distribution(
-        logits_V, SamplingParams(0.0, frequency_penalty=1.0), [2], [1, 1]
-    )
-    assert [one.sampled for one in greedy.candidates] == [0, 1, 0, 0]
-    assert (greedy.kept, greedy.entropy[1]) == (1, 0)
+    params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0),))
+    distribution = next_token_distribution(logits_V, params, [2], [0, 1, 1])
+    expected_V = torch.tensor([1.0 - 0.75, 2.0 - 1.0, 0.5, 1.0]).softmax(-1)
+    probabilities = {c.id: c.sampling_probability for c in distribution.candidates}
+    assert probabilities == {token: pytest.approx(float(expected_V[token])) for token in range(4)}
+    params = SamplingParams(0.0, frequency_penalty=1.0)
+    greedy = next_token_distribution(logits_V, params, [2], [1, 1])
+    assert [candidate.sampling_probability for candidate in greedy.candidates] == [0, 1, 0, 0]
+    assert (greedy.support_size, greedy.entropy[1]) == (1, 0)
 
 
-def test_what_is_not_a_number_is_no_answer():
+def test_logits_that_are_not_finite_are_an_error():
     for bad in (math.nan, math.inf):
-        for sampling in (SamplingParams(), SamplingParams(0.0)):
+        for params in (SamplingParams(), SamplingParams(0.0)):
             with pytest.raises(FloatingPointError, match="not numbers"):
-                next_token_distribution(torch.tensor([0.0, bad]), sampling, [0])
+                next_token_distribution(torch.tensor([0.0, bad]), params, [0])
 
 
-def test_the_engine_draws_as_often_as_is_told(model):  # noqa: F811
-    sampling = SamplingParams(0.9, 20, 0.9, 0.01, 1.3, seed=5)
+def test_engine_samples_from_the_returned_distribution(model):
+    params = SamplingParams(0.9, 20, 0.9, 0.01, 1.3, seed=5)
     prompt = tokenize_prompt(TOKENIZER, "abc").ids
     engine = Engine(model, 50)
-    engine.add_request(Request(prompt, 1, sampling, n=4000))
+    engine.add_request(Request(prompt, 1, params, n=4000))
     counts = torch.zeros(TOKENIZER.vocab_size)
     while not engine.is_idle:
-        for event in engine.step():
-            counts[event.token] += 1
+        for output in engine.step():
+            counts[output.token] += 1
     with torch.inference_mode():
-        found = next_token_distribution(
-            recompute_logits(model, prompt, []), sampling, prompt, most=100
+        distribution = next_token_distribution(
+            recompute_logits(model, prompt, []), params, prompt, num_candidates=100
         )
-    told = {one.id: one.sampled for one in found.candidates}
-    assert sum(told.values()) == pytest.approx(1, abs=1e-6)
-    often = [token for token, share in told.items() if share * 4000 >= 5]
-    assert len(often) > 3
-    assert all(told.get(token, 0) > 0 for token in counts.nonzero().flatten().tolist())
-    observed, wanted = counts[often], torch.tensor([told[token] for token in often])
-    wanted = wanted / wanted.sum() * observed.sum()
-    assert stats.chisquare(observed.numpy(), wanted.numpy()).pvalue > 1e-3
+    probabilities = {c.id: c.sampling_probability for c in distribution.candidates}
+    assert sum(probabilities.values()) == pytest.approx(1, abs=1e-6)
+    frequent = [token for token, p in probabilities.items() if p * 4000 >= 5]
+    assert len(frequent) > 3
+    assert all(probabilities.get(token, 0) > 0 for token in counts.nonzero().flatten().tolist())
+    observed = counts[frequent]
+    expected = torch.tensor([probabilities[token] for token in frequent])
+    expected = expected / expected.sum() * observed.sum()
+    assert stats.chisquare(observed.numpy(), expected.numpy()).pvalue > 1e-3
 
 
-def test_what_follows_is_told_as_the_model_says_it(served, model):  # noqa: F811
+def test_next_tokens_response_equals_the_models_distribution(server, model):
     body = {"prompt": "def f", "tokens": [40, 120], "temperature": 0.7, "top_p": 0.8}
-    told = ask(served, "next", **body, candidates=5, include=[END, 0])
+    response = post(server, "next", **body, candidates=5, include=[EOS, 0])
     ids = [*tokenize_prompt(TOKENIZER, "def f").ids, 40, 120]
     with torch.inference_mode():
         logits_V = model(torch.tensor([ids]))[0, -1].double()
-    probability_V, sampling = logits_V.softmax(-1), SamplingParams(0.7, top_p=0.8)
-    found = next_token_distribution(
-        logits_V, sampling, ids[:-2], [40, 120], most=5, include=[END, 0]
+    probability_V, params = logits_V.softmax(-1), SamplingParams(0.7, top_p=0.8)
+    expected = next_token_distribution(
+        logits_V, params, ids[:-2], [40, 120], num_candidates=5, include=[EOS, 0]
     )
-    assert set(told) == {"model", "candidates", "entropy", "kept", "rest"}
-    assert told["model"] == "tiny"
-    for one, wanted in zip(told["candidates"], found.candidates, strict=True):
-        assert set(one) == {"id", "text", "probability", "sampled", "rank"}
-        assert (one["id"], one["rank"]) == (wanted.id, wanted.rank)
-        assert one["text"] == token_text(TOKENIZER, wanted.id)
-        assert one["probability"] == pytest.approx(float(probability_V[wanted.id]), rel=1e-4)
-        assert one["sampled"] == pytest.approx(wanted.sampled, rel=1e-4)
-    assert told["kept"] == found.kept
-    for place, name in enumerate(("probability", "sampled")):
-        assert told["entropy"][name] == pytest.approx(found.entropy[place], rel=1e-4)
-        total = sum(one[name] for one in told["candidates"]) + told["rest"][name]
-        assert total == pytest.approx(1, abs=1e-5)
+    assert set(response) == {"model", "candidates", "entropy", "support_size", "rest"}
+    assert response["model"] == "tiny"
+    for candidate, wanted in zip(response["candidates"], expected.candidates, strict=True):
+        assert set(candidate) == {"id", "text", "probability", "sampling_probability", "rank"}
+        assert (candidate["id"], candidate["rank"]) == (wanted.id, wanted.rank)
+        assert candidate["text"] == token_text(TOKENIZER, wanted.id)
+        assert candidate["probability"] == pytest.approx(float(probability_V[wanted.id]), rel=1e-4)
+        sampling_probability = pytest.approx(wanted.sampling_probability, rel=1e-4)
+        assert candidate["sampling_probability"] == sampling_probability
+    assert response["support_size"] == expected.support_size
+    for i, name in enumerate(("probability", "sampling_probability")):
+        assert response["entropy"][name] == pytest.approx(expected.entropy[i], rel=1e-4)
+        total = sum(candidate[name] for candidate in response["candidates"])
+        assert total + response["rest"][name] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.parametrize(
-    ("name", "translates"),
-    [(name, kind == "translation") for name in MODELS for kind in MODELS[name].supported_tasks],
+    ("name", "is_translation"),
+    [(name, task == "translation") for name in MODELS for task in MODELS[name].supported_tasks],
 )
-def test_of_every_rung_the_token_that_is_drawn_from_is_the_one_that_came(start, name, translates):
-    running = start(small(name), translates=translates)
+def test_greedy_next_token_equals_the_completions_token(start, name, is_translation):
+    server = start(small_model(name), is_translation=is_translation)
     body = {"prompt": "some text", "temperature": 0}
-    choice = running.post(**body, max_tokens=12, return_token_ids=True).json()["choices"][0]
-    ids = choice["token_ids"] + [END] * (choice["finish_reason"] == "stop")
-    for place, token in enumerate(ids):
-        told = ask(running, "next", **body, tokens=ids[:place])
-        assert [one["id"] for one in told["candidates"] if one["sampled"]] == [token]
-    spaced = {**body, "prompt": "some "}
-    first = running.post(**spaced, max_tokens=1, return_token_ids=True).json()["choices"][0]
-    drawn = [one["id"] for one in ask(running, "next", **spaced)["candidates"] if one["sampled"]]
-    assert drawn == (first["token_ids"] or [END])
+    completion = server.complete(**body, max_tokens=12, return_token_ids=True).json()
+    choice = completion["choices"][0]
+    ids = choice["token_ids"] + [EOS] * (choice["finish_reason"] == "stop")
+
+    def sampled_tokens(**fields):
+        candidates = post(server, "next", **{**body, **fields})["candidates"]
+        return [c["id"] for c in candidates if c["sampling_probability"]]
+
+    for i, token in enumerate(ids):
+        assert sampled_tokens(tokens=ids[:i]) == [token]
+    body["prompt"] = "some "
+    completion = server.complete(**body, max_tokens=1, return_token_ids=True).json()
+    assert sampled_tokens() == (completion["choices"][0]["token_ids"] or [EOS])
 
 
 @pytest.mark.parametrize("name", ["gpt", "lstm"])
-def test_a_long_prompt_is_read_in_parts(start, name, monkeypatch):
-    made = small(name, 700)
-    running = start(made)
+def test_long_prompt_is_processed_in_chunks(start, name, monkeypatch):
+    model = small_model(name, 700)
+    server = start(model)
     lengths = []
-    monkeypatch.setattr(
-        made,
-        "features",
-        lambda ids_BT, state: (
-            lengths.append(ids_BT.shape[1]) or type(made).features(made, ids_BT, state)
-        ),
-    )
+
+    def recording_features(ids_BT, state):
+        lengths.append(ids_BT.shape[1])
+        return type(model).features(model, ids_BT, state)
+
+    monkeypatch.setattr(model, "features", recording_features)
     ids = torch.randint(256, (650,), generator=torch.Generator().manual_seed(0)).tolist()
-    told = ask(running, "next", prompt=ids[:600], tokens=ids[600:])
+    response = post(server, "next", prompt=ids[:600], tokens=ids[600:])
     assert lengths == [256, 256, 88, 50]
     monkeypatch.undo()
     with torch.inference_mode():
-        probability_V = made(torch.tensor([ids]))[0, -1].softmax(-1)
-    for one in told["candidates"]:
-        assert one["probability"] == pytest.approx(float(probability_V[one["id"]]), rel=1e-3)
+        probability_V = model(torch.tensor([ids]))[0, -1].softmax(-1)
+    for candidate in response["candidates"]:
+        expected = float(probability_V[candidate["id"]])
+        assert candidate["probability"] == pytest.approx(expected, rel=1e-3)
 
 
 # X-rays.
 
 
-def shown(told, found, layer=None):
-    """Hold an answer to a model's X-ray."""
-    assert [one["name"] for one in told["maps"]] == [one.name for one in found]
-    for one, wanted in zip(told["maps"], found, strict=True):
+def assert_equals_xray(response, expected, layer=None):
+    """Compare a response with the activation maps of the model."""
+    assert [m["name"] for m in response["maps"]] == [m.name for m in expected]
+    for m, wanted in zip(response["maps"], expected, strict=True):
         weights_LHTS = wanted.weights[0]
-        assert (one["layers"], one["heads"]) == weights_LHTS.shape[:2]
-        assert one["layer"] == (layer or 0)
+        assert (m["num_layers"], m["num_heads"]) == weights_LHTS.shape[:2]
+        assert m["first_layer"] == (layer or 0)
         if layer is not None:
             weights_LHTS = weights_LHTS[layer : layer + 1]
-        got_LHTS = torch.tensor(one["weights"])
-        torch.testing.assert_close(got_LHTS, weights_LHTS.float(), atol=1e-5, rtol=0)
-        assert one["rows"] == texts_of(wanted.rows[0].tolist())
+        actual_LHTS = torch.tensor(m["weights"])
+        torch.testing.assert_close(actual_LHTS, weights_LHTS.float(), atol=1e-5, rtol=0)
+        assert m["rows"] == tokens_json(wanted.rows[0].tolist())
         if isinstance(wanted.columns, str):
-            assert (one["columns"], one["counts"]) == (None, wanted.columns)
+            assert (m["columns"], m["column_label"]) == (None, wanted.columns)
         else:
-            assert one["columns"] == texts_of(wanted.columns[0].tolist())
-            assert one["counts"] is None
-        assert one["least"] == pytest.approx(float(weights_LHTS.min()), abs=1e-6)
-        assert one["most"] == pytest.approx(float(weights_LHTS.max()), abs=1e-6)
-        if "attention" in one["name"] or "alignment" in one["name"]:
-            assert got_LHTS.sum(-1).allclose(torch.ones(()), atol=1e-3)
+            assert m["columns"] == tokens_json(wanted.columns[0].tolist())
+            assert m["column_label"] is None
+        assert m["min"] == pytest.approx(float(weights_LHTS.min()), abs=1e-6)
+        assert m["max"] == pytest.approx(float(weights_LHTS.max()), abs=1e-6)
+        if "attention" in m["name"] or "alignment" in m["name"]:
+            assert actual_LHTS.sum(-1).allclose(torch.ones(()), atol=1e-3)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("name", MODELS)
-def test_the_x_ray_of_every_rung_is_the_models(start, name, dtype):
-    made = quantize(small(name), dtype)
-    running = start(made)
-    told = ask(running, "xray", prompt="some text é")
-    ids = [END, *TOKENIZER.encode("some text é")]
-    assert (told["model"], told["tokens"], told["written"]) == ("tiny", texts_of(ids), None)
-    shown(told, made.xray(torch.tensor([ids])))
-    again = ask(running, "xray", prompt=ids)
-    assert again == told
+def test_xray_equals_the_models(start, name, dtype):
+    model = quantize(small_model(name), dtype)
+    server = start(model)
+    response = post(server, "xray", prompt="some text é")
+    ids = [EOS, *TOKENIZER.encode("some text é")]
+    assert (response["model"], response["target_tokens"]) == ("tiny", None)
+    assert response["tokens"] == tokens_json(ids)
+    assert_equals_xray(response, model.xray(torch.tensor([ids])))
+    assert post(server, "xray", prompt=ids) == response
 
 
 @pytest.mark.parametrize(
     "name", [name for name in MODELS if "translation" in MODELS[name].supported_tasks]
 )
-def test_the_x_ray_of_a_translation_is_of_both_texts(start, name):
-    made = small(name)
-    running = start(made, translates=True)
+def test_xray_of_a_translation(start, name):
+    model = small_model(name)
+    server = start(model, is_translation=True)
     ids = TOKENIZER.encode("un chat")
-    given = ask(running, "xray", prompt="un chat", translation="a cat")
-    fed = [END, *TOKENIZER.encode("a cat")]
-    assert (given["tokens"], given["written"]) == (texts_of(ids), texts_of(fed))
-    batch = torch.tensor([ids]), torch.tensor([len(ids)]), torch.tensor([fed])
-    shown(given, made.xray(*batch))
-    assert ask(running, "xray", prompt=ids, translation=fed[1:]) == given
-    (written,) = translate(
-        made, [ids], decoder_start_token=END, eos_token=END, max_tokens=256 - len(ids) - 1
+    response = post(server, "xray", prompt="un chat", translation="a cat")
+    decoder_ids = [EOS, *TOKENIZER.encode("a cat")]
+    assert response["tokens"] == tokens_json(ids)
+    assert response["target_tokens"] == tokens_json(decoder_ids)
+    source = torch.tensor([ids]), torch.tensor([len(ids)])
+    assert_equals_xray(response, model.xray(*source, torch.tensor([decoder_ids])))
+    assert post(server, "xray", prompt=ids, translation=decoder_ids[1:]) == response
+    (target,) = translate(
+        model, [ids], decoder_start_token=EOS, eos_token=EOS, max_tokens=256 - len(ids) - 1
     )
-    fed = [END, *written][: made.max_target_length(len(ids))]
-    own = ask(running, "xray", prompt="un chat")
-    assert own["written"] == texts_of(fed)
-    shown(own, made.xray(*batch[:2], torch.tensor([fed])))
+    decoder_ids = [EOS, *target][: model.max_target_length(len(ids))]
+    own = post(server, "xray", prompt="un chat")
+    assert own["target_tokens"] == tokens_json(decoder_ids)
+    assert_equals_xray(own, model.xray(*source, torch.tensor([decoder_ids])))
 
 
-def test_one_layer_and_one_kind_are_told_alone(start):
-    made = small("transformer")
-    running = start(made)
-    ids = [END, *TOKENIZER.encode("ab cd")]
-    found = made.xray(torch.tensor([ids]))
-    shown(ask(running, "xray", prompt="ab cd", layer=1), found, layer=1)
-    cross = ask(running, "xray", prompt="ab cd", only="cross")
-    shown(cross, [one for one in found if one.name == "cross-attention"])
+def test_xray_of_one_layer_or_one_map(start):
+    model = small_model("transformer")
+    server = start(model)
+    ids = [EOS, *TOKENIZER.encode("ab cd")]
+    maps = model.xray(torch.tensor([ids]))
+    assert_equals_xray(post(server, "xray", prompt="ab cd", layer=1), maps, layer=1)
+    cross = post(server, "xray", prompt="ab cd", map_name="cross")
+    assert_equals_xray(cross, [m for m in maps if m.name == "cross-attention"])
 
 
-WRONG = [
+INVALID = [
     ("next", {}, "prompt: Field required"),
-    ("next", {"prompt": ["a"]}, "prompt: expected a text or token ids"),
-    ("next", {"prompt": [True]}, "prompt: expected a text or token ids"),
+    ("next", {"prompt": ["a"]}, "prompt: expected a string or token ids"),
+    ("next", {"prompt": [True]}, "prompt: expected a string or token ids"),
     ("next", {"prompt": []}, "the prompt is empty"),
     ("next", {"prompt": [257]}, "the prompt has token 257, the model knows 0 to 256"),
     ("next", {"prompt": "a\ud800"}, "half of a surrogate pair"),
@@ -309,224 +324,222 @@ WRONG = [
     (
         "xray",
         {"prompt": "a" * 100},
-        "101 tokens are to be shown, this server shows 100: shorten the text by 1",
+        "the X-ray would have 101 tokens, this server allows 100: shorten the text by 1",
     ),
-    ("xray", {"prompt": "a", "translation": "b"}, "translation is for models that translate"),
+    ("xray", {"prompt": "a", "translation": "b"}, "translation is only for translation models"),
     ("xray", {"prompt": "a", "layer": 3}, "layer = 3: there are 3 layers, counted from 0"),
     ("xray", {"prompt": "a", "layer": -1}, "layer: "),
-    ("xray", {"prompt": "a", "only": "gate"}, "no map has this in its name; there are attention"),
-    ("xray", {"prompt": "a", "only": "x" * 9999}, "no map has this in its name"),
+    ("xray", {"prompt": "a", "map_name": "gate"}, "no map's name contains this; maps: attention"),
+    ("xray", {"prompt": "a", "map_name": "x" * 9999}, "no map's name contains this"),
 ]
 
 
 @pytest.fixture(scope="module")
-def narrow():
-    running = Running(small("gpt"), 1, limits=Limits(max_xray_tokens=100))
-    yield running
-    running.close()
+def gpt_server():
+    server = RunningServer(small_model("gpt"), 1, limits=Limits(max_xray_tokens=100))
+    yield server
+    server.close()
 
 
-@pytest.mark.parametrize(("route", "body", "message"), WRONG)
-def test_a_wrong_question_is_a_400_that_says_what_is_wrong(narrow, route, body, message):
-    answer = narrow.http.post(
-        f"/v1/{route}", content=json.dumps(body), headers={"content-type": "application/json"}
-    )
-    assert answer.status_code == 400, answer.text
-    error = answer.json()["error"]
+@pytest.mark.parametrize(("route", "body", "message"), INVALID)
+def test_invalid_request_is_400_with_reason(gpt_server, route, body, message):
+    response = gpt_server.http.post(f"/v1/{route}", content=json.dumps(body), headers=JSON)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
     assert message in error["message"]
     assert error["type"] == "invalid_request_error"
-    assert len(answer.content) < 1000
+    assert len(response.content) < 1000
 
 
-def test_the_context_is_used_to_its_last_place(narrow):
-    ask(narrow, "next", prompt="a" * 63)
-    ask(narrow, "next", prompt="a", tokens=[1] * 62)
-    ask(narrow, "xray", prompt="a" * 63)
+def test_full_context_is_allowed(gpt_server):
+    post(gpt_server, "next", prompt="a" * 63)
+    post(gpt_server, "next", prompt="a", tokens=[1] * 62)
+    post(gpt_server, "xray", prompt="a" * 63)
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_of_no_rung_a_long_text_is_a_fault(start, name):
-    running = start(small(name, 16), limits=Limits(max_xray_tokens=100))
+def test_no_prompt_length_is_a_server_error(start, name):
+    server = start(small_model(name, 16), limits=Limits(max_xray_tokens=100))
     for length in (1, 16, 17, 31, 32, 40, 99):
         for route in ("xray", "next"):
-            answer = running.http.post(f"/v1/{route}", json={"prompt": [7] * length})
-            assert answer.status_code in (200, 400), (route, length, answer.text)
+            response = server.http.post(f"/v1/{route}", json={"prompt": [7] * length})
+            assert response.status_code in (200, 400), (route, length, response.text)
 
 
-def test_too_many_numbers_are_refused_with_what_to_send_instead(start):
-    wide = MODELS["gpt"](TOKENIZER.vocab_size, 256, width=16, depth=4, heads=8).eval()
-    running = start(wide)
-    answer = running.http.post("/v1/xray", json={"prompt": "a" * 255})
-    assert answer.status_code == 400
-    message = answer.json()["error"]["message"]
-    assert "2,097,152 numbers, this server tells 1,000,000: send a `layer` below 4" in message
-    (one,) = ask(running, "xray", prompt="a" * 255, layer=3)["maps"]
-    assert torch.tensor(one["weights"]).shape == (1, 8, 256, 256)
+def test_too_many_weights_are_refused_with_what_to_send_instead(start):
+    model = MODELS["gpt"](TOKENIZER.vocab_size, 256, width=16, depth=4, heads=8).eval()
+    server = start(model)
+    response = server.http.post("/v1/xray", json={"prompt": "a" * 255})
+    assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "2,097,152 weights, this server returns 1,000,000: send a `layer` below 4" in message
+    (attention,) = post(server, "xray", prompt="a" * 255, layer=3)["maps"]
+    assert torch.tensor(attention["weights"]).shape == (1, 8, 256, 256)
 
 
-# Beside those who are served.
+# Concurrent requests.
 
 
-def test_questions_among_streams_change_no_text(served):
+def test_introspection_changes_no_concurrent_completion(server):
     bodies = [{"prompt": str(i), "seed": i, "max_tokens": 60} for i in range(6)]
-    alone = [served.post(**body).json()["choices"] for body in bodies]
-    questions = [("next", {"prompt": "a" * 600}), ("xray", {"prompt": "some text"})] * 8
-    told = [ask(served, route, **body) for route, body in questions[:2]] * 8
-    together = [None] * (len(bodies) + len(questions))
+    alone = [server.complete(**body).json()["choices"] for body in bodies]
+    requests = [("next", {"prompt": "a" * 600}), ("xray", {"prompt": "some text"})] * 8
+    expected = [post(server, route, **body) for route, body in requests[:2]] * 8
+    together = [None] * (len(bodies) + len(requests))
 
-    def stream(i):
-        together[i] = served.post(**bodies[i]).json()["choices"]
+    def complete(i):
+        together[i] = server.complete(**bodies[i]).json()["choices"]
 
-    def question(i):
-        route, body = questions[i - len(bodies)]
-        together[i] = ask(served, route, **body)
+    def introspect(i):
+        route, body = requests[i - len(bodies)]
+        together[i] = post(server, route, **body)
 
     threads = [
-        threading.Thread(target=stream if i < len(bodies) else question, args=(i,))
+        threading.Thread(target=complete if i < len(bodies) else introspect, args=(i,))
         for i in range(len(together))
     ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(DEADLINE)
-    assert together == alone + told
+    assert together == alone + expected
 
 
-def test_a_fault_in_one_question_is_its_own(start, monkeypatch):
-    made = small("gpt")
-    running = start(made)
+def test_model_error_fails_only_its_request(start, monkeypatch):
+    model = small_model("gpt")
+    server = start(model)
 
-    def fault(*_):
+    def fail(*_):
         raise RuntimeError("secret")
 
     with monkeypatch.context() as patch:
-        patch.setattr(made, "xray", fault)
-        patch.setattr(made, "logits", fault)
+        patch.setattr(model, "xray", fail)
+        patch.setattr(model, "logits", fail)
         for route in ("next", "xray"):
-            answer = running.http.post(f"/v1/{route}", json={"prompt": "a"})
-            assert answer.status_code == 500
-            assert answer.json()["error"]["message"] == "the model failed on this request"
+            response = server.http.post(f"/v1/{route}", json={"prompt": "a"})
+            assert response.status_code == 500
+            assert response.json()["error"]["message"] == "the model failed on this request"
     with monkeypatch.context() as patch:
-        patch.setattr(made, "logits", lambda features: features.new_full((1, 257), math.nan))
-        assert running.http.post("/v1/next", json={"prompt": "a"}).status_code == 500
-    assert running.http.get("/health").status_code == 200
-    ask(running, "next", prompt="a")
-    ask(running, "xray", prompt="a")
-    assert running.post(prompt="a").status_code == 200
+        patch.setattr(model, "logits", lambda features: features.new_full((1, 257), math.nan))
+        assert server.http.post("/v1/next", json={"prompt": "a"}).status_code == 500
+    assert server.http.get("/health").status_code == 200
+    post(server, "next", prompt="a")
+    post(server, "xray", prompt="a")
+    assert server.complete(prompt="a").status_code == 200
 
 
 @pytest.fixture
-def held(start, monkeypatch):
-    """A server whose model waits in the middle of an X-ray until it is let go."""
-    made = small("gpt")
-    running = start(made, rows=1, places=1)
-    running.inside, running.go_on = threading.Event(), threading.Event()
-    xray = made.xray
+def blocked_server(start, monkeypatch):
+    """A server whose model blocks in an X-ray until `released` is set."""
+    model = small_model("gpt")
+    server = start(model, 1, max_queue=1)
+    server.blocked, server.released = threading.Event(), threading.Event()
+    xray = model.xray
 
-    def waiting(*batch):
-        running.inside.set()
-        assert running.go_on.wait(DEADLINE)
+    def blocking_xray(*batch):
+        server.blocked.set()
+        assert server.released.wait(DEADLINE)
         return xray(*batch)
 
-    monkeypatch.setattr(made, "xray", waiting)
-    yield running
-    running.go_on.set()
+    monkeypatch.setattr(model, "xray", blocking_xray)
+    yield server
+    server.released.set()
 
 
-class Asking(threading.Thread):
-    """A question in a thread of its own."""
+class BackgroundRequest(threading.Thread):
+    """A request in a thread of its own."""
 
-    def __init__(self, running, route, **body):
+    def __init__(self, server, route, **body):
         super().__init__()
-        self.running, self.route, self.body = running, route, body
+        self.server, self.route, self.body = server, route, body
         self.start()
 
     def run(self):
-        self.answer = self.running.http.post(f"/v1/{self.route}", json=self.body)
+        self.response = self.server.http.post(f"/v1/{self.route}", json=self.body)
 
     def status(self):
         self.join(DEADLINE)
-        return self.answer.status_code
+        return self.response.status_code
 
 
-def test_more_questions_than_may_wait_are_told_to_come_again(held):
-    first = Asking(held, "xray", prompt="a")
-    assert held.inside.wait(DEADLINE)
-    second = Asking(held, "next", prompt="a")
-    until(lambda: held.service._num_calls == 2)
-    refused = held.http.post("/v1/next", json={"prompt": "a"})
+def test_waiting_requests_above_the_limit_are_429(blocked_server):
+    first = BackgroundRequest(blocked_server, "xray", prompt="a")
+    assert blocked_server.blocked.wait(DEADLINE)
+    second = BackgroundRequest(blocked_server, "next", prompt="a")
+    wait_until(lambda: blocked_server.async_engine._num_calls == 2)
+    refused = blocked_server.http.post("/v1/next", json={"prompt": "a"})
     assert (refused.status_code, refused.headers["retry-after"]) == (429, "1")
-    held.go_on.set()
+    blocked_server.released.set()
     assert (first.status(), second.status()) == (200, 200)
 
 
-def test_a_client_that_leaves_while_it_waits_is_not_answered_and_the_next_is(held):
-    first = Asking(held, "xray", prompt="a")
-    assert held.inside.wait(DEADLINE)
+def test_disconnect_cancels_a_waiting_request(blocked_server):
+    first = BackgroundRequest(blocked_server, "xray", prompt="a")
+    assert blocked_server.blocked.wait(DEADLINE)
     body = b'{"prompt": "gone"}'
     head = b"POST /v1/xray HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\n"
-    leaving = raw(held, head + b"content-length: %d\r\n\r\n" % len(body) + body)
-    until(lambda: held.service._num_calls == 2)
-    leaving.close()
-    until(lambda: held.service._num_calls == 1)
-    held.go_on.set()
+    connection = connect(blocked_server, head + b"content-length: %d\r\n\r\n" % len(body) + body)
+    wait_until(lambda: blocked_server.async_engine._num_calls == 2)
+    connection.close()
+    wait_until(lambda: blocked_server.async_engine._num_calls == 1)
+    blocked_server.released.set()
     assert first.status() == 200
-    ask(held, "next", prompt="a")
+    post(blocked_server, "next", prompt="a")
 
 
-def test_a_question_that_is_being_answered_is_answered_before_a_server_closes(held):
-    first = Asking(held, "xray", prompt="a")
-    assert held.inside.wait(DEADLINE)
-    second = Asking(held, "next", prompt="a")
-    until(lambda: held.service._num_calls == 2)
-    held.server.should_exit = True
-    until(lambda: not held.service.is_ready)
-    held.go_on.set()
+def test_shutdown_completes_the_current_request_and_refuses_waiting_ones(blocked_server):
+    first = BackgroundRequest(blocked_server, "xray", prompt="a")
+    assert blocked_server.blocked.wait(DEADLINE)
+    second = BackgroundRequest(blocked_server, "next", prompt="a")
+    wait_until(lambda: blocked_server.async_engine._num_calls == 2)
+    blocked_server.server.should_exit = True
+    wait_until(lambda: not blocked_server.async_engine.is_ready)
+    blocked_server.released.set()
     assert (first.status(), second.status()) == (200, 503)
-    assert "shutting down" in second.answer.json()["error"]["message"]
+    assert "shutting down" in second.response.json()["error"]["message"]
 
 
-def test_who_asks_an_engine_that_fails_is_told_so(start, monkeypatch):
-    running = start(small("gpt"), rows=1)
-    inside, go_on = threading.Event(), threading.Event()
+def test_engine_failure_is_503_for_waiting_requests(start, monkeypatch):
+    server = start(small_model("gpt"), 1)
+    started, released = threading.Event(), threading.Event()
 
-    def failing():
-        inside.set()
-        assert go_on.wait(DEADLINE)
+    def failing_step():
+        started.set()
+        assert released.wait(DEADLINE)
         raise RuntimeError("broken")
 
-    monkeypatch.setattr(running.engine, "step", failing)
-    text = Asking(running, "completions", **LONG)
-    assert inside.wait(DEADLINE)
-    question = Asking(running, "next", prompt="a")
-    until(lambda: running.service._current_call)
-    go_on.set()
-    assert (question.status(), text.status()) == (503, 503)
-    assert running.http.post("/v1/xray", json={"prompt": "a"}).status_code == 503
-    assert running.http.get("/health").status_code == 503
+    monkeypatch.setattr(server.engine, "step", failing_step)
+    completion = BackgroundRequest(server, "completions", **LONG)
+    assert started.wait(DEADLINE)
+    next_tokens = BackgroundRequest(server, "next", prompt="a")
+    wait_until(lambda: server.async_engine._current_call)
+    released.set()
+    assert (next_tokens.status(), completion.status()) == (503, 503)
+    assert server.http.post("/v1/xray", json={"prompt": "a"}).status_code == 503
+    assert server.http.get("/health").status_code == 503
 
 
-def test_one_question_is_asked_between_two_steps(start, monkeypatch):
-    running = start(small("rnn"))
-    service, engine = running.service, running.engine
+def test_one_introspection_call_between_two_steps(start, monkeypatch):
+    server = start(small_model("rnn"))
+    async_engine, engine = server.async_engine, server.engine
     order, step = [], engine.step
 
-    def stepped():
+    def recording_step():
         order.append("step")
         return step()
 
-    monkeypatch.setattr(engine, "step", stepped)
-    text = Asking(running, "completions", prompt="a", max_tokens=3000, temperature=0)
-    until(lambda: len(order) > 3)
+    monkeypatch.setattr(engine, "step", recording_step)
+    completion = BackgroundRequest(
+        server, "completions", prompt="a", max_tokens=3000, temperature=0
+    )
+    wait_until(lambda: len(order) > 3)
 
-    async def ask_many():
-        async def one():
-            await service.run_on_engine(lambda: order.append("question"))
+    async def call_many():
+        calls = [async_engine.run_on_engine(lambda: order.append("call")) for _ in range(20)]
+        await asyncio.gather(*calls)
 
-        await asyncio.gather(*(one() for _ in range(20)))
-
-    asyncio.run_coroutine_threadsafe(ask_many(), service._loop).result(DEADLINE)
-    assert text.status() == 200
-    asked = [place for place, what in enumerate(order) if what == "question"]
-    assert len(asked) == 20
-    assert all(order[place + 1] == "step" for place in asked if place + 1 < len(order))
+    asyncio.run_coroutine_threadsafe(call_many(), async_engine._loop).result(DEADLINE)
+    assert completion.status() == 200
+    calls = [i for i, event in enumerate(order) if event == "call"]
+    assert len(calls) == 20
+    assert all(order[i + 1] == "step" for i in calls if i + 1 < len(order))

@@ -240,7 +240,9 @@ def test_temperature_bends_what_is_drawn_from_and_leaves_what_the_model_says(vis
     body = {"model": "gpt", "prompt": "The mode", "temperature": 2.0, "candidates": 12}
     found = server.ask("v1/next", **body)["candidates"]
     for row, one in zip(hot, found, strict=True):
-        for shown, value in zip(row[1:], (one["probability"], one["sampled"]), strict=True):
+        for shown, value in zip(
+            row[1:], (one["probability"], one["sampling_probability"]), strict=True
+        ):
             assert float(shown.rstrip("%")) == pytest.approx(100 * value, rel=0.05)
     assert page.inner_text("#play-next .about >> nth=0") != about
 
@@ -301,7 +303,7 @@ def test_rows_of_an_attention_map_sum_to_one(visit, server):
     page.click("#xray-go")
     page.wait_for_selector("#xray-says")
     (found,) = server.ask("v1/xray", model="gpt", prompt="The cat sat")["maps"]
-    assert page.locator("#xray .maps button").count() == found["layers"] * found["heads"]
+    assert page.locator("#xray .maps button").count() == found["num_layers"] * found["num_heads"]
     assert [len(found["rows"]), len(found["columns"])] == [12, 12]
     for row in found["weights"][0][0]:
         assert sum(row) == pytest.approx(1, abs=1e-3)

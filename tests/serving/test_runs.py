@@ -1,4 +1,4 @@
-"""What the page is told of the runs folder, while it is written, damaged or full of traps."""
+"""The runs folder over HTTP: while training writes it, damaged, and with links that lead out of it."""
 
 import json
 import os
@@ -9,16 +9,15 @@ import pytest
 import gpt
 from gpt import CHAPTERS
 from serving.http.runs import RunBrowser, latest_metrics
-from tests.serving.test_app import Running, model  # noqa: F401
-from tests.serving.test_server import raw, whole
+from tests.serving.running_server import RunningServer, connect, read_all
 
 
-def write(run, lines=(), **about):
-    """A run's folder as training leaves it."""
+def write_run(run, lines=(), **config):
+    """Write a run directory as training does."""
     run.mkdir(parents=True, exist_ok=True)
-    settings = {"task": "text", "model": "gpt", "preset": "gpt-nano", "steps": 20, **about}
+    config = {"task": "text", "model": "gpt", "preset": "gpt-nano", "steps": 20, **config}
     (run / "run.json").write_text(
-        json.dumps({"format": 1, "run": settings, "parameters": 1234, "commit": "x"})
+        json.dumps({"format": 2, "config": config, "parameters": 1234, "commit": "x"})
     )
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run
@@ -39,23 +38,23 @@ def folder(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def server(model, tmp_path_factory):  # noqa: F811
+def server(model, tmp_path_factory):
     """A server whose runs folder is `server.folder`."""
     folder = tmp_path_factory.mktemp("here") / "runs"
     folder.mkdir()
-    running = Running(model, 1, runs=RunBrowser(folder))
-    running.folder = folder
-    yield running
-    running.close()
+    server = RunningServer(model, 1, runs=RunBrowser(folder))
+    server.folder = folder
+    yield server
+    server.close()
 
 
-def test_runs_are_told_with_their_newest_figures_the_newest_first(server):
-    old = write(server.folder / "old", [*LINES, FINAL])
-    rung = write(server.folder / "ladder" / "rnn", LINES[:2], model="rnn", preset="rnn")
+def test_runs_are_listed_newest_first_with_their_latest_metrics(server):
+    old = write_run(server.folder / "old", [*LINES, FINAL])
+    rung = write_run(server.folder / "ladder" / "rnn", LINES[:2], model="rnn", preset="rnn")
     os.utime(old / "metrics.jsonl", (1000, 1000.5))
     os.utime(rung / "metrics.jsonl", (2000, 2000.5))
-    told = server.http.get("/v1/runs").json()
-    assert told == {
+    response = server.http.get("/v1/runs").json()
+    assert response == {
         "object": "list",
         "data": [
             {
@@ -94,12 +93,16 @@ def test_runs_are_told_with_their_newest_figures_the_newest_first(server):
     }
     (rung / "rung.json").write_text("{}")
     assert server.http.get("/v1/runs").json()["data"][0]["finished"]
-    one = server.http.get("/v1/runs/ladder/rnn").json()
-    assert (one["name"], one["metrics"], one["finished"]) == ("ladder/rnn", LINES[:2], True)
+    details = server.http.get("/v1/runs/ladder/rnn").json()
+    assert (details["name"], details["metrics"], details["finished"]) == (
+        "ladder/rnn",
+        LINES[:2],
+        True,
+    )
 
 
-def test_a_run_that_grows_is_told_in_whole_lines(server):
-    run = write(server.folder / "growing", LINES[:1])
+def test_growing_metrics_are_returned_in_complete_lines(server):
+    run = write_run(server.folder / "growing", LINES[:1])
     metrics, address = run / "metrics.jsonl", "/v1/runs/growing"
     first = server.http.get(address).json()
     assert first["config"] == {"task": "text", "model": "gpt", "preset": "gpt-nano", "steps": 20}
@@ -120,94 +123,95 @@ def test_a_run_that_grows_is_told_in_whole_lines(server):
     assert (last["metrics"], last["finished"]) == ([FINAL], True)
 
 
-def test_a_run_that_went_back_to_a_checkpoint_is_told_anew(server):
-    run = write(server.folder / "resumed", LINES)
+def test_all_metrics_are_returned_after_resuming_from_a_checkpoint(server):
+    run = write_run(server.folder / "resumed", LINES)
     before = server.http.get("/v1/runs/resumed").json()
-    write(run, LINES[:2])
+    write_run(run, LINES[:2])
     again = server.http.get("/v1/runs/resumed", params={"after": before["next"]}).json()
     assert (again["restarted"], again["metrics"]) == (True, LINES[:2])
     longer = [{**LINES[0], "loss": 3.123456789}, *LINES]
-    write(run, longer)  # there is no line at that byte any more
-    told = server.http.get("/v1/runs/resumed", params={"after": again["next"]}).json()
-    assert (told["restarted"], told["metrics"]) == (True, longer)
+    write_run(run, longer)  # no line starts at that byte any more
+    rewritten = server.http.get("/v1/runs/resumed", params={"after": again["next"]}).json()
+    assert (rewritten["restarted"], rewritten["metrics"]) == (True, longer)
     (run / "metrics.jsonl").unlink()
-    gone = server.http.get("/v1/runs/resumed", params={"after": told["next"]}).json()
+    gone = server.http.get("/v1/runs/resumed", params={"after": rewritten["next"]}).json()
     assert (gone["restarted"], gone["metrics"], gone["next"]) == (True, [], 0)
 
 
 @pytest.mark.parametrize("after", ["-1", "x", "1.5", ""])
-def test_a_byte_that_is_none_is_a_400(server, after):
-    write(server.folder / "good", LINES)
-    answer = server.http.get("/v1/runs/good", params={"after": after})
-    assert answer.status_code == 400
-    assert "after: " in answer.json()["error"]["message"]
+def test_invalid_after_is_400(server, after):
+    write_run(server.folder / "good", LINES)
+    response = server.http.get("/v1/runs/good", params={"after": after})
+    assert response.status_code == 400
+    assert "after: " in response.json()["error"]["message"]
     assert server.http.get("/v1/runs/good", params={"after": 10**30}).json()["restarted"]
 
 
 DAMAGE = {
     "empty": b"",
-    "cut": b'{"format": 1, "run": {"task": "te',
-    "not UTF-8": b'{"run": {"task": "\xff"}}',
+    "cut": b'{"format": 2, "config": {"task": "te',
+    "not UTF-8": b'{"config": {"task": "\xff"}}',
     "deep": b"[" * 100_000,
     "a list": b"[1, 2]",
-    "a number": b'{"run": 5}',
-    "a long number": b'{"run": {"steps": 1' + b"0" * 5000 + b"}}",
+    "a number": b'{"config": 5}',
+    "a long number": b'{"config": {"steps": 1' + b"0" * 5000 + b"}}",
 }
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_run_is_left_out_and_the_others_are_told(server, damage):
-    write(server.folder / "good", LINES)
-    (write(server.folder / "damaged", LINES) / "run.json").write_bytes(DAMAGE[damage])
+def test_damaged_run_is_left_out(server, damage):
+    write_run(server.folder / "good", LINES)
+    (write_run(server.folder / "damaged", LINES) / "run.json").write_bytes(DAMAGE[damage])
     names = [run["name"] for run in server.http.get("/v1/runs").json()["data"]]
     assert "good" in names
     assert "damaged" not in names
-    answer = server.http.get("/v1/runs/damaged")
-    assert answer.status_code == 404
-    assert "no run 'damaged' that can be read" in answer.json()["error"]["message"]
+    response = server.http.get("/v1/runs/damaged")
+    assert response.status_code == 404
+    assert "no readable run 'damaged'" in response.json()["error"]["message"]
 
 
-def test_damaged_lines_are_left_out_and_what_is_no_number_is_null(server):
-    run = write(server.folder / "lines")
+def test_damaged_lines_are_left_out_and_nan_is_null(server):
+    run = write_run(server.folder / "lines")
     (run / "metrics.jsonl").write_bytes(
         b'{"step": 1, "loss": NaN}\nnothing\n[1]\n\xff\xfe\n{"step": 2, "loss": 1e999}\n'
         + b"[" * 100_000
         + b'\n{"step": 3, "loss": 2.5, "sample": "\\ud800"}\n\n'
     )
-    told = server.http.get("/v1/runs/lines")
-    wanted = [
+    response = server.http.get("/v1/runs/lines")
+    expected = [
         {"step": 1, "loss": None},
         {"step": 2, "loss": None},
         {"step": 3, "loss": 2.5, "sample": "?"},
     ]
-    assert json.loads(told.content, parse_constant=pytest.fail)["metrics"] == wanted
-    (line,) = [run for run in server.http.get("/v1/runs").json()["data"] if run["name"] == "lines"]
-    assert (line["step"], line["loss"]) == (3, 2.5)
+    details = json.loads(response.content, parse_constant=pytest.fail)
+    assert details["metrics"] == expected
+    summaries = {run["name"]: run for run in server.http.get("/v1/runs").json()["data"]}
+    assert (summaries["lines"]["step"], summaries["lines"]["loss"]) == (3, 2.5)
 
 
-def test_of_a_long_log_the_end_is_looked_at(folder):
+def test_latest_metrics_read_only_the_end_of_the_file(folder):
     lines = [{"step": step, "loss": 1.0, "sample": "x" * 50} for step in range(3000)]
-    run = write(folder / "long", [{"step": 0, "validation_loss": 1.0}, *lines, FINAL])
+    run = write_run(folder / "long", [{"step": 0, "validation_loss": 1.0}, *lines, FINAL])
     assert (run / "metrics.jsonl").stat().st_size > 2 * 65_536
     assert latest_metrics(run)["final_bits_per_byte"] == 1.5
-    assert RunBrowser(folder).overview()[0]["step"] == 20
-    assert len(RunBrowser(folder).one("long")["metrics"]) == 3002
+    assert RunBrowser(folder).summaries()[0]["step"] == 20
+    assert len(RunBrowser(folder).details("long")["metrics"]) == 3002
     assert latest_metrics(folder) == {}
 
 
-def test_no_name_and_no_link_leads_out_of_the_folder(server, tmp_path):
-    write(server.folder / "good", LINES)
-    secret = write(tmp_path / "secret", [{"step": 1, "loss": 42.0}])
+def test_no_name_or_link_leads_out_of_the_folder(server, tmp_path):
+    write_run(server.folder / "good", LINES)
+    secret = write_run(tmp_path / "secret", [{"step": 1, "loss": 42.0}])
     (server.folder / "link").symlink_to(secret)
     (server.folder / "loop").symlink_to("loop")
     (server.folder / "round").symlink_to(server.folder)
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "inner").symlink_to(secret)
     (server.folder / "outer").symlink_to(tmp_path / "more")
-    half = write(server.folder / "half")
+    half = write_run(server.folder / "half")
     (half / "metrics.jsonl").unlink()
     (half / "metrics.jsonl").symlink_to(secret / "metrics.jsonl")
-    os.mkfifo(write(server.folder / "pipe") / "fifo")
+    os.mkfifo(write_run(server.folder / "pipe") / "fifo")
     (server.folder / "pipe" / "metrics.jsonl").unlink()
     (server.folder / "pipe" / "fifo").rename(server.folder / "pipe" / "metrics.jsonl")
     rest = "host: x\r\nconnection: close\r\n\r\n"
@@ -235,54 +239,63 @@ def test_no_name_and_no_link_leads_out_of_the_folder(server, tmp_path):
             "x" * 5000,
         ]
         for name in names:
-            answer = whole(raw(server, f"GET /v1/runs/{name} HTTP/1.1\r\n{rest}".encode()))
-            assert answer.startswith(b"HTTP/1.1 404"), name
-            assert b"42.0" not in answer
-        told = server.http.get("/v1/runs")
-        assert b"42.0" not in told.content
-        found = {run["name"] for run in told.json()["data"]}
-        assert not {"link", "loop", "outer/inner"} & found
-        assert {"good", "half", "pipe"} <= found
+            request = f"GET /v1/runs/{name} HTTP/1.1\r\n{rest}"
+            response = read_all(connect(server, request.encode()))
+            assert response.startswith(b"HTTP/1.1 404"), name
+            assert b"42.0" not in response
+        response = server.http.get("/v1/runs")
+        assert b"42.0" not in response.content
+        listed = {run["name"] for run in response.json()["data"]}
+        assert not {"link", "loop", "outer/inner"} & listed
+        assert {"good", "half", "pipe"} <= listed
         assert server.http.get("/v1/runs/half").json()["metrics"] == []
         assert server.http.get("/v1/runs/pipe").json()["metrics"] == []
-        # A link that stays inside is as good as a folder.
+        # A link to a folder inside is followed.
         assert server.http.get("/v1/runs/round/good").json()["metrics"] == LINES
     finally:
         for name in ("link", "loop", "round", "outer"):
             (server.folder / name).unlink()
 
 
-def test_the_ladder_is_told_with_what_the_code_says_of_each_rung(server, folder):
+def test_ladder_has_rows_of_the_newest_and_descriptions_of_all_rungs(server, folder):
     assert server.http.get("/v1/ladder").json()["rows"] == []
     row = {"rung": "rnn", "chapter": 8, "bits_per_byte": 2.0, "sample": "x"}
     for name, changed in (("first", 1000), ("second", 2000)):
         (folder / name).mkdir(parents=True)
         (folder / name / "ladder.json").write_text(json.dumps([{**row, "sample": name}]))
         os.utime(folder / name / "ladder.json", (changed, changed))
-    told = RunBrowser(folder).ladder()
-    assert told["source"] == "second"
-    (shown,) = told["rows"]
-    assert {name: shown[name] for name in row} == {**row, "sample": "second"}
-    assert (shown["paper"], shown["idea"]) == (CHAPTERS["rnn"].paper, CHAPTERS["rnn"].idea)
-    assert shown["about"].startswith(gpt.models.recurrent.__doc__.splitlines()[0])
-    assert [rung["name"] for rung in told["rungs"]] == list(CHAPTERS)
-    for rung, kind in zip(told["rungs"], CHAPTERS.values(), strict=True):
-        assert set(rung) == {"name", "chapter", "year", "paper", "idea", "about"}
-        assert (rung["chapter"], rung["year"]) == (kind.chapter, kind.year)
-    write(folder / "ladder", LINES)
+    ladder = RunBrowser(folder).ladder()
+    assert ladder["source"] == "second"
+    (ladder_row,) = ladder["rows"]
+    assert {name: ladder_row[name] for name in row} == {**row, "sample": "second"}
+    assert (ladder_row["paper"], ladder_row["idea"]) == (
+        CHAPTERS["rnn"].paper,
+        CHAPTERS["rnn"].idea,
+    )
+    assert ladder_row["description"].startswith(gpt.models.recurrent.__doc__.splitlines()[0])
+    assert [rung["name"] for rung in ladder["rungs"]] == list(CHAPTERS)
+    for rung, model_class in zip(ladder["rungs"], CHAPTERS.values(), strict=True):
+        assert set(rung) == {"name", "chapter", "year", "paper", "idea", "description"}
+        assert (rung["chapter"], rung["year"]) == (model_class.chapter, model_class.year)
+    write_run(folder / "ladder", LINES)
     (folder / "ladder" / "ladder.json").write_text(json.dumps([row, {"rung": "of the future"}]))
     os.utime(folder / "ladder" / "ladder.json", (1, 1))
-    told = RunBrowser(folder).ladder()
-    assert told["source"] == "ladder"
-    assert told["rows"][1] == {"rung": "of the future", "paper": None, "idea": None, "about": None}
+    ladder = RunBrowser(folder).ladder()
+    assert ladder["source"] == "ladder"
+    assert ladder["rows"][1] == {
+        "rung": "of the future",
+        "paper": None,
+        "idea": None,
+        "description": None,
+    }
     for damage in ('[{"rung"', "{}", "[1]", "[" * 100_000):
         (folder / "ladder" / "ladder.json").write_text(damage)
         assert RunBrowser(folder).ladder()["source"] == "second"
-    # Who serves a rung has the ladder's own folder.
+    # The runs folder of a served rung is the ladder's own folder.
     assert RunBrowser(folder / "second").ladder()["source"] == "second"
 
 
-def test_without_a_folder_there_are_no_runs():
+def test_no_folder_means_no_runs():
     runs = RunBrowser()
-    assert (runs.overview(), runs.one("a"), runs.name_of(Path("a"))) == ([], None, None)
+    assert (runs.summaries(), runs.details("a"), runs.name_of(Path("a"))) == ([], None, None)
     assert runs.ladder()["rows"] == []

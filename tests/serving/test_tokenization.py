@@ -11,8 +11,8 @@ BYTES = byte_tokenizer()
 BPE = train_bpe(["the cat sat on the mat, naïve 👩‍👩‍👧 日本語 the end " * 20], 320)
 
 
-class Chunks:
-    """A tokenizer whose tokens are any given chunks of bytes: every split of a text can be tried."""
+class ChunkTokenizer:
+    """A tokenizer whose tokens are the given chunks of bytes: any split of a text can be tried."""
 
     def __init__(self, chunks):
         self.chunks = chunks
@@ -26,14 +26,14 @@ class Chunks:
         return "".join(map(self.bytes.push, self.chunks[index]))
 
 
-def through(tokenizer, ids, stops):
-    text = IncrementalDetokenizer(tokenizer, stops)
-    parts = [text.push(token) for token in ids]
-    return [*parts, text.flush()], text.stopped
+def detokenize(tokenizer, ids, stops):
+    detokenizer = IncrementalDetokenizer(tokenizer, stops)
+    parts = [detokenizer.push(token) for token in ids]
+    return [*parts, detokenizer.flush()], detokenizer.stopped
 
 
-def cut(text, stops):
-    """The definition: read one character more at a time until some stop string is complete."""
+def cut_at_stop(text, stops):
+    """The definition: add one character at a time until a stop string is complete."""
     for end in range(1, len(text) + 1):
         starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
         if starts:
@@ -41,51 +41,51 @@ def cut(text, stops):
     return text, False
 
 
-SOME = st.text("ab\n é👩", max_size=12)
+TEXTS = st.text("ab\n é👩", max_size=12)
 STOPS = st.lists(st.text("ab\n é👩", min_size=1, max_size=4), max_size=4)
 
 
-@given(SOME, STOPS, st.data())
-def test_any_split_of_any_text_gives_the_text_up_to_the_first_stop(text, stops, data):
+@given(TEXTS, STOPS, st.data())
+def test_any_split_gives_the_text_up_to_the_first_stop_string(text, stops, data):
     raw = text.encode()
     cuts = sorted(data.draw(st.sets(st.integers(0, len(raw)), max_size=len(raw))))
     chunks = [raw[a:b] for a, b in itertools.pairwise([0, *cuts, len(raw)])]
-    parts, stopped = through(Chunks(chunks), range(len(chunks)), stops)
-    assert ("".join(parts), stopped) == cut(text, stops)
+    parts, stopped = detokenize(ChunkTokenizer(chunks), range(len(chunks)), stops)
+    assert ("".join(parts), stopped) == cut_at_stop(text, stops)
 
 
 @pytest.mark.parametrize("stop", ["\n\n", "END", "aab", "👩‍👩‍👧", "日本"])
-def test_every_split_of_a_stop_string_is_found_and_none_of_it_leaks(stop):
+def test_split_stop_strings_are_found_and_never_emitted(stop):
     raw = f"aaa {stop} tail".encode()
     for size in range(4):
         for cuts in itertools.combinations(range(1, len(raw)), size):
             chunks = [raw[a:b] for a, b in itertools.pairwise([0, *cuts, len(raw)])]
-            parts, stopped = through(Chunks(chunks), range(len(chunks)), [stop])
+            parts, stopped = detokenize(ChunkTokenizer(chunks), range(len(chunks)), [stop])
             assert ("".join(parts), stopped) == ("aaa ", True)
 
 
-def test_what_might_have_become_a_stop_string_is_not_lost():
-    parts, stopped = through(BYTES, BYTES.encode("wait: EN"), ["END"])
+def test_partial_stop_string_is_emitted_at_the_end():
+    parts, stopped = detokenize(BYTES, BYTES.encode("wait: EN"), ["END"])
     assert ("".join(parts), stopped) == ("wait: EN", False)
     assert parts[-1] == "EN"
-    parts, _ = through(BYTES, BYTES.encode("EENEND!"), ["END"])
+    parts, _ = detokenize(BYTES, BYTES.encode("EENEND!"), ["END"])
     assert "".join(parts) == "EEN"
 
 
 @given(st.lists(st.integers(0, BPE.vocab_size - 1), max_size=30), STOPS)
-def test_any_tokens_read_as_they_decode(ids, stops):
-    parts, stopped = through(BPE, ids, stops)
-    assert ("".join(parts), stopped) == cut(BPE.decode(ids), stops)
+def test_incremental_equals_batch_decoding(ids, stops):
+    parts, stopped = detokenize(BPE, ids, stops)
+    assert ("".join(parts), stopped) == cut_at_stop(BPE.decode(ids), stops)
 
 
-def test_characters_are_whole():
-    parts, _ = through(BYTES, BYTES.encode("é👩"), [])
+def test_only_whole_characters_are_emitted():
+    parts, _ = detokenize(BYTES, BYTES.encode("é👩"), [])
     assert parts == ["", "é", "", "", "", "👩", ""]
-    parts, _ = through(BYTES, BYTES.encode("é👩")[:-1], [])
+    parts, _ = detokenize(BYTES, BYTES.encode("é👩")[:-1], [])
     assert parts[-1] == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_a_prompt_begins_where_a_document_does():
+def test_prompt_starts_with_eos():
     assert tokenize_prompt(BYTES, "").ids == [256]
     assert tokenize_prompt(BYTES, "<|e").ids == [256, *b"<|e"]
     with pytest.raises(ValueError, match="surrogate"):
@@ -94,17 +94,19 @@ def test_a_prompt_begins_where_a_document_does():
         IncrementalDetokenizer(BYTES, [""])
 
 
-def test_a_space_at_the_end_is_left_to_the_first_token():
-    """Whichever way the user's space falls, what follows begins with one and it is shown once."""
-    ids, space, first, *_ = tokenize_prompt(BPE, "def ")
-    assert [BPE.eos_token, *BPE.encode("def")] == ids
-    assert space == " "
-    assert set(first) == {i for i in range(BPE.vocab_size) if BPE.token_bytes(i)[:1] == b" "}
-    text = IncrementalDetokenizer(BPE, (), space)
-    word = max(first, key=lambda token: len(BPE.token_bytes(token)))
-    follow = [word, BPE.encode("x")[0]]
-    shown = "".join(map(text.push, follow)) + text.flush()
-    assert "def " + shown == "def" + BPE.decode(follow)
-    # Where a space is always a token by itself there is nothing to leave.
+def test_trailing_space_is_left_to_the_first_token():
+    """The output starts with the space, which is shown once."""
+    prompt = tokenize_prompt(BPE, "def ")
+    assert prompt.ids == [BPE.eos_token, *BPE.encode("def")]
+    assert prompt.trailing_space == " "
+    assert set(prompt.allowed_first_tokens) == {
+        i for i in range(BPE.vocab_size) if BPE.token_bytes(i)[:1] == b" "
+    }
+    detokenizer = IncrementalDetokenizer(BPE, (), prompt.trailing_space)
+    word = max(prompt.allowed_first_tokens, key=lambda token: len(BPE.token_bytes(token)))
+    output = [word, BPE.encode("x")[0]]
+    text = "".join(map(detokenizer.push, output)) + detokenizer.flush()
+    assert "def " + text == "def" + BPE.decode(output)
+    # Where a space is always a token of its own, it stays in the prompt.
     assert tokenize_prompt(BYTES, "def ")[:3] == ([256, *b"def "], "", ())
-    assert tokenize_prompt(BPE, "def\n").space == ""
+    assert tokenize_prompt(BPE, "def\n").trailing_space == ""

@@ -1,0 +1,69 @@
+"""ASGI middleware: API key authentication and a limit of the body size."""
+
+import hmac
+
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serving.http.protocol import APIError
+from serving.http.responses import error_response
+from serving.http.static import is_page
+
+
+def authorized(headers: dict[bytes, bytes], key: str) -> bool:
+    """Whether the Authorization header has the key; compared in constant time, which leaks nothing."""
+    return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode())
+
+
+class APIKeyMiddleware:
+    """Responds with 401 to requests without the API key, except for `/health` and the web page.
+
+    The page asks its user for the key.
+    """
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self.app, self.key = app, key
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on authorized requests."""
+        public = scope["type"] != "http" or scope["path"] == "/health" or is_page(scope["path"])
+        if public or authorized(dict(scope["headers"]), self.key):
+            await self.app(scope, receive, send)
+            return
+        error = APIError(
+            401,
+            "expected the server's API key: Authorization: Bearer KEY",
+            code="invalid_api_key",
+            headers={"www-authenticate": "Bearer"},
+        )
+        await error_response(error)(scope, receive, send)
+
+
+class BodySizeLimitMiddleware:
+    """Responds with 413 to bodies above a limit: by Content-Length, else once too much has come."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int) -> None:
+        self.app, self.max_body_bytes = app, max_body_bytes
+        self.message = f"the body is larger than {max_body_bytes:,} bytes, this server's limit"
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass on the request, counting the bytes of its body."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        # The HTTP parser has checked that it is a number.
+        if int(dict(scope["headers"]).get(b"content-length", b"0")) > self.max_body_bytes:
+            error = APIError(413, self.message, headers={"connection": "close"})
+            await error_response(error)(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counting_receive() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_body_bytes:
+                raise HTTPException(413, self.message, {"connection": "close"})
+            return message
+
+        await self.app(scope, counting_receive, send)

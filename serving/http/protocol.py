@@ -1,0 +1,301 @@
+"""OpenAI's completion protocol: request fields, their validation, API errors and JSON encoding.
+
+Every error has OpenAI's shape: {"error": {"message", "type", "param", "code"}}. Fields that are
+unknown or out of range are rejected by name; none is silently ignored.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
+from starlette.exceptions import HTTPException
+
+from gpt.sampling import SamplingParams
+from serving.engine.async_engine import QueueFullError, UnavailableError
+from serving.http.limits import Limits
+
+_encoder = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
+
+
+def to_json(value: object) -> bytes:
+    """Encode a value as compact JSON."""
+    # Lone surrogates only occur in error messages that quote the client; they become "?".
+    return _encoder.encode(value).encode(errors="replace")
+
+
+# Errors.
+
+
+class APIError(Exception):
+    """An error response."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.param, self.code, self.headers = status, param, code, headers
+
+    def body(self) -> bytes:
+        """Return OpenAI's error object as JSON."""
+        default = "invalid_request_error" if self.status < 500 else "server_error"
+        types = {401: "authentication_error", 429: "rate_limit_error"}
+        error = {
+            "message": str(self),
+            "type": types.get(self.status, default),
+            "param": self.param,
+            "code": self.code,
+        }
+        return to_json({"error": error})
+
+
+def to_api_error(error: Exception) -> APIError:
+    """Convert an error of the engine, of starlette or of the server itself."""
+    match error:
+        case APIError():
+            return error
+        case QueueFullError():
+            return APIError(429, str(error), headers={"retry-after": str(error.retry_after)})
+        case UnavailableError():
+            return APIError(503, str(error), headers={"retry-after": "1"})
+        case HTTPException(status_code=404 | 405):
+            message = f"{error.detail}: /docs lists the routes"
+            return APIError(error.status_code, message, headers=dict(error.headers or {}))
+        case HTTPException():
+            return APIError(error.status_code, error.detail, headers=dict(error.headers or {}))
+    return APIError(500, "internal server error; see the server's log")
+
+
+def invalid_field_error(error: Mapping[str, Any]) -> APIError:
+    """Convert one of pydantic's validation errors, without its input, which may be megabytes."""
+    path = [str(part)[:80] for part in error["loc"][1:]]
+    field = ".".join(path)
+    reason = str(error["msg"]).removeprefix("Value error, ")[:500]
+    if error["type"] == "json_invalid":
+        return APIError(400, f"the body is not JSON: {error['ctx']['error']} at {path[0]}")
+    if error["type"] == "extra_forbidden":
+        return APIError(400, f"unknown field {field!r}", field)
+    if not path:
+        if error["type"] in ("missing", "model_attributes_type", "model_type"):
+            reason = "expected a JSON object, sent with Content-Type: application/json"
+        return APIError(400, reason)
+    return APIError(400, f"{field}: {reason}", path[0])
+
+
+# Requests.
+
+
+def _validate_prompts(value: object) -> list[str] | list[list[int]]:
+    """Normalize the four forms of `prompt` to a list of strings or a list of token id lists."""
+    if isinstance(value, str):
+        return [value]
+    if isinstance(value, list) and value:
+        if all(isinstance(item, str) for item in value):
+            return value
+        if all(type(item) is int for item in value):
+            return [value]
+        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
+            return value
+    raise ValueError("expected a string, a list of strings, token ids or a list of token id lists")
+
+
+def _validate_prompt(value: object) -> object:
+    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
+    if not isinstance(value, str) and not is_ids:
+        raise ValueError("expected a string or token ids")
+    return value
+
+
+def _validate_stop(value: object) -> list[str]:
+    stops = [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
+        raise ValueError("expected a string or a list of strings, none of them empty")
+    return stops
+
+
+def _validate_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+    if not isinstance(value, dict):
+        raise ValueError("expected an object that maps token ids to numbers from -100 to 100")
+    biases = []
+    for token, bias in value.items():
+        is_number = isinstance(bias, int | float) and not isinstance(bias, bool)
+        if not (isinstance(token, str) and token.isascii() and token.isdecimal() and is_number):
+            raise ValueError("expected token ids as keys and numbers from -100 to 100 as values")
+        biases.append((int(token[:12]), float(bias)))
+    return tuple(biases)
+
+
+PromptField = Annotated[
+    Any, PlainValidator(_validate_prompt, json_schema_input_type=str | list[int])
+]
+PromptsField = Annotated[
+    Any,
+    PlainValidator(
+        _validate_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
+    ),
+]
+StopField = Annotated[Any, PlainValidator(_validate_stop, json_schema_input_type=str | list[str])]
+LogitBiasField = Annotated[
+    Any, PlainValidator(_validate_logit_bias, json_schema_input_type=dict[str, float])
+]
+
+MODEL_DESCRIPTION = "model name from /v1/models; default: the first"
+
+
+class StrictModel(BaseModel):
+    """Rejects unknown fields, NaN and strings in place of numbers; null means the default."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, value: object) -> object:
+        if isinstance(value, dict):
+            return {name: item for name, item in value.items() if item is not None}
+        return value
+
+
+class SamplingFields(StrictModel):
+    """Sampling parameters of a request."""
+
+    temperature: float = Field(
+        1.0, description="divides the logits, 0 to 100; 0: greedy decoding, the likeliest token"
+    )
+    top_p: float = Field(
+        1.0,
+        description="0 to 1: sample from the fewest likeliest tokens whose probabilities reach this sum",
+    )
+    top_k: int = Field(0, description="sample from this many likeliest tokens; 0: all")
+    min_p: float = Field(
+        0.0,
+        description="0 to 1: sample from tokens at least this fraction as likely as the likeliest",
+    )
+    repetition_penalty: float = Field(
+        1.0, description="0.01 to 100: above 1, tokens of prompt and output become less likely"
+    )
+    presence_penalty: float = Field(
+        0.0, description="-2 to 2: subtracted from the logits of tokens that are in the output"
+    )
+    frequency_penalty: float = Field(
+        0.0, description="-2 to 2: subtracted once for each occurrence of a token in the output"
+    )
+    logit_bias: LogitBiasField = Field(
+        (), description="maps token ids to biases, -100 to 100, that are added to their logits"
+    )
+
+    @model_validator(mode="after")
+    def _check_ranges(self) -> Self:
+        self.sampling_params(0)
+        return self
+
+    def sampling_params(self, seed: int) -> SamplingParams:
+        """Return the engine's sampling parameters."""
+        names = [field.name for field in dataclasses.fields(SamplingParams) if field.name != "seed"]
+        return SamplingParams(**{name: getattr(self, name) for name in names}, seed=seed)
+
+
+class StreamOptions(StrictModel):
+    """Options of a streamed completion."""
+
+    include_usage: bool = Field(False, description="send a last chunk with token counts")
+
+
+class CompletionRequest(SamplingFields):
+    """OpenAI's completion request, with top_k, min_p, repetition_penalty, num_beams and return_token_ids."""
+
+    model: str | None = Field(None, description=MODEL_DESCRIPTION)
+    prompt: PromptsField = Field(
+        description="text or token ids, or a list of either; a translation model translates it. "
+        "Text starts a document, after an EOS token; token ids are used unchanged"
+    )
+    max_tokens: int = Field(
+        16, ge=0, description="maximum output tokens; a full context also ends a choice"
+    )
+    seed: int | None = Field(
+        None, description="the same seed gives the same output; default: random"
+    )
+    n: int = Field(1, ge=1, description="choices for each prompt")
+    best_of: int | None = Field(None, description="must equal n")
+    num_beams: int = Field(
+        1, ge=1, description="translation models only: beams of a beam search; 1: no beam search"
+    )
+    stop: StopField = Field(
+        (), description="stop strings; the output ends before the first of them"
+    )
+    logprobs: int | None = Field(
+        None, ge=0, description="return the logprob of each token, and of this many likeliest ones"
+    )
+    echo: bool = Field(False, description="return the prompt before the output")
+    return_token_ids: bool = Field(False, description="return token ids of prompt and output")
+    stream: bool = Field(False, description="send tokens as server-sent events as they are sampled")
+    stream_options: StreamOptions | None = Field(None, description="only with `stream`")
+    user: str | None = Field(None, description="accepted, as in OpenAI's API; has no effect")
+    suffix: str | None = Field(None, description="not supported: these models cannot infill")
+
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Self:
+        if self.stream_options and not self.stream:
+            raise ValueError("stream_options needs stream: true")
+        if self.best_of not in (None, self.n):
+            raise ValueError(f"best_of must equal n = {self.n} or be omitted, not {self.best_of}")
+        if self.suffix:
+            raise ValueError("suffix is not supported: these models cannot infill; omit it")
+        return self
+
+    def sampling_params(self, seed: int) -> SamplingParams:
+        """Return the engine's sampling parameters; `seed` replaces a missing one."""
+        params = super().sampling_params(seed if self.seed is None else self.seed)
+        if self.num_beams > 1 and "temperature" not in self.model_fields_set:
+            return dataclasses.replace(params, temperature=0.0)  # beam search does not sample
+        return params
+
+    def check_limits(self, limits: Limits) -> None:
+        """Raise an APIError that names the first limit the request exceeds."""
+        num_choices = len(self.prompt) * self.n
+        for name, value, limit, subject in (
+            ("max_tokens", self.max_tokens, limits.max_tokens, ""),
+            (
+                "n",
+                num_choices,
+                limits.max_sequences,
+                f"{len(self.prompt)} prompts with n = {self.n} make {num_choices} choices",
+            ),
+            (
+                "stop",
+                len(self.stop),
+                limits.max_stop_strings,
+                f"{len(self.stop)} stop strings",
+            ),
+            (
+                "stop",
+                longest := max(map(len, self.stop), default=0),
+                limits.max_stop_length,
+                f"a stop string of {longest} characters",
+            ),
+            ("logprobs", self.logprobs or 0, limits.max_logprobs, ""),
+            ("num_beams", self.num_beams, limits.max_num_beams, ""),
+        ):
+            if value > limit:
+                subject = subject or f"{name} = {value}"
+                raise APIError(400, f"{subject}: this server allows {limit}", name)
+
+
+class TokenizeRequest(StrictModel):
+    """Text to tokenize."""
+
+    model: str | None = Field(None, description=MODEL_DESCRIPTION)
+    prompt: str = Field(description="text to tokenize")
+    add_special_tokens: bool = Field(True, description="start with EOS, as a completion's prompt")
+
+
+class DetokenizeRequest(StrictModel):
+    """Token ids to decode."""
+
+    model: str | None = Field(None, description=MODEL_DESCRIPTION)
+    tokens: list[int] = Field(description="token ids")
