@@ -21,8 +21,8 @@ from gpt import LanguageModel, cli
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
 from gpt.device import resolve_device
-from gpt.kernels.quantization import DType
 from gpt.generation import generate
+from gpt.kernels.quantization import DType
 from gpt.sampling import SamplingParams
 from gpt.summary import count_parameters
 from serving.engine.autotune import (

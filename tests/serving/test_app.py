@@ -217,7 +217,7 @@ def test_curl_streaming(model, server):
         (PROMPT + b'"best_of": 2}', "best_of must equal n = 1 or be omitted, not 2"),
         (PROMPT + b'"suffix": "x"}', "suffix is not supported"),
         (PROMPT + b'"logit_bias": [5]}', "logit_bias: expected an object"),
-        (PROMPT + b'"logit_bias": {"5": 101}}', "logit_bias must be"),
+        (PROMPT + b'"logit_bias": {"5": 101}}', "logit_bias must map token ids"),
         (PROMPT + b'"logit_bias": {"5": NaN}}', "logit_bias"),
         (PROMPT + b'"logit_bias": {"a": 1}}', "logit_bias: expected token ids"),
         (PROMPT + b'"logit_bias": {"257": 1}}', "logit_bias has token 257, the model knows 0 to"),
