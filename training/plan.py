@@ -1,9 +1,9 @@
-"""What a run will take, said before anything is trained: memory of a card, operations, tokens, time.
+"""Estimate a run before it is trained: memory per device, FLOPs, tokens and time.
 
-One step of the run is taken with tensors that have a shape and no contents (torch's
-`FakeTensorMode`): the model's own loss, autograd's own graph, the run's own optimizers. What each
-of them keeps is counted, so every model that trains can be planned and no formula knows one. A
-test holds the counts against real steps.
+One training step is run with tensors that have shapes but no contents (torch's `FakeTensorMode`):
+the model's own loss, autograd's graph and the run's optimizers. The bytes that each part allocates
+are counted, so any model that trains can be planned without a formula of its own. A test compares
+the counts with real steps.
 """
 
 import contextlib
@@ -33,18 +33,18 @@ from training.tasks import TASKS, check
 from training.tasks.text import Text
 from training.trainer import Objective
 
-USABLE = 0.9
-"""Of a card's memory: CUDA and the exchange between cards take some, gaps between tensors too."""
+USABLE_MEMORY = 0.9
+"""Share of a GPU's memory for tensors; the rest is for CUDA, NCCL and fragmentation."""
 GIB = 2**30
 
 
 class TensorMemoryTracker(TorchDispatchMode):
-    """Counts the bytes of all tensors that are alive, each storage once."""
+    """Counts the bytes of all live tensors, each storage once."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now = self.peak = 0
-        self.sizes: dict[int, int] = {}
+        self.current = self.peak = 0
+        self._sizes: dict[int, int] = {}
 
     def __torch_dispatch__(
         self,
@@ -52,29 +52,32 @@ class TensorMemoryTracker(TorchDispatchMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 (whatever the operation gives)
-        """Run the operation, and note what it made."""
-        made = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
+    ) -> Any:  # noqa: ANN401 (whatever the operation returns)
+        """Run the operation and count its outputs."""
+        outputs = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
                 self.count(tensor)
-        return made
+        return outputs
 
     def count(self, tensor: Tensor) -> None:
-        """Add a tensor's storage, if it is new, for as long as it lives."""
+        """Count a tensor's storage until it is freed; a storage already counted is skipped."""
         storage = tensor.untyped_storage()
-        if id(storage) not in self.sizes:
-            self.sizes[id(storage)] = storage.nbytes()
-            self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
-            finalize(storage, self._freed, id(storage))
+        if id(storage) not in self._sizes:
+            self._sizes[id(storage)] = storage.nbytes()
+            self.current += storage.nbytes()
+            self.peak = max(self.peak, self.current)
+            finalize(storage, self._free, id(storage))
 
-    def _freed(self, storage: int) -> None:
-        self.now -= self.sizes.pop(storage)
+    def _free(self, storage: int) -> None:
+        self.current -= self._sizes.pop(storage)
 
 
-class CardKernels(TorchFunctionMode):
-    """What a card computes in one kernel and a CPU in several keeps no more than on the card."""
+class GPUKernels(TorchFunctionMode):
+    """Replaces operations that are one fused kernel on a GPU and several on a CPU.
+
+    The replacements save no more for the backward pass than the GPU's kernels do.
+    """
 
     def __torch_function__(
         self,
@@ -82,23 +85,23 @@ class CardKernels(TorchFunctionMode):
         types: Sequence[type],
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 (whatever the operation gives)
-        """Run the operation, or its stand-in."""
+    ) -> Any:  # noqa: ANN401 (whatever the operation returns)
+        """Run the operation or its replacement."""
         kwargs = kwargs or {}
         if func is F.rms_norm and kwargs["weight"] is not None:
             x, weight = args[0], kwargs["weight"]
-            # In float32 under autocast, as on the card.
-            wide = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
-            return _RMSNorm.apply(x.to(wide), weight.to(wide))  # type: ignore[no-untyped-call]
+            # On a GPU autocast computes it in float32.
+            dtype = torch.float32 if torch.is_autocast_enabled("cpu") else x.dtype
+            return _FusedRMSNorm.apply(x.to(dtype), weight.to(dtype))  # type: ignore[no-untyped-call]
         if func is F.dropout and kwargs["p"] and kwargs["training"]:
             return torch.native_dropout(args[0], kwargs["p"], True)[0]
         if func is F.scaled_dot_product_attention:
-            kwargs = kwargs | {"dropout_p": 0.0}  # not in a CPU's fused kernel
+            kwargs = kwargs | {"dropout_p": 0.0}  # a CPU's fused kernel has no dropout
         return func(*args, **kwargs)
 
 
-class _RMSNorm(torch.autograd.Function):
-    """The shapes of the fused kernel: it keeps its input and a number a row."""
+class _FusedRMSNorm(torch.autograd.Function):
+    """The fused kernel's shapes: it saves its input and one number for each row."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # noqa: ANN401 (torch's own)
@@ -113,137 +116,147 @@ class _RMSNorm(torch.autograd.Function):
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on one card, by kind."""
+    """Bytes on one device, by kind."""
 
     weights: int
-    """With the tables that belong to them."""
+    """Parameters and buffers."""
     gradients: int
     optimizer: int
-    gathered: int
-    """Of what is sharded, the part that is whole for a moment."""
+    """Optimizer state."""
+    all_gather: int
+    """FSDP: parameters and gradients that are unsharded temporarily."""
     activations: int
-    """Kept from a micro-batch for its backward pass, up to the logits."""
+    """Saved for the backward pass of a micro-batch, up to the logits."""
     loss: int
-    """The logits, as many as the loss makes at once, and what the backward pass makes for a moment."""
-    update: int
-    """What the optimizers make for a moment, when the activations are gone."""
-    validation: int
-    """The first card's copy of all weights, where they are sharded; also when the activations are gone."""
+    """Logits of one chunk, and temporary buffers of the backward pass."""
+    optimizer_step: int
+    """Temporary buffers of the optimizers; activations are freed by then."""
+    eval_model: int
+    """FSDP: the full weights on rank 0 for validation; activations are freed by then."""
 
     @property
-    def together(self) -> int:
-        """The most there is at once."""
-        kept = self.weights + self.gradients + self.optimizer
-        step = self.gathered + self.activations + self.loss
-        return kept + max(step, self.update, self.validation)
+    def peak(self) -> int:
+        """Most bytes allocated at once."""
+        permanent = self.weights + self.gradients + self.optimizer
+        forward_backward = self.all_gather + self.activations + self.loss
+        return permanent + max(forward_backward, self.optimizer_step, self.eval_model)
 
 
-def measure(run: TrainingConfig, rows: int, bfloat16: bool, card: bool, shards: int = 1) -> Memory:
-    """The memory of one step of a run, taken with fake tensors.
+def measure_memory(
+    config: TrainingConfig,
+    micro_batch_size: int,
+    *,
+    bfloat16: bool,
+    on_gpu: bool,
+    num_shards: int = 1,
+) -> Memory:
+    """Measure the memory of one training step with fake tensors.
 
     Args:
-        run: The run.
-        rows: Rows of a micro-batch.
-        bfloat16: Whether matrix products are in bfloat16, else in float32.
-        card: Whether a card computes it, else this CPU.
-        shards: Cards among which weights, gradients and the optimizers' state are divided.
+        config: The run.
+        micro_batch_size: Rows of a micro-batch.
+        bfloat16: Whether matrix products are in bfloat16, not float32.
+        on_gpu: Whether a GPU computes the step, not this CPU.
+        num_shards: GPUs that weights, gradients and optimizer state are sharded over.
     """
-    task = TASKS[run.task]
-    given = task.expected_model_args(run)
-    arrays = [torch.from_numpy(array) for array in task.largest_batch(run, rows)]
-    kernels = CardKernels() if card else contextlib.nullcontext()
-    with FakeTensorMode() as fake, TensorMemoryTracker() as live, kernels:
+    task = TASKS[config.task]
+    model_args = task.expected_model_args(config)
+    arrays = [torch.from_numpy(array) for array in task.largest_batch(config, micro_batch_size)]
+    kernels = GPUKernels() if on_gpu else contextlib.nullcontext()
+    with FakeTensorMode() as fake, TensorMemoryTracker() as memory, kernels:
         batch = [fake.from_tensor(array) for array in arrays]
         for tensor in batch:
-            live.count(tensor)
-        model = new_model(run, given).train()
-        if card:
-            use_fused_norms(model)
-        gradients, whole = (shared(model.parameters(), cards) for cards in (shards, 1))
-        weights = gradients + shared(model.buffers(), 1)
-        optimizers = Optimizers(model, run, torch.device("cpu"), bfloat16)
-        update = 0
-        for index in range(2):  # the first makes the state
-            give_gradients(model)
-            live.peak = before = live.now
+            memory.count(tensor)
+        model = new_model(config, model_args).train()
+        if on_gpu:
+            _use_fused_norms(model)
+        gradients = _shard_bytes(model.parameters(), num_shards)
+        full_weights = _shard_bytes(model.parameters(), 1)
+        weights = gradients + _shard_bytes(model.buffers(), 1)
+        optimizers = Optimizers(model, config, torch.device("cpu"), bfloat16)
+        optimizer_step = 0
+        for index in range(2):  # the first step creates the optimizer state
+            _allocate_gradients(model)
+            memory.peak = before = memory.current
             optimizers.step(index)
-            update = live.peak - before
-        optimizer = shared(optimizers.state_dict().values(), shards)
-        if shards > 1 and bfloat16 and card:
-            halve(model)  # as they are gathered
-        give_gradients(model)
-        kept = live.now
-        carried = None
-        if run.stateful:
+            optimizer_step = memory.peak - before
+        optimizer = _shard_bytes(optimizers.state_dict().values(), num_shards)
+        if num_shards > 1 and bfloat16 and on_gpu:
+            _cast_to_bfloat16(model)  # FSDP gathers parameters in bfloat16
+        _allocate_gradients(model)
+        permanent = memory.current
+        state = None
+        if config.stateful:
             assert isinstance(model, LanguageModel)
-            carried = model.init_state(rows, run.context_length)
-        noted = note_at_loss(model, lambda: live.now - kept)
-        live.peak = live.now
+            state = model.init_state(micro_batch_size, config.context_length)
+        recorded = _record_before_loss(model, lambda: memory.current - permanent)
+        memory.peak = memory.current
         with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
-            loss = Objective(model)(*batch, state=carried)
-        noted.append(live.now - kept)  # of a model without logits
+            loss = Objective(model)(*batch, state=state)
+        recorded.append(memory.current - permanent)  # for a model without logits
         loss.backward()
+    activations = recorded[0]
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        gathered=gathered(model) if shards > 1 else 0,
-        activations=noted[0],
-        loss=live.peak - kept - noted[0],
-        update=update // shards,
-        validation=whole if shards > 1 else 0,
+        all_gather=all_gather_bytes(model) if num_shards > 1 else 0,
+        activations=activations,
+        loss=memory.peak - permanent - activations,
+        optimizer_step=optimizer_step // num_shards,
+        eval_model=full_weights if num_shards > 1 else 0,
     )
 
 
-def use_fused_norms(model: Model) -> None:
-    """Have norms call what they call on a card."""
+def _use_fused_norms(model: Model) -> None:
+    """Make norms call the operation that they call on a GPU."""
     for module in model.modules():
         if isinstance(module, RMSNorm):
             module.forward = module.fused  # type: ignore[method-assign]
 
 
-def note_at_loss(model: Model, value: Callable[[], int]) -> list[int]:
-    """A list to which `value()` is added when the model has all that logits are made from, if it makes any."""
-    noted: list[int] = []
+def _record_before_loss(model: Model, measure: Callable[[], int]) -> list[int]:
+    """Return a list that `measure()` is appended to when a language model starts on its logits."""
+    recorded: list[int] = []
     if isinstance(model, LanguageModel):
         mean_nll = model.mean_nll
 
-        def noting(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-            noted.append(value())
+        def recording_mean_nll(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+            recorded.append(measure())
             return mean_nll(features_BTD, targets_BT)
 
-        model.mean_nll = noting  # type: ignore[method-assign]
-    return noted
+        model.mean_nll = recording_mean_nll  # type: ignore[method-assign]
+    return recorded
 
 
-def give_gradients(model: Model) -> None:
-    """As all micro-batches of a step but the first find them."""
+def _allocate_gradients(model: Model) -> None:
+    """Allocate gradients, which exist in every micro-batch of a step but the first."""
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
 
 
-def halve(model: Model) -> None:
-    """Parameters in bfloat16, a tied one still one (`Module.to` refuses fake tensors)."""
-    halves: dict[nn.Parameter, nn.Parameter] = {}
+def _cast_to_bfloat16(model: Model) -> None:
+    """Cast parameters, and keep tied ones tied (`Module.to` rejects fake tensors)."""
+    cast: dict[nn.Parameter, nn.Parameter] = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            half = nn.Parameter(parameter.detach().to(torch.bfloat16))
-            setattr(module, name, halves.setdefault(parameter, half))
+            low_precision = nn.Parameter(parameter.detach().to(torch.bfloat16))
+            setattr(module, name, cast.setdefault(parameter, low_precision))
 
 
-def shared(tensors: Iterable[Tensor], cards: int) -> int:
-    """Bytes of one card's part, where the first axis of every tensor is divided."""
+def _shard_bytes(tensors: Iterable[Tensor], num_shards: int) -> int:
+    """Return the bytes of one device's shards, each tensor sharded along its first axis."""
     return sum(
-        math.ceil(len(tensor) / cards) * tensor[:1].nbytes if tensor.ndim else tensor.nbytes
+        math.ceil(len(tensor) / num_shards) * tensor[:1].nbytes if tensor.ndim else tensor.nbytes
         for tensor in tensors
     )
 
 
-def gathered(model: Model) -> int:
-    """Bytes of what is whole on every card for a moment, where all is divided.
+def all_gather_bytes(model: Model) -> int:
+    """Return the most bytes that FSDP unshards on a device at once.
 
-    Of the largest layer the weights, the gradient, and the weights of the one that comes next;
-    of what is in no layer, weights and gradient. A gradient is in float32 as it is sent.
+    For the largest layer: its weights and gradients, and the prefetched weights of the next layer.
+    For parameters outside the layers: weights and gradients. Gradients are reduced in float32.
     """
     layers = [
         sum(parameter.numel() for parameter in layer.parameters())
@@ -251,199 +264,210 @@ def gathered(model: Model) -> int:
         if isinstance(modules, nn.ModuleList)
         for layer in modules
     ]
-    alone, largest = count_parameters(model) - sum(layers), max(layers, default=0)
-    width = next(model.parameters()).itemsize
-    return (2 * width + 4) * largest + (width + 4) * alone
+    outside, largest = count_parameters(model) - sum(layers), max(layers, default=0)
+    itemsize = next(model.parameters()).itemsize
+    return (2 * itemsize + 4) * largest + (itemsize + 4) * outside
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """Where a run is to be trained."""
+    """The devices of a run, all of one kind."""
 
-    cards: int
-    card: str
-    """The name of each."""
-    sheet: GPUSpec
-    """What is known of it."""
-    is_card: bool
-    """Or else this machine's CPU."""
+    num_devices: int
+    device: str
+    """Name of each."""
+    spec: GPUSpec
+    is_gpu: bool
+    """False for this machine's CPU or MPS device."""
     bfloat16: bool
-    """Whether matrix products are in bfloat16, else in float32."""
+    """Whether matrix products are in bfloat16, not float32."""
 
-    def holds(self, memory: Memory) -> bool | None:
-        """Whether a card has so much memory; None where that is not known."""
-        room = self.sheet.memory
-        return None if room is None else memory.together <= USABLE * room
+    def fits(self, memory: Memory) -> bool | None:
+        """Return whether a device holds the peak memory; None if its memory is unknown."""
+        capacity = self.spec.memory
+        return None if capacity is None else memory.peak <= USABLE_MEMORY * capacity
 
-    def measure(self, run: TrainingConfig, rows: int) -> Memory:
-        """The memory of each card."""
-        shards = self.cards if run.fsdp else 1
-        return measure(run, rows, self.bfloat16, self.is_card, shards)
+    def measure_memory(self, config: TrainingConfig, micro_batch_size: int) -> Memory:
+        """Measure the memory of each device."""
+        return measure_memory(
+            config,
+            micro_batch_size,
+            bfloat16=self.bfloat16,
+            on_gpu=self.is_gpu,
+            num_shards=self.num_devices if config.fsdp else 1,
+        )
 
 
-def resolve_hardware(run: TrainingConfig, cards: int, card: str | None) -> Hardware:
-    """The cards of that name, or this machine's own device without one."""
-    if card is not None:
-        if run.device != "auto":
-            raise ValueError("--gpu and --device both say where: leave out one of them")
-        return Hardware(cards, card, find_gpu_spec(card), True, run.precision != "float32")
-    device = resolve_device(run.device)
-    bfloat16 = uses_bfloat16(device, run.precision)
+def resolve_hardware(config: TrainingConfig, num_gpus: int, gpu: str | None) -> Hardware:
+    """Return the GPUs of that name, or this machine's device if `gpu` is None."""
+    if gpu is not None:
+        if config.device != "auto":
+            raise ValueError("--gpu and --device both choose the device: leave out one of them")
+        bfloat16 = config.precision != "float32"
+        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, bfloat16)
+    device = resolve_device(config.device)
+    bfloat16 = uses_bfloat16(device, config.precision)
     if device.type != "cuda":
-        return Hardware(cards, device.type, GPUSpec(None, None), False, bfloat16)
+        return Hardware(num_gpus, device.type, GPUSpec(None, None), False, bfloat16)
     name = torch.cuda.get_device_name(device)
-    memory = torch.cuda.get_device_properties(device).total_memory
-    return Hardware(cards, name, GPUSpec(memory, find_gpu_spec(name).flops), True, bfloat16)
+    capacity = torch.cuda.get_device_properties(device).total_memory
+    return Hardware(num_gpus, name, GPUSpec(capacity, find_gpu_spec(name).flops), True, bfloat16)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run in a place, and what it will take."""
+    """The estimated cost of a run on some hardware."""
 
-    run: TrainingConfig
-    place: Hardware
+    config: TrainingConfig
+    hardware: Hardware
     mfu: float
-    """Share of the card's peak at which the model's operations are expected."""
-    rows: int
-    """Rows of a micro-batch."""
+    """Expected model FLOPs utilization, a share of the peak."""
+    micro_batch_size: int
     memory: Memory
     model: Model
-    """Its shapes."""
+    """The model on the meta device."""
 
     @property
     def tokens(self) -> int | None:
-        """Tokens of the whole run; None where the rows are not all of one length."""
-        if not issubclass(TASKS[self.run.task], Text):
+        """Tokens of the whole run; None if sequences differ in length."""
+        if not issubclass(TASKS[self.config.task], Text):
             return None
-        return self.run.steps * self.run.batch_size * self.run.context_length
+        return self.config.steps * self.config.batch_size * self.config.context_length
 
     @property
     def tokens_per_second(self) -> float | None:
-        """Of all cards together; None where the peak is not known: it is of products in bfloat16."""
-        peak, flops = self.place.sheet.flops, self.model.flops_per_token(self.run.context_length)
-        if not (self.tokens and peak and flops and self.place.bfloat16):
+        """Throughput of all devices; None if the peak FLOP/s are unknown, as they are in float32."""
+        peak_flops = self.hardware.spec.flops
+        flops_per_token = self.model.flops_per_token(self.config.context_length)
+        if not (self.tokens and peak_flops and flops_per_token and self.hardware.bfloat16):
             return None
-        return self.place.cards * self.mfu * peak / flops
+        return self.hardware.num_devices * self.mfu * peak_flops / flops_per_token
 
     @property
-    def remedy(self) -> str | None:
-        """The options that make it fit where it does not."""
-        if self.place.holds(self.memory) is not False:
+    def suggestion(self) -> str | None:
+        """Options that make the run fit; None if it fits already or the memory is unknown."""
+        if self.hardware.fits(self.memory) is not False:
             return None
-        for shard in dict.fromkeys((self.run.fsdp, self.place.cards > 1)):
-            run = dataclasses.replace(self.run, fsdp=shard)
-            parts = [n for n in range(1, self.rows + 1) if self.rows % n == 0]
-            if run.stateful:
-                parts = [1]  # such a batch is taken at once
-            elif not self.place.holds(self.place.measure(run, 1)):
+        for fsdp in dict.fromkeys((self.config.fsdp, self.hardware.num_devices > 1)):
+            config = dataclasses.replace(self.config, fsdp=fsdp)
+            size = self.micro_batch_size
+            divisors = [n for n in range(1, size + 1) if size % n == 0]
+            if config.stateful:
+                divisors = [1]  # a stateful batch is not split
+            elif not self.hardware.fits(self.hardware.measure_memory(config, 1)):
                 continue
-            for n in parts:
-                if self.place.holds(self.place.measure(run, self.rows // n)):
-                    options = [
-                        f"--gradient-accumulation-steps {run.gradient_accumulation_steps * n}"
-                    ] * (n > 1)
-                    return " ".join(options + ["--fsdp"] * (shard and not self.run.fsdp))
-        return "more cards with --fsdp, or a smaller model"
+            for n in divisors:
+                if self.hardware.fits(self.hardware.measure_memory(config, size // n)):
+                    accumulation = config.gradient_accumulation_steps * n
+                    options = [f"--gradient-accumulation-steps {accumulation}"] * (n > 1)
+                    return " ".join(options + ["--fsdp"] * (fsdp and not self.config.fsdp))
+        return "more GPUs with --fsdp, or a smaller model"
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure by name; None is not known."""
-        tokens, speed, count = self.tokens, self.tokens_per_second, count_parameters(self.model)
+        """Return all estimates by name; unknown ones are None."""
+        config, hardware, model = self.config, self.hardware, self.model
+        tokens, speed, parameters = self.tokens, self.tokens_per_second, count_parameters(model)
         return {
-            "preset": self.run.preset,
-            "model": self.run.model,
-            "parameters": count,
-            "weights_by_kind": {
-                kind: weights for kind, (_, weights) in count_by_kind(self.model).items()
+            "preset": config.preset,
+            "model": config.model,
+            "parameters": parameters,
+            "parameters_by_kind": {
+                kind: count for kind, (_, count) in count_by_kind(model).items()
             },
-            "cards": self.place.cards,
-            "card": self.place.card,
-            "card_memory": self.place.sheet.memory,
-            "card_flops": self.place.sheet.flops,
-            "precision": "bfloat16" if self.place.bfloat16 else "float32",
-            "fsdp": self.run.fsdp,
-            "gradient_accumulation_steps": self.run.gradient_accumulation_steps,
-            "rows": self.rows,
-            "memory": {**dataclasses.asdict(self.memory), "together": self.memory.together},
-            "fits": self.place.holds(self.memory),
-            "remedy": self.remedy,
-            "steps": self.run.steps,
+            "num_devices": hardware.num_devices,
+            "device": hardware.device,
+            "device_memory": hardware.spec.memory,
+            "device_peak_flops": hardware.spec.flops,
+            "precision": "bfloat16" if hardware.bfloat16 else "float32",
+            "fsdp": config.fsdp,
+            "gradient_accumulation_steps": config.gradient_accumulation_steps,
+            "micro_batch_size": self.micro_batch_size,
+            "memory": {**dataclasses.asdict(self.memory), "peak": self.memory.peak},
+            "fits": hardware.fits(self.memory),
+            "suggestion": self.suggestion,
+            "steps": config.steps,
             "tokens": tokens,
-            "tokens_per_parameter": tokens and tokens / count,
-            "flops_per_token": tokens and self.model.flops_per_token(self.run.context_length),
+            "tokens_per_parameter": tokens and tokens / parameters,
+            "flops_per_token": tokens and model.flops_per_token(config.context_length),
             "mfu": self.mfu,
             "tokens_per_second": speed,
             "seconds": tokens / speed if tokens and speed else None,
         }
 
     def table(self) -> str:
-        """The figures in lines, their units and settings with them."""
-        run, place, count = self.run, self.place, count_parameters(self.model)
-        cards = f"{place.cards} x {place.card}"
-        lines = [f"preset {run.preset}: {run.model} on {cards}", describe(self.model), ""]
-        lines += [
-            f"batch: {run.batch_size:,} rows = {place.cards} x {run.gradient_accumulation_steps} micro-batches of {self.rows:,}, "
-            f"in {'bfloat16' if place.bfloat16 else 'float32'}",
-            f"memory of each, GiB{', sharded' if run.fsdp else ''}:",
+        """Return the estimates as lines of text, with units and settings."""
+        config, hardware, parameters = self.config, self.hardware, count_parameters(self.model)
+        devices = f"{hardware.num_devices} x {hardware.device}"
+        lines = [
+            f"preset {config.preset}: {config.model} on {devices}",
+            describe(self.model),
+            "",
+            f"batch: {config.batch_size:,} rows = {hardware.num_devices} x "
+            f"{config.gradient_accumulation_steps} micro-batches of {self.micro_batch_size:,}, "
+            f"in {'bfloat16' if hardware.bfloat16 else 'float32'}",
+            f"memory per device, GiB{', sharded' if config.fsdp else ''}:",
         ]
         notes = {
-            "activations": "kept from a micro-batch for its backward pass",
-            "loss": "logits, and what the backward pass makes for a moment",
-            "gathered": "what is whole for a moment",
-            "update": "made by the optimizers, when the activations are gone",
-            "validation": "all weights on the first card, when the activations are gone",
+            "all_gather": "parameters and gradients unsharded temporarily",
+            "activations": "saved for the backward pass of a micro-batch",
+            "loss": "logits, and temporary buffers of the backward pass",
+            "optimizer_step": "temporary buffers, after activations are freed",
+            "eval_model": "full weights on rank 0, after activations are freed",
         }
         for name, size in dataclasses.asdict(self.memory).items():
             if size:
-                lines.append(f"  {name:<12}{size / GIB:>9.3f}  {notes.get(name, '')}".rstrip())
-        lines.append(f"  {'together':<12}{self.memory.together / GIB:>9.3f}  {self._verdict()}")
+                label = name.replace("_", " ")
+                lines.append(f"  {label:<16}{size / GIB:>9.3f}  {notes.get(name, '')}".rstrip())
+        lines.append(f"  {'peak':<16}{self.memory.peak / GIB:>9.3f}  {self._verdict()}")
         lines.append("time:")
         if self.tokens is None:
-            return "\n".join([*lines, "  unknown: rows are not all of one length"])
-        flops, speed = self.model.flops_per_token(run.context_length), self.tokens_per_second
-        peak = place.sheet.flops
+            return "\n".join([*lines, "  unknown: sequences differ in length"])
+        flops, speed = self.model.flops_per_token(config.context_length), self.tokens_per_second
+        peak_flops = hardware.spec.flops
+        peak = f"{peak_flops / 1e12:,.0f} TFLOP/s" if peak_flops else "an unknown peak"
+        time = "unknown"
+        if speed:
+            time = f"{speed:,.0f} tokens/s, {format_duration(self.tokens / speed)}"
         lines += [
-            f"  {self.tokens:,} tokens in {run.steps:,} steps, {self.tokens / count:,.1f} a parameter",
-            f"  {flops / 1e9:,.3f} GFLOP a token, {flops * self.tokens:.2e} FLOP together",
-            f"  {cards} at {self.mfu:.0%} of "
-            + (f"{peak / 1e12:,.0f} TFLOP/s: " if peak else "an unknown peak: ")
-            + (
-                f"{speed:,.0f} tokens/s, {format_duration(self.tokens / speed)}"
-                if speed
-                else "unknown"
-            ),
+            f"  {self.tokens:,} tokens in {config.steps:,} steps, "
+            f"{self.tokens / parameters:,.1f} per parameter",
+            f"  {flops / 1e9:,.3f} GFLOP per token, {flops * self.tokens:.2e} FLOP in total",
+            f"  {devices} at {self.mfu:.0%} of {peak}: {time}",
         ]
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        room = self.place.sheet.memory
-        if room is None:
+        capacity = self.hardware.spec.memory
+        if capacity is None:
             return "of unknown memory"
-        of = f"of {USABLE:.0%} of {room / GIB:.1f}:"
-        return f"{of} too much: {self.remedy}" if self.remedy else f"{of} fits"
+        limit = f"of {USABLE_MEMORY:.0%} of {capacity / GIB:.1f}:"
+        return f"{limit} too much: {self.suggestion}" if self.suggestion else f"{limit} fits"
 
 
-def plan(run: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float) -> Plan:
-    """What a run will take on so many cards; a ValueError says what does not fit together.
+def make_plan(config: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float) -> Plan:
+    """Estimate a run; a ValueError names options that contradict each other.
 
     Args:
-        run: The run.
-        num_gpus: How many.
-        gpu: The name of each; this machine's own device if None.
-        mfu: Share of the card's peak at which the model's operations are expected.
+        config: The run.
+        num_gpus: Number of devices.
+        gpu: Name of each; this machine's device if None.
+        mfu: Expected model FLOPs utilization, a share of the GPU's peak.
     """
-    check(run)
+    check(config)
     if num_gpus < 1:
         raise ValueError(f"--num-gpus must be at least 1, not {num_gpus}")
     if not 0 < mfu <= 1:
         raise ValueError(f"--mfu must be above 0 and at most 1, not {mfu}")
-    rows, rest = divmod(run.batch_size, num_gpus * run.gradient_accumulation_steps)
-    if rest:
+    accumulation = config.gradient_accumulation_steps
+    micro_batch_size, remainder = divmod(config.batch_size, num_gpus * accumulation)
+    if remainder:
         raise ValueError(
-            f"--batch-size {run.batch_size} cannot be divided among --num-gpus {num_gpus}, in --gradient-accumulation-steps "
-            f"{run.gradient_accumulation_steps} equal parts each: choose a multiple of {num_gpus * run.gradient_accumulation_steps}"
+            f"--batch-size {config.batch_size} cannot be divided among --num-gpus {num_gpus}, each "
+            f"with --gradient-accumulation-steps {accumulation}: choose a multiple of "
+            f"{num_gpus * accumulation}"
         )
-    given = TASKS[run.task].expected_model_args(run)
     with torch.device("meta"):
-        model = new_model(run, given)
-    place = resolve_hardware(run, num_gpus, gpu)
-    return Plan(run, place, mfu, rows, place.measure(run, rows), model)
+        model = new_model(config, TASKS[config.task].expected_model_args(config))
+    hardware = resolve_hardware(config, num_gpus, gpu)
+    memory = hardware.measure_memory(config, micro_batch_size)
+    return Plan(config, hardware, mfu, micro_batch_size, memory, model)

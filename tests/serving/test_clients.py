@@ -22,7 +22,7 @@ from tests.serving.running_server import (
     reference,
     wait_until,
 )
-from training.cli import Eval
+from training.evaluation.commands import Eval
 from training.evaluation.evaluate import evaluate
 
 TEXT = "".join(

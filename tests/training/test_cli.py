@@ -1,4 +1,4 @@
-"""The command line as its user meets it: a run from text to figures, and one line for each mistake."""
+"""The training commands end to end, and one line of output for each invalid argument."""
 
 import contextlib
 import io
@@ -46,22 +46,22 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def here(tmp_path_factory):
-    """A folder with a text in it, and caches of its own."""
-    folder = tmp_path_factory.mktemp("here")
+def workdir(tmp_path_factory):
+    """A working directory with a text file and its own cache."""
+    folder = tmp_path_factory.mktemp("workdir")
     (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(400)))
     return folder
 
 
 @pytest.fixture(autouse=True)
-def settled(here, monkeypatch):
-    monkeypatch.chdir(here)
-    monkeypatch.setenv("TINYGPT_CACHE", str(here / "cache"))
+def in_workdir(workdir, monkeypatch):
+    monkeypatch.chdir(workdir)
+    monkeypatch.setenv("TINYGPT_CACHE", str(workdir / "cache"))
     monkeypatch.delenv("TINYGPT_TRACEBACK", raising=False)
 
 
 def training(*arguments):
-    """Exit code, standard output and standard error of `python -m training ARGUMENTS`."""
+    """Return the exit code, standard output and standard error of `python -m training ARGUMENTS`."""
     out, err, code = io.StringIO(), io.StringIO(), 0
     argv, sys.argv = sys.argv, ["training", *map(str, arguments)]
     try:
@@ -75,16 +75,16 @@ def training(*arguments):
 
 
 @pytest.fixture(scope="module")
-def run(here):
+def run(workdir):
     """A finished run."""
-    os.environ["TINYGPT_CACHE"] = str(here / "cache")
-    directory = here / "runs" / "done"
-    code, out, err = training("train", *TINY, "--data", here / "text.txt", "--run", directory)
+    os.environ["TINYGPT_CACHE"] = str(workdir / "cache")
+    directory = workdir / "runs" / "done"
+    code, out, err = training("train", *TINY, "--data", workdir / "text.txt", "--run", directory)
     assert code == 0, err
     return directory, out
 
 
-def test_a_run_says_what_it_does_and_what_comes_next(run):
+def test_train_prints_its_config_metrics_and_next_commands(run):
     directory, out = run
     config = json.loads((directory / "run.json").read_text())
     assert "preset gpt-nano: gpt on cpu" in out
@@ -99,16 +99,16 @@ def test_a_run_says_what_it_does_and_what_comes_next(run):
     assert "\r" not in out
 
 
-def test_the_run_directory_is_complete(run):
+def test_run_directory_is_complete(run):
     directory, out = run
     assert {path.name for path in directory.iterdir()} == {
         *("config.json", "model.safetensors", "tokenizer.json", "run.json", "metrics.jsonl"),
         "validation.safetensors",
         "checkpoints",
     }
-    held_out = load_tensors(directory / "validation.safetensors")["tokens"]
-    (there,) = re.findall(r"validation: [0-9,]+ bytes, ([0-9,]+) tokens", out)
-    assert len(held_out) == min(int(there.replace(",", "")), 16_384) > 0
+    tokens = load_tensors(directory / "validation.safetensors")["tokens"]
+    (count,) = re.findall(r"validation: [0-9,]+ bytes, ([0-9,]+) tokens", out)
+    assert len(tokens) == min(int(count.replace(",", "")), 16_384) > 0
     lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [*range(1, 7)]
     assert [line["step"] for line in lines if "validation_loss" in line] == [3, 6]
@@ -116,66 +116,68 @@ def test_the_run_directory_is_complete(run):
     assert [line["tokens"] for line in lines if "tokens" in line] == [128 * k for k in range(1, 7)]
 
 
-def test_eval_counts_every_token_and_prints_its_setting(run, here):
+def test_eval_counts_every_token_and_prints_its_settings(run, workdir):
     directory, out = run
     code, printed, _ = training("eval", directory)
     assert code == 0
     assert "context 32, stride 32" in printed
     assert "xz -9e" in printed
-    figures = {}
+    reports = {}
     for stride in (32, 9):
         _, printed, _ = training("eval", directory, "--json", "--stride", stride)
-        figures[stride] = json.loads(printed)
-    text = (here / "text.txt").read_text()
+        reports[stride] = json.loads(printed)
+    text = (workdir / "text.txt").read_text()
     held_out = text[int(0.9 * len(text)) :]
-    for stride, found in figures.items():
-        assert (found["context_length"], found["stride"]) == (32, stride)
-        assert found["tokens"] == found["bytes"] == len(held_out)
-        assert found["words"] == len(held_out.split()) + held_out.count("\n")
-        assert f"{found['bits_per_byte']:.4f}" in out or stride != 32
+    for stride, report in reports.items():
+        assert (report["context_length"], report["stride"]) == (32, stride)
+        assert report["tokens"] == report["bytes"] == len(held_out)
+        assert report["words"] == len(held_out.split()) + held_out.count("\n")
+        assert f"{report['bits_per_byte']:.4f}" in out or stride != 32
 
 
-def test_eval_on_another_text_scores_all_of_it(run, here):
-    other = here / "other.txt"
+def test_eval_scores_all_of_another_text(run, workdir):
+    other = workdir / "other.txt"
     other.write_text("something else\n")
     code, printed, _ = training("eval", run[0], "--data", other, "--json")
     assert code == 0
     assert json.loads(printed)["bytes"] == 15
 
 
-def test_eval_takes_the_test_split_where_there_is_one(run, here):
-    folder = here / "splits"
+def test_eval_prefers_the_test_split(run, workdir):
+    folder = workdir / "splits"
     folder.mkdir()
     for name in ("train", "validation", "test"):
         (folder / f"{name}.txt").write_text(f"this is {name}\n")
     for arguments, split in (((), "test"), (("--split", "train"), "train")):
         _, printed, _ = training("eval", run[0], "--data", folder, "--json", *arguments)
-        found = json.loads(printed)
-        assert found["split"] == split
-        assert found["bytes"] == len(f"this is {split}\n")
+        report = json.loads(printed)
+        assert report["split"] == split
+        assert report["bytes"] == len(f"this is {split}\n")
     code, _, err = training("eval", run[0], "--data", folder, "--split", "dev")
     assert code == 2
     assert "there are test, train, validation" in err
 
 
-def test_training_from_prepared_tokens(run, here):
+def test_train_from_prepared_tokens(run, workdir):
     name = json.loads((run[0] / "run.json").read_text())["data"]["fingerprint"]
-    files = (here / "cache").glob("text.txt-*/corpus.json")
+    files = (workdir / "cache").glob("text.txt-*/corpus.json")
     prepared = next(file.parent for file in files if name in file.read_text())
-    code, _, err = training("train", *TINY, "--data", prepared, "--run", here / "runs" / "prepared")
+    code, _, err = training(
+        "train", *TINY, "--data", prepared, "--run", workdir / "runs" / "prepared"
+    )
     assert code == 0, err
     weights = "model.safetensors"
-    assert (here / "runs" / "prepared" / weights).read_bytes() == (run[0] / weights).read_bytes()
+    assert (workdir / "runs" / "prepared" / weights).read_bytes() == (run[0] / weights).read_bytes()
 
 
-def test_resume_goes_on_where_a_signal_stopped_it(here, request):
-    directory = here / "runs" / "stopped"
+def test_signals_save_a_checkpoint_that_resume_continues(workdir, request):
+    directory = workdir / "runs" / "stopped"
     environment = os.environ | {"PYTHONPATH": str(request.config.rootpath)}
     for number, code in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
         command = [sys.executable, "-m", "training", "train"]
-        fresh = [*TINY, "--data", here / "text.txt", "--run", directory, "--steps", "100000"]
+        options = [*TINY, "--data", workdir / "text.txt", "--run", directory, "--steps", "100000"]
         process = subprocess.Popen(
-            command + (["--resume", directory] if directory.exists() else fresh),
+            command + (["--resume", directory] if directory.exists() else options),
             env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -193,25 +195,25 @@ def test_resume_goes_on_where_a_signal_stopped_it(here, request):
         assert "Traceback" not in err
 
 
-def test_a_loss_that_is_not_finite_is_one_line_and_exit_code_1(here):
+def test_nonfinite_loss_exits_with_code_1(workdir):
     options = ("--unembedding-lr", "1e38", "--grad-clip", "0", "--warmup-steps", "0")
     code, _, err = training(
-        "train", *TINY, *options, "--data", here / "text.txt", "--run", here / "runs" / "nan"
+        "train", *TINY, *options, "--data", workdir / "text.txt", "--run", workdir / "runs" / "nan"
     )
     assert code == 1
     assert re.search(r"the loss of step \d is not finite; the last good checkpoint is", err)
     assert "Traceback" not in err
 
 
-def test_plot_draws_what_was_logged(run, here):
-    code, _, err = training("plot", run[0], "--output", here / "loss.svg")
+def test_plot_draws_the_logged_losses(run, workdir):
+    code, _, err = training("plot", run[0], "--output", workdir / "loss.svg")
     assert (code, err) == (0, "")
-    drawn = (here / "loss.svg").read_text()
-    assert "done: validation" in drawn
-    assert "loss (nats per token)" in drawn
+    svg = (workdir / "loss.svg").read_text()
+    assert "done: validation" in svg
+    assert "loss (nats per token)" in svg
 
 
-WRONG = {
+INVALID = {
     "an unknown preset": (
         ["train", "gtp-nano"],
         "no preset is named 'gtp-nano' (did you mean gpt-nano?",
@@ -235,7 +237,7 @@ WRONG = {
         "width must be a multiple of 2 * heads",
     ),
     "no heads": (["train", "--heads", "0"], "heads must be at least 1"),
-    "a dropout above all": (["train", "--dropout", "2"], "dropout probability"),
+    "a dropout above 1": (["train", "--dropout", "2"], "dropout probability"),
     "no such file": (["train", "--data", "./absent.txt"], "./absent.txt: no such file or folder"),
     "no such tokenizer": (
         ["train", "--tokenizer", "absent.json"],
@@ -246,15 +248,15 @@ WRONG = {
     "not JSON": (["train", "--data", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
     "an empty folder": (["train", "--data", "empty"], "no text in this folder"),
     "mixed kinds": (["train", "--data", "mixed"], "mixes kinds of files"),
-    "a run that is there": (["train", "--run", "runs/done"], "already holds a run"),
+    "an existing run": (["train", "--run", "runs/done"], "already holds a run"),
     "no such run": (["eval", "runs/dnoe"], "no such run directory (did you mean done?)"),
     "resume of nothing": (["train", "--resume", "empty"], "not a training run"),
     "resume with options": (["train", "--resume", "runs/done", "--steps", "9"], "--steps, 9"),
-    "a stride of nothing": (
+    "a stride of 0": (
         ["eval", "runs/done", "--stride", "0"],
         "between 1 and 32",
     ),
-    "a split that is not": (["eval", "runs/done", "--split", "dev"], "no split is named 'dev'"),
+    "an unknown split": (["eval", "runs/done", "--split", "dev"], "no split is named 'dev'"),
     "data options without data": (["eval", "runs/done", "--text-column", "a"], "need --data"),
     "weights cut short": (["eval", "runs/cut"], "model.safetensors: damaged"),
     "weights of another shape": (["eval", "runs/other"], "has shape"),
@@ -263,7 +265,7 @@ WRONG = {
     "a config cut short": (["eval", "runs/half"], "config.json: not valid JSON"),
     "an unknown model": (["eval", "runs/martian"], "no model is named 'gtp' (did you mean gpt?)"),
     "an unknown argument": (["eval", "runs/odd"], "no argument 'widht' (did you mean width?)"),
-    "a picture of no kind": (
+    "an unknown image format": (
         ["plot", "runs/done", "--output", "loss.doc"],
         "must end in .svg, .png",
     ),
@@ -271,52 +273,52 @@ WRONG = {
 
 
 @pytest.fixture(scope="module")
-def spoiled(run, here):
-    """Files and runs with something wrong in them."""
-    (here / "short.txt").write_text("short\n")
-    (here / "latin.txt").write_bytes(b"one\ncaf\xe9\n" * 99)
-    (here / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
-    (here / "empty").mkdir()
-    (here / "mixed").mkdir()
-    (here / "mixed" / "a.txt").write_text("a")
-    (here / "mixed" / "b.jsonl").write_text('{"text": "b"}')
+def broken_inputs(run, workdir):
+    """Invalid files and damaged runs."""
+    (workdir / "short.txt").write_text("short\n")
+    (workdir / "latin.txt").write_bytes(b"one\ncaf\xe9\n" * 99)
+    (workdir / "bad.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (workdir / "empty").mkdir()
+    (workdir / "mixed").mkdir()
+    (workdir / "mixed" / "a.txt").write_text("a")
+    (workdir / "mixed" / "b.jsonl").write_text('{"text": "b"}')
     config = json.loads((run[0] / "config.json").read_text())
     weights = (run[0] / "model.safetensors").read_bytes()
-    own = config["model_args"]
-    for name, changed, kept in (
+    model_args = config["model_args"]
+    for name, new_config, new_weights in (
         ("cut", config, weights[: len(weights) // 2]),
-        ("other", config | {"model_args": own | {"width": 32}}, weights),
+        ("other", config | {"model_args": model_args | {"width": 32}}, weights),
         ("newer", config | {"format": 99}, weights),
         ("young", config, None),
         ("half", None, weights),
         ("martian", config | {"model": "gtp"}, weights),
-        ("odd", config | {"model_args": own | {"widht": 1}}, weights),
+        ("odd", config | {"model_args": model_args | {"widht": 1}}, weights),
     ):
-        folder = here / "runs" / name
+        folder = workdir / "runs" / name
         folder.mkdir()
         (folder / "config.json").write_text(
-            json.dumps(changed) if changed else '{"format": 1, "mod'
+            json.dumps(new_config) if new_config else '{"format": 2, "mod'
         )
         (folder / "run.json").write_bytes((run[0] / "run.json").read_bytes())
         (folder / "tokenizer.json").write_bytes((run[0] / "tokenizer.json").read_bytes())
-        if kept is not None:
-            (folder / "model.safetensors").write_bytes(kept)
+        if new_weights is not None:
+            (folder / "model.safetensors").write_bytes(new_weights)
 
 
-@pytest.mark.usefixtures("spoiled")
-@pytest.mark.parametrize("case", WRONG)
-def test_a_mistake_is_one_line_and_exit_code_2(case, here):
-    arguments, expected = WRONG[case]
-    before = sorted(path.name for path in (here / "runs").iterdir())
+@pytest.mark.usefixtures("broken_inputs")
+@pytest.mark.parametrize("case", INVALID)
+def test_invalid_arguments_print_one_line_and_exit_with_code_2(case, workdir):
+    arguments, expected = INVALID[case]
+    before = sorted(path.name for path in (workdir / "runs").iterdir())
     code, _, err = training(*arguments)
     assert code == 2
     assert expected in err
     assert err.count("\n") == 1
     assert err.startswith("python -m training: ")
-    assert sorted(path.name for path in (here / "runs").iterdir()) == before
+    assert sorted(path.name for path in (workdir / "runs").iterdir()) == before
 
 
-def test_without_any_run_there_is_advice(tmp_path, monkeypatch):
+def test_missing_runs_are_explained(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for arguments in (["eval"], ["train", "--resume"]):
         code, _, err = training(*arguments)
@@ -324,9 +326,9 @@ def test_without_any_run_there_is_advice(tmp_path, monkeypatch):
         assert "there is no run in" in err
 
 
-def test_the_newest_run_is_the_default(run, here):
-    newest = here / "runs" / "done" / "model.safetensors"
-    later = max(path.stat().st_mtime for path in (here / "runs").glob("*/*.safetensors")) + 10
+def test_newest_run_is_the_default(run, workdir):
+    newest = workdir / "runs" / "done" / "model.safetensors"
+    later = max(path.stat().st_mtime for path in (workdir / "runs").glob("*/*.safetensors")) + 10
     os.utime(newest, (later, later))
     assert find_run(None).name == "done"
     code, out, _ = training("eval", "--json")
@@ -335,17 +337,17 @@ def test_the_newest_run_is_the_default(run, here):
 
 
 @pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["eval", "--help"]])
-def test_help_names_every_option_and_fits_the_terminal(command):
+def test_help_lists_every_option_in_lines_that_fit(command):
     code, out, _ = training(*command)
     assert code == 0
     assert max(map(len, out.splitlines())) <= 130
     if "train" in command:
         for name in ("--data", "--steps", "--width", "--learning-rate", "--tensorboard", "--run"):
             assert name in out
-        assert "python -m training presets" in out
+        assert "tinygpt presets" in out
 
 
-def test_the_presets_are_listed_with_what_they_train():
+def test_presets_lists_models_and_tasks():
     code, out, _ = training("presets")
     assert code == 0
     rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines()}
@@ -355,7 +357,7 @@ def test_the_presets_are_listed_with_what_they_train():
     assert rows["word2vec"] == ["word2vec", "word-vectors"]
 
 
-def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
+def test_translators_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = [
         json.dumps({"translation": {"en": " ".join(["cat"] * n), "fr": " ".join(["chat"] * n)}})
@@ -371,10 +373,10 @@ def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
         assert training(*command.split())[0] == 0
     code, out, err = training("translators", "runs/seq2seq", "runs/attention", "--output", "b.svg")
     assert code == 0
-    found = json.loads((tmp_path / "b.json").read_text())
-    assert [row["run"] for row in found] == ["seq2seq", "attention"]
-    assert [bucket["pairs"] for bucket in found[0]["buckets"]] == [6, 6, 6]
-    assert f"**{found[1]['bleu']:.1f}**" in (tmp_path / "b.md").read_text()
+    scores = json.loads((tmp_path / "b.json").read_text())
+    assert [row["run"] for row in scores] == ["seq2seq", "attention"]
+    assert [bucket["pairs"] for bucket in scores[0]["buckets"]] == [6, 6, 6]
+    assert f"**{scores[1]['bleu']:.1f}**" in (tmp_path / "b.md").read_text()
     assert (tmp_path / "b.md").read_text() in out
     assert "attention" in (tmp_path / "b.svg").read_text()
 
@@ -383,7 +385,10 @@ def test_translators_are_compared_in_a_table_and_a_plot(tmp_path, monkeypatch):
         (["translators"], "which runs?"),
         (["translators", "runs/attention", "--split", "dev"], "has no split named 'dev'"),
         (["eval", "runs/attention", "--data", "text.txt"], "translation"),
-        (["eval", "runs/attention", "--stride", "3"], "--stride has no meaning in the task pairs"),
+        (
+            ["eval", "runs/attention", "--stride", "3"],
+            "--stride has no meaning in the task translation",
+        ),
         (["train", "lstm", "--task", "translation", "--data", "pairs"], "lstm cannot learn"),
     ]:
         code, out, err = training(*arguments)

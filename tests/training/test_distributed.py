@@ -15,10 +15,10 @@ from gpt.checkpoint import load_model, load_tensors, save_config
 from tests.training.helpers import make_trainer, read_log, write_corpus
 from tests.training.torchrun_worker import CONFIGS, ONE_SGD_STEP, TASKS, TINY, UnevenTargets
 from training.checkpointing import list_checkpoints, newest_checkpoint
-from training.cli import start
 from training.config import TrainingConfig, model_arguments
 from training.data.corpus import open_corpus
 from training.distributed import World
+from training.launch import start_run
 from training.run_directory import check_batch_size, create_run
 from training.tasks.text import Text
 
@@ -212,7 +212,7 @@ def test_options_that_do_not_fit_the_processes_are_refused(folder, tmp_path, mon
     assert World(0, 3).device("cuda") == torch.device("cuda:0")
     monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
     with pytest.raises(ValueError, match="--run DIR"):
-        start(dataclasses.replace(TINY, data=str(folder / "corpus")), None)
+        start_run(dataclasses.replace(TINY, data=str(folder / "corpus")), None)
 
 
 def test_local_slices_divide_the_batch():

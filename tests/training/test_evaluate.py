@@ -1,4 +1,4 @@
-"""Every token counted once, and every figure by a second computation."""
+"""Every token is scored once, and every metric equals a second computation."""
 
 import math
 
@@ -20,10 +20,10 @@ CONTEXT = 16
 
 
 class Uniform(LanguageModel):
-    """Knows nothing: every token is equally likely."""
+    """Predicts every token with the same probability."""
 
-    def __init__(self, vocabulary: int, context: int) -> None:
-        super().__init__(vocabulary, context)
+    def __init__(self, vocab_size: int, context_length: int) -> None:
+        super().__init__(vocab_size, context_length)
         self.weight = nn.Parameter(torch.zeros(1, dtype=torch.float64))
 
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
@@ -43,18 +43,18 @@ def model() -> GPT:
     return model
 
 
-@pytest.mark.parametrize("vocabulary", [2, 257, 4096, 50257])
-def test_a_uniform_model_has_the_vocabulary_as_its_perplexity(vocabulary: int) -> None:
-    tokens = np.random.default_rng(0).integers(0, vocabulary, 300)
-    score = evaluate(Uniform(vocabulary, CONTEXT), tokens, words=50, bytes=1000)
-    assert score.perplexity == pytest.approx(vocabulary, abs=1e-6)
-    assert score.bits_per_byte == pytest.approx(299 * math.log2(vocabulary) / 1000)
-    assert score.word_perplexity == pytest.approx(math.exp(299 * math.log(vocabulary) / 50))
+@pytest.mark.parametrize("vocab_size", [2, 257, 4096, 50257])
+def test_perplexity_of_a_uniform_model_is_the_vocab_size(vocab_size: int) -> None:
+    tokens = np.random.default_rng(0).integers(0, vocab_size, 300)
+    score = evaluate(Uniform(vocab_size, CONTEXT), tokens, words=50, bytes=1000)
+    assert score.perplexity == pytest.approx(vocab_size, abs=1e-6)
+    assert score.bits_per_byte == pytest.approx(299 * math.log2(vocab_size) / 1000)
+    assert score.word_perplexity == pytest.approx(math.exp(299 * math.log(vocab_size) / 50))
 
 
 @pytest.mark.parametrize("length", [2, 3, 15, 16, 17, 18, 33, 100, 161])
 @pytest.mark.parametrize("stride", range(1, CONTEXT + 1))
-def test_every_prediction_is_scored_once_whatever_the_stride(length: int, stride: int) -> None:
+def test_every_token_is_scored_once_at_any_stride(length: int, stride: int) -> None:
     predicted: list[int] = []
     for start, end, scored in windows(length, CONTEXT, stride):
         assert 0 <= start < end <= length - 1
@@ -65,63 +65,61 @@ def test_every_prediction_is_scored_once_whatever_the_stride(length: int, stride
 
 @pytest.mark.parametrize("stride", [1, 5, 8, 15, 16])
 @pytest.mark.parametrize("length", [2, 16, 17, 83])
-def test_the_sum_equals_one_prediction_at_a_time(model: GPT, stride: int, length: int) -> None:
+def test_windows_equal_one_prediction_at_a_time(model: GPT, stride: int, length: int) -> None:
     tokens = np.random.default_rng(length).integers(0, 60, length)
-    total, context_of_next = 0.0, 0
-    for place in range(1, length):
-        # Windows after the first begin so that their last `stride` predictions are new.
-        if place <= CONTEXT:
+    total = 0.0
+    for position in range(1, length):
+        # Windows after the first start so that their last `stride` predictions are new.
+        if position <= CONTEXT:
             start = 0
         else:
-            end = min(CONTEXT + math.ceil((place - CONTEXT) / stride) * stride, length - 1)
+            end = min(CONTEXT + math.ceil((position - CONTEXT) / stride) * stride, length - 1)
             start = end - CONTEXT
-        seen_1T = torch.from_numpy(tokens[start:place]).unsqueeze(0)
+        prefix_1T = torch.from_numpy(tokens[start:position]).unsqueeze(0)
         with torch.inference_mode():
-            probabilities_V = model(seen_1T)[0, -1].softmax(-1)
-        total -= math.log(probabilities_V[tokens[place]].item())
-        context_of_next += 1
+            probabilities_V = model(prefix_1T)[0, -1].softmax(-1)
+        total -= math.log(probabilities_V[tokens[position]].item())
     score = evaluate(model, tokens, words=7, bytes=200, stride=stride, precision="float32")
-    assert score.tokens == context_of_next == length - 1
-    assert score.nats == pytest.approx(total, rel=1e-9)
+    assert score.tokens == length - 1
+    assert score.nll == pytest.approx(total, rel=1e-9)
     assert score.bits_per_byte == pytest.approx(total / math.log(2) / 200, rel=1e-9)
 
 
-def test_batching_windows_changes_nothing(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_score_does_not_depend_on_batch_size(model: GPT, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, 500)
-    whole = evaluate(model, tokens, words=1, bytes=1, stride=7, precision="float32")
-    monkeypatch.setattr("training.evaluation.evaluate.TOKENS_AT_ONCE", 1)
-    assert evaluate(
-        model, tokens, words=1, bytes=1, stride=7, precision="float32"
-    ).nats == pytest.approx(whole.nats, rel=1e-12)
+    batched = evaluate(model, tokens, words=1, bytes=1, stride=7, precision="float32")
+    monkeypatch.setattr("training.evaluation.evaluate.MAX_BATCH_TOKENS", 1)
+    single = evaluate(model, tokens, words=1, bytes=1, stride=7, precision="float32")
+    assert single.nll == pytest.approx(batched.nll, rel=1e-12)
 
 
-def test_an_estimate_with_budget_for_all_is_the_loss(model: GPT) -> None:
+def test_loss_estimate_over_all_tokens_is_the_loss(model: GPT) -> None:
     tokens = np.random.default_rng(0).integers(0, 60, 500)
-    whole = evaluate(model, tokens, words=1, bytes=1, precision="float32")
-    assert estimate_loss(model, tokens, 10_000, "float32") == pytest.approx(whole.loss)
-    some = estimate_loss(model, tokens, 100, "float32")
-    assert some != whole.loss
-    assert some == pytest.approx(whole.loss, rel=0.3)
+    loss = evaluate(model, tokens, words=1, bytes=1, precision="float32").loss
+    assert estimate_loss(model, tokens, 10_000, "float32") == pytest.approx(loss)
+    estimate = estimate_loss(model, tokens, 100, "float32")
+    assert estimate != loss
+    assert estimate == pytest.approx(loss, rel=0.3)
 
 
-def test_training_mode_is_left_as_it_was(model: GPT) -> None:
+def test_training_mode_is_restored(model: GPT) -> None:
     model.train()
     evaluate(model, np.arange(20), words=1, bytes=1)
     assert model.training
 
 
-def test_a_stride_outside_the_context_is_refused(model: GPT) -> None:
+def test_stride_outside_the_context_is_rejected(model: GPT) -> None:
     for stride in (0, CONTEXT + 1):
         with pytest.raises(ValueError, match=f"between 1 and {CONTEXT}"):
             evaluate(model, np.arange(50), words=1, bytes=1, stride=stride)
 
 
-def test_perplexity_of_a_hopeless_loss_is_infinite_not_an_error() -> None:
+def test_perplexity_of_a_huge_loss_is_infinite() -> None:
     assert Score(1e6, 10, 1, 1, 1, 1).perplexity == math.inf
     assert math.isnan(Score(1.0, 1, 0, 1, 1, 1).word_perplexity)
 
 
-def test_compressors_give_bits_per_byte() -> None:
-    found = compression_baselines(b"abcd" * 10_000)
-    assert found.keys() == {"gzip -9", "xz -9e"}
-    assert all(0 < bits < 0.2 for bits in found.values())
+def test_compression_baselines_are_bits_per_byte() -> None:
+    baselines = compression_baselines(b"abcd" * 10_000)
+    assert baselines.keys() == {"gzip -9", "xz -9e"}
+    assert all(0 < bits < 0.2 for bits in baselines.values())

@@ -1,4 +1,7 @@
-"""What a plan says of a run, held against real steps on this CPU. Run as a program, this prints the table of docs/scale.md."""
+"""Planned memory equals that of real steps on this CPU.
+
+Run as a program, this prints the measurements of docs/scale.md.
+"""
 
 import dataclasses
 import gc
@@ -18,7 +21,7 @@ from gpt.device import GPUSpec, find_gpu_spec
 from tests.training.test_cli import training
 from training.config import new_model
 from training.optimizer import Optimizers
-from training.plan import Hardware, gathered, measure, plan
+from training.plan import Hardware, all_gather_bytes, make_plan, measure_memory
 from training.presets import PRESETS
 from training.tasks import TASKS
 from training.trainer import Objective
@@ -30,17 +33,17 @@ ROWS = 4
 
 
 def tiny(name, **changes):
-    """A preset at a tiny shape."""
-    run = PRESETS[name]
+    """A preset with tiny shapes."""
+    preset = PRESETS[name]
     sizes = {"vocab_size": 300, "context_length": 32, "batch_size": ROWS}
-    if run.model in ("gpt", "gpt2", "transformer"):
-        sizes["model_args"] = run.model_args | {"width": 32, "depth": 2, "heads": 2}
-    if run.model == "lstm":
-        sizes["model_args"] = run.model_args | {"width": 16}
-    return dataclasses.replace(run, **(sizes | changes))
+    if preset.model in ("gpt", "gpt2", "transformer"):
+        sizes["model_args"] = preset.model_args | {"width": 32, "depth": 2, "heads": 2}
+    if preset.model == "lstm":
+        sizes["model_args"] = preset.model_args | {"width": 16}
+    return dataclasses.replace(preset, **(sizes | changes))
 
 
-RUNS = {
+CONFIGS = {
     "gpt": tiny("gpt-nano"),
     "gpt-adamw": tiny("gpt-nano", optimizer="adamw"),
     "gpt2": tiny("gpt2"),
@@ -54,78 +57,84 @@ RUNS = {
 }
 
 
-class Real:
-    """A step of a run as it is: what autograd saves, and what the allocator gives out."""
+class RealStep:
+    """A real training step: what autograd saves, and what the allocator hands out."""
 
-    def __init__(self, run, bfloat16):
+    def __init__(self, config, bfloat16):
         torch.manual_seed(0)
-        task = TASKS[run.task]
-        self.model = new_model(run, task.expected_model_args(run)).train()
-        self.optimizers = Optimizers(self.model, run, CPU, bfloat16)
-        self.batch = [torch.from_numpy(array) for array in task.largest_batch(run, ROWS)]
-        self.bfloat16, self.carry, self.window = bfloat16, run.carry, run.window
+        task = TASKS[config.task]
+        self.config, self.bfloat16 = config, bfloat16
+        self.model = new_model(config, task.expected_model_args(config)).train()
+        self.optimizers = Optimizers(self.model, config, CPU, bfloat16)
+        self.batch = [torch.from_numpy(array) for array in task.largest_batch(config, ROWS)]
 
     def loss(self):
-        self.carried = self.model.init_state(ROWS, self.window) if self.carry else None
+        self.state = None  # kept alive as the trainer keeps it
+        if self.config.stateful:
+            self.state = self.model.init_state(ROWS, self.config.context_length)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bfloat16):
-            return Objective(self.model)(*self.batch, state=self.carried)
+            return Objective(self.model)(*self.batch, state=self.state)
 
     def step(self, index=0):
         self.loss().backward()
         self.gradients = [parameter.grad for parameter in self.model.parameters()]
         self.optimizers.step(index)
 
-    def saved(self):
-        """Bytes that the graph holds on to when the logits are to be made, with what they are made from."""
-        own = [*self.model.parameters(), *self.model.buffers(), *self.batch]
-        not_counted = {tensor.untyped_storage()._cdata for tensor in own}
-        found, at_logits = {}, []
+    def saved_bytes(self):
+        """Bytes that the graph holds when the logits are about to be computed, with their inputs."""
+        permanent = [*self.model.parameters(), *self.model.buffers(), *self.batch]
+        not_counted = {tensor.untyped_storage()._cdata for tensor in permanent}
+        storages, sizes = {}, []
 
-        def keep(tensor):
+        def save(tensor):
             storage = tensor.untyped_storage()
             if storage._cdata not in not_counted:
-                found[storage._cdata] = storage
+                storages[storage._cdata] = storage
             return tensor
 
         if hasattr(self.model, "mean_nll"):
             mean_nll = self.model.mean_nll
 
-            def noting(features, targets):
-                keep(features)
-                at_logits.append(sum(storage.nbytes() for storage in found.values()))
+            def recording_mean_nll(features, targets):
+                save(features)
+                sizes.append(sum(storage.nbytes() for storage in storages.values()))
                 return mean_nll(features, targets)
 
-            self.model.mean_nll = noting
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.model.mean_nll = recording_mean_nll
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):
             loss = self.loss()
-        keep(loss)
-        at_logits.append(sum(storage.nbytes() for storage in found.values()))
-        return at_logits[0]
+        save(loss)
+        sizes.append(sum(storage.nbytes() for storage in storages.values()))
+        return sizes[0]
 
-    def peak(self):
-        """Most bytes given out at once in a step whose gradients are there already."""
+    def peak_bytes(self):
+        """Most bytes allocated at once in a step whose gradients exist already."""
         for parameter in self.model.parameters():
             parameter.grad = torch.zeros_like(parameter)
-        gc.collect()  # what others left to be given back would count here
+        gc.collect()  # garbage freed during the step would distort the count
         with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
             self.loss().backward()
         events = profiler.profiler.kineto_results.events()
         memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-        now = most = 0
+        current = peak = 0
         for _, size in memory:
-            now += size
-            most = max(most, now)
-        return most
+            current += size
+            peak = max(peak, current)
+        return peak
+
+
+def measure_on_cpu(config, bfloat16):
+    return measure_memory(config, ROWS, bfloat16=bfloat16, on_gpu=False)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
-@pytest.mark.parametrize("name", RUNS)
-def test_memory_is_what_a_real_step_takes(name, bfloat16):
-    run = RUNS[name]
-    planned, real = measure(run, ROWS, bfloat16, card=False), Real(run, bfloat16)
-    assert planned.activations + planned.loss == real.peak()
-    saved = Real(run, bfloat16).saved()
-    # Beside what autograd saves, what the code still has a name for.
+@pytest.mark.parametrize("name", CONFIGS)
+def test_planned_memory_is_that_of_a_real_step(name, bfloat16):
+    config = CONFIGS[name]
+    planned, real = measure_on_cpu(config, bfloat16), RealStep(config, bfloat16)
+    assert planned.activations + planned.loss == real.peak_bytes()
+    saved = RealStep(config, bfloat16).saved_bytes()
+    # Beyond what autograd saves, tensors that local variables keep alive.
     assert saved <= planned.activations <= 1.15 * saved
     tensors = [*real.model.parameters(), *real.model.buffers()]
     assert planned.weights == sum(tensor.nbytes for tensor in tensors)
@@ -139,95 +148,98 @@ def test_memory_is_what_a_real_step_takes(name, bfloat16):
     )
 
 
-def test_logits_are_made_in_chunks(monkeypatch):
-    run = RUNS["gpt"]
-    at_once = measure(run, ROWS, True, card=False)
-    monkeypatch.setattr("gpt.models.base.CHUNK_ELEMENTS", 300 * 16)
-    few = measure(run, ROWS, True, card=False)
-    assert few.activations == at_once.activations
-    assert few.loss < at_once.loss / 3
-    # The copies that a CPU's bfloat16 products make for themselves are no tensors.
-    real = Real(run, True)
-    unseen = real.peak() - few.activations - few.loss
-    assert 0 <= unseen <= real.model.unembedding.weight.nbytes
+def test_chunked_logits_take_less_memory(monkeypatch):
+    config = CONFIGS["gpt"]
+    unchunked = measure_on_cpu(config, True)
+    monkeypatch.setattr("gpt.models.base.MAX_LOGITS", 300 * 16)
+    chunked = measure_on_cpu(config, True)
+    assert chunked.activations == unchunked.activations
+    assert chunked.loss < unchunked.loss / 3
+    # A CPU's bfloat16 products make internal copies that are not tensors.
+    real = RealStep(config, True)
+    internal = real.peak_bytes() - chunked.activations - chunked.loss
+    assert 0 <= internal <= real.model.unembedding.weight.nbytes
 
 
 def test_every_model_can_be_planned():
-    for name, run in {run.model: run for run in reversed(PRESETS.values())}.items():
-        sizes = {"context_length": 4} if TASKS[run.task].unit == "tokens" else {}
-        found = plan(
-            dataclasses.replace(run, **sizes, batch_size=2, gradient_accumulation_steps=1),
-            1,
-            "H100",
-            0.4,
-        )
-        assert found.memory.together > 0, name
-        assert found.place.holds(found.memory), name
-        assert json.dumps(found.to_json())
-        assert found.table()
+    for name, preset in {preset.model: preset for preset in reversed(PRESETS.values())}.items():
+        sizes = {"context_length": 4} if TASKS[preset.task].unit == "tokens" else {}
+        config = dataclasses.replace(preset, **sizes, batch_size=2, gradient_accumulation_steps=1)
+        plan = make_plan(config, 1, "H100", 0.4)
+        assert plan.memory.peak > 0, name
+        assert plan.hardware.fits(plan.memory), name
+        assert json.dumps(plan.to_json())
+        assert plan.table()
 
 
-@pytest.mark.parametrize(("card", "bytes_each"), [(True, 1), (False, 4)])
-def test_the_mask_of_a_dropout_takes_a_byte_on_a_card_and_four_on_a_cpu(card, bytes_each):
-    run = RUNS["gpt"]
-    dropping = dataclasses.replace(run, model_args=run.model_args | {"dropout": 0.1})
-    without, found = (measure(it, ROWS, False, card).activations for it in (run, dropping))
-    rows, width, layers = ROWS * 32, 32, 2
-    # Two branches a layer, and the embedding.
-    assert found - without == bytes_each * rows * width * (2 * layers + 1)
-
-
-def test_a_card_computes_norms_in_float32():
-    """Under autocast, where a CPU keeps what it makes of queries and keys in bfloat16."""
-    card, cpu = (measure(RUNS["gpt"], ROWS, True, card=it).activations for it in (True, False))
-    assert card > cpu
-
-
-def test_what_is_sharded_is_divided_and_its_largest_layer_put_together():
-    run = dataclasses.replace(RUNS["gpt"], batch_size=2 * ROWS)
-    whole, half = (
-        plan(dataclasses.replace(run, fsdp=shard), 2, "H100", 0.4) for shard in (False, True)
+@pytest.mark.parametrize(("on_gpu", "itemsize"), [(True, 1), (False, 4)])
+def test_dropout_mask_takes_one_byte_on_a_gpu_and_four_on_a_cpu(on_gpu, itemsize):
+    config = CONFIGS["gpt"]
+    with_dropout = dataclasses.replace(config, model_args=config.model_args | {"dropout": 0.1})
+    before, after = (
+        measure_memory(each, ROWS, bfloat16=False, on_gpu=on_gpu).activations
+        for each in (config, with_dropout)
     )
-    model = whole.model
+    rows, width, layers = ROWS * 32, 32, 2
+    # Two branches of each layer, and the embedding.
+    assert after - before == itemsize * rows * width * (2 * layers + 1)
+
+
+def test_norms_are_in_float32_on_a_gpu_under_autocast():
+    """A CPU keeps the norms of queries and keys in bfloat16."""
+    gpu, cpu = (
+        measure_memory(CONFIGS["gpt"], ROWS, bfloat16=True, on_gpu=on_gpu).activations
+        for on_gpu in (True, False)
+    )
+    assert gpu > cpu
+
+
+def test_fsdp_divides_memory_and_gathers_the_largest_layer():
+    config = dataclasses.replace(CONFIGS["gpt"], batch_size=2 * ROWS)
+    ddp, fsdp = (
+        make_plan(dataclasses.replace(config, fsdp=fsdp), 2, "H100", 0.4) for fsdp in (False, True)
+    )
+    model = ddp.model
     layer = sum(parameter.numel() for parameter in model.blocks[0].parameters())
-    rest = sum(parameter.numel() for parameter in model.parameters()) - 2 * layer
-    assert gathered(model) == 3 * 4 * layer + 2 * 4 * rest
-    assert half.memory.gathered == 8 * layer + 6 * rest  # gathered in bfloat16
-    tables = sum(buffer.nbytes for buffer in model.buffers())
-    assert half.memory.weights == half.memory.gradients + tables
+    outside = sum(parameter.numel() for parameter in model.parameters()) - 2 * layer
+    assert all_gather_bytes(model) == 3 * 4 * layer + 2 * 4 * outside
+    assert fsdp.memory.all_gather == 8 * layer + 6 * outside  # gathered in bfloat16
+    buffers = sum(buffer.nbytes for buffer in model.buffers())
+    assert fsdp.memory.weights == fsdp.memory.gradients + buffers
     for kind in ("gradients", "optimizer"):
-        of = getattr(half.memory, kind) / getattr(whole.memory, kind)
-        assert of == pytest.approx(0.5, abs=0.001)
-    assert whole.memory.gathered == whole.memory.validation == 0
-    assert half.memory.activations < whole.memory.activations
+        share = getattr(fsdp.memory, kind) / getattr(ddp.memory, kind)
+        assert share == pytest.approx(0.5, abs=0.001)
+    assert ddp.memory.all_gather == ddp.memory.eval_model == 0
+    assert fsdp.memory.activations < ddp.memory.activations
 
 
-def test_time_is_operations_over_what_the_cards_reach():
-    run = dataclasses.replace(RUNS["gpt"], steps=100, batch_size=16)
-    found = plan(run, 4, "H100", 0.5)
-    per_token = found.model.flops_per_token(32)
-    assert found.tokens == 100 * 16 * 32
-    assert found.tokens_per_second == pytest.approx(4 * 0.5 * 989e12 / per_token)
-    said = found.to_json()
-    assert said["seconds"] == pytest.approx(found.tokens * per_token / (4 * 0.5 * 989e12))
-    assert said["tokens_per_parameter"] == pytest.approx(found.tokens / said["parameters"])
-    assert said["rows"] == 4
+def test_time_is_flops_over_utilized_peak():
+    config = dataclasses.replace(CONFIGS["gpt"], steps=100, batch_size=16)
+    plan = make_plan(config, 4, "H100", 0.5)
+    flops_per_token = plan.model.flops_per_token(32)
+    assert plan.tokens == 100 * 16 * 32
+    assert plan.tokens_per_second == pytest.approx(4 * 0.5 * 989e12 / flops_per_token)
+    report = plan.to_json()
+    seconds = plan.tokens * flops_per_token / (4 * 0.5 * 989e12)
+    assert report["seconds"] == pytest.approx(seconds)
+    assert report["tokens_per_parameter"] == pytest.approx(plan.tokens / report["parameters"])
+    assert report["micro_batch_size"] == 4
 
 
-def test_what_is_not_known_is_said_so():
-    for card in ("H1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "H100 MIG 1g.10gb"):
-        said = plan(RUNS["gpt"], 1, card, 0.4)
-        assert said.to_json()["fits"] is said.tokens_per_second is said.remedy is None
-        assert said.table().count("unknown") == 3
-    # Peaks are of bfloat16, and a sentence has its own length.
-    in_float32 = dataclasses.replace(RUNS["gpt"], precision="float32")
-    assert plan(in_float32, 1, "H100", 0.4).tokens_per_second is None
-    pairs = plan(RUNS["translate-gpt"], 1, "H100", 0.4)
-    assert pairs.tokens is pairs.to_json()["seconds"] is None
-    assert pairs.place.holds(pairs.memory)
+def test_unknown_quantities_are_reported_as_unknown():
+    for gpu in ("H1000", "NVIDIA GeForce RTX 4090 Laptop GPU", "H100 MIG 1g.10gb"):
+        plan = make_plan(CONFIGS["gpt"], 1, gpu, 0.4)
+        assert plan.to_json()["fits"] is plan.tokens_per_second is plan.suggestion is None
+        assert plan.table().count("unknown") == 3
+    # Peaks are those of bfloat16, and sentences differ in length.
+    in_float32 = dataclasses.replace(CONFIGS["gpt"], precision="float32")
+    assert make_plan(in_float32, 1, "H100", 0.4).tokens_per_second is None
+    translation = make_plan(CONFIGS["translate-gpt"], 1, "H100", 0.4)
+    assert translation.tokens is translation.to_json()["seconds"] is None
+    assert translation.hardware.fits(translation.memory)
 
 
-def test_cards_by_their_drivers_names():
+def test_gpu_specs_are_found_by_driver_names():
     assert (
         find_gpu_spec("NVIDIA A100-SXM4-80GB")
         == find_gpu_spec("a100 80gb")
@@ -242,85 +254,74 @@ def test_cards_by_their_drivers_names():
         assert find_gpu_spec(other) == GPUSpec(None, None)
 
 
-def test_what_does_not_fit_is_told_what_helps(monkeypatch):
+def test_options_are_suggested_for_a_run_that_does_not_fit(monkeypatch):
     one_layer = {"width": 32, "depth": 1, "heads": 2}
-    run = tiny("gpt-nano", optimizer="adamw", batch=8, arguments=one_layer)
+    config = tiny("gpt-nano", optimizer="adamw", batch_size=8, model_args=one_layer)
 
-    def told(room, cards=1, **changes):
-        monkeypatch.setattr("training.plan.find_card", lambda _: GPUSpec(room, None))
-        return plan(dataclasses.replace(run, **changes), cards, "small", 0.4).remedy
+    def suggestion(capacity, num_gpus=1, **changes):
+        monkeypatch.setattr("training.plan.find_gpu_spec", lambda _: GPUSpec(capacity, None))
+        return make_plan(dataclasses.replace(config, **changes), num_gpus, "small", 0.4).suggestion
 
-    def needed(rows, shard=False):
-        one = Hardware(2, "", GPUSpec(None, None), True, True)
-        return int(one.measure(dataclasses.replace(run, fsdp=shard), rows).together / 0.9) + 1
+    def required(micro_batch_size, fsdp=False):
+        hardware = Hardware(2, "", GPUSpec(None, None), True, True)
+        memory = hardware.measure_memory(dataclasses.replace(config, fsdp=fsdp), micro_batch_size)
+        return int(memory.peak / 0.9) + 1
 
-    assert told(needed(8)) is None
-    assert told(needed(4)) == "--gradient-accumulation-steps 2"
-    assert told(needed(2), accumulation=2) == "--gradient-accumulation-steps 4"
-    assert told(needed(1) // 2) == "more cards with --fsdp, or a smaller model"
-    # What is gathered is most of so small a model.
-    monkeypatch.setattr("training.plan.gathered", lambda _: 0)
-    assert told(needed(1, shard=True), cards=2) == "--gradient-accumulation-steps 4 --fsdp"
+    assert suggestion(required(8)) is None
+    assert suggestion(required(4)) == "--gradient-accumulation-steps 2"
+    accumulated = suggestion(required(2), gradient_accumulation_steps=2)
+    assert accumulated == "--gradient-accumulation-steps 4"
+    assert suggestion(required(1) // 2) == "more GPUs with --fsdp, or a smaller model"
+    # In so small a model the all-gather would be most of the memory.
+    monkeypatch.setattr("training.plan.all_gather_bytes", lambda _: 0)
+    sharded = suggestion(required(1, fsdp=True), num_gpus=2)
+    assert sharded == "--gradient-accumulation-steps 4 --fsdp"
 
 
-def test_the_command_prints_a_table_or_json():
-    options = [
-        "--num-gpus",
-        "8",
-        "--gpu",
-        "H100",
-        "--mfu",
-        "0.5",
-        "--width",
-        "64",
-        "--depth",
-        "1",
-        "--heads",
-        "1",
-        "--context-length",
-        "32",
-    ]
+def test_plan_prints_a_table_or_json():
+    shape = "--width 64 --depth 1 --heads 1 --context-length 32"
+    options = f"--num-gpus 8 --gpu H100 --mfu 0.5 {shape}".split()
     code, table, _ = training("plan", "gpt-micro", *options)
     assert code == 0
     assert "8 x H100 at 50% of 989 TFLOP/s" in table
-    code, said, _ = training("plan", "gpt-micro", *options, "--json")
+    code, out, _ = training("plan", "gpt-micro", *options, "--json")
     assert code == 0
-    assert json.loads(said)["cards"] == 8
+    assert json.loads(out)["num_devices"] == 8
     assert "fits" in table
 
 
-def test_the_vocabulary_is_that_of_the_tokenizer(tmp_path):
-    code, said, _ = training(
+def test_vocab_size_is_that_of_the_tokenizer(tmp_path):
+    code, out, _ = training(
         "plan", "--tokenizer", "bytes", "--heads", "4", "--width", "64", "--json"
     )
     assert code == 0
-    assert json.loads(said)["weights_by_kind"]["embedding"] == 257 * 64
+    assert json.loads(out)["parameters_by_kind"]["embedding"] == 257 * 64
 
 
 @pytest.mark.parametrize(
-    ("options", "complaint"),
+    ("options", "message"),
     [
         ("gpt-nanoo", "no preset is named 'gpt-nanoo' (did you mean gpt-nano"),
         ("--num-gpus 0", "--num-gpus must be at least 1, not 0"),
         ("--num-gpus 3", "--batch-size 16 cannot be divided among --num-gpus 3"),
         ("--mfu 40", "--mfu must be above 0 and at most 1, not 40.0"),
-        ("--gpu H100 --device cpu", "--gpu and --device both say where"),
+        ("--gpu H100 --device cpu", "--gpu and --device both choose the device"),
         ("--task rice", "the model gpt cannot learn the task rice"),
         ("--heads 5", "width must be a multiple of"),
         ("--tokenizer none.json", "none.json: no such tokenizer"),
         ("--num-gpus many", "--num-gpus"),
     ],
 )
-def test_a_mistake_is_one_line(options, complaint):
+def test_invalid_arguments_print_one_line(options, message):
     code, out, err = training("plan", *options.split())
     assert code == 2
     assert not out
-    assert complaint in err
+    assert message in err
     assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
-def test_the_commands_of_the_docs_are_understood(command, monkeypatch):
+def test_commands_of_the_docs_are_valid(command, monkeypatch):
     name, options = command
     monkeypatch.setattr(sys, "argv", ["training", name, *shlex.split(options)])
 
@@ -331,21 +332,24 @@ def test_the_commands_of_the_docs_are_understood(command, monkeypatch):
     runpy.run_module("training", run_name="__main__")
 
 
-def test_the_docs_show_what_the_plan_says():
+def test_docs_show_the_output_of_plan():
     first = re.search(
         r"^```sh\npython -m (training plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S
     )
-    code, said, _ = training(*first[1].split()[1:])
+    code, out, _ = training(*first[1].split()[1:])
     assert code == 0
-    assert said == first[2]
+    assert out == first[2]
 
 
 if __name__ == "__main__":
     print("| model | precision | planned | measured |\n|---|---|---:|---:|")
     for model in ("gpt-nano", "gpt2", "transformer", "lstm", "softmax"):
-        for half in (False, True):
-            chosen = dataclasses.replace(PRESETS[model], batch_size=ROWS)
-            said = measure(chosen, ROWS, half, card=False)
-            precision = "bfloat16" if half else "float32"
-            sizes = (said.activations + said.loss, Real(chosen, half).peak())
-            print(f"| {model} | {precision} | {sizes[0]:,} | {sizes[1]:,} |", flush=True)
+        for bfloat16 in (False, True):
+            preset = dataclasses.replace(PRESETS[model], batch_size=ROWS)
+            memory = measure_on_cpu(preset, bfloat16)
+            precision = "bfloat16" if bfloat16 else "float32"
+            planned, measured = (
+                memory.activations + memory.loss,
+                RealStep(preset, bfloat16).peak_bytes(),
+            )
+            print(f"| {model} | {precision} | {planned:,} | {measured:,} |", flush=True)

@@ -1,16 +1,17 @@
-"""How well a language model predicts a text: every token scored exactly once.
+"""Evaluate a language model on a text, scoring every token exactly once.
 
-    loss              mean of -ln p(token | what is before it), in nats
-    perplexity        exp(loss); comparable only under one tokenizer
-    word perplexity   exp(all nats / words); words and line ends count (Mikolov et al. 2010)
-    bits per byte     all nats / (ln 2 * bytes of the text); comparable under every tokenizer
+    loss              mean of -ln p(token | preceding tokens), in nats
+    perplexity        exp(loss); comparable only under the same tokenizer
+    word perplexity   exp(nll / words); words and line ends count (Mikolov et al. 2010)
+    bits per byte     nll / (ln 2 * bytes of the text); comparable under every tokenizer
 
-A model that was trained to carry its state on reads a text as one window, from its first token
-to its last. For others, a text longer than the context is read in windows. Each window scores the `stride` tokens
-that no window before it has scored, with what else fits in front of them as context. A
-stride as long as the context is the fastest (half of it, for a model that reads one half of
-a window to write the other); a shorter one gives every token more to go by,
-and so a lower loss: figures are comparable only with both beside them.
+where nll is the sum of -ln p over all tokens. A model trained with `--stateful` reads the text in
+one pass, carrying its state from the first token to the last. For other models, a text longer than
+the context is split into windows. Each window scores the `stride` tokens that no earlier window has
+scored, with as many preceding tokens as fit for context. A stride of the whole context (half of it
+for an encoder-decoder, which predicts only the second half of a window) is the fastest. A shorter
+stride gives every token more context and so a lower loss: scores are comparable only under the same
+context length and stride.
 """
 
 import contextlib
@@ -28,57 +29,63 @@ from tqdm import tqdm
 from gpt import LanguageModel, Model
 from gpt.device import autocast
 
-TOKENS_AT_ONCE = 8192
-"""Tokens that one forward pass scores."""
-CARRIED_AT_ONCE = 1024
-"""The same of a single row."""
+MAX_BATCH_TOKENS = 8192
+"""Tokens of one forward pass."""
+STATEFUL_CHUNK = 1024
+"""Tokens of one forward pass of stateful evaluation, whose batch size is 1."""
+
+Window = tuple[int, int, int]
+"""(start, end, scored): read tokens [start, end) and score the last `scored` predictions."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """What evaluation found; `nats` is the sum over `tokens` predicted tokens."""
+    """Evaluation results of a language model on a text."""
 
-    nats: float
+    nll: float
+    """Sum over `tokens` predicted tokens, in nats."""
     tokens: int
     words: int
+    """Words and line ends of the text."""
     bytes: int
+    """Bytes of the text in UTF-8; 0 if the tokens do not encode all of it."""
     context_length: int
     stride: int
-    baselines: dict[str, float] = dataclasses.field(default_factory=dict)
-    """Bits per byte of general compressors on the same text."""
+    compressors: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Bits per byte of general-purpose compressors on the same text."""
 
     @property
     def loss(self) -> float:
         """Nats per token."""
-        return self.nats / self.tokens
+        return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
-        """Per token."""
+        """Perplexity per token."""
         return _exp(self.loss)
 
     @property
     def word_perplexity(self) -> float:
-        """Per word or line end; NaN for a text without either."""
-        return _exp(self.nats / self.words) if self.words else math.nan
+        """Perplexity per word or line end; NaN for a text with neither."""
+        return _exp(self.nll / self.words) if self.words else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Per byte of the text in UTF-8; NaN where the tokens do not say all of it."""
-        return self.nats / (math.log(2) * self.bytes) if self.bytes else math.nan
+        """Bits per byte of the text in UTF-8; NaN if the tokens do not encode all of it."""
+        return self.nll / (math.log(2) * self.bytes) if self.bytes else math.nan
 
     def to_json(self) -> dict[str, float]:
-        """Every figure by name; what is not known is left out."""
+        """Return all metrics and counts by name, without those that are undefined."""
         names = ("loss", "perplexity", "word_perplexity", "bits_per_byte")
-        figures = {name: getattr(self, name) for name in names}
-        known = {name: figure for name, figure in figures.items() if not math.isnan(figure)}
-        compressors = {"compressors": self.baselines} if self.baselines else {}
+        metrics = {name: getattr(self, name) for name in names}
+        defined = {name: value for name, value in metrics.items() if not math.isnan(value)}
         counts = dataclasses.asdict(self)
-        del counts["beside"]
-        return known | counts | compressors
+        if not self.compressors:
+            del counts["compressors"]
+        return defined | counts
 
     def table(self) -> str:
-        """The score in lines, its units and its setting with it."""
+        """Return the metrics as lines of text, with units, context length and stride."""
         lines = [
             f"  loss             {self.loss:.4f} nats per token",
             f"  perplexity       {self.perplexity:.3f} per token",
@@ -87,12 +94,11 @@ class Score:
             lines.append(f"  word perplexity  {self.word_perplexity:.2f}")
         if not math.isnan(self.bits_per_byte):
             lines.append(f"  bits per byte    {self.bits_per_byte:.4f}")
-        lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.baselines.items()]
+        lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.compressors.items()]
+        size = f", {self.bytes:,} bytes" * bool(self.bytes)
         lines.append(
             f"  context {self.context_length}, stride {self.stride}; "
-            f"{self.tokens:,} tokens, {self.words:,} words"
-            + f", {self.bytes:,} bytes"
-            * bool(self.bytes)
+            f"{self.tokens:,} tokens, {self.words:,} words{size}"
         )
         return "\n".join(lines)
 
@@ -104,18 +110,17 @@ def _exp(x: float) -> float:
         return math.inf
 
 
-def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, int]]:
-    """(start, end, scored): read tokens [start, end) and score the last `scored` predictions.
+def windows(length: int, context_length: int, stride: int) -> Iterator[Window]:
+    """Split the predictions of a sequence of `length` tokens into windows.
 
-    The predictions of a sequence of `length` tokens are those of its tokens 1 to length - 1,
-    made from tokens 0 to length - 2.
+    The predictions are those of tokens 1 to length - 1, made from tokens 0 to length - 2.
     """
-    end = min(context, length - 1)
+    end = min(context_length, length - 1)
     yield 0, end, end
     while end < length - 1:
         scored = min(stride, length - 1 - end)
         end += scored
-        yield max(0, end - context), end, scored
+        yield max(0, end - context_length), end, scored
 
 
 def evaluate(
@@ -129,121 +134,121 @@ def evaluate(
     precision: str = "auto",
     stateful: bool = False,
 ) -> Score:
-    """Score a sequence of token ids; its first token is context only.
+    """Score a sequence of token ids; the first token is context only.
 
     Args:
-        model: On its device.
-        tokens: (N,) ids.
+        model: The model, on its device.
+        tokens: Token ids, of shape (N,).
         words: Words and line ends of the text.
-        bytes: Bytes of the text in UTF-8.
-        stride: Tokens scored by each window after the first; when None, all that the model is
-            trained to predict of one.
-        context_length: Length of a window; when None, the model's own.
-        precision: As in `Run`.
-        stateful: Read all of it with one state, whatever the context.
+        bytes: Bytes of the text in UTF-8; 0 if the tokens do not encode all of it.
+        stride: Tokens that each window after the first scores; if None, as many as the model is
+            trained to predict.
+        context_length: Length of a window; the model's own if None.
+        precision: Precision of matrix products, as in `TrainingConfig`.
+        stateful: Carry one state through the whole text, whatever the context length.
     """
     if stateful:
         if (stride, context_length) != (None, None):
             raise ValueError(
-                "--stride and --context cut a text into windows; this run carries its state on"
+                "--stride and --context-length split a text into windows; this run is stateful"
             )
-        nats, count = _carried(model, tokens, precision)
-        return Score(nats, count, words, bytes, count, count)
+        nll, count = _stateful_nll(model, tokens, precision)
+        return Score(nll, count, words, bytes, count, count)
     context_length = model.context_length if context_length is None else context_length
     if not 1 <= context_length <= model.context_length:
         raise ValueError(
-            f"--context must be between 1 and {model.context_length}, not {context_length}"
+            f"--context-length must be between 1 and {model.context_length}, not {context_length}"
         )
-    scorable = max(1, context_length * model.max_scored_tokens // model.context_length)
-    stride = scorable if stride is None else stride
-    if not 1 <= stride <= scorable:
+    max_stride = max(1, context_length * model.max_scored_tokens // model.context_length)
+    stride = max_stride if stride is None else stride
+    if not 1 <= stride <= max_stride:
         raise ValueError(
-            f"--stride must be between 1 and {scorable}, which is what the model is trained "
+            f"--stride must be between 1 and {max_stride}, which is what the model is trained "
             f"to predict of a window of {context_length}, not {stride}"
         )
     if len(tokens) < 2:
         raise ValueError("a text of no tokens cannot be scored")
-    all_windows = windows(len(tokens), context_length, stride)
-    nats, count = _sum(model, tokens, all_windows, precision)
-    return Score(nats, count, words, bytes, context_length, stride)
+    nll, count = _windowed_nll(
+        model, tokens, windows(len(tokens), context_length, stride), precision
+    )
+    return Score(nll, count, words, bytes, context_length, stride)
 
 
 def estimate_loss(
     model: LanguageModel,
     tokens: np.ndarray,
-    budget: int,
+    max_tokens: int,
     precision: str = "auto",
-    carry: bool = False,
+    stateful: bool = False,
 ) -> float:
-    """The loss in nats over about `budget` tokens, in windows spread evenly over the text.
+    """Estimate the loss in nats per token from about `max_tokens` tokens.
 
-    With `carry`, over the first `budget`.
+    They are windows spread evenly over the text or, if `stateful`, its first tokens.
     """
-    if carry:
-        nats, count = _carried(model, tokens[: budget + 1], precision)
-        return nats / count
-    whole = list(windows(len(tokens), model.context_length, model.max_scored_tokens))
-    some = whole[
-        :: max(1, len(whole) * model.max_scored_tokens // max(budget, model.max_scored_tokens))
-    ]
-    nats, count = _sum(model, tokens, iter(some), precision)
-    return nats / count
+    if stateful:
+        nll, count = _stateful_nll(model, tokens[: max_tokens + 1], precision)
+        return nll / count
+    stride = model.max_scored_tokens
+    all_windows = list(windows(len(tokens), model.context_length, stride))
+    step = max(1, len(all_windows) * stride // max(max_tokens, stride))
+    nll, count = _windowed_nll(model, tokens, iter(all_windows[::step]), precision)
+    return nll / count
 
 
-def _sum(
+def _windowed_nll(
     model: LanguageModel,
     tokens: np.ndarray,
-    some_windows: Iterator[tuple[int, int, int]],
+    token_windows: Iterator[Window],
     precision: str,
 ) -> tuple[float, int]:
-    """The nats of all predictions that the windows score, and how many they are."""
-    nats, count = 0.0, 0
+    """Return the summed negative log-likelihood of the windows' scored tokens, and their number."""
+    nll, count = 0.0, 0
     bar = tqdm(
         total=len(tokens) - 1, unit=" tokens", desc="scoring", delay=2, leave=False, disable=None
     )
     with bar, inference_mode(model, precision) as device:
-        for batch in _batches(some_windows, model.context_length):
+        for batch in _batches(token_windows, model.context_length):
             rows = np.stack([tokens[start : end + 1] for start, end, _ in batch]).astype(np.int64)
             rows_BT = torch.from_numpy(rows).to(device)
             targets_BT = rows_BT[:, 1:].clone()
             scored = batch[0][2]
             targets_BT[:, : targets_BT.shape[1] - scored] = -100
-            nats += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
+            nll += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
             count += scored * len(batch)
             bar.update(scored * len(batch))
-    return nats, count
+    return nll, count
 
 
-def _batches(
-    all_windows: Iterator[tuple[int, int, int]], context: int
-) -> Iterator[list[tuple[int, int, int]]]:
-    """Neighbouring windows of one shape, together at most TOKENS_AT_ONCE tokens."""
-    batch: list[tuple[int, int, int]] = []
-    for window in all_windows:
+def _batches(token_windows: Iterator[Window], context_length: int) -> Iterator[list[Window]]:
+    """Group consecutive windows of equal shape into batches of at most MAX_BATCH_TOKENS tokens."""
+    batch: list[Window] = []
+    for window in token_windows:
         start, end, scored = window
-        alike = batch and (end - start, scored) == (batch[0][1] - batch[0][0], batch[0][2])
-        if batch and (not alike or (len(batch) + 1) * context > TOKENS_AT_ONCE):
+        same_shape = batch and (end - start, scored) == (batch[0][1] - batch[0][0], batch[0][2])
+        is_full = (len(batch) + 1) * context_length > MAX_BATCH_TOKENS
+        if batch and (is_full or not same_shape):
             yield batch
             batch = []
         batch.append(window)
     yield batch
 
 
-def _carried(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[float, int]:
-    """The nats of all predictions, made with one state from the first token to the last."""
-    nats = 0.0
+def _stateful_nll(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[float, int]:
+    """Return the summed negative log-likelihood under one state, and the number of predictions."""
+    nll = 0.0
     state = model.init_state(1, len(tokens))
     with inference_mode(model, precision) as device:
-        for start in range(0, len(tokens) - 1, CARRIED_AT_ONCE):
-            row = tokens[start : start + CARRIED_AT_ONCE + 1].astype(np.int64)
-            row_BT = torch.from_numpy(row).to(device).unsqueeze(0)
-            nats += len(row[1:]) * model.stateful_loss(state, row_BT[:, :-1], row_BT[:, 1:]).item()
-    return nats, len(tokens) - 1
+        for start in range(0, len(tokens) - 1, STATEFUL_CHUNK):
+            chunk = tokens[start : start + STATEFUL_CHUNK + 1].astype(np.int64)
+            chunk_BT = torch.from_numpy(chunk).to(device).unsqueeze(0)
+            loss = model.stateful_loss(state, chunk_BT[:, :-1], chunk_BT[:, 1:]).item()
+            nll += len(chunk[1:]) * loss
+    return nll, len(tokens) - 1
 
 
 @contextlib.contextmanager
 def inference_mode(model: Model, precision: str = "float32") -> Iterator[torch.device]:
-    """Within this context the model drops nothing out and keeps no gradients; gives its device."""
+    """Put the model in evaluation mode, without gradients; yield its device."""
     device, was_training = next(model.parameters()).device, model.training
     model.eval()
     try:
@@ -254,7 +259,7 @@ def inference_mode(model: Model, precision: str = "float32") -> Iterator[torch.d
 
 
 def compression_baselines(text: bytes) -> dict[str, float]:
-    """Bits per byte of general compressors on the same text, as a yardstick."""
+    """Return the bits per byte of general-purpose compressors on a text."""
     sizes = {
         "gzip -9": len(gzip.compress(text, 9)),
         "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME)),

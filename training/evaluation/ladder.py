@@ -1,8 +1,8 @@
-"""Every rung that speaks on one corpus, with one tokenizer, under one budget; then one table.
+"""Train every language model of the chapters on one corpus under one budget, and compare them.
 
-All are scored on the same target tokens with the same tokens to their left: windows of the
-context's length, each scoring its second half, because that is all that an encoder-decoder
-can predict of one. What is done is not done again, and what was stopped is gone on with.
+All are scored on the same target tokens with the same preceding tokens: windows of the context
+length, each scoring its second half, because an encoder-decoder predicts only that half. Finished
+rungs are not trained again, and an interrupted one is resumed.
 """
 
 import dataclasses
@@ -29,110 +29,105 @@ from training.tasks import open_task
 from training.tasks.text import Text
 from training.trainer import Objective, Trainer
 
-SAMPLE = 60
-"""Tokens of each rung's sample."""
-PRESET_OF = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
-"""The rungs, in the order of history."""
-
-PROBE = 5
-"""Steps by which a rung's speed is measured, where the budget is a time."""
+SAMPLE_TOKENS = 60
+RUNG_PRESETS = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
+"""Preset of each rung, in historical order."""
+WARMUP_STEPS, TIMED_STEPS = 2, 5
+"""Steps that measure a rung's speed where the budget is in seconds."""
 
 Row = dict[str, Any]
 
 
-def rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
-    """The presets of the rungs that were named, in the order of history; all where none was."""
+def select_rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
+    """Return the presets of the named rungs in historical order, or all if there are no names."""
     for name in names:
-        if name not in PRESET_OF:
+        if name not in RUNG_PRESETS:
             raise ValueError(
-                f"no rung is named {name!r}{did_you_mean(name, PRESET_OF)}; "
-                f"there are {', '.join(PRESET_OF)}"
+                f"no rung is named {name!r}{did_you_mean(name, RUNG_PRESETS)}; "
+                f"there are {', '.join(RUNG_PRESETS)}"
             )
-    return {name: run for name, run in PRESET_OF.items() if not names or name in names}
+    return {name: preset for name, preset in RUNG_PRESETS.items() if not names or name in names}
 
 
 def run_ladder(
     directory: Path,
     names: Sequence[str],
-    common: dict[str, Any],
+    config_fields: dict[str, Any],
     tokens: int,
     seconds: float | None,
     train: Callable[[Trainer], None],
 ) -> list[Row]:
-    """Train what is not yet trained of the rungs, and score it.
+    """Train and score the rungs that are not finished yet.
 
     Args:
-        directory: Where the rungs' runs are, and the table.
-        names: Which rungs; none for all.
-        common: Fields of every rung's run, such as `data`.
-        tokens: Budget of each rung.
-        seconds: Budget in training time instead.
-        train: Trains to the end, or leaves.
+        directory: Folder of the rungs' runs.
+        names: Rungs to train; all if empty.
+        config_fields: Fields of every rung's config, such as `data`.
+        tokens: Token budget of each rung.
+        seconds: Training time of each rung, instead of `tokens`.
+        train: Trains to the end, or exits.
 
     Returns:
-        A row for each rung that is done, in the order of history.
+        A row for each finished rung of the directory, in historical order.
     """
-    chosen = rungs(names)
-    told = {**common, **({"seconds": seconds} if seconds else {"tokens": tokens})}
-    settings = directory / "settings.json"
-    if settings.exists() and read_json(settings) != told:
+    presets = select_rungs(names)
+    settings = {**config_fields, **({"seconds": seconds} if seconds else {"tokens": tokens})}
+    settings_path = directory / "settings.json"
+    if settings_path.exists() and read_json(settings_path) != settings:
         raise ValueError(
-            f"{directory} holds a ladder with other settings ({settings.read_text().strip()}): "
+            f"{directory} holds a ladder with other settings ({settings_path.read_text().strip()}): "
             "choose another --output, or the same settings"
         )
     directory.mkdir(parents=True, exist_ok=True)
-    write_atomically(settings, json.dumps(told) + "\n")
-    for number, (name, preset) in enumerate(chosen.items(), 1):
-        place = directory / name
-        if (place / "rung.json").exists():
-            print(f"[{number}/{len(chosen)}] {name}: done before", flush=True)
+    write_atomically(settings_path, json.dumps(settings) + "\n")
+    for number, (name, preset) in enumerate(presets.items(), 1):
+        prefix, run = f"[{number}/{len(presets)}] {name}", directory / name
+        if (run / "rung.json").exists():
+            print(f"{prefix}: already finished", flush=True)
             continue
-        run = dataclasses.replace(preset, preset=name, **common)
-        if (place / "run.json").exists():
-            trainer = resume_run(place, run.device)
+        config = dataclasses.replace(preset, preset=name, **config_fields)
+        if (run / "run.json").exists():
+            trainer = resume_run(run, config.device)
         else:
-            steps = tokens / (run.batch_size * run.context_length)
+            steps = tokens / (config.batch_size * config.context_length)
             if seconds is not None:
-                steps = seconds / seconds_per_step(run)
+                steps = seconds / seconds_per_step(config)
             steps = max(1, round(steps))
-            # Validated at its end alone: all of the budget goes into training.
-            budget: dict[str, Any] = {
-                "steps": steps,
-                "eval_interval": steps,
-                "sample_tokens": 0,
-            }
-            trainer = create_run(dataclasses.replace(run, **budget), place)
+            # Validated only at the end: the whole budget goes into training.
+            config = dataclasses.replace(config, steps=steps, eval_interval=steps, sample_tokens=0)
+            trainer = create_run(config, run)
         print(
-            f"[{number}/{len(chosen)}] {name}: {count_parameters(trainer.model):,} parameters, "
+            f"{prefix}: {count_parameters(trainer.model):,} parameters, "
             f"{trainer.config.steps:,} steps from step {trainer.step}",
             flush=True,
         )
         train(trainer)
         row = score_rung(name, trainer)
-        write_atomically(place / "rung.json", json.dumps(row, indent=2) + "\n")
+        write_atomically(run / "rung.json", json.dumps(row, indent=2) + "\n")
         print(f"  {row['bits_per_byte']:.4f} bits per byte", flush=True)
     return [
         read_json(directory / name / "rung.json")
-        for name in PRESET_OF
+        for name in RUNG_PRESETS
         if (directory / name / "rung.json").exists()
     ]
 
 
-def seconds_per_step(run: TrainingConfig) -> float:
-    """Of the run's model here and now: the median of a few steps, after two that warm up."""
-    trainer = Trainer(run, Path(), open_task(run), resolve_device(run.device))
+def seconds_per_step(config: TrainingConfig) -> float:
+    """Measure a config's training step on its device: the median of a few steps after warmup."""
+    trainer = Trainer(config, Path(), open_task(config), resolve_device(config.device))
+    objective = Objective(trainer.model)
     times = []
-    for _ in range(2 + PROBE):
-        begun = time.perf_counter()
-        trainer.train_step(Objective(trainer.model)).item()
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[2:])
+    for _ in range(WARMUP_STEPS + TIMED_STEPS):
+        started = time.perf_counter()
+        trainer.train_step(objective).item()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARMUP_STEPS:])
 
 
 def score_rung(name: str, trainer: Trainer) -> Row:
-    """A rung's row: its size, its cost, its score on the whole validation split, a sample."""
-    score = trainer.score(stride=max(1, trainer.config.context_length // 2)).to_json()
-    model, task = trainer.eval_model, trainer.task
+    """Return a rung's size, cost, score on the whole validation split and sample."""
+    config, model, task = trainer.config, trainer.eval_model, trainer.task
+    score = trainer.score(stride=max(1, config.context_length // 2)).to_json()
     assert isinstance(model, LanguageModel)
     assert isinstance(task, Text)
     return {
@@ -140,25 +135,25 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         "chapter": model.chapter,
         "year": model.year,
         "parameters": count_parameters(model),
-        "steps": trainer.config.steps,
-        "tokens": trainer.config.steps * trainer.config.batch_size * trainer.config.context_length,
+        "steps": config.steps,
+        "tokens": config.steps * config.batch_size * config.context_length,
         "seconds": trainer.seconds,
         "loss": score["loss"],
         "perplexity": score["perplexity"],
         "bits_per_byte": score["bits_per_byte"],
-        "scored": score["tokens"],
+        "tokens_scored": score["tokens"],
         "context_length": score["context_length"],
         "stride": score["stride"],
         "data": task.description,
-        "sample": task.sample(model, SAMPLE),
+        "sample": task.sample(model, SAMPLE_TOKENS),
         "device": device_name(trainer.device),
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a Markdown table, and under it what each rung writes."""
+def format_table(rows: Sequence[Row]) -> str:
+    """Format the rows as a Markdown table, followed by each rung's sample."""
     first = rows[0]
     lines = [
         "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
@@ -170,14 +165,15 @@ def table(rows: Sequence[Row]) -> str:
         f"| {row['loss']:.4f} | {row['bits_per_byte']:.4f} |"
         for row in rows
     ]
+    context_length, stride = first["context_length"], first["stride"]
     lines += [
         "",
-        f"{first['data']}; {first['tokens']:,} tokens of training each, windows of "
-        f"{first['context']}; {first['scored']:,} tokens scored, each with the "
-        f"{first['context'] - first['stride']} to {first['context'] - 1} before it in its window. "
+        f"{first['data']}; {first['tokens']:,} training tokens each, windows of {context_length}; "
+        f"{first['tokens_scored']:,} tokens scored, each given the {context_length - stride} to "
+        f"{context_length - 1} preceding tokens of its window. "
         f"{first['device']}, torch {first['versions']['torch']}, {first['date']}.",
         "",
-        "What each writes at temperature 0.8 when nothing is given:",
+        "Samples without a prompt at temperature 0.8:",
     ]
     for row in rows:
         lines += ["", f"{row['rung']}", "", "```text", row["sample"].replace("```", "` ` `"), "```"]

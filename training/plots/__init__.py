@@ -1,1 +1,1 @@
-"""Figures: loss curves, attention maps, and the figures of docs/chapters.md."""
+"""Plots of runs, activation maps, and the figures of docs/chapters.md."""

@@ -1,4 +1,4 @@
-"""The command `xray`: draw what a model attends to."""
+"""The commands that draw: `plot`, `figures` and `xray`. matplotlib is imported only when one runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,29 +12,67 @@ from gpt import cli
 from gpt.beam_search import translate
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from tokenizer import Tokenizer
+from training.plots.figures import select_figures
 
-MOST = 1000
-"""Tokens of a text that can be drawn."""
+MAX_XRAY_TOKENS = 1000
+"""Longest text that `xray` draws."""
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Plot the loss curves of one or several runs."""
+
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
+    """Run directories (default: the newest under runs/)."""
+    output: Path = Path("loss.svg")
+    """File to write: .svg, .png or .pdf."""
+
+    def __call__(self) -> None:
+        """Draw, and print the file's name."""
+        from training.plots.curves import plot_losses
+
+        plot_losses([find_run(run) for run in self.run or (None,)], self.output)
+        print(self.output)
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Draw the figures of docs/chapters.md, each a small experiment with the models."""
+
+    name: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME …]")] = ()
+    """Names of figures (default: all)."""
+    output: Path = Path("docs/figures")
+    """Folder to write NAME.svg to."""
+
+    def __call__(self) -> None:
+        """Compute, draw, and print each file's name."""
+        from training.plots.panels import draw_figure
+
+        for name, make_panels in select_figures(self.name).items():
+            path = self.output / f"{name}.svg"
+            draw_figure(make_panels(), path)
+            print(path, flush=True)
 
 
 @dataclass(frozen=True)
 class Xray:
-    """Draw what a model listens to in a text: attention, alignment, gates, experts."""
+    """Draw a model's activation maps over a text: attention, alignments, gates, experts."""
 
     run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
     """Run directory."""
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
-    """What it reads; for a run that translates, the sentence to be translated."""
+    """Text to read; for a translation run, the source sentence."""
     translation: cli.MaybeText = None
-    """What it then writes; without one, a run that translates finds its own."""
+    """Target sentence (default: for a translation run, the model's own translation)."""
     only: cli.MaybeText = None
-    """Draw only what has this in its name: alignment, forget gate, …"""
+    """Draw only maps whose name contains this: alignment, forget gate, …"""
     output: Path = Path("xray.png")
-    """Where to: .png, .svg or .pdf."""
+    """File to write: .png, .svg or .pdf."""
 
     def __call__(self) -> None:
-        """Draw, and say what and where."""
-        from training.plots.plot import check_output, draw_xray
+        """Draw, and print each map's shape and the file's name."""
+        from training.plots.style import check_output
+        from training.plots.xray import draw_xray
 
         check_output(self.output)
         run = find_run(self.run)
@@ -44,39 +82,41 @@ class Xray:
                 f"{run}: the model has {model.vocab_size} tokens and its tokenizer.json "
                 f"{tokenizer.vocab_size}: they are not of the same run"
             )
-        ids, end = tokenizer.encode(self.text), tokenizer.eos_token
-        fed = None
-        if not ids or len(ids) > MOST:
-            raise ValueError(f"TEXT is {len(ids)} tokens long: expected 1 to {MOST}")
+        ids, eos_token = tokenizer.encode(self.text), tokenizer.eos_token
+        if not ids or len(ids) > MAX_XRAY_TOKENS:
+            raise ValueError(f"TEXT is {len(ids)} tokens long: expected 1 to {MAX_XRAY_TOKENS}")
+        target = None
         if self.translation is not None:
-            fed = [end, *tokenizer.encode(self.translation)]
+            target = [eos_token, *tokenizer.encode(self.translation)]
         elif is_translation_run(run):
-            [written] = translate(
+            [translation] = translate(
                 model,
                 [ids],
-                decoder_start_token=end,
-                eos_token=end,
+                decoder_start_token=eos_token,
+                eos_token=eos_token,
                 max_tokens=model.context_length,
             )
-            print(tokenizer.decode(written).strip())
-            # Where there was no room for more, the last token was written but never fed.
-            fed = [end, *written][: model.max_target_length(len(ids))]
-        everything = model.xray(*batch(ids, fed))
-        found = [one for one in everything if (self.only or "") in one.name]
-        if not found:
-            names = ", ".join(one.name for one in everything)
+            print(tokenizer.decode(translation).strip())
+            # A translation that fills the context ends with a token that was never fed back.
+            target = [eos_token, *translation][: model.max_target_length(len(ids))]
+        all_maps = model.xray(*_xray_batch(ids, target))
+        maps = [activation for activation in all_maps if (self.only or "") in activation.name]
+        if not maps:
+            names = ", ".join(activation.name for activation in all_maps)
             raise ValueError(f"--only {self.only}: no such name; there are {names}")
-        draw_xray(found, tokenizer, self.output)
-        for one in found:
-            _, layers, heads, rows, columns = one.weights.shape
-            of = "tokens" if isinstance(one.columns, Tensor) else one.columns
-            maps = [f"{layers} layers"] * (layers > 1) + [f"{heads} heads"] * (heads > 1)
-            sizes = [*maps, f"{rows} tokens", f"{columns} {of}"]
-            print(f"{one.name}: {' x '.join(sizes)}")
+        draw_xray(maps, tokenizer, self.output)
+        for activation in maps:
+            _, layers, heads, rows, columns = activation.weights.shape
+            unit = "tokens" if isinstance(activation.columns, Tensor) else activation.columns
+            counts = [f"{layers} layers"] * (layers > 1) + [f"{heads} heads"] * (heads > 1)
+            shape = [*counts, f"{rows} tokens", f"{columns} {unit}"]
+            print(f"{activation.name}: {' x '.join(shape)}")
         print(self.output)
 
 
-def batch(ids: list[int], fed: list[int] | None) -> tuple[Tensor, ...]:
-    """What `LanguageModel.xray` takes: a text, or a source and what the writer was fed after it."""
+def _xray_batch(ids: list[int], target: list[int] | None) -> tuple[Tensor, ...]:
+    """Return the arguments of `LanguageModel.xray`: a text, or a source, its length and a target."""
     text_BT = torch.tensor([ids])
-    return (text_BT,) if fed is None else (text_BT, torch.tensor([len(ids)]), torch.tensor([fed]))
+    if target is None:
+        return (text_BT,)
+    return text_BT, torch.tensor([len(ids)]), torch.tensor([target])

@@ -122,7 +122,7 @@ class Text(Task):
         )
         if final and lossless and part.bytes <= COMPRESSED:
             text = self.corpus.tokenizer.decode(part.tokens.tolist())
-            score = dataclasses.replace(score, baselines=compression_baselines(text.encode()))
+            score = dataclasses.replace(score, compressors=compression_baselines(text.encode()))
         return score
 
     def _lossless(self, part: Split) -> bool:

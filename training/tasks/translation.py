@@ -25,7 +25,7 @@ from gpt.beam_search import translate
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.data.corpus import Corpus, Tokens
-from training.evaluation.evaluate import TOKENS_AT_ONCE, inference_mode
+from training.evaluation.evaluate import MAX_BATCH_TOKENS, inference_mode
 from training.progress import format_duration
 from training.tasks.base import Batch, Task
 from training.tasks.text import open_corpus_of
@@ -261,7 +261,7 @@ class Pairs(Task):
 
     def _nats(self, model: LanguageModel, pairs: PairSplit, which: Which) -> tuple[float, int]:
         """The nats of the targets of some pairs, and how many tokens they are, with their ends."""
-        rows = max(1, TOKENS_AT_ONCE // self.config.context_length)
+        rows = max(1, MAX_BATCH_TOKENS // self.config.context_length)
         order = pairs.by_length(which)
         nats, count = 0.0, 0
         with inference_mode(model, self.config.precision) as device:

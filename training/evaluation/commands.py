@@ -1,0 +1,184 @@
+"""The commands that evaluate: `eval`, `translators` and `ladder`."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from gpt import cli
+from gpt.checkpoint import RUNS, find_run, load_model, write_atomically
+from gpt.cli import MaybeInt, MaybeText
+from gpt.device import resolve_device
+from gpt.summary import count_parameters
+from training.config import TrainingConfig
+from training.evaluation.ladder import format_table, run_ladder
+from training.launch import train_or_exit
+from training.run_directory import load_run_tokenizer, load_training_config
+from training.tasks import TASKS, open_task
+from training.tasks.translation import comparison
+
+
+@dataclass(frozen=True)
+class Eval:
+    """Evaluate a run on a text: loss, perplexity and bits per byte; every token is scored once."""
+
+    run: cli.MaybeRun = None
+    """Run directory (default: the newest under runs/)."""
+    data: MaybeText = None
+    """Text to score, as in `train --data` (default: the run's own corpus)."""
+    data_config: MaybeText = None
+    """Configuration of a hub dataset that has several."""
+    data_limit: MaybeInt = None
+    """Read at most this many bytes of text."""
+    text_column: MaybeText = None
+    """Column that holds the text."""
+    streaming: bool = False
+    """Read a hub dataset without storing a copy of its text."""
+    split: MaybeText = None
+    """Split to score (default: validation of the run's own corpus; of other data the first of test, validation, train)."""
+    stride: MaybeInt = None
+    """Tokens that each window scores (default: as many as the model predicts). A smaller stride is slower and gives every token more context."""
+    context_length: MaybeInt = None
+    """Tokens of a window (default: the model's context length)."""
+    num_beams: MaybeInt = None
+    """Beam search width of translations (default: 1, greedy)."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    precision: Literal["auto", "float32", "bfloat16"] = "float32"
+    """Precision of matrix products. In float32 a score is the same on every machine and equals the server's; auto is bfloat16 where the device is fast at it."""
+    json: bool = False
+    """Print one JSON object."""
+
+    def __call__(self) -> None:
+        """Evaluate and print."""
+        directory = find_run(self.run)
+        model = load_model(directory, resolve_device(self.device))
+        config = dataclasses.replace(load_training_config(directory), precision=self.precision)
+        data_options = {
+            name: getattr(self, name)
+            for name in ("data_config", "text_column", "data_limit", "streaming")
+        }
+        if self.data is not None:
+            config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)
+        elif any(data_options.values()):
+            raise ValueError(
+                "options about the data need --data: without it, the run's own corpus is scored"
+            )
+        task = open_task(config, load_run_tokenizer(directory), to_train=self.data is None)
+        preferred = ("test", "validation", "train") if self.data else ("validation",)
+        split = self.split or next(name for name in preferred if name in task.splits)
+        if split not in task.splits:
+            raise ValueError(f"no split is named {split!r}; there are {', '.join(task.splits)}")
+        options = {
+            name: value
+            for name in ("stride", "context_length", "num_beams")
+            if (value := getattr(self, name)) is not None
+        }
+        for name in options.keys() - task.eval_options:
+            option = name.replace("_", "-")
+            raise ValueError(f"--{option} has no meaning in the task {config.task}: leave it out")
+        report = task.score(model, split, final=True, **options)
+        if self.json:
+            source = {"run": str(directory), "data": task.description, "split": split}
+            print(json.dumps({**source, **report.to_json()}))
+            return
+        print(f"{directory} on the {split} split of {task.description}")
+        print(report.table())
+
+
+@dataclass(frozen=True)
+class Translators:
+    """Compare translation runs: a table and a plot of BLEU by sentence length."""
+
+    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN …")]
+    """Run directories."""
+    split: str = "test"
+    """Split to translate."""
+    num_beams: int = 1
+    """Beam search width; 1 is greedy."""
+    output: Path = Path("bleu.svg")
+    """File of the plot: .svg, .png or .pdf; the table and a .json are written beside it."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __call__(self) -> None:
+        """Translate, score, write."""
+        from training.plots import curves
+        from training.plots.style import check_output
+
+        if not self.run:
+            raise ValueError("which runs? `translators RUN [RUN …]`")
+        check_output(self.output)
+        rows = []
+        for directory in map(find_run, self.run):
+            config = load_training_config(directory)
+            if TASKS[config.task].kind != "translation":
+                raise ValueError(f"{directory}: not a translation run: its task is {config.task}")
+            task = open_task(config, load_run_tokenizer(directory))
+            if self.split not in task.splits:
+                raise ValueError(
+                    f"{config.data} has no split named {self.split!r}; there are {', '.join(task.splits)}"
+                )
+            model = load_model(directory, resolve_device(self.device))
+            score = task.score(model, self.split, num_beams=self.num_beams)
+            metrics = curves.read_metrics(directory)
+            row = {
+                "run": directory.name,
+                "model": config.model,
+                "split": self.split,
+                "parameters": count_parameters(model),
+                "seconds": max(line.get("seconds", 0.0) for line in metrics),
+                **score.to_json(),
+            }
+            rows.append(row)
+            print(f"{directory}: BLEU {row['bleu']:.2f}", flush=True)
+        write_atomically(self.output.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
+        table = comparison(rows)
+        write_atomically(self.output.with_suffix(".md"), table)
+        curves.plot_bleu(rows, self.output)
+        print(f"\n{table}\n{self.output}")
+
+
+@dataclass(frozen=True)
+class Ladder:
+    """Train every language model on one corpus under one budget, and compare them: table and plot."""
+
+    rungs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUNG …]")] = ()
+    """Models to train (default: all)."""
+    data: str = TrainingConfig.data
+    """Corpus, as in `train`."""
+    tokenizer: str = TrainingConfig.tokenizer
+    """Tokenizer, as in `train`."""
+    vocab_size: int = TrainingConfig.vocab_size
+    """Number of tokens that the tokenizer learns."""
+    tokens: int = 240 * TrainingConfig.batch_size * TrainingConfig.context_length
+    """Tokens that each model is trained on."""
+    seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    """Seconds that each model is trained for, instead of `--tokens`."""
+    output: Path = RUNS / "ladder"
+    """Folder of the runs, ladder.json, ladder.md and ladder.svg; an unfinished ladder is resumed."""
+    seed: int = TrainingConfig.seed
+    """Seed of every run."""
+    device: str = TrainingConfig.device
+    """auto, cpu, cuda, cuda:1, mps."""
+
+    def __call__(self) -> None:
+        """Train, score, write."""
+        from training.plots.curves import plot_ladder
+
+        if self.tokens < 1 or (self.seconds is not None and not 0 < self.seconds < math.inf):
+            raise ValueError("--tokens must be at least 1, and --seconds above 0")
+        names = ("data", "tokenizer", "vocab_size", "seed", "device")
+        config_fields = {name: getattr(self, name) for name in names}
+        rows = run_ladder(
+            self.output, self.rungs, config_fields, self.tokens, self.seconds, train_or_exit
+        )
+        write_atomically(self.output / "ladder.json", json.dumps(rows, indent=2) + "\n")
+        table = format_table(rows)
+        write_atomically(self.output / "ladder.md", table)
+        plot_ladder(rows, self.output / "ladder.svg")
+        print(f"\n{table}\n{self.output / 'ladder.svg'}")

@@ -1,0 +1,98 @@
+"""Start or resume a training run from the command line, and report its result."""
+
+import dataclasses
+import sys
+import time
+from pathlib import Path
+
+from gpt.checkpoint import RUNS
+from gpt.device import device_name
+from gpt.summary import count_parameters
+from training import distributed
+from training.config import TrainingConfig
+from training.progress import format_duration
+from training.run_directory import create_run, is_same_run, resume_run
+from training.tasks import TASKS, check
+from training.trainer import Diverged, Stopped, Trainer
+
+
+def start_run(config: TrainingConfig, directory: Path | None) -> None:
+    """Create a run, train it and report; after a torchrun restart, resume the same run.
+
+    Args:
+        config: The run's configuration.
+        directory: Run directory; runs/<preset>-<time> if None.
+    """
+    if directory is None and distributed.is_restartable():
+        raise ValueError(
+            "--max-restarts needs --run DIR, so that restarted workers find the run: torchrun … "
+            "-m -- training train … --run DIR (without -- torchrun parses --run as its own option)"
+        )
+    world = distributed.init_process_group(config.device)
+    directory = directory or RUNS / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
+    directory = world.broadcast(directory)
+    if distributed.is_restartable() and world.broadcast(is_same_run(config, directory)):
+        resume(directory, config.device, world)
+        return
+    processes = f", {world.size} processes" if world.size > 1 else ""
+    device = device_name(world.device(config.device))
+    print(f"preset {config.preset}: {config.model} on {device}{processes}")
+    check(config)
+    for name, value in dataclasses.asdict(config).items():
+        if name not in {"preset", "model", *TASKS[config.task].unsupported_options}:
+            print(f"  {name} = {value}")
+    trainer = create_run(config, directory, world)
+    print(f"data: {trainer.task.description}")
+    for line in trainer.task.sizes:
+        print(f"  {line}")
+    print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
+    _train_and_report(trainer)
+
+
+def resume(directory: Path, device: str, world: distributed.World) -> None:
+    """Continue a run from its newest checkpoint, and report."""
+    trainer = resume_run(directory, device, world)
+    progress = f"step {trainer.step} of {trainer.config.steps}"
+    print(f"{trainer.directory}: continues at {progress}", flush=True)
+    _train_and_report(trainer)
+
+
+def train_or_exit(trainer: Trainer, advice: str = "continue with the same command") -> None:
+    """Train to the last step; after a signal or divergence, exit with its code.
+
+    Args:
+        trainer: The run.
+        advice: How to continue after a signal, for the message.
+    """
+    try:
+        trainer.train()
+    except Stopped as stop:
+        if trainer.world.is_main_process:
+            print(f"\n{stop}; {advice}", file=sys.stderr)
+        sys.exit(stop.exit_code)
+    except Diverged as divergence:
+        if trainer.world.is_main_process:
+            print(f"\n{divergence}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _train_and_report(trainer: Trainer) -> None:
+    started = time.monotonic()
+    train_or_exit(trainer, f"continue with: tinygpt train --resume {trainer.directory}")
+    print(f"\ntrained in {format_duration(time.monotonic() - started)}")
+    if trainer.world.is_main_process:
+        _print_report(trainer)
+
+
+def _print_report(trainer: Trainer) -> None:
+    """Print the best weights' score on the whole validation split, a sample and the next commands."""
+    directory, task = trainer.directory, trainer.task
+    score = trainer.score()
+    print(f"the whole validation split, with the best weights:\n{score.table()}")
+    sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))
+    print(f"a sample:\n\n{sample}")
+    print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
+    if task.kind == "text":
+        print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
+    if task.kind == "translation":
+        print(f'  tinygpt xray {directory} "a sentence to translate"')

@@ -1,0 +1,123 @@
+"""Plots of runs: loss curves, the ladder, and BLEU by sentence length."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
+from matplotlib.transforms import Bbox
+
+from training.plots.style import STYLE, check_output, save_figure
+
+
+def read_metrics(run: Path) -> list[dict[str, float]]:
+    """Read a run's metrics.jsonl; a ValueError if it is absent or empty."""
+    path = run / "metrics.jsonl"
+    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
+    if not lines:
+        raise ValueError(f"{run}: nothing to draw: it has no metrics.jsonl, or an empty one")
+    return [json.loads(line) for line in lines]
+
+
+def plot_losses(runs: Sequence[Path], output: Path) -> None:
+    """Plot each run's training and validation loss against tokens seen."""
+    check_output(output)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(8, 4.5), layout="constrained")
+        axes = figure.add_subplot()
+        for number, run in enumerate(runs):
+            metrics, color = read_metrics(run), f"C{number}"
+            million_tokens = {
+                line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line
+            }
+            training = [line for line in metrics if "loss" in line]
+            validation = [line for line in metrics if "validation_loss" in line]
+            axes.plot(
+                [million_tokens[line["step"]] for line in training],
+                [line["loss"] for line in training],
+                color=color,
+                alpha=0.45,
+                linewidth=1.2,
+                label=f"{run.name}: training",
+            )
+            axes.plot(
+                [million_tokens[line["step"]] for line in validation],
+                [line["validation_loss"] for line in validation],
+                "o-",
+                color=color,
+                markersize=4,
+                label=f"{run.name}: validation",
+            )
+        axes.set_xlabel("tokens seen (millions)")
+        axes.set_ylabel("loss (nats per token)")
+        axes.legend()
+        save_figure(figure, output)
+
+
+def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Plot each rung's bits per byte against its parameters, and against its training time."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(10, 4.8), layout="constrained")
+        panels = figure.subplots(1, 2, sharey=True)
+        x_labels = {"parameters": "parameters", "seconds": "seconds of training"}
+        for axes, (key, label) in zip(panels, x_labels.items(), strict=True):
+            axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], "o")
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_minor_locator(NullLocator())
+            axes.set_xlabel(label)
+            axes.margins(x=0.25)
+        panels[0].set_ylabel("bits per byte")
+        figure.draw_without_rendering()  # fixes the layout, which the labels' places depend on
+        figure.set_layout_engine("none")
+        for axes, key in zip(panels, x_labels, strict=True):
+            _label_points(axes, {row["rung"]: (row[key], row["bits_per_byte"]) for row in rows})
+        save_figure(figure, output)
+
+
+def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write each point's name beside it, on the side with the fewest overlaps."""
+    dots = axes.transData.transform(list(points.values()))
+    occupied = [Bbox.from_extents(*(dot - 5), *(dot + 5)) for dot in dots]
+    for name, point in points.items():
+        candidates = [
+            axes.annotate(
+                name,
+                point,
+                (6 * right, 6 * up),
+                textcoords="offset points",
+                fontsize=9,
+                ha={1: "left", 0: "center", -1: "right"}[right],
+                va={1: "bottom", 0: "center", -1: "top"}[up],
+            )
+            for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        ]
+        boxes = [candidate.get_window_extent() for candidate in candidates]
+        best = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(occupied))
+        occupied.append(boxes[best])
+        for candidate in candidates[:best] + candidates[best + 1 :]:
+            candidate.remove()
+
+
+def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Plot each translation run's BLEU on short, middle and long sentences."""
+    check_output(output)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        axes = figure.add_subplot()
+        buckets = rows[0]["buckets"]
+        for number, row in enumerate(rows):
+            scores = [bucket["bleu"] for bucket in row["buckets"]]
+            axes.plot(range(len(scores)), scores, "o-", color=f"C{number}", label=row["run"])
+        axes.set_xticks(
+            range(len(buckets)),
+            [f"{b['name']}\n{b['shortest']} to {b['longest']} words" for b in buckets],
+        )
+        axes.set_ylabel("BLEU")
+        axes.legend()
+        save_figure(figure, output)
