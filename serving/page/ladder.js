@@ -56,7 +56,7 @@ export function ladder() {
       against.disabled = !found.rows.length;
       const [first] = found.rows;
       $("#ladder-source").replaceChildren(...(first
-        ? [`${first.data}; ${long(first.scored)} tokens scored; ${first.device}, ${first.date}`]
+        ? [`${first.data}; ${long(first.tokens_scored)} tokens scored; ${first.device}, ${first.date}`]
         : ["Nothing is measured yet: ", el("code", {}, "make ladder"), " trains every model on one corpus under one budget, and draws them here."]));
       choose(chosen ?? found.rows.at(-1)?.rung ?? found.rungs.at(-1).name);
     },
