@@ -466,8 +466,9 @@ def make_plan(config: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float
             f"with --gradient-accumulation-steps {accumulation}: choose a multiple of "
             f"{num_gpus * accumulation}"
         )
+    model_args = TASKS[config.task].expected_model_args(config)
     with torch.device("meta"):
-        model = new_model(config, TASKS[config.task].expected_model_args(config))
+        model = new_model(config, model_args)
     hardware = resolve_hardware(config, num_gpus, gpu)
     memory = hardware.measure_memory(config, micro_batch_size)
     return Plan(config, hardware, mfu, micro_batch_size, memory, model)

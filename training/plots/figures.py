@@ -303,9 +303,11 @@ def words() -> Sequence[Panel]:
         optimizer.zero_grad()
         model.loss(text_BW[:, :-1], text_BW[:, 1:]).backward()
         optimizer.step()
-    fillers = " ".join(SENTENCES.values()).split()
-    vectors = F.normalize(model.vectors_VD[[vocabulary.index(word) for word in fillers]], dim=-1)
-    return [Heatmap(vectors @ vectors.t(), rows=fillers, columns=fillers, colorbar_label="cosine")]
+    selected = " ".join(SENTENCES.values()).split()
+    vectors = F.normalize(model.vectors_VD[[vocabulary.index(word) for word in selected]], dim=-1)
+    return [
+        Heatmap(vectors @ vectors.t(), rows=selected, columns=selected, colorbar_label="cosine")
+    ]
 
 
 def powers() -> Sequence[Panel]:
