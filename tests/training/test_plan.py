@@ -28,7 +28,9 @@ from training.trainer import Objective
 
 CPU = torch.device("cpu")
 SCALE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
-COMMANDS = re.findall(r"-m (?:-- )?training (train|plan) ([^`\n]*)", SCALE.replace("\\\n", ""))
+COMMANDS = re.findall(
+    r"(?:tinygpt|-m -- training) (train|plan) ([^`\n]*)", SCALE.replace("\\\n", "")
+)
 ROWS = 4
 
 
@@ -333,12 +335,10 @@ def test_commands_of_the_docs_are_valid(command, monkeypatch):
 
 
 def test_docs_show_the_output_of_plan():
-    first = re.search(
-        r"^```sh\npython -m (training plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S
-    )
-    code, out, _ = training(*first[1].split()[1:])
+    example = re.search(r"^```sh\ntinygpt (plan .*)\n```\n\n```\n(.*?)^```", SCALE, re.M | re.S)
+    code, out, _ = training(*example[1].split())
     assert code == 0
-    assert out == first[2]
+    assert out == example[2]
 
 
 if __name__ == "__main__":
