@@ -152,10 +152,10 @@ class Serve:
     """Number format of weights and products; int8, for CPUs, takes a quarter of the memory and time. Its cost in perplexity is printed."""
     threads: MaybeInt = None
     """CPU threads of each model; default: the fastest number, measured at the start."""
-    compile: bool = True
-    """Compile each model's steps in the background on a CPU with a C++ compiler; capture them as CUDA graphs on a GPU."""
+    no_compile: bool = False
+    """Do not compile steps in the background (CPU with a C++ compiler) or capture CUDA graphs (GPU)."""
     deterministic: bool = False
-    """Compute each sequence in a batch of one: outputs are bit-identical whatever else is running; many sequences take longer."""
+    """Compute each sequence in a batch of one: outputs are bit-identical under any load, but many sequences take longer."""
     stream_interval: float = STREAM_INTERVAL
     """Minimum seconds between two chunks of a stream: tokens that come faster share a chunk; the first and the last are sent at once. 0: a chunk for each step."""
     stall_timeout: float = 60.0
@@ -267,7 +267,7 @@ class Serve:
             max_num_batched_tokens=self.max_num_batched_tokens,
             deterministic=self.deterministic,
             num_scheduler_steps=1 if self.deterministic else tune_scheduler_steps(model),
-            cuda_graphs=self.compile and next(model.parameters()).device.type == "cuda",
+            cuda_graphs=not self.no_compile and next(model.parameters()).device.type == "cuda",
         )
         print(
             f"{name}: {num_parameters:,} parameters in {self.dtype}; {self.max_num_seqs} slots of "
@@ -285,7 +285,7 @@ class Serve:
             threads=threads,
             stream_interval=self.stream_interval,
         )
-        if self.compile:
+        if not self.no_compile:
             compiler.add(engine, threads)
         return ModelEntry(
             name,

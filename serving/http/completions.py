@@ -49,7 +49,7 @@ def encode_prompt(
         echo: Whether to decode token ids, as the response will contain their text.
 
     Raises:
-        ValueError: The prompt is too long, or not one of this model's.
+        ValueError: The prompt is too long, empty, or has tokens outside the vocabulary.
     """
     tokenizer = entry.tokenizer
     if isinstance(prompt, str):

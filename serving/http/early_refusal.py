@@ -109,11 +109,6 @@ class EarlyRefusalProtocol(TimeoutProtocol):
         self._release()
         super().on_response_complete()
 
-    def refuse(self, error: APIError) -> None:
-        """Forget the admitted request, send an error and close the connection."""
-        self._release()
-        super().refuse(error)
-
     def _refuse_early(self, error: APIError, unread: int) -> None:
         self.write_error(error, log=error is not EarlyRefusalProtocol.last_logged)
         EarlyRefusalProtocol.last_logged = error

@@ -257,33 +257,17 @@ class CompletionRequest(SamplingFields):
 
     def check_limits(self, limits: Limits) -> None:
         """Raise an APIError that names the first limit the request exceeds."""
-        num_choices = len(self.prompt) * self.n
-        for name, value, limit, subject in (
-            ("max_tokens", self.max_tokens, limits.max_tokens, ""),
-            (
-                "n",
-                num_choices,
-                limits.max_sequences,
-                f"{len(self.prompt)} prompts with n = {self.n} make {num_choices} choices",
-            ),
-            (
-                "stop",
-                len(self.stop),
-                limits.max_stop_strings,
-                f"{len(self.stop)} stop strings",
-            ),
-            (
-                "stop",
-                longest := max(map(len, self.stop), default=0),
-                limits.max_stop_length,
-                f"a stop string of {longest} characters",
-            ),
-            ("logprobs", self.logprobs or 0, limits.max_logprobs, ""),
-            ("num_beams", self.num_beams, limits.max_num_beams, ""),
+        longest_stop = max(map(len, self.stop), default=0)
+        for name, subject, value, limit in (
+            ("max_tokens", "max_tokens", self.max_tokens, limits.max_tokens),
+            ("n", "prompts times n", len(self.prompt) * self.n, limits.max_sequences),
+            ("stop", "stop strings", len(self.stop), limits.max_stop_strings),
+            ("stop", "length of a stop string", longest_stop, limits.max_stop_length),
+            ("logprobs", "logprobs", self.logprobs or 0, limits.max_logprobs),
+            ("num_beams", "num_beams", self.num_beams, limits.max_num_beams),
         ):
             if value > limit:
-                subject = subject or f"{name} = {value}"
-                raise APIError(400, f"{subject}: this server allows {limit}", name)
+                raise APIError(400, f"{subject} = {value}: this server allows {limit}", name)
 
 
 class TokenizeRequest(StrictModel):

@@ -32,7 +32,7 @@ FLUSH_TIMEOUT = 5
 
 @functools.lru_cache(maxsize=1)
 def _raw_response(error: APIError) -> bytes:
-    """Return a whole HTTP response, sent without the application."""
+    """Return the bytes of an HTTP response that bypasses the application."""
     status, body = HTTPStatus(error.status), error.body()
     headers = {
         "content-type": "application/json",
@@ -53,7 +53,7 @@ class TimeoutProtocol(H11Protocol):
         self.deadline: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """Wait for a head, or refuse one connection too many."""
+        """Start the timeout of the head, or refuse a connection above the limit."""
         super().connection_made(transport)
         if len(self.connections) > self.timeouts.max_connections:
             message = "too many connections: try again later"

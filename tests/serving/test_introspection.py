@@ -169,12 +169,19 @@ def test_next_tokens_response_equals_the_models_distribution(server, model):
     )
     assert set(response) == {"model", "candidates", "entropy", "support_size", "rest"}
     assert response["model"] == "tiny"
-    for candidate, wanted in zip(response["candidates"], expected.candidates, strict=True):
+    for candidate, expected_candidate in zip(
+        response["candidates"], expected.candidates, strict=True
+    ):
         assert set(candidate) == {"id", "text", "probability", "sampling_probability", "rank"}
-        assert (candidate["id"], candidate["rank"]) == (wanted.id, wanted.rank)
-        assert candidate["text"] == token_text(TOKENIZER, wanted.id)
-        assert candidate["probability"] == pytest.approx(float(probability_V[wanted.id]), rel=1e-4)
-        sampling_probability = pytest.approx(wanted.sampling_probability, rel=1e-4)
+        assert (candidate["id"], candidate["rank"]) == (
+            expected_candidate.id,
+            expected_candidate.rank,
+        )
+        assert candidate["text"] == token_text(TOKENIZER, expected_candidate.id)
+        assert candidate["probability"] == pytest.approx(
+            float(probability_V[expected_candidate.id]), rel=1e-4
+        )
+        sampling_probability = pytest.approx(expected_candidate.sampling_probability, rel=1e-4)
         assert candidate["sampling_probability"] == sampling_probability
     assert response["support_size"] == expected.support_size
     for i, name in enumerate(("probability", "sampling_probability")):
@@ -233,19 +240,19 @@ def test_long_prompt_is_processed_in_chunks(start, name, monkeypatch):
 def assert_equals_xray(response, expected, layer=None):
     """Compare a response with the activation maps of the model."""
     assert [m["name"] for m in response["maps"]] == [m.name for m in expected]
-    for m, wanted in zip(response["maps"], expected, strict=True):
-        weights_LHTS = wanted.weights[0]
+    for m, expected_map in zip(response["maps"], expected, strict=True):
+        weights_LHTS = expected_map.weights[0]
         assert (m["num_layers"], m["num_heads"]) == weights_LHTS.shape[:2]
         assert m["first_layer"] == (layer or 0)
         if layer is not None:
             weights_LHTS = weights_LHTS[layer : layer + 1]
         actual_LHTS = torch.tensor(m["weights"])
         torch.testing.assert_close(actual_LHTS, weights_LHTS.float(), atol=1e-5, rtol=0)
-        assert m["rows"] == tokens_json(wanted.rows[0].tolist())
-        if isinstance(wanted.columns, str):
-            assert (m["columns"], m["column_label"]) == (None, wanted.columns)
+        assert m["rows"] == tokens_json(expected_map.rows[0].tolist())
+        if isinstance(expected_map.columns, str):
+            assert (m["columns"], m["column_label"]) == (None, expected_map.columns)
         else:
-            assert m["columns"] == tokens_json(wanted.columns[0].tolist())
+            assert m["columns"] == tokens_json(expected_map.columns[0].tolist())
             assert m["column_label"] is None
         assert m["min"] == pytest.approx(float(weights_LHTS.min()), abs=1e-6)
         assert m["max"] == pytest.approx(float(weights_LHTS.max()), abs=1e-6)
