@@ -31,7 +31,7 @@ from tokenizer import Tokenizer
 from tokenizer.__main__ import Parser
 from training.config import TrainingConfig
 from training.tasks import open_task
-from training.tasks.text import open_corpus_of
+from training.tasks.text import load_corpus
 from training.trainer import Trainer
 
 PROG = "python -m benchmarks.growth"
@@ -90,7 +90,7 @@ def prepared(run: TrainingConfig, cache: str) -> Row:
     """Prepare a run's text as `training train` does: learn a tokenizer, write the tokens."""
     os.environ["TINYGPT_CACHE"] = cache
     begun = time.perf_counter()
-    corpus = open_corpus_of(run, None, to_train=True)
+    corpus = load_corpus(run, None, for_training=True)
     tokens = sum(len(split.tokens) for split in corpus.splits.values())
     seconds = time.perf_counter() - begun
     return {"seconds": seconds, "tokens": tokens, "directory": str(corpus.directory)}

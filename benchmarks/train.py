@@ -43,7 +43,7 @@ from training.presets import get_preset
 from training.run_directory import environment_info
 from training.tasks import TASKS, open_task
 from training.tasks.base import Batch, Task
-from training.tasks.text import open_corpus_of
+from training.tasks.text import load_corpus
 from training.trainer import Objective, Trainer
 
 PROG = "python -m benchmarks.train"
@@ -66,7 +66,7 @@ class RandomTokens(Task):
         self.arrays = tokens_BT[:, :-1], tokens_BT[:, 1:]
 
     @classmethod
-    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:  # noqa: ARG003
+    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:  # noqa: ARG003
         return cls(run)
 
     def batch(self, index: int) -> Batch:  # noqa: ARG002
@@ -414,7 +414,7 @@ def throughput_table(result: Row) -> str:
 
 def characters_of(data: str) -> Corpus:
     """Prepared tokens, one for each character; a ValueError if the data is absent or has others."""
-    corpus = open_corpus_of(dataclasses.replace(get_preset("nanogpt-cpu"), data=data), None, True)
+    corpus = load_corpus(dataclasses.replace(get_preset("nanogpt-cpu"), data=data), None, True)
     if not {"train", "validation"} <= corpus.splits.keys():
         raise ValueError(f"{data}: has only the splits {', '.join(corpus.splits)}: give the text")
     split = corpus.splits["validation"]

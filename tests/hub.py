@@ -1,9 +1,9 @@
-"""A stand-in for the hub on 127.0.0.1: serves FOLDER/owner/name as the data set owner/name.
+"""A local stand-in for the Hugging Face hub: serves FOLDER/owner/name as the dataset owner/name.
 
     python tests/hub.py FOLDER
 
-prints its address, for HF_ENDPOINT. It answers what `datasets` asks for when it reads
-files and lists them, whole or streaming, and nothing else.
+prints its address, for HF_ENDPOINT. It implements only the requests with which `datasets` lists
+and reads files, downloaded or streamed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ COMMIT = "c0ffee" + "0" * 34
 
 class Hub(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    # Headers and body leave as two small writes: without this the second waits for an answer.
+    # Headers and body are two small writes: with the algorithm the second would wait for an ACK.
     disable_nagle_algorithm = True
 
     def __init__(self, folder: Path, *arguments) -> None:
@@ -32,42 +32,42 @@ class Hub(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = unquote(urlsplit(self.path).path)
-        found = re.fullmatch(r"(/api)?/datasets/([^/]+/[^/]+)(?:/(\w+)/([^/]+))?(?:/(.*))?", path)
+        match = re.fullmatch(r"(/api)?/datasets/([^/]+/[^/]+)(?:/(\w+)/([^/]+))?(?:/(.*))?", path)
         if path == "/":
-            return self.answer(b"hub")
-        if not found or not (root := self.folder / found[2]).is_dir():
-            return self.answer(b"", 404, {"X-Error-Code": "RepoNotFound"})
-        api, name, verb, _, inner = found.groups()
+            return self.respond(b"hub")
+        if not match or not (root := self.folder / match[2]).is_dir():
+            return self.respond(b"", 404, {"X-Error-Code": "RepoNotFound"})
+        api, name, verb, _, inner = match.groups()
         if api and verb in (None, "revision"):
             siblings = [{"rfilename": entry["path"]} for entry in listing(root, root.rglob("*"))]
-            return self.answer({"id": name, "sha": COMMIT, "siblings": siblings, "tags": []})
+            return self.respond({"id": name, "sha": COMMIT, "siblings": siblings, "tags": []})
         target = root / (inner or "")
         if api and verb == "tree" and target.is_dir():
-            return self.answer(listing(root, target.iterdir()))
+            return self.respond(listing(root, target.iterdir()))
         if verb == "resolve" and target.is_file():
-            return self.file(target)
-        return self.answer(b"", 404, {"X-Error-Code": "EntryNotFound"})
+            return self.send_file(target)
+        return self.respond(b"", 404, {"X-Error-Code": "EntryNotFound"})
 
     def do_HEAD(self) -> None:
         self.do_GET()
 
     def do_POST(self) -> None:
-        """paths-info: the same entries as the listing, of some paths only."""
+        """Serve paths-info: the entries of the listing for the requested paths."""
         body = self.rfile.read(int(self.headers["Content-Length"]))
         root = self.folder / "/".join(self.path.split("/")[3:5])
         paths = [root / path for path in json.loads(body)["paths"]]
-        self.answer(listing(root, filter(Path.exists, paths)))
+        self.respond(listing(root, filter(Path.exists, paths)))
 
-    def file(self, path: Path) -> None:
+    def send_file(self, path: Path) -> None:
         data, status = path.read_bytes(), 200
         headers = {"ETag": f'"{sha(data)}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-        if span := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
-            start, stop = int(span[1]), min(int(span[2] or len(data)) + 1, len(data))
+        if byte_range := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
+            start, stop = int(byte_range[1]), min(int(byte_range[2] or len(data)) + 1, len(data))
             headers["Content-Range"] = f"bytes {start}-{stop - 1}/{len(data)}"
             data, status = data[start:stop], 206
-        self.answer(data, status, headers)
+        self.respond(data, status, headers)
 
-    def answer(self, body, status: int = 200, headers=()) -> None:
+    def respond(self, body, status: int = 200, headers=()) -> None:
         data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         for key, value in {"Content-Length": len(data), **dict(headers)}.items():
@@ -86,7 +86,7 @@ def sha(data: bytes) -> str:
 
 
 def listing(root: Path, paths: Iterable[Path]) -> list[dict]:
-    """The hub's entries of files and folders."""
+    """The entries of files and folders in the hub's format."""
     return [
         {
             "type": "directory" if path.is_dir() else "file",
@@ -100,7 +100,7 @@ def listing(root: Path, paths: Iterable[Path]) -> list[dict]:
 
 @contextlib.contextmanager
 def running(folder: Path) -> Iterator[str]:
-    """The address of a hub that serves `folder` meanwhile."""
+    """Serve `folder` and yield the address."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, folder)) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"

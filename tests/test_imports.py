@@ -16,7 +16,7 @@ PACKAGES = {
 }
 """Each package, and those that it may import."""
 LIBRARIES = {
-    "datasets": "training/data/sources.py",
+    "datasets": "training/data",
     "sacrebleu": "training/tasks/translation.py",
     "tokenizers": "tokenizer/__init__.py",
     "fastapi": "serving/http/app.py",

@@ -12,7 +12,7 @@ from training import distributed
 from training.config import TrainingConfig
 from training.progress import format_duration
 from training.run_directory import create_run, is_same_run, resume_run
-from training.tasks import TASKS, check
+from training.tasks import TASKS, check_task
 from training.trainer import Diverged, Stopped, Trainer
 
 
@@ -37,7 +37,7 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
     processes = f", {world.size} processes" if world.size > 1 else ""
     device = device_name(world.device(config.device))
     print(f"preset {config.preset}: {config.model} on {device}{processes}")
-    check(config)
+    check_task(config)
     for name, value in dataclasses.asdict(config).items():
         if name not in {"preset", "model", *TASKS[config.task].unsupported_options}:
             print(f"  {name} = {value}")

@@ -29,7 +29,7 @@ from gpt.summary import count_by_kind, count_parameters, describe
 from training.config import TrainingConfig, new_model
 from training.optimizer import Optimizers
 from training.progress import format_duration
-from training.tasks import TASKS, check
+from training.tasks import TASKS, check_task
 from training.tasks.text import Text
 from training.trainer import Objective
 
@@ -453,7 +453,7 @@ def make_plan(config: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float
         gpu: Name of each; this machine's device if None.
         mfu: Expected model FLOPs utilization, a share of the GPU's peak.
     """
-    check(config)
+    check_task(config)
     if num_gpus < 1:
         raise ValueError(f"--num-gpus must be at least 1, not {num_gpus}")
     if not 0 < mfu <= 1:

@@ -27,7 +27,7 @@ from tokenizer import Tokenizer
 from training.checkpointing import newest_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
-from training.tasks import TASKS, check, open_task
+from training.tasks import TASKS, check_task, open_task
 from training.trainer import Trainer
 
 
@@ -36,7 +36,7 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
 
     Raises ValueError if model, task, data, processes and directory do not fit together.
     """
-    check(config)
+    check_task(config)
     check_batch_size(config, world)
     if config.fsdp and world.size == 1:
         raise ValueError(

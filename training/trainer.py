@@ -44,7 +44,8 @@ from training.metrics_logger import MetricsLogger
 from training.optimizer import Optimizers, lr_schedule
 from training.progress import Progress
 from training.signals import SignalHandler
-from training.tasks.base import Prefetcher, Report, Task
+from training.tasks.base import Report, Task
+from training.tasks.prefetcher import Prefetcher
 
 
 class Stopped(Exception):

@@ -18,7 +18,7 @@ from gpt.models.linear import (
     softmax,
 )
 from gpt.models.mlp import MLP
-from training.tasks.tables import BROWN, FRANKEN, WHITE, grains
+from training.tasks.tables import BROWN, FRANKEN, WHITE, grain_rows
 
 CUPS = torch.linspace(1, 5, 9, dtype=torch.float64)
 
@@ -91,7 +91,7 @@ def test_chapter_1_by_hand_equals_autograd_and_torch_sgd() -> None:
 
 def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
     torch.manual_seed(0)
-    x_BD, y_B = grains(CUPS, WHITE)
+    x_BD, y_B = grain_rows(CUPS, WHITE)
     model = Linear(1).double()
     for _ in range(500):
         gradient_step(model, 0.05, x_BD[:, :1], y_B)
@@ -101,7 +101,7 @@ def test_chapter_1_white_rice_needs_two_cups_of_water_to_one() -> None:
 
 def test_chapter_1_no_plane_fits_white_and_brown_rice() -> None:
     torch.manual_seed(0)
-    x_BD, y_B = grains(CUPS, WHITE, BROWN)
+    x_BD, y_B = grain_rows(CUPS, WHITE, BROWN)
     loss = fit(Linear(2).double(), x_BD, y_B)
     design = torch.cat([x_BD, torch.ones(len(x_BD), 1, dtype=torch.float64)], dim=1)
     solution = torch.linalg.lstsq(design, y_B.unsqueeze(1)).solution.squeeze(1)
@@ -119,7 +119,7 @@ def test_chapter_1_targets_of_another_shape_raise() -> None:
 def polynomial() -> SigmaPi:
     """y = p xz + qx + b, fitted to white and brown rice."""
     model = SigmaPi(products=((0, 1), (0,), ())).double()
-    assert fit(model, *grains(CUPS, WHITE, BROWN)) < 1e-12
+    assert fit(model, *grain_rows(CUPS, WHITE, BROWN)) < 1e-12
     return model
 
 
@@ -141,7 +141,7 @@ def test_chapter_2_a_product_fits_both_kinds_of_rice_exactly(polynomial: SigmaPi
 
 def test_chapter_2_a_product_extrapolates_to_ten_cups(polynomial: SigmaPi) -> None:
     """A ReLU network does not: see test_mlp.py."""
-    x_BD, y_B = grains(torch.tensor([10.0], dtype=torch.float64), WHITE, BROWN)
+    x_BD, y_B = grain_rows(torch.tensor([10.0], dtype=torch.float64), WHITE, BROWN)
     torch.testing.assert_close(polynomial(x_BD), y_B, rtol=0, atol=1e-4)
 
 
@@ -154,10 +154,10 @@ def test_chapter_2_parameter_counts() -> None:
 
 
 def test_chapter_2_a_smooth_law_cannot_switch_to_the_franken_grain(polynomial: SigmaPi) -> None:
-    x_BD, y_B = grains(torch.ones(1, dtype=torch.float64), FRANKEN)
+    x_BD, y_B = grain_rows(torch.ones(1, dtype=torch.float64), FRANKEN)
     assert polynomial(x_BD).item() == pytest.approx(4, abs=1e-4)
     assert y_B.item() == 1
-    assert fit(SigmaPi().double(), *grains(CUPS, WHITE, BROWN, FRANKEN)) > 0.3
+    assert fit(SigmaPi().double(), *grain_rows(CUPS, WHITE, BROWN, FRANKEN)) > 0.3
 
 
 @pytest.mark.parametrize("products", [(), ((0, -1),), ((2,),)])
@@ -261,7 +261,7 @@ def test_chapter_4_entropy_grows_with_temperature_and_0_is_argmax() -> None:
 def test_chapter_4_grains_are_classified_by_darkness() -> None:
     torch.manual_seed(0)
     model = Softmax(1, 3).double()
-    darkness_BD = grains(CUPS, WHITE, BROWN, FRANKEN)[0][:, 1:]
+    darkness_BD = grain_rows(CUPS, WHITE, BROWN, FRANKEN)[0][:, 1:]
     kind_B = torch.arange(3).repeat_interleave(len(darkness_BD) // 3)
     fit(model, darkness_BD, kind_B, steps=30)
     assert torch.equal(model(darkness_BD).argmax(-1), kind_B)

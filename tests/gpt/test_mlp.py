@@ -19,7 +19,7 @@ from gpt.models.mlp import (
     Layers,
     backpropagate,
 )
-from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grains
+from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grain_rows
 
 
 def fit_many(
@@ -46,11 +46,11 @@ def num_parameters(model: Model) -> int:
 
 
 def test_chapter_2_a_relu_network_fitted_to_five_cups_fails_at_ten() -> None:
-    x_BD, y_B = grains(torch.linspace(1, 5, 9), WHITE, BROWN)
+    x_BD, y_B = grain_rows(torch.linspace(1, 5, 9), WHITE, BROWN)
     x_NBD, y_NB = x_BD.expand(5, -1, -1), y_B.expand(5, -1)
     network = fit_many(lambda: MLP(2, (10,)), x_NBD, y_NB, steps=1000)
     assert (network(x_NBD) - y_NB).abs().mean(-1).median() < 0.2
-    far_BD, far_B = grains(torch.tensor([10.0]), WHITE, BROWN)
+    far_BD, far_B = grain_rows(torch.tensor([10.0]), WHITE, BROWN)
     assert (network(far_BD.expand(5, -1, -1)) - far_B).abs().mean(-1).median() > 0.5
     sigma_pi = SigmaPi()
     with torch.no_grad():
@@ -211,12 +211,12 @@ def test_chapter_6_experts_extrapolate_five_random_lines_better_than_mlps_of_the
 def test_chapter_6_white_brown_and_franken_grain_together(split_inputs: bool) -> None:
     """The best of several fits. Only experts that see the cups alone find the law."""
     kwargs = {"u": (0,), "v": (1,)} if split_inputs else {}
-    x_BD, y_B = grains(torch.linspace(1, 5, 9), WHITE, BROWN, FRANKEN)
+    x_BD, y_B = grain_rows(torch.linspace(1, 5, 9), WHITE, BROWN, FRANKEN)
     x_NBD, y_NB = x_BD.expand(8, -1, -1), y_B.expand(8, -1)
     model = fit_many(lambda: Experts(2, 5, **kwargs), x_NBD, y_NB, steps=1200)
     loss_N = (model(x_NBD) - y_NB).square().mean(-1)
     assert loss_N.min() < 0.01
-    far_BD, far_B = grains(torch.tensor([10.0]), WHITE, BROWN, FRANKEN)
+    far_BD, far_B = grain_rows(torch.tensor([10.0]), WHITE, BROWN, FRANKEN)
     far_N = (model(far_BD.expand(8, -1, -1)) - far_B).abs().amax(-1)
     assert (far_N[loss_N.argmin()] < 0.5) == split_inputs
 

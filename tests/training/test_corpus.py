@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from benchmarks.growth import memory_of
 from tokenizer import byte_tokenizer
-from training.data.corpus import CorpusWriter, ShuffledWindows, TextChunk, open_corpus
+from training.data.batches import ShuffledWindows
+from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 
 TOKENIZER = byte_tokenizer()
-END = TOKENIZER.eos_token
+EOS = TOKENIZER.eos_token
 
 
 @pytest.fixture
@@ -27,12 +28,12 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_tokens_and_counts_come_back(folder):
+def test_tokens_and_counts_round_trip(folder):
     corpus = open_corpus(folder)
     train = corpus.splits["train"]
-    assert train.tokens.tolist() == [END, *"one two\nthrée\nmore".encode(), END, ord("b")]
+    assert train.tokens.tolist() == [EOS, *"one two\nthrée\nmore".encode(), EOS, ord("b")]
     assert (train.bytes, train.words, train.documents) == (20, 7, 2)
-    assert corpus.splits["validation"].tokens.tolist() == [END, ord("c")]
+    assert corpus.splits["validation"].tokens.tolist() == [EOS, ord("c")]
     assert corpus.tokenizer.fingerprint == TOKENIZER.fingerprint
     assert corpus.description == "a corpus"
     with pytest.raises(ValueError):
@@ -40,106 +41,109 @@ def test_tokens_and_counts_come_back(folder):
 
 
 @pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux tells a process's pages of files (RssFile)"
+    sys.platform != "linux", reason="only Linux reports a process's pages of files (RssFile)"
 )
-def test_a_long_corpus_takes_no_room_in_memory(tmp_path):
-    """64 MB of tokens, of which nearly every page is looked at."""
+def test_reading_a_corpus_does_not_fill_memory(tmp_path):
+    """64 MB of tokens, of which nearly every page is read."""
 
-    def in_memory():
+    def file_pages():
         return memory_of(os.getpid())["RssFile"]
 
     tokens = np.memmap(tmp_path / "train.bin", np.uint16, "w+", shape=(2**25,))
     tokens[::2048] = np.arange(2**14)
     tokens.flush()
     del tokens
-    order = ShuffledWindows(
+    windows = ShuffledWindows(
         np.memmap(tmp_path / "train.bin", np.uint16, "r", shape=(2**25,)), 128, 16, 0
     )
-    begun, seen = in_memory(), 0
+    initial, nonzero = file_pages(), 0
     for index in range(4000):
-        seen += int((order.batch(index)[0] > 0).sum())
-        assert in_memory() - begun < 4 * 2**20
-    assert seen > 3000
+        nonzero += int((windows.batch(index)[0] > 0).sum())
+        assert file_pages() - initial < 4 * 2**20
+    assert nonzero > 3000
 
 
-def test_fingerprint_is_of_the_content(folder, tmp_path_factory):
-    prints = []
+def test_fingerprint_depends_on_the_content_only(folder, tmp_path_factory):
+    fingerprints = []
     for text in ("c", "c", "d"):
         writer = CorpusWriter(other := tmp_path_factory.mktemp("other"), TOKENIZER)
         writer.write("train", [TextChunk(text, True)])
-        writer.close(f"another {len(prints)}")
-        prints.append(open_corpus(other).fingerprint)
-    assert prints[0] == prints[1] != prints[2]
+        writer.close(f"another {len(fingerprints)}")
+        fingerprints.append(open_corpus(other).fingerprint)
+    assert fingerprints[0] == fingerprints[1] != fingerprints[2]
 
 
-def test_what_is_damaged_is_refused(folder):
+def test_damaged_corpus_is_rejected(folder):
     with pytest.raises(ValueError, match="no prepared tokens here"):
         open_corpus(folder / "nowhere")
     whole = (folder / "train.bin").read_bytes()
     (folder / "train.bin").write_bytes(whole[:-2])
-    with pytest.raises(ValueError, match=f"{len(whole) - 2} bytes where {len(whole)} belong"):
+    with pytest.raises(ValueError, match=f"{len(whole) - 2} bytes, expected {len(whole)}"):
         open_corpus(folder)
     (folder / "train.bin").write_bytes(whole)
-    facts = json.loads((folder / "corpus.json").read_text())
-    for damaged, why in (
+    manifest = json.loads((folder / "corpus.json").read_text())
+    for content, message in (
         ('{"format"', "damaged"),
         ("[]", "damaged"),
         ("{}", "damaged"),
-        (json.dumps(facts | {"format": 99}), "format 99 is newer"),
+        (json.dumps(manifest | {"format": 99}), "format 99 is newer"),
     ):
-        (folder / "corpus.json").write_text(damaged)
-        with pytest.raises(ValueError, match=why):
+        (folder / "corpus.json").write_text(content)
+        with pytest.raises(ValueError, match=message):
             open_corpus(folder)
 
 
 SIZES = given(
-    length=st.integers(2, 200), window=st.integers(1, 20), rows=st.integers(1, 9), seed=st.integers(0, 9)
+    length=st.integers(2, 200), context_length=st.integers(1, 20), batch_size=st.integers(1, 9), seed=st.integers(0, 9)
 )  # fmt: skip
 
 
-def windows_of(length, window, rows, seed):
-    return ShuffledWindows(np.arange(length, dtype=np.uint16), min(window, length - 1), rows, seed)
+def windows_of(length, context_length, batch_size, seed):
+    tokens = np.arange(length, dtype=np.uint16)
+    return ShuffledWindows(tokens, min(context_length, length - 1), batch_size, seed)
 
 
 @SIZES
-def test_every_window_once_an_epoch(length, window, rows, seed):
-    windows = windows_of(length, window, rows, seed)
-    batches = [windows.batch(k)[0] for k in range(-(-3 * windows.epoch // rows))]
+def test_each_epoch_has_every_window_once(length, context_length, batch_size, seed):
+    windows = windows_of(length, context_length, batch_size, seed)
+    batches = [windows.batch(k)[0] for k in range(-(-3 * windows.windows_per_epoch // batch_size))]
     starts = np.concatenate(batches)[:, 0]
     for epoch in range(3):
-        some = np.sort(starts[epoch * windows.epoch : (epoch + 1) * windows.epoch])
-        assert len(some) == windows.epoch
-        assert (np.diff(some) == windows.window).all()
-        # What the grid leaves out at both ends together is less than two windows.
-        assert length - 1 - (some[-1] - some[0] + windows.window) < 2 * windows.window
+        size = windows.windows_per_epoch
+        epoch_starts = np.sort(starts[epoch * size : (epoch + 1) * size])
+        assert len(epoch_starts) == size
+        assert (np.diff(epoch_starts) == windows.context_length).all()
+        # The grid leaves out less than two windows at both ends together.
+        covered = epoch_starts[-1] - epoch_starts[0] + windows.context_length
+        assert length - 1 - covered < 2 * windows.context_length
 
 
 @SIZES
-def test_targets_are_the_next_tokens(length, window, rows, seed):
-    windows = windows_of(length, window, rows, seed)
+def test_targets_are_the_next_tokens(length, context_length, batch_size, seed):
+    windows = windows_of(length, context_length, batch_size, seed)
     tokens, targets = windows.batch(1)
-    assert tokens.shape == targets.shape == (rows, windows.window)
+    assert tokens.shape == targets.shape == (batch_size, windows.context_length)
     assert tokens.dtype == targets.dtype == np.int64
     assert (targets == tokens + 1).all()
 
 
 @SIZES
-def test_a_batch_depends_on_seed_and_index_only(length, window, rows, seed):
-    straight = [windows_of(length, window, rows, seed).batch(k)[0] for k in range(5)]
-    again = windows_of(length, window, rows, seed)
+def test_batch_depends_on_seed_and_index_only(length, context_length, batch_size, seed):
+    batches = [windows_of(length, context_length, batch_size, seed).batch(k)[0] for k in range(5)]
+    resumed = windows_of(length, context_length, batch_size, seed)
     for k in (4, 0, 3, 1, 2):
-        assert (again.batch(k)[0] == straight[k]).all()
+        assert (resumed.batch(k)[0] == batches[k]).all()
 
 
-def test_epochs_and_seeds_differ():
+def test_epochs_and_seeds_have_different_orders():
     windows = windows_of(1000, 10, 98, 0)
-    assert windows.epoch == 98
+    assert windows.windows_per_epoch == 98
     first, second = windows.batch(0)[0], windows.batch(1)[0]
     assert not (first == second).all()
     assert first[0, 0] % 10 != second[0, 0] % 10
     assert not (first == windows_of(1000, 10, 98, 1).batch(0)[0]).all()
 
 
-def test_less_than_a_window_is_refused_with_the_numbers():
+def test_text_shorter_than_a_window_is_rejected():
     with pytest.raises(ValueError, match=r"has 64 tokens.*window of 64 needs 65.*--context-length"):
         ShuffledWindows(np.zeros(64, np.uint16), 64, 1, 0)

@@ -16,7 +16,7 @@ from training.run_directory import (
     load_training_config,
     save_training_config,
 )
-from training.tasks.text import Vectors
+from training.tasks.word_vectors import WordVectors
 
 TINY = TrainingConfig(
     model_args={"width": 16, "depth": 1, "heads": 2},
@@ -40,7 +40,7 @@ def test_init_embedding_copies_the_embedding_of_another_run(tmp_path):
     word2vec = dataclasses.replace(
         TINY, model="word2vec", task="word-vectors", model_args={"width": 16}
     )
-    make_trainer(word2vec, tmp_path / "words", corpus, Vectors).train()
+    make_trainer(word2vec, tmp_path / "words", corpus, WordVectors).train()
     corpus.tokenizer.save(tmp_path / "words" / "tokenizer.json")
     tensors = load_tensors(tmp_path / "words" / "model.safetensors")
 

@@ -23,8 +23,8 @@ from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.presets import PRESETS
 from training.tasks import TASKS
-from training.tasks.base import Prefetcher
-from training.tasks.tables import TABLES
+from training.tasks.prefetcher import Prefetcher
+from training.tasks.tabular import TABULAR_TASKS
 from training.tasks.text import Text
 from training.trainer import Diverged, Stopped, Trainer
 
@@ -75,7 +75,7 @@ def pair_corpus(tmp_path_factory):
     for split in ("train", "validation"):
         writer.write(split, [TextChunk(source, True, target) for source, target in pairs * 6])
     writer.close("dogs and cats", ("en", "fr"))
-    return open_corpus(folder, pairs=True)
+    return open_corpus(folder, sentence_pairs=True)
 
 
 def sha256(path):
@@ -147,7 +147,7 @@ def shrink(config):
     """Return a preset with a tiny model and few steps; task, optimizers and schedule stay."""
     parameters = inspect.signature(model_class(config.model)).parameters
     tiny_args = {"width": 8, "depth": 1, "heads": 2, "hidden": 8}
-    if config.task in TABLES:
+    if config.task in TABULAR_TASKS:
         tiny_args = {}
     return dataclasses.replace(
         config,
@@ -169,8 +169,8 @@ def shrink(config):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_resumes_exactly(name, corpus, pair_corpus, tmp_path):
     config = shrink(PRESETS[name])
-    if config.task in TABLES:
-        task = TABLES[config.task].open(config, None, True)
+    if config.task in TABULAR_TASKS:
+        task = TABULAR_TASKS[config.task].open(config, None, True)
     else:
         task = TASKS[config.task](config, pair_corpus if config.task == "translation" else corpus)
     assert_resumed_equals_uninterrupted(config, task, 3, tmp_path)
@@ -203,7 +203,7 @@ def test_prefetched_batches_are_the_same(variant, corpus, tmp_path):
         loss = train_step(objective)
         # The next batch is already being made.
         next_step = trainer.step + 1
-        assert next_step in trainer.prefetcher.coming or next_step == config.steps
+        assert next_step in trainer.prefetcher.pending or next_step == config.steps
         return loss
 
     trainer.task.batch, trainer.train_step = record_batch, check_step
@@ -370,7 +370,7 @@ def test_stateful_training_continues_the_state_of_every_row(corpus, tmp_path):
 
 def test_every_epoch_starts_with_an_empty_state(corpus):
     task = Text(VARIANTS["stateful-sgd"], corpus)
-    epoch = task.order.epoch
+    epoch = task.batches.batches_per_epoch
     assert [step for step in range(2 * epoch + 1) if not task.continues_previous(step)] == [
         0,
         epoch,

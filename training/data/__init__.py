@@ -1,1 +1,1 @@
-"""Text from anywhere to prepared token files, and batches from them."""
+"""From text anywhere to prepared tokens on disk, and training batches from them."""

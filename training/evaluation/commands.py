@@ -19,7 +19,7 @@ from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
 from training.run_directory import load_run_tokenizer, load_training_config
 from training.tasks import TASKS, open_task
-from training.tasks.translation import comparison
+from training.tasks.translation import comparison_table
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Eval:
             raise ValueError(
                 "options about the data need --data: without it, the run's own corpus is scored"
             )
-        task = open_task(config, load_run_tokenizer(directory), to_train=self.data is None)
+        task = open_task(config, load_run_tokenizer(directory), for_training=self.data is None)
         preferred = ("test", "validation", "train") if self.data else ("validation",)
         split = self.split or next(name for name in preferred if name in task.splits)
         if split not in task.splits:
@@ -137,7 +137,7 @@ class Translators:
             rows.append(row)
             print(f"{directory}: BLEU {row['bleu']:.2f}", flush=True)
         write_atomically(self.output.with_suffix(".json"), json.dumps(rows, indent=2) + "\n")
-        table = comparison(rows)
+        table = comparison_table(rows)
         write_atomically(self.output.with_suffix(".md"), table)
         curves.plot_bleu(rows, self.output)
         print(f"\n{table}\n{self.output}")

@@ -25,17 +25,17 @@ from gpt.models.recurrent import Cell, GRUCell, LSTMCell, RNNCell, gradient_by_d
 from gpt.models.transformer import sinusoids
 from gpt.models.word2vec import Word2Vec
 from training.tasks.tables import (
+    BINARY_CLASSIFICATION_TABLES,
     BROWN,
     CUPS,
     CURVES,
     FRANKEN,
+    REGRESSION_TABLES,
     WHITE,
-    Choice,
     Grain,
-    Numbers,
     Rows,
     Table,
-    grains,
+    grain_rows,
 )
 
 LineStyle = Literal["solid", "dashed", "dots"]
@@ -107,7 +107,7 @@ ModelT = TypeVar("ModelT", bound=Model)
 
 def number_table(name: str) -> Table:
     """Return the table of a task whose targets are numbers."""
-    return Numbers.tables[name](0)
+    return REGRESSION_TABLES[name](0)
 
 
 def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: int = 1) -> ModelT:
@@ -164,7 +164,7 @@ WIDE_CUPS = torch.linspace(0, 10, 81)
 
 def rice() -> Sequence[Panel]:
     """Chapter 2: a product fits two kinds of rice and extrapolates; a ReLU network fits its points only."""
-    rows = grains(CUPS, WHITE, BROWN)
+    rows = grain_rows(CUPS, WHITE, BROWN)
     return [
         rice_panel("3 weights: y = (pz + q) x + b", fit(SigmaPi, rows), [WHITE, BROWN]),
         rice_panel(
@@ -178,7 +178,7 @@ def rice_panel(title: str, model: Model, kinds: Sequence[Grain]) -> LinePlot:
     series = []
     for kind in kinds:
         color, darkness = GRAIN_COLORS[kind], torch.tensor(kind.darkness)
-        x_BD, water_B = grains(CUPS, kind)
+        x_BD, water_B = grain_rows(CUPS, kind)
         series += [
             Series(WIDE_CUPS, kind.water * WIDE_CUPS, GREY, style="dashed"),
             Series(WIDE_CUPS, predict(model, WIDE_CUPS, darkness), color, kind.name),
@@ -191,7 +191,7 @@ def rice_panel(title: str, model: Model, kinds: Sequence[Grain]) -> LinePlot:
 
 def border() -> Sequence[Panel]:
     """Chapter 3: the score of a logistic regression separates two kinds of rice; its sigmoid is a probability."""
-    x_BD, class_B = Choice.tables["white-or-brown"](0).splits["train"]
+    x_BD, class_B = BINARY_CLASSIFICATION_TABLES["white-or-brown"](0).splits["train"]
     model = fit(lambda: Logistic(2), (x_BD, class_B))
     (cups, water), bias = model.score.weight.tolist(), model.score.bias.item()
     ends = torch.tensor([1.0, 5.0])
@@ -250,7 +250,7 @@ def curves() -> Sequence[Panel]:
 def experts() -> Sequence[Panel]:
     """Chapter 6: gated experts switch between linear laws and extrapolate each; a ReLU network bends."""
     kinds = [WHITE, BROWN, FRANKEN]
-    rows = grains(CUPS, *kinds)
+    rows = grain_rows(CUPS, *kinds)
     model = fit(lambda: Experts(2, 3, u=(0,), v=(1,)), rows, restarts=8)
     network = fit(lambda: MLP(2, (7,)), rows, restarts=4)
     darkness = torch.linspace(0, 1, 81)

@@ -1,4 +1,4 @@
-"""The tasks by name, and which model learns from which."""
+"""The training tasks by name, and which models can learn them."""
 
 import dataclasses
 
@@ -6,47 +6,47 @@ from gpt.checkpoint import did_you_mean, model_class
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.tasks.base import Task
-from training.tasks.tables import TABLES
-from training.tasks.text import Text, Vectors
-from training.tasks.translation import Pairs
+from training.tasks.tabular import TABULAR_TASKS
+from training.tasks.text import Text
+from training.tasks.translation import Translation
+from training.tasks.word_vectors import WordVectors
 
 TASKS: dict[str, type[Task]] = {
     "text": Text,
-    "word-vectors": Vectors,
-    "translation": Pairs,
-    **TABLES,
+    "word-vectors": WordVectors,
+    "translation": Translation,
+    **TABULAR_TASKS,
 }
-"""What `--task` can be."""
+"""The values of `--task`."""
 
 
-def check(run: TrainingConfig) -> None:
-    """A ValueError if the run's model cannot learn its task, or an option has no meaning in it."""
-    if run.task not in TASKS:
-        raise ValueError(
-            f"no task is named {run.task!r}{did_you_mean(run.task, TASKS)}; there are {', '.join(TASKS)}"
-        )
-    task, model = TASKS[run.task], model_class(run.model)
+def check_task(config: TrainingConfig) -> None:
+    """Raise a ValueError if the model cannot learn the task, or an option does not apply to it."""
+    if config.task not in TASKS:
+        hint = did_you_mean(config.task, TASKS)
+        raise ValueError(f"no task is named {config.task!r}{hint}; there are {', '.join(TASKS)}")
+    task, model = TASKS[config.task], model_class(config.model)
     if task.kind not in model.supported_tasks:
-        fitting = [name for name, other in TASKS.items() if other.kind in model.supported_tasks]
+        names = [name for name, other in TASKS.items() if other.kind in model.supported_tasks]
         raise ValueError(
-            f"the model {run.model} cannot learn the task {run.task}: "
-            f"its --task can be {', '.join(fitting)}"
+            f"the model {config.model} cannot learn the task {config.task}: "
+            f"its --task can be {', '.join(names)}"
         )
     for field in dataclasses.fields(TrainingConfig):
-        if field.name in task.unsupported_options and getattr(run, field.name) != field.default:
+        if field.name in task.unsupported_options and getattr(config, field.name) != field.default:
             option = field.name.replace("_", "-")
-            raise ValueError(f"--{option} has no meaning in the task {run.task}: leave it out")
+            raise ValueError(f"--{option} has no meaning in the task {config.task}: leave it out")
 
 
 def open_task(
-    run: TrainingConfig, tokenizer: Tokenizer | None = None, to_train: bool = True
+    config: TrainingConfig, tokenizer: Tokenizer | None = None, for_training: bool = True
 ) -> Task:
-    """The run's task with its data.
+    """Open the task of a run with its data.
 
     Args:
-        run: What to train on, and how.
-        tokenizer: The one that the run was begun with, where it is gone on with or judged.
-        to_train: Whether batches will be asked for; else the data's splits are taken as found.
+        config: The run's options.
+        tokenizer: The run's tokenizer, when it is resumed or evaluated; None for a new run.
+        for_training: Whether batches are needed. If not, the data needs no validation split.
     """
-    check(run)
-    return TASKS[run.task].open(run, tokenizer, to_train)
+    check_task(config)
+    return TASKS[config.task].open(config, tokenizer, for_training)

@@ -1,28 +1,19 @@
-"""Text as a task: to predict the next token of it, or to give each of its tokens a vector."""
+"""Language modeling: predict the next token of a text."""
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
 from gpt.generation import generate
-from gpt.models.word2vec import Word2Vec
 from gpt.sampling import SamplingParams
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
-from training.data.corpus import (
-    MANIFEST,
-    Corpus,
-    ShuffledWindows,
-    Split,
-    StatefulBatches,
-    open_corpus,
-)
+from training.data.batches import ShuffledWindows, StatefulBatches
+from training.data.corpus import MANIFEST, Corpus, Split, open_corpus
+from training.data.sources import Source
 from training.evaluation.evaluate import (
     compression_baselines,
     estimate_loss,
@@ -31,27 +22,53 @@ from training.evaluation.evaluate import (
 )
 from training.tasks.base import Batch, Report, Task
 
-HELD_OUT = 2**14
-"""Validation tokens that stay with a run, for a server to measure on what a number format costs."""
-COMPRESSED = 2**24
-"""Bytes of text up to which general compressors are run beside the model."""
+CALIBRATION_TOKENS = 2**14
+"""Validation tokens saved with a run, on which a server measures the loss of quantized weights."""
+MAX_COMPRESSION_BYTES = 2**24
+"""Compare with general compressors on text of at most this many bytes."""
+
+
+def load_corpus(
+    config: TrainingConfig,
+    tokenizer: Tokenizer | None,
+    for_training: bool,
+    sentence_pairs: bool = False,
+) -> Corpus:
+    """Return a run's data as tokens; already prepared tokens are opened without `datasets`."""
+    if (Path(config.data) / MANIFEST).is_file():
+        return open_corpus(Path(config.data), sentence_pairs)
+    from training.data.prepare import prepare_corpus
+
+    source = Source(
+        config.data,
+        config=config.data_config,
+        split=config.data_split,
+        column=config.text_column,
+        streaming=config.streaming,
+        limit=config.data_limit,
+        languages=config.languages,
+    )
+    return prepare_corpus(
+        source, tokenizer or config.tokenizer, config.vocab_size, for_training, sentence_pairs
+    )
 
 
 class Text(Task):
-    """The next token, from those before it.
+    """Prediction of the next token from the tokens before it.
 
     Args:
-        run: Its window, batch and seed decide the batches.
+        config: The run's options; context length, batch size and seed determine the batches.
         corpus: Prepared tokens.
-        to_train: Whether batches will be asked for.
+        for_training: Whether batches are needed.
     """
 
     kind: ClassVar[str] = "text"
     eval_options: ClassVar[frozenset[str]] = frozenset({"stride", "context_length"})
     unsupported_options: ClassVar[frozenset[str]] = frozenset({"languages"})
+    tokenizer: Tokenizer
 
-    def __init__(self, run: TrainingConfig, corpus: Corpus, to_train: bool = True) -> None:
-        self.config, self.corpus = run, corpus
+    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
+        self.config, self.corpus = config, corpus
         self.fingerprint, self.description = corpus.fingerprint, corpus.description
         self.tokenizer = corpus.tokenizer
         self.splits = list(corpus.splits)
@@ -62,191 +79,85 @@ class Text(Task):
         ]
         self.model_args = {
             "vocab_size": self.tokenizer.vocab_size,
-            "context_length": run.context_length,
+            "context_length": config.context_length,
         }
-        self.sequence_length = run.context_length
-        if to_train and self.kind == "text":
-            self.calibration_tokens = corpus.splits["validation"].tokens[:HELD_OUT]
-        if to_train:
-            order = StatefulBatches if run.stateful else ShuffledWindows
-            self.order = order(
-                corpus.splits["train"].tokens, run.context_length, run.batch_size, run.seed
+        self.sequence_length = config.context_length
+        if for_training and self.kind == "text":
+            self.calibration_tokens = corpus.splits["validation"].tokens[:CALIBRATION_TOKENS]
+        if for_training:
+            batches = StatefulBatches if config.stateful else ShuffledWindows
+            self.batches = batches(
+                corpus.splits["train"].tokens,
+                config.context_length,
+                config.batch_size,
+                config.seed,
             )
 
     @classmethod
-    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:
-        """Text from anywhere; already prepared tokens are opened without `datasets`."""
-        return cls(run, open_corpus_of(run, tokenizer, to_train), to_train)
+    def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
+        """Open the task with its corpus."""
+        return cls(config, load_corpus(config, tokenizer, for_training), for_training)
 
     def batch(self, index: int) -> Batch:
-        """(tokens_BT, targets_BT)."""
-        return self.order.batch(index)
+        """Return (tokens_BT, targets_BT)."""
+        return self.batches.batch(index)
 
     def continues_previous(self, index: int) -> bool:
-        """Where the state is carried, all but the first batch of an epoch."""
-        return self.config.stateful and index % self.order.epoch != 0
+        """Return True in stateful training, except for the first batch of an epoch."""
+        return (
+            isinstance(self.batches, StatefulBatches)
+            and index % self.batches.batches_per_epoch != 0
+        )
 
     def validate(self, model: Model) -> float:
-        """Nats per token over some of the validation split."""
+        """Return nats per token over about `eval_tokens` tokens of the validation split."""
         assert isinstance(model, LanguageModel)
-        tokens = self.corpus.splits["validation"].tokens
-        budget, precision = self.config.eval_tokens, self.config.precision
-        return estimate_loss(model, tokens, budget, precision, self.config.stateful)
+        return estimate_loss(
+            model,
+            self.corpus.splits["validation"].tokens,
+            self.config.eval_tokens,
+            self.config.precision,
+            self.config.stateful,
+        )
 
     def sample(self, model: Model, length: int) -> str:
-        """A text of at most `length` tokens."""
+        """Return a text of at most `length` tokens."""
         assert isinstance(model, LanguageModel)
         if not length:
             return ""
-        end = self.corpus.tokenizer.eos_token
+        eos_token = self.tokenizer.eos_token
+        params = SamplingParams(temperature=0.8, seed=0)
         with inference_mode(model):
-            ids = list(
-                generate(model, [end], length, SamplingParams(temperature=0.8, seed=0), {end})
+            return self.tokenizer.decode(
+                list(generate(model, [eos_token], length, params, {eos_token}))
             )
-        return self.corpus.tokenizer.decode(ids)
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
-        """Every token of a split, once; at last with general compressors beside it."""
+        """Score every token of a split once; if `final`, add the figures of general compressors.
+
+        Options: `stride` and `context_length` as in `evaluate`.
+        """
         assert isinstance(model, LanguageModel)
-        part = self.corpus.splits[split]
-        lossless = self._lossless(part)
+        data = self.corpus.splits[split]
+        lossless = self._is_lossless(data)
         score = evaluate(
             model,
-            part.tokens,
-            words=part.words,
-            bytes=part.bytes if lossless else 0,
+            data.tokens,
+            words=data.words,
+            bytes=data.bytes if lossless else 0,
             stride=options.get("stride"),
             context_length=options.get("context_length"),
             precision=self.config.precision,
             stateful=self.config.stateful,
         )
-        if final and lossless and part.bytes <= COMPRESSED:
-            text = self.corpus.tokenizer.decode(part.tokens.tolist())
+        if final and lossless and data.bytes <= MAX_COMPRESSION_BYTES:
+            text = self.tokenizer.decode(data.tokens.tolist())
             score = dataclasses.replace(score, compressors=compression_baselines(text.encode()))
         return score
 
-    def _lossless(self, part: Split) -> bool:
-        """Whether the tokens say all of the text: words that a tokenizer does not know are lost."""
-        if self.corpus.tokenizer.unk_token is None:
+    def _is_lossless(self, split: Split) -> bool:
+        """Return whether the tokens hold the whole text: none of it became `<unk>`."""
+        if self.tokenizer.unk_token is None:
             return True
-        sizes = [
-            len(self.corpus.tokenizer.token_bytes(i)) for i in range(self.model_args["vocab_size"])
-        ]
-        return bool(np.bincount(part.tokens, minlength=len(sizes)) @ sizes == part.bytes)
-
-
-@dataclass(frozen=True)
-class Likeness:
-    """How alike the vectors of neighbours are, and those of words taken by chance."""
-
-    loss: float
-    neighbours: float
-    strangers: float
-    pairs: int
-
-    def to_json(self) -> dict[str, float]:
-        """Every figure by name."""
-        return dataclasses.asdict(self)
-
-    def table(self) -> str:
-        """The figures in lines."""
-        return (
-            f"  loss             {self.loss:.4f} nats per pair\n"
-            f"  mean cosine      {self.neighbours:.4f} of tokens side by side\n"
-            f"                   {self.strangers:.4f} of tokens by chance\n"
-            f"  {self.pairs:,} pairs of each"
-        )
-
-
-class Vectors(Text):
-    """A vector for each token, from the company that it keeps."""
-
-    kind: ClassVar[str] = "word-vectors"
-    eval_options: ClassVar[frozenset[str]] = frozenset()
-    unsupported_options: ClassVar[frozenset[str]] = Text.unsupported_options | {
-        "stateful",
-        "init_embedding",
-    }
-
-    def validate(self, model: Model) -> float:
-        """Nats per pair of neighbours over some of the validation split, the same negatives each time."""
-        return self._loss(model, self.corpus.splits["validation"], self.config.eval_tokens)
-
-    def _loss(self, model: Model, split: Split, tokens: int) -> float:
-        device = next(model.parameters()).device
-        rows = max(1, min(tokens, len(split.tokens) - 1) // self.config.context_length)
-        order = ShuffledWindows(
-            split.tokens, min(self.config.context_length, len(split.tokens) - 1), rows, 0
-        )
-        batch = (torch.from_numpy(array).to(device) for array in order.batch(0))
-        devices = [device] if device.type == "cuda" else []
-        with (
-            inference_mode(model, self.config.precision),
-            torch.random.fork_rng(devices, device_type="cuda"),
-        ):
-            torch.manual_seed(0)
-            return model.loss(*batch).item()
-
-    def format_loss(self, loss: float) -> str:
-        """Without a perplexity: it predicts no token."""
-        return f"validation loss {loss:.4f}"
-
-    def sample(self, model: Model, length: int) -> str:
-        """Some of the most frequent words, each with its nearest."""
-        assert isinstance(model, Word2Vec)
-        tokenizer = self.corpus.tokenizer
-        texts = [tokenizer.decode([token]).strip() for token in range(tokenizer.vocab_size)]
-        words = np.array([len(text) > 2 and text.isalpha() for text in texts])
-        tokens = self.corpus.splits["validation"].tokens
-        counts = np.bincount(tokens, minlength=tokenizer.vocab_size) * words
-        vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
-        lines = []
-        for token in np.argsort(-counts, kind="stable")[: 5 * min(1, length)]:
-            likeness_V = vectors_VD @ vectors_VD[token]
-            likeness_V[torch.from_numpy(~words)] = -1
-            nearest = [texts[other] for other in likeness_V.topk(12).indices.tolist()]
-            others = dict.fromkeys(word for word in nearest if word != texts[token])
-            lines.append(f"{texts[token]}: {', '.join(list(others)[:6])}")
-        return "\n".join(lines)
-
-    def score(
-        self,
-        model: Model,
-        split: str,
-        *,
-        final: bool = False,  # noqa: ARG002
-        **options: Any,  # noqa: ANN401, ARG002
-    ) -> Likeness:
-        """The loss over a split, and the mean cosine of its neighbours and of strangers."""
-        assert isinstance(model, Word2Vec)
-        part = self.corpus.splits[split]
-        tokens = torch.from_numpy(part.tokens.astype(np.int64))
-        vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
-        shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
-        near, far = (
-            (vectors_VD[some[:-1]] * vectors_VD[some[1:]]).sum(-1).mean().item()
-            for some in (tokens, shuffled)
-        )
-        return Likeness(self._loss(model, part, len(tokens)), near, far, len(tokens) - 1)
-
-
-def open_corpus_of(
-    run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool, pairs: bool = False
-) -> Corpus:
-    """The run's corpus as tokens; already prepared ones are opened without `datasets`."""
-    if (Path(run.data) / MANIFEST).is_file():
-        return open_corpus(Path(run.data), pairs)
-    from training.data import sources
-
-    source = sources.Source(
-        run.data,
-        config=run.data_config,
-        split=run.data_split,
-        column=run.text_column,
-        streaming=run.streaming,
-        limit=run.data_limit,
-        languages=run.languages,
-    )
-    return sources.prepare(
-        source, tokenizer or run.tokenizer, run.vocab_size, hold_out=to_train, pairs=pairs
-    )
+        sizes = [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
+        return bool(np.bincount(split.tokens, minlength=len(sizes)) @ sizes == split.bytes)

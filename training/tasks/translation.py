@@ -1,12 +1,13 @@
-"""Sentence pairs as a task: to write in one language what a sentence of another says.
+"""Translation: given a sentence, predict its translation token by token.
 
-    loss        mean of -ln p(token | source, tokens before it), the end of the sentence included
-    BLEU        how many of the words, pairs, triples and quadruples of words that were written
-                stand in the reference too (Papineni et al. 2002), by `sacrebleu` (Post 2018)
-    chrF        the same of runs of characters (Popovic 2015)
+    loss        mean of -ln p(token | source, tokens before it), including the end of the sentence
+    BLEU        share of the output's word 1- to 4-grams that are in the reference too (Papineni et
+                al. 2002), by `sacrebleu` (Post 2018)
+    chrF        the same for character n-grams (Popovic 2015)
 
-BLEU and chrF are of a whole corpus, from 0 to 100, and comparable under every tokenizer if
-their signatures are the same. A pair gets a window: the source one half, the target the other.
+BLEU and chrF are computed over a whole corpus, from 0 to 100. They are comparable between
+tokenizers, provided that their signatures are the same. The source of a pair may fill one half
+of the context length, the target the other.
 """
 
 import dataclasses
@@ -28,194 +29,203 @@ from training.data.corpus import Corpus, Tokens
 from training.evaluation.evaluate import MAX_BATCH_TOKENS, inference_mode
 from training.progress import format_duration
 from training.tasks.base import Batch, Task
-from training.tasks.text import open_corpus_of
+from training.tasks.text import load_corpus
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric
 
-ALIKE = 100
-"""Batches whose pairs are sorted together: the more, the less padding and the less chance."""
-ROWS = 128
-"""Sentences, or beams of them, that are translated at once."""
+BATCHES_SORTED_TOGETHER = 100
+"""Batches whose pairs are sorted by length together: more give less padding, but less randomness."""
+MAX_BEAMS_AT_ONCE = 128
+"""Sentences, times beams of each, that are translated in one batch."""
+IGNORE_INDEX = -100
+"""Target of padding, as in torch's cross-entropy."""
 BUCKETS = ("short", "middle", "long")
 
-Which = NDArray[np.int64]
-"""Numbers of pairs."""
+Indices = NDArray[np.int64]
+"""Indices of sentence pairs in a split."""
 
 
 class PairSplit:
-    """The pairs of a split of a corpus.
+    """The sentence pairs of one split of a corpus.
 
     Args:
-        tokens: Two documents of each pair, the source and the target.
-        mark: The token before every document.
+        tokens: Two documents per pair, the source and the target.
+        eos_token: The token that precedes every document.
     """
 
-    def __init__(self, tokens: Tokens, mark: int) -> None:
-        self.tokens, self.mark = tokens, mark
-        marks = np.flatnonzero(tokens == mark)
-        ends = np.append(marks[1:], len(tokens))
-        self.starts = (marks + 1).reshape(-1, 2)
-        self.lengths = (ends - marks - 1).reshape(-1, 2)
-        """Tokens of both sides of each pair."""
+    def __init__(self, tokens: Tokens, eos_token: int) -> None:
+        self.tokens, self.eos_token = tokens, eos_token
+        starts = np.flatnonzero(tokens == eos_token)
+        ends = np.append(starts[1:], len(tokens))
+        self.starts = (starts + 1).reshape(-1, 2)
+        self.lengths = (ends - starts - 1).reshape(-1, 2)
+        """Tokens of source and target of each pair."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def side(self, side: int, pair: int) -> list[int]:
-        """The tokens of the source (0) or the target (1) of a pair."""
-        start = self.starts[pair, side]
-        return self.tokens[start : start + self.lengths[pair, side]].tolist()
+    def sentence(self, index: int, side: int) -> list[int]:
+        """Return the tokens of the source (side 0) or the target (side 1) of a pair."""
+        start = self.starts[index, side]
+        return self.tokens[start : start + self.lengths[index, side]].tolist()
 
-    def fitting(self, room: int) -> Which:
-        """The pairs whose sides take at most `room` tokens each, the target with a mark."""
+    def shorter_than(self, max_tokens: int) -> Indices:
+        """Return the pairs with at most `max_tokens` in the source and in the target with its end."""
         sources, targets = self.lengths.T
-        return np.flatnonzero((sources <= room) & (targets < room))
+        return np.flatnonzero((sources <= max_tokens) & (targets < max_tokens))
 
-    def by_length(self, which: Which) -> Which:
-        """The same pairs, the shortest targets first."""
-        sources, targets = self.lengths[which].T
-        return which[np.lexsort((sources, targets))]
+    def sort_by_length(self, indices: Indices) -> Indices:
+        """Return the same pairs, the shortest targets first."""
+        sources, targets = self.lengths[indices].T
+        return indices[np.lexsort((sources, targets))]
 
-    def batch(self, which: Which) -> Batch:
-        """(source_BS, lengths_B, tokens_BT, targets_BT) of some pairs."""
-        source_BS, _ = self._padded(which, 0)
-        target_BT, inside_BT = self._padded(which, 1)
-        rows, lengths_B = np.arange(len(which)), self.lengths[which]
-        marks_B1 = np.full((len(which), 1), self.mark)
-        targets_BT = np.hstack([np.where(inside_BT, target_BT, -100), np.full_like(marks_B1, -100)])
-        targets_BT[rows, lengths_B[:, 1]] = self.mark
-        return source_BS, lengths_B[:, 0], np.hstack([marks_B1, target_BT]), targets_BT
+    def batch(self, indices: Indices) -> Batch:
+        """Return (source_BS, lengths_B, tokens_BT, targets_BT) of some pairs."""
+        source_BS, _ = self._pad(indices, 0)
+        target_BT, mask_BT = self._pad(indices, 1)
+        rows, lengths_B = np.arange(len(indices)), self.lengths[indices]
+        eos_B1 = np.full((len(indices), 1), self.eos_token)
+        targets_BT = np.hstack(
+            [np.where(mask_BT, target_BT, IGNORE_INDEX), np.full_like(eos_B1, IGNORE_INDEX)]
+        )
+        targets_BT[rows, lengths_B[:, 1]] = self.eos_token
+        return source_BS, lengths_B[:, 0], np.hstack([eos_B1, target_BT]), targets_BT
 
-    def _padded(self, which: Which, side: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
-        """One side of some pairs, 0 behind its end, and where it is not."""
-        starts, lengths = self.starts[which, side, None], self.lengths[which, side, None]
-        places = np.arange(lengths.max())
-        inside = places < lengths
-        ids = self.tokens[np.where(inside, starts + places, 0)].astype(np.int64)
-        return np.where(inside, ids, 0), inside
+    def _pad(self, indices: Indices, side: int) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return one side of some pairs, padded with 0, and the mask of its tokens."""
+        starts, lengths = self.starts[indices, side, None], self.lengths[indices, side, None]
+        positions = np.arange(lengths.max())
+        mask = positions < lengths
+        ids = self.tokens[np.where(mask, starts + positions, 0)].astype(np.int64)
+        return np.where(mask, ids, 0), mask
 
 
-class Pairs(Task):
-    """The translation of a sentence, token by token.
+class Translation(Task):
+    """Translation of a sentence, token by token.
 
     Args:
-        run: Its window, batch and seed decide the batches.
-        corpus: Prepared tokens of pairs.
-        to_train: Whether batches will be asked for.
+        config: The run's options; context length, batch size and seed determine the batches.
+        corpus: Prepared tokens of sentence pairs.
+        for_training: Whether batches are needed.
     """
 
     kind: ClassVar[str] = "translation"
     eval_options: ClassVar[frozenset[str]] = frozenset({"num_beams"})
     unsupported_options: ClassVar[frozenset[str]] = frozenset({"stateful"})
+    tokenizer: Tokenizer
 
-    def __init__(self, run: TrainingConfig, corpus: Corpus, to_train: bool = True) -> None:
+    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
         assert corpus.languages
-        self.config, self.languages = run, corpus.languages
-        if run.languages not in (None, "-".join(self.languages)):
+        self.config, self.languages = config, corpus.languages
+        if config.languages not in (None, "-".join(self.languages)):
             raise ValueError(
-                f"{run.data} was prepared from {' to '.join(self.languages)}: leave out "
-                "--languages, or give the pairs themselves as --data"
+                f"{config.data} was prepared from {' to '.join(self.languages)}: leave out "
+                "--languages, or give the sentence pairs themselves as --data"
             )
-        self._tokenizer = self.tokenizer = corpus.tokenizer
-        if self._tokenizer.unk_token is not None:
+        self.tokenizer = corpus.tokenizer
+        if self.tokenizer.unk_token is not None:
             raise ValueError(
-                "a translation needs a tokenizer that can write every word: --tokenizer bpe or bytes"
+                "translation needs a tokenizer that can encode every word: --tokenizer bpe or bytes"
             )
-        self.fingerprint, self.description = corpus.fingerprint, corpus.description
-        self.description += f"; {' to '.join(self.languages)}"
+        self.fingerprint = corpus.fingerprint
+        self.description = f"{corpus.description}; {' to '.join(self.languages)}"
         self.splits = list(corpus.splits)
         self.pairs = {
-            name: PairSplit(split.tokens, self._tokenizer.eos_token)
+            name: PairSplit(split.tokens, self.tokenizer.eos_token)
             for name, split in corpus.splits.items()
         }
-        self.room = run.context_length // 2
-        """Tokens of a side at most."""
+        self.max_sentence_tokens = config.context_length // 2
+        """Tokens of a source, and of a target with its end, at most."""
         self.sizes = []
         for name, pairs in self.pairs.items():
-            long = len(pairs) - len(pairs.fitting(self.room))
-            self.sizes.append(
-                f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens"
-                + f"; {long:,} pairs longer than half a window are left out" * bool(long)
-            )
+            too_long = len(pairs) - len(pairs.shorter_than(self.max_sentence_tokens))
+            line = f"{name}: {len(pairs):,} pairs, {pairs.lengths.sum():,} tokens"
+            if too_long:
+                line += f"; {too_long:,} pairs longer than half a window are left out"
+            self.sizes.append(line)
         self.model_args = {
-            "vocab_size": self._tokenizer.vocab_size,
-            "context_length": run.context_length,
+            "vocab_size": self.tokenizer.vocab_size,
+            "context_length": config.context_length,
         }
-        if to_train:
+        if for_training:
             for name in ("train", "validation"):
-                self._fitting(name)
-            self._batches = functools.lru_cache(maxsize=2)(self._shuffled)
-            self.epoch = len(self._batches(0))
-            """Batches in an epoch."""
+                self._usable_pairs(name)
+            self._epoch_batches = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
+            self.batches_per_epoch = len(self._epoch_batches(0))
 
     @classmethod
-    def open(cls, run: TrainingConfig, tokenizer: Tokenizer | None, to_train: bool) -> Self:
-        """Pairs from anywhere; already prepared tokens are opened without `datasets`."""
-        return cls(run, open_corpus_of(run, tokenizer, to_train, pairs=True), to_train)
+    def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
+        """Open the task with its corpus."""
+        corpus = load_corpus(config, tokenizer, for_training, sentence_pairs=True)
+        return cls(config, corpus, for_training)
 
     @classmethod
-    def largest_batch(cls, run: TrainingConfig, rows: int) -> Batch:
-        """Both sides as long as there is room for."""
-        side_BT = np.zeros((rows, run.context_length // 2), np.int64)
-        return side_BT, np.full(rows, run.context_length // 2), side_BT, side_BT
+    def largest_batch(cls, config: TrainingConfig, batch_size: int) -> Batch:
+        """Return zeros in the shapes of a batch of the longest pairs."""
+        length = config.context_length // 2
+        zeros_BT = np.zeros((batch_size, length), np.int64)
+        return zeros_BT, np.full(batch_size, length), zeros_BT, zeros_BT
 
-    def _fitting(self, split: str, limit: int | None = None) -> Which:
-        """Those of the first `limit` pairs of a split that can be learned."""
-        which = self.pairs[split].fitting(self.room)
+    def _usable_pairs(self, split: str, limit: int | None = None) -> Indices:
+        """Return those of the first `limit` pairs of a split that fit; a ValueError if none does."""
+        indices = self.pairs[split].shorter_than(self.max_sentence_tokens)
         if limit is not None:
-            which = which[which < limit]
-        if not len(which):
+            indices = indices[indices < limit]
+        if not len(indices):
             raise ValueError(
-                f"none of the pairs of the {split} split fits into a window of {self.config.context_length}, one half "
-                "for the source and one for the target: choose a larger --context-length"
+                f"none of the pairs of the {split} split fits into a window of "
+                f"{self.config.context_length}, one half for the source and one for the target: "
+                "choose a larger --context-length"
             )
-        return which
+        return indices
 
-    def _shuffled(self, epoch: int) -> list[Which]:
-        """The batches of an epoch: every pair once, in each batch pairs of about one length."""
+    def _shuffle_epoch(self, epoch: int) -> list[Indices]:
+        """Return the batches of an epoch: each pair once, pairs of similar length together."""
         random = np.random.default_rng([self.config.seed, epoch])
-        pairs = self.pairs["train"]
-        order = random.permutation(self._fitting("train"))
+        pairs, batch_size = self.pairs["train"], self.config.batch_size
+        order = random.permutation(self._usable_pairs("train"))
+        groups = np.array_split(
+            order, math.ceil(len(order) / (BATCHES_SORTED_TOGETHER * batch_size))
+        )
         batches = [
             batch
-            for alike in np.array_split(
-                order, math.ceil(len(order) / (ALIKE * self.config.batch_size))
-            )
+            for group in groups
             for batch in np.array_split(
-                pairs.by_length(alike), math.ceil(len(alike) / self.config.batch_size)
+                pairs.sort_by_length(group), math.ceil(len(group) / batch_size)
             )
         ]
         return [batches[i] for i in random.permutation(len(batches))]
 
     def batch(self, index: int) -> Batch:
-        """(source_BS, lengths_B, tokens_BT, targets_BT) of at most `run.batch` pairs."""
-        return self.pairs["train"].batch(self._batches(index // self.epoch)[index % self.epoch])
+        """Return (source_BS, lengths_B, tokens_BT, targets_BT) of at most `batch_size` pairs."""
+        epoch, position = divmod(index, self.batches_per_epoch)
+        return self.pairs["train"].batch(self._epoch_batches(epoch)[position])
 
     def validate(self, model: Model) -> float:
-        """Nats per target token over some of the validation split."""
+        """Return nats per target token over evenly spaced pairs of the validation split."""
         assert isinstance(model, LanguageModel)
-        pairs, which = self.pairs["validation"], self._fitting("validation")
-        tokens = int(pairs.lengths[which, 1].sum()) + len(which)
-        some = which[:: max(1, tokens // self.config.eval_tokens)]
-        nats, count = self._nats(model, pairs, some)
+        pairs, indices = self.pairs["validation"], self._usable_pairs("validation")
+        num_tokens = int(pairs.lengths[indices, 1].sum()) + len(indices)
+        stride = max(1, num_tokens // self.config.eval_tokens)
+        nats, count = self._nll(model, pairs, indices[::stride])
         return nats / count
 
     def sample(self, model: Model, length: int) -> str:
-        """Two sentences of the validation split, what the model makes of them, and the references."""
+        """Return two validation sentences, the model's translations and the references."""
         assert isinstance(model, LanguageModel)
         if not length:
             return ""
         pairs = self.pairs["validation"]
-        some = sorted({0, len(pairs) // 2})
-        sources = [pairs.side(0, pair)[: self.room] for pair in some]
-        found = self._translate(model, sources, most=min(length, self.room))
+        indices = sorted({0, len(pairs) // 2})
+        sources = [pairs.sentence(i, 0)[: self.max_sentence_tokens] for i in indices]
+        translations = self._translate(model, sources, min(length, self.max_sentence_tokens))
         lines = []
-        for pair, source, translation in zip(some, sources, found, strict=True):
-            reference = pairs.side(1, pair)
-            lines.append(f"{self.languages[0]:>9}: {self._tokenizer.decode(source)}")
+        for index, source, translation in zip(indices, sources, translations, strict=True):
+            reference = self.tokenizer.decode(pairs.sentence(index, 1))
+            lines.append(f"{self.languages[0]:>9}: {self.tokenizer.decode(source)}")
             lines.append(f"{'model':>9}: {translation}")
-            lines.append(f"{self.languages[1]:>9}: {self._tokenizer.decode(reference)}")
+            lines.append(f"{self.languages[1]:>9}: {reference}")
         return "\n".join(lines)
 
     def score(
@@ -226,90 +236,96 @@ class Pairs(Task):
         final: bool = False,  # noqa: ARG002
         **options: Any,  # noqa: ANN401
     ) -> "TranslationScore":
-        """All of a split translated and compared with the references, and its loss.
+        """Translate all of a split, compare it with the references, and compute the loss.
 
-        Options: `beams`, how many translations the search follows, 1 if not given; `limit`,
-        how many pairs to take, all if not given. A source longer than half a window loses its end.
+        Options: `num_beams` of the beam search (default 1), and `limit`, the number of pairs
+        (default all). A source longer than half the context length is truncated.
         """
         assert isinstance(model, LanguageModel)
         bleu, chrf = _metrics()
-        beams, limit = options.get("num_beams", 1), options.get("limit")
-        if beams < 1:
-            raise ValueError(f"--num-beams must be at least 1, not {beams}")
-        pairs, fitting = self.pairs[split], self._fitting(split, limit)
-        which = range(len(pairs))[:limit]
-        sources = [pairs.side(0, pair) for pair in which]
-        words = np.array([len(self._tokenizer.decode(source).split()) for source in sources])
-        references = [self._tokenizer.decode(pairs.side(1, pair)) for pair in which]
-        cut = [source[: self.room] for source in sources]
-        translations = self._translate(model, cut, self.room, beams)
-        nats, tokens = self._nats(model, pairs, fitting)
+        num_beams, limit = options.get("num_beams", 1), options.get("limit")
+        if num_beams < 1:
+            raise ValueError(f"--num-beams must be at least 1, not {num_beams}")
+        pairs, usable = self.pairs[split], self._usable_pairs(split, limit)
+        indices = range(len(pairs))[:limit]
+        sources = [pairs.sentence(i, 0) for i in indices]
+        source_words = np.array([len(self.tokenizer.decode(source).split()) for source in sources])
+        references = [self.tokenizer.decode(pairs.sentence(i, 1)) for i in indices]
+        truncated = [source[: self.max_sentence_tokens] for source in sources]
+        translations = self._translate(model, truncated, self.max_sentence_tokens, num_beams)
+        nats, tokens = self._nll(model, pairs, usable)
         return TranslationScore(
             languages="-".join(self.languages),
-            bleu=_score(bleu, translations, references),
-            chrf=_score(chrf, translations, references),
+            bleu=_corpus_score(bleu, translations, references),
+            chrf=_corpus_score(chrf, translations, references),
             nats=nats,
             tokens=tokens,
-            pairs=len(which),
-            too_long=len(which) - len(fitting),
-            beams=beams,
+            pairs=len(indices),
+            too_long=len(indices) - len(usable),
+            num_beams=num_beams,
             bleu_signature=str(bleu.get_signature()),
             chrf_signature=str(chrf.get_signature()),
-            buckets=_buckets(bleu, words, translations, references),
+            buckets=_buckets(bleu, source_words, translations, references),
             translations=translations,
         )
 
-    def _nats(self, model: LanguageModel, pairs: PairSplit, which: Which) -> tuple[float, int]:
-        """The nats of the targets of some pairs, and how many tokens they are, with their ends."""
-        rows = max(1, MAX_BATCH_TOKENS // self.config.context_length)
-        order = pairs.by_length(which)
+    def _nll(self, model: LanguageModel, pairs: PairSplit, indices: Indices) -> tuple[float, int]:
+        """Return the nats of the targets of some pairs, and their number of tokens with the ends."""
+        batch_size = max(1, MAX_BATCH_TOKENS // self.config.context_length)
+        order = pairs.sort_by_length(indices)
         nats, count = 0.0, 0
         with inference_mode(model, self.config.precision) as device:
-            for start in range(0, len(order), rows):
-                arrays = pairs.batch(order[start : start + rows])
+            for start in range(0, len(order), batch_size):
+                arrays = pairs.batch(order[start : start + batch_size])
                 batch = (torch.from_numpy(array).to(device) for array in arrays)
                 nats += model.nll(*batch).cpu().double().sum().item()
-                count += int((arrays[-1] != -100).sum())
+                count += int((arrays[-1] != IGNORE_INDEX).sum())
         return nats, count
 
     def _translate(
-        self, model: LanguageModel, sources: Sequence[list[int]], most: int, beams: int = 1
+        self,
+        model: LanguageModel,
+        sources: Sequence[list[int]],
+        max_tokens: int,
+        num_beams: int = 1,
     ) -> list[str]:
-        """The translation of each source, the longest first, so that each batch has one length."""
-        end = self._tokenizer.eos_token
+        """Translate sources in order of length, so that those of a batch have similar lengths."""
+        eos_token = self.tokenizer.eos_token
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
-        rows = max(1, ROWS // beams)
-        found: dict[int, str] = {}
+        batch_size = max(1, MAX_BEAMS_AT_ONCE // num_beams)
+        translations: dict[int, str] = {}
         with inference_mode(model):
-            for start in range(0, len(order), rows):
-                some = order[start : start + rows]
+            for start in range(0, len(order), batch_size):
+                indices = order[start : start + batch_size]
                 targets = translate(
                     model,
-                    [sources[i] for i in some],
-                    decoder_start_token=end,
-                    eos_token=end,
-                    max_tokens=most,
-                    num_beams=beams,
+                    [sources[i] for i in indices],
+                    decoder_start_token=eos_token,
+                    eos_token=eos_token,
+                    max_tokens=max_tokens,
+                    num_beams=num_beams,
                 )
-                found |= dict(zip(some, map(self._tokenizer.decode, targets), strict=True))
-        return [found[i] for i in range(len(sources))]
+                texts = map(self.tokenizer.decode, targets)
+                translations |= dict(zip(indices, texts, strict=True))
+        return [translations[i] for i in range(len(sources))]
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The sentences of about one length."""
+    """The figures of sentences of similar length."""
 
     name: str
     shortest: int
     """Words of the shortest source."""
     longest: int
+    """Words of the longest source."""
     pairs: int
     bleu: float
 
 
 @dataclass(frozen=True)
 class TranslationScore:
-    """How good translations are; `nats` is the sum over `tokens` target tokens."""
+    """Translation quality; `nats` is the sum over `tokens` target tokens."""
 
     languages: str
     bleu: float
@@ -318,12 +334,12 @@ class TranslationScore:
     tokens: int
     pairs: int
     too_long: int
-    """Pairs that do not fit into a window: translated from what fits, without a loss."""
-    beams: int
+    """Pairs that do not fit into the context length: translated from a truncated source, without a loss."""
+    num_beams: int
     bleu_signature: str
     chrf_signature: str
     buckets: list[Bucket]
-    """Thirds, by the number of words of the source."""
+    """Thirds of the pairs, by the number of source words."""
     translations: list[str]
 
     @property
@@ -333,17 +349,17 @@ class TranslationScore:
 
     @property
     def perplexity(self) -> float:
-        """Per target token."""
+        """Perplexity per target token."""
         return math.exp(min(self.loss, 700))
 
     def to_json(self) -> dict[str, Any]:
-        """Every figure by name, without the translations."""
+        """Return all figures by name, without the translations."""
         figures = dataclasses.asdict(self)
         del figures["translations"]
         return {"loss": self.loss, "perplexity": self.perplexity, **figures}
 
     def table(self) -> str:
-        """The figures in lines, their units and settings with them."""
+        """Return the figures as lines of text, with their units and settings."""
         lines = [f"  BLEU             {self.bleu:.2f}  {self.bleu_signature}"]
         lines += [
             f"    {bucket.name:<15}{bucket.bleu:.2f}  "
@@ -354,14 +370,20 @@ class TranslationScore:
             f"  chrF             {self.chrf:.2f}  {self.chrf_signature}",
             f"  loss             {self.loss:.4f} nats per token",
             f"  perplexity       {self.perplexity:.3f} per token",
-            f"  {self.languages}, beams {self.beams}; {self.pairs:,} pairs, {self.tokens:,} tokens"
-            + f", {self.too_long:,} pairs too long for the window" * bool(self.too_long),
+            f"  {self.languages}, beams {self.num_beams}; {self.pairs:,} pairs, "
+            f"{self.tokens:,} tokens"
+            + f", {self.too_long:,} pairs too long for the window"
+            * bool(self.too_long),
         ]
         return "\n".join(lines)
 
 
-def comparison(rows: Sequence[dict[str, Any]]) -> str:
-    """Several scores as a Markdown table; a row has its run, its model, and what `to_json` gives."""
+def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return scores as a Markdown table.
+
+    Args:
+        rows: For each run, `TranslationScore.to_json` with run, split, parameters and seconds.
+    """
     first = rows[0]
     words = [f"{b['shortest']} to {b['longest']} words" for b in first["buckets"]]
     lines = [
@@ -377,36 +399,42 @@ def comparison(rows: Sequence[dict[str, Any]]) -> str:
     lines += [
         "",
         f"{first['languages']}, the {first['pairs']:,} pairs of the {first['split']} split, beams "
-        f"{first['beams']}; {first['bleu_signature']}.",
+        f"{first['num_beams']}; {first['bleu_signature']}.",
     ]
     return "\n".join(lines) + "\n"
 
 
 def _metrics() -> "tuple[Metric, Metric]":
-    """BLEU and chrF, with their customary settings."""
+    """Return BLEU and chrF with the default settings of sacrebleu."""
     try:
         from sacrebleu.metrics.bleu import BLEU
         from sacrebleu.metrics.chrf import CHRF
     except ModuleNotFoundError:
-        raise ValueError("translations are scored by a package: pip install sacrebleu") from None
+        raise ValueError(
+            "scoring translations needs one more package: pip install sacrebleu"
+        ) from None
     return BLEU(), CHRF()
 
 
-def _score(metric: "Metric", translations: Sequence[str], references: Sequence[str]) -> float:
+def _corpus_score(
+    metric: "Metric", translations: Sequence[str], references: Sequence[str]
+) -> float:
     return float(metric.corpus_score(translations, [references]).score)
 
 
 def _buckets(
-    bleu: "Metric", words: Which, translations: Sequence[str], references: Sequence[str]
+    bleu: "Metric", source_words: Indices, translations: Sequence[str], references: Sequence[str]
 ) -> list[Bucket]:
-    """Thirds by the words of the source; sentences of one length stay together."""
-    borders = np.quantile(words, [1 / 3, 2 / 3], method="inverted_cdf")
-    bucket_of = np.searchsorted(borders, words)
-    found = []
+    """Divide the pairs into thirds by source words; sources of equal length stay together."""
+    borders = np.quantile(source_words, [1 / 3, 2 / 3], method="inverted_cdf")
+    bucket_of = np.searchsorted(borders, source_words)
+    buckets = []
     for number, name in enumerate(BUCKETS):
-        which = np.flatnonzero(bucket_of == number).tolist()
-        if which:
-            score = _score(bleu, [translations[i] for i in which], [references[i] for i in which])
-            shortest, longest = int(words[which].min()), int(words[which].max())
-            found.append(Bucket(name, shortest, longest, len(which), score))
-    return found
+        indices = np.flatnonzero(bucket_of == number).tolist()
+        if indices:
+            score = _corpus_score(
+                bleu, [translations[i] for i in indices], [references[i] for i in indices]
+            )
+            words = source_words[indices]
+            buckets.append(Bucket(name, int(words.min()), int(words.max()), len(indices), score))
+    return buckets

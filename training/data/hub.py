@@ -1,0 +1,123 @@
+"""Datasets of the Hugging Face hub, downloaded or streamed."""
+
+import contextlib
+import functools
+import re
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import datasets
+import huggingface_hub
+import pyarrow as pa
+
+from training.data.corpus import TextChunk
+from training.data.files import BUILDER_OPTIONS, error_cause, error_reason, iter_tables
+from training.data.rows import RowReader
+from training.data.sources import DatasetSplits, Documents, Source
+
+HUB_TIMEOUT_SECONDS = 4.0
+"""Time in which the hub must respond to a first request."""
+
+
+def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
+    """Return a dataset of the hub; it is downloaded when it is first read.
+
+    Raises:
+        ValueError: The hub cannot be reached, or has no such dataset, configuration or text.
+    """
+    name = source.data
+    builder = _load_builder(source)
+    split_names = builder.config.data_files or builder.info.splits or {}
+
+    @functools.cache
+    def load(split: str) -> datasets.IterableDataset | datasets.Dataset:
+        if source.streaming:
+            return builder.as_streaming_dataset(split=split)
+        builder.download_and_prepare()
+        return builder.as_dataset(split=split)
+
+    def read(split: str) -> Iterator[TextChunk]:
+        yield from rows(_hub_tables(lambda: load(split), name), f"{name}, split {split}")
+
+    splits: dict[str, Documents] = {
+        str(split): functools.partial(read, str(split)) for split in split_names
+    }
+    return DatasetSplits(
+        splits=splits,
+        identity=["hub", name, builder.config.name, builder.hash],
+        name=name + (f" ({source.config})" if source.config else ""),
+    )
+
+
+def _hub_tables(load: Callable[[], Any], name: str) -> Iterator[pa.Table]:
+    """Yield the rows of a split; an error while downloading or reading names the dataset."""
+    try:
+        yield from iter_tables(load())
+    except Exception as error:
+        cause = error_cause(error)
+        if isinstance(cause, OSError) and cause.errno:  # such as a full disk
+            raise cause from error
+        raise ValueError(f"{name}: {error_reason(error)}") from error
+
+
+def _load_builder(source: Source) -> datasets.DatasetBuilder:
+    """Return the builder of a hub dataset, which knows its files but has downloaded none."""
+    name, config = source.data, source.config
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        _check_hub_is_reachable(name)
+    try:
+        builder = datasets.load_dataset_builder(name, config)
+        # By default `datasets` makes each line a document, without its end; here a file is one.
+        return builder if builder.name != "text" else _load_text_builder(name, config)
+    except datasets.exceptions.DatasetNotFoundError as error:
+        if "gated" in str(error):
+            raise ValueError(
+                f"{name} is a gated dataset: accept its terms on its page, then `hf auth login`"
+            ) from None
+        raise ValueError(
+            f"{name}: no such file or folder, and the hub has no dataset of that name "
+            "that you have access to"
+        ) from None
+    except FileNotFoundError as error:
+        raise ValueError(f"{name}: no text in this dataset: {error_reason(error)}") from None
+    except ConnectionError:
+        raise ValueError(
+            f"{name} is not in the cache, and HF_HUB_OFFLINE prevents a download: unset it, "
+            "or give a local file or folder as --data"
+        ) from None
+    except Exception as error:
+        if huggingface_hub.constants.HF_HUB_OFFLINE:
+            with contextlib.suppress(Exception):
+                return _load_text_builder(name, config)
+        if match := re.search(r"(?:[Aa]vailable[^\[]*)(\[.*?\])", str(error)):
+            raise ValueError(
+                f"{name} has several configurations: --data-config can be one of {match[1]}"
+            ) from None
+        raise ValueError(f"{name}: {error_reason(error)}") from error
+
+
+def _load_text_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
+    return datasets.load_dataset_builder(name, config, **BUILDER_OPTIONS["text"])
+
+
+def _check_hub_is_reachable(name: str) -> None:
+    """Raise a ValueError within seconds where `datasets` would retry for half a minute."""
+    endpoint = huggingface_hub.constants.ENDPOINT
+    responses: list[object] = []
+
+    def request() -> None:
+        with contextlib.suppress(Exception):
+            session = huggingface_hub.get_session()
+            responses.append(session.head(endpoint, timeout=HUB_TIMEOUT_SECONDS))
+
+    # In a thread, because a DNS lookup has no timeout of its own.
+    thread = threading.Thread(target=request, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT_SECONDS)
+    if not responses:
+        raise ValueError(
+            f"{name} is not a local file or folder, and the hub ({endpoint}) cannot be reached to "
+            "look for it: give a local file or folder as --data, or set HF_HUB_OFFLINE=1 if it has "
+            "been downloaded before"
+        )
