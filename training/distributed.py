@@ -231,8 +231,8 @@ def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> No
     ]
     for layer in layers:
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-        if hasattr(layer, "remember"):
-            register_fsdp_forward_method(layer, "remember")
+        if hasattr(layer, "cross_keys_and_values"):
+            register_fsdp_forward_method(layer, "cross_keys_and_values")
     fully_shard(objective, mesh=mesh, mp_policy=policy)
 
 

@@ -116,6 +116,14 @@ class DecoderBlock(nn.Module):
         self.mlp = FeedForward(width, hidden, nn.ReLU())
         self.dropout = nn.Dropout(dropout)
 
+    def cross_keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
+        """Return keys_BHSK and values_BHSK of the encoder's output.
+
+        A method of the block, because sharded training gathers a block's parameters only in its
+        own methods (`apply_fsdp`).
+        """
+        return self.cross.keys_and_values(x_BSD)
+
     def forward(
         self,
         x_BTD: Tensor,
@@ -205,7 +213,7 @@ class Transformer(EncoderDecoder):
             x_BSD = block(x_BSD, mask_BS[:, None, None])
         x_BSD = self.encoder_norm(x_BSD)
         decoder = cast(Iterable[DecoderBlock], self.decoder)
-        keys, values = zip(*(block.cross.keys_and_values(x_BSD) for block in decoder), strict=True)
+        keys, values = zip(*(block.cross_keys_and_values(x_BSD) for block in decoder), strict=True)
         padding_BS = torch.arange(length, device=lengths_B.device) >= lengths_B.unsqueeze(1)
         padding_B11S1 = padding_BS[:, None, None, :, None]
         return {
