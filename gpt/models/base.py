@@ -79,13 +79,12 @@ class Model(nn.Module):
         """Return the floating-point operations to train on one token of a sequence of `length`.
 
         Each weight of a matrix takes two in the forward and four in the backward pass (Kaplan et
-        al. 2020). Models with operations that involve no weights, such as attention, add those.
+        al. 2020); an embedding is only looked up. Models with operations that involve no weights,
+        such as attention, add those.
         """
-        matrices = sum(p.numel() for p in self.parameters() if p.ndim >= 2)
-        embeddings = sum(
-            module.weight.numel() for module in self.modules() if isinstance(module, nn.Embedding)
-        )
-        return 6.0 * (matrices - embeddings)
+        modules = [module for module in self.modules() if not isinstance(module, nn.Embedding)]
+        parameters = (p for module in modules for p in module.parameters(recurse=False))
+        return 6.0 * sum(p.numel() for p in parameters if p.ndim >= 2)
 
 
 class LanguageModel(Model):
@@ -245,12 +244,8 @@ class LanguageModel(Model):
     def encode_source(self, source_BS: Tensor, lengths_B: Tensor) -> State:  # noqa: ARG002
         """Return a state from which `features` generates translations, after a decoder start token.
 
-        Args:
-            source_BS: Source sentences, padded on the right with any tokens.
-            lengths_B: Length of each sentence in tokens.
-
-        Raises:
-            ValueError: If the model does not translate.
+        Sources of lengths_B are padded on the right with any tokens. ValueError if the model does
+        not translate.
         """
         raise ValueError(self._no_translation_message)
 

@@ -138,12 +138,8 @@ class DecoderOnly(LanguageModel):
         return self.embedding(tokens_BT)
 
     def flops_per_token(self, length: int) -> float:
-        """Add attention, 12 L D T (Chowdhery et al. 2022), and a tied unembedding."""
-        tied = self.unembedding.weight is self.embedding.weight
-        unembedding = 6.0 * self.embedding.weight.numel() if tied else 0.0
-        return (
-            super().flops_per_token(length) + unembedding + 12.0 * self.depth * self.width * length
-        )
+        """Add attention scores and averages: 12 L D T (Chowdhery et al. 2022)."""
+        return super().flops_per_token(length) + 12.0 * self.depth * self.width * length
 
     # State
 

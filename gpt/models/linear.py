@@ -25,11 +25,7 @@ from gpt.models.base import ActivationMap, LanguageModel, Model, State
 
 
 def squared_error(prediction_B: Tensor, y_B: Tensor) -> Tensor:
-    """Return the mean of (prediction - y)^2.
-
-    Raises:
-        ValueError: If the shapes differ, which would broadcast.
-    """
+    """Return the mean of (prediction - y)^2; ValueError if the shapes differ."""
     if prediction_B.shape != y_B.shape:
         raise ValueError(
             f"expected y of shape {list(prediction_B.shape)}, one number per example, "
@@ -281,8 +277,8 @@ NO_TOKEN = -1
 class WindowLM(LanguageModel):
     """The base class of language models of the last W tokens: embeddings, window, unembedding.
 
-    Positions before the start of a sequence have an embedding of zeros. The state is the last W - 1
-    tokens, so sequences have no maximum length, and every token costs the same.
+    Before the start of a sequence, embeddings are zero. The state is the last W - 1 tokens, so
+    sequences have no maximum length, and every token costs the same.
 
     Args:
         vocab_size: Number of token ids, V.
@@ -335,9 +331,8 @@ class WindowLM(LanguageModel):
         offsets_TS = positions_S - positions_S.unsqueeze(1) + self.window - 1
         inside_TS = (offsets_TS >= 0) & (offsets_TS < self.window)
         weights_BTS = norms_BSW[:, positions_S, offsets_TS.clamp(0, self.window - 1)] * inside_TS
-        return [
-            ActivationMap("token contribution", weights_BTS[:, None, None], tokens_BT, tokens_BT)
-        ]
+        weights_BLHTS = weights_BTS[:, None, None]
+        return [ActivationMap("token contribution", weights_BLHTS, tokens_BT, tokens_BT)]
 
 
 class SigmaPiLM(WindowLM):

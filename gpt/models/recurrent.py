@@ -225,7 +225,6 @@ class RecurrentLM(LanguageModel):
                 f"a tied embedding must be as wide as the state: embedding_width "
                 f"{embedding_width} is not {width}"
             )
-        self.tied = tied
         self.embedding = nn.Embedding(vocab_size, embedding_width)
         self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(
@@ -255,11 +254,6 @@ class RecurrentLM(LanguageModel):
             for name, last_BD in zip(self.cell.state_names, states_BD, strict=True):
                 state[name][:, layer] = last_BD.detach()
         return self.dropout(x_TBD).transpose(0, 1)
-
-    def flops_per_token(self, length: int) -> float:
-        """Add the unembedding where it is tied to the embedding."""
-        unembedding = 6.0 * self.embedding.weight.numel() if self.tied else 0.0
-        return super().flops_per_token(length) + unembedding
 
     def init_state(self, batch_size: int, length: int) -> State:  # noqa: ARG002 (constant size)
         """Return hidden_BLD, and cell_BLD for an LSTM, all zeros."""
@@ -292,10 +286,7 @@ def trace(
 def trace_maps(
     tokens_BT: Tensor, layers: list[dict[str, Tensor]], network: str = ""
 ) -> list[ActivationMap]:
-    """Return an activation map for each name in the traces of a network's layers.
-
-    The name of the network, if given, precedes the names.
-    """
+    """Return a map for each name in the traces of a network's layers, prefixed by its name."""
     return [
         ActivationMap(
             f"{network} {name}".strip(),

@@ -189,11 +189,7 @@ class Seq2SeqAttention(EncoderDecoder):
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
 
     def init_state(self, batch_size: int, length: int) -> State:  # noqa: ARG002 (constant size)
-        """Return an empty state.
-
-        hidden_BD is the decoder's; source_length_B, memory_BSD (the encoder states) and keys_BSD
-        (W2 times memory) are the source's.
-        """
+        """Return hidden_BD, source_length_B, memory_BSD (encoder states) and keys_BSD (W2 memory)."""
         weight, source_length = self.embedding.weight, self.context_length
         return {
             "hidden": weight.new_zeros(batch_size, self.width),
@@ -203,10 +199,7 @@ class Seq2SeqAttention(EncoderDecoder):
         }
 
     def encode(self, source_BS: Tensor, lengths_B: Tensor) -> State:
-        """Return all entries of `init_state`.
-
-        The decoder starts from the backward encoder's state at the first source token.
-        """
+        """Return all of `init_state`; `hidden` is from the backward encoder at the first token."""
         x_SBD = self.dropout(self.embedding(source_BS.t()))
         initial_BD = torch.zeros_like(x_SBD[0])
         indices_SBD = reversed_indices(lengths_B, len(x_SBD)).t().unsqueeze(-1).expand_as(x_SBD)
@@ -261,10 +254,8 @@ class Seq2SeqAttention(EncoderDecoder):
         encoded = self.encode(source_BS, lengths_B)
         x_BTD = self.embedding(tokens_BT)
         _, context_BTD, weights_BTS = self._decode_steps(x_BTD, encoded)
-        alignment = ActivationMap(
-            "alignment of the next token", weights_BTS[:, None, None], tokens_BT, source_BS
-        )
-        maps = [alignment]
+        alignment_BLHTS = weights_BTS[:, None, None]
+        maps = [ActivationMap("alignment of the next token", alignment_BLHTS, tokens_BT, source_BS)]
         reversed_BS = source_BS.gather(1, reversed_indices(lengths_B, source_BS.shape[1]))
         initial_BD = torch.zeros_like(encoded["hidden"])
         for network, cell, ids_BS in (

@@ -277,15 +277,15 @@ class Transformer(EncoderDecoder):
         encoded = self.encode(source_BS, lengths_B)
         mask_B11S = source_mask(lengths_B, source_BS.shape[1])[:, None, None]
         x_BSD = self.embedding(source_BS) + self.positions_SD[: source_BS.shape[1]]
-        encoder_weights = []
+        encoder_maps = []
         for encoder_block in cast(Iterable[EncoderBlock], self.encoder):
-            encoder_weights.append(encoder_block.attention_weights(x_BSD, mask_B11S))
+            encoder_maps.append(encoder_block.attention_weights(x_BSD, mask_B11S))
             x_BSD = encoder_block(x_BSD, mask_B11S)
 
         self._check_length(tokens_BT.shape[1])
         positions = Positions(tokens_BT, None)
         y_BTD = self.embedding(tokens_BT) + self.positions_SD[positions.positions_BT]
-        decoder_weights, cross_weights = [], []
+        decoder_maps, cross_maps = [], []
         for block, keys_BHSK, values_BHSK in zip(
             cast(Iterable[DecoderBlock], self.decoder),
             encoded["source_keys"].unbind(1),
@@ -293,14 +293,11 @@ class Transformer(EncoderDecoder):
             strict=True,
         ):
             self_BHTT, cross_BHTS = block.attention_weights(y_BTD, positions, keys_BHSK, mask_B11S)
-            decoder_weights.append(self_BHTT)
-            cross_weights.append(cross_BHTS)
+            decoder_maps.append(self_BHTT)
+            cross_maps.append(cross_BHTS)
             y_BTD = block(y_BTD, positions, None, keys_BHSK, values_BHSK, mask_B11S)
         return [
-            ActivationMap(name, torch.stack(weights, dim=1), rows, columns)
-            for name, weights, rows, columns in (
-                ("encoder attention", encoder_weights, source_BS, source_BS),
-                ("decoder attention", decoder_weights, tokens_BT, tokens_BT),
-                ("cross-attention", cross_weights, tokens_BT, source_BS),
-            )
+            ActivationMap("encoder attention", torch.stack(encoder_maps, 1), source_BS, source_BS),
+            ActivationMap("decoder attention", torch.stack(decoder_maps, 1), tokens_BT, tokens_BT),
+            ActivationMap("cross-attention", torch.stack(cross_maps, 1), tokens_BT, source_BS),
         ]

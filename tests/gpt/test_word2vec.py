@@ -1,5 +1,7 @@
 """Chapter 7: words with similar contexts get similar vectors."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -84,20 +86,14 @@ def test_negatives_are_drawn_by_the_counts_of_trained_words(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     model = Word2Vec(4, width=2)
-    weights = []
-    multinomial = torch.multinomial
-
-    def spy(weights_V: Tensor, *args, **kwargs) -> Tensor:
-        weights.append(weights_V)
-        return multinomial(weights_V, *args, **kwargs)
-
-    monkeypatch.setattr(torch, "multinomial", spy)
+    multinomial = Mock(wraps=torch.multinomial)
+    monkeypatch.setattr(torch, "multinomial", multinomial)
     tokens_BT = torch.tensor([[0, 0, 1], [0, 2, 2]])
     model.loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
     model.eval().loss(tokens_BT[:, :-1], tokens_BT[:, 1:])
     assert model.counts_V.tolist() == [4, 2, 3, 1]  # counts start at 1: any word can be drawn
-    for weights_V in weights:
-        torch.testing.assert_close(weights_V, torch.tensor([4.0, 2.0, 3.0, 1.0]) ** 0.75)
+    for call in multinomial.call_args_list:
+        torch.testing.assert_close(call.args[0], torch.tensor([4.0, 2.0, 3.0, 1.0]) ** 0.75)
     assert "counts_V" in model.state_dict()  # a resumed run draws the same negatives
 
 
