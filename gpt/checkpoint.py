@@ -174,6 +174,23 @@ def check_format(path: Path, content: dict[str, Any]) -> None:
     )
 
 
+def read_config(run: Path) -> tuple[str, dict[str, Any]]:
+    """Return the model name and constructor arguments in a run's config.json.
+
+    Raises:
+        ValueError: The file is missing, damaged or of another format.
+    """
+    path = run / "config.json"
+    if not path.is_file():
+        raise ValueError(f"{run}: not a run directory: it has no config.json")
+    config = read_json(path)
+    check_format(path, config)
+    name, model_args = config.get("model"), config.get("model_args")
+    if not isinstance(name, str) or not isinstance(model_args, dict):
+        raise ValueError(f"{path}: expected a model's name and its arguments")
+    return name, model_args
+
+
 def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
     """Return the run directory `run`, or without one that under runs/ with the newest `file`.
 
@@ -216,20 +233,15 @@ def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
     Raises:
         ValueError: A file is missing, truncated, damaged or of another format.
     """
-    config_path, weights_path = run / "config.json", run / "model.safetensors"
-    if not config_path.is_file():
-        raise ValueError(f"{run}: not a run directory: it has no config.json")
-    config = read_json(config_path)
-    check_format(config_path, config)
-    if not isinstance(config.get("model"), str) or not isinstance(config.get("model_args"), dict):
-        raise ValueError(f"{config_path}: expected a model's name and its arguments")
+    name, model_args = read_config(run)
+    weights_path = run / "model.safetensors"
     if not weights_path.is_file():
         raise ValueError(
             f"{run}: has no model.safetensors: a run writes it at its first validation"
         )
     try:
-        model = build_model(config["model"], config["model_args"])
+        model = build_model(name, model_args)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{config_path}: {error}") from error
+        raise ValueError(f"{run / 'config.json'}: {error}") from error
     load_weights(model, load_tensors(weights_path), weights_path)
     return model.to(device).eval()

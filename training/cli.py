@@ -11,7 +11,7 @@ import torch
 import tyro
 
 from gpt import CHAPTERS, Model, cli, summary
-from gpt.checkpoint import MODEL_CLASSES, build_model, did_you_mean, find_run, read_json
+from gpt.checkpoint import MODEL_CLASSES, build_model, did_you_mean, find_run, read_config
 from gpt.cli import MaybePath, MaybeText
 from gpt.device import resolve_device
 from training import distributed, launch
@@ -105,7 +105,7 @@ class Describe:
 
     def build_model(self) -> Model:
         """Build the model on the meta device; a ValueError lists the valid names."""
-        config_path = Path(self.model) / "config.json"
+        run = Path(self.model)
         if self.model == "gpt3":
             return summary.build_gpt3()
         if self.model in MODEL_CLASSES:
@@ -115,10 +115,10 @@ class Describe:
             model_args = TASKS[preset.task].expected_model_args(preset)
             with torch.device("meta"):
                 return new_model(preset, model_args)
-        if config_path.is_file():
-            config = read_json(config_path)
+        if (run / "config.json").is_file():
+            name, model_args = read_config(run)
             with torch.device("meta"):
-                return build_model(config["model"], config["model_args"])
+                return build_model(name, model_args)
         presets = [name for name in PRESETS if name not in MODEL_CLASSES]
         raise ValueError(
             f"{self.model!r} is neither a model nor a preset"

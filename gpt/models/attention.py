@@ -190,7 +190,7 @@ class MultiHeadAttention(nn.Module):
         self.value = nn.Linear(width, width, bias=bias)
         self.output = nn.Linear(width, width, bias=bias)
 
-    def split(self, x_BTD: Tensor) -> Tensor:
+    def split_heads(self, x_BTD: Tensor) -> Tensor:
         """Return x_BHTK: the width divided among the heads."""
         return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
@@ -220,7 +220,7 @@ class CausalSelfAttention(MultiHeadAttention):
     def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None = None) -> Tensor:
         """x_BTD -> x_BTD; with a cache, also attends to the positions in it, and extends it."""
         queries_BHTK, keys_BHSK = self.queries_and_keys(x_BTD, positions)
-        values_BHSK = self.split(self.value(x_BTD))
+        values_BHSK = self.split_heads(self.value(x_BTD))
         if cache is not None:
             keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, positions)
         return self.attend(
@@ -234,7 +234,7 @@ class CausalSelfAttention(MultiHeadAttention):
 
     def queries_and_keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:  # noqa: ARG002
         """Return queries_BHTK and keys_BHTK; here x already contains the position embeddings."""
-        return self.split(self.query(x_BTD)), self.split(self.key(x_BTD))
+        return self.split_heads(self.query(x_BTD)), self.split_heads(self.key(x_BTD))
 
 
 class RotarySelfAttention(CausalSelfAttention):

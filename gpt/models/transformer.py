@@ -48,17 +48,17 @@ class Attention(MultiHeadAttention):
 
     def keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys_BHSK and values_BHSK of the attended sequence."""
-        return self.split(self.key(x_BSD)), self.split(self.value(x_BSD))
+        return self.split_heads(self.key(x_BSD)), self.split_heads(self.value(x_BSD))
 
     def forward(
         self, x_BTD: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, mask_B11S: Tensor
     ) -> Tensor:
         """x_BTD -> x_BTD."""
-        return self.attend(self.split(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
+        return self.attend(self.split_heads(self.query(x_BTD)), keys_BHSK, values_BHSK, mask_B11S)
 
     def attention_weights(self, x_BTD: Tensor, keys_BHSK: Tensor, mask_B11S: Tensor) -> Tensor:
         """Return weights_BHTS of each value for each token."""
-        return attention_weights(self.split(self.query(x_BTD)), keys_BHSK, mask_B11S)
+        return attention_weights(self.split_heads(self.query(x_BTD)), keys_BHSK, mask_B11S)
 
 
 class FeedForward(nn.Module):

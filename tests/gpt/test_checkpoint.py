@@ -3,6 +3,7 @@ import json
 import pytest
 
 from gpt.checkpoint import FORMAT, load_model, save_config
+from training.cli import Describe
 from training.presets import get_preset
 from training.run_directory import load_training_config, save_training_config
 
@@ -29,7 +30,11 @@ def test_runs_of_other_formats_are_refused(version, message, tmp_path):
     load_training_config(tmp_path)
     with pytest.raises(ValueError, match=r"has no model\.safetensors"):
         load_model(tmp_path)
-    for name, load in (("config.json", load_model), ("run.json", load_training_config)):
+    for name, load in (
+        ("config.json", load_model),
+        ("config.json", lambda run: Describe(str(run))()),
+        ("run.json", load_training_config),
+    ):
         set_format(tmp_path / name, version)
         with pytest.raises(ValueError, match=message) as error:
             load(tmp_path)

@@ -57,7 +57,7 @@ def test_chapter_13_attention_is_asymmetric() -> None:
     attention = Attention(8, 1).double()
     x_BTD = random(1, 3, 8)
     weights_TS = attention_weights(
-        attention.split(attention.query(x_BTD)), attention.split(attention.key(x_BTD))
+        attention.split_heads(attention.query(x_BTD)), attention.split_heads(attention.key(x_BTD))
     )[0, 0]
     assert not torch.allclose(weights_TS, weights_TS.T, atol=1e-3)
 
@@ -175,7 +175,7 @@ def test_causal_attention_with_the_cache_mask_equals_it_without() -> None:
     expected_BTD = attention(x_BTD, Positions(torch.zeros(2, 5), None))
     queries_BHTK, keys_BHSK = attention.queries_and_keys(x_BTD, Positions(torch.zeros(2, 5), None))
     weights_BHTS = attention_weights(queries_BHTK, keys_BHSK, causal_mask(5))
-    mixed_BHTK = weights_BHTS @ attention.split(attention.value(x_BTD))
+    mixed_BHTK = weights_BHTS @ attention.split_heads(attention.value(x_BTD))
     output_BTD = attention.output(mixed_BHTK.transpose(1, 2).flatten(2))
     torch.testing.assert_close(output_BTD, expected_BTD)
 
