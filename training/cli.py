@@ -39,7 +39,7 @@ def train_command(preset_name: str) -> Callable[..., cli.Command]:
         Args:
             config: Data, optimizer and schedule.
             model: Constructor arguments of the model.
-            run: Run directory to create (default: runs/<preset>-<time>).
+            run: Run directory to create. Default: runs/<preset>-<time>.
         """
         return lambda: launch.start_run(resolve_config(config, model, preset), run)
 
@@ -65,7 +65,7 @@ def plan_command(preset_name: str) -> Callable[..., cli.Command]:
             config: Data, optimizer and schedule.
             model: Constructor arguments of the model.
             num_gpus: Number of GPUs, with one process on each.
-            gpu: Name of the GPU: H100, A100 80GB, … (default: this machine's device).
+            gpu: Name of the GPU: H100, A100 80GB, …. Default: this machine's device.
             mfu: Expected model FLOPs utilization: the share of the GPU's peak that is reached.
             json: Print one JSON object.
         """
@@ -132,7 +132,7 @@ class Resume:
     """Resume a run from its newest checkpoint, with the result of an uninterrupted run."""
 
     run: cli.MaybeRun = None
-    """Run directory (default: the newest under runs/)."""
+    """Run directory. Default: the newest under runs/."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 

@@ -27,9 +27,9 @@ class Eval:
     """Evaluate a run on a text: loss, perplexity and bits per byte; every token is scored once."""
 
     run: cli.MaybeRun = None
-    """Run directory (default: the newest under runs/)."""
+    """Run directory. Default: the newest under runs/."""
     data: MaybeText = None
-    """Text to score, as in `train --data` (default: the run's own corpus)."""
+    """Text to score, as in `train --data`. Default: the run's own corpus."""
     data_config: MaybeText = None
     """Configuration of a hub dataset that has several."""
     data_limit: MaybeInt = None
@@ -39,13 +39,13 @@ class Eval:
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
     split: MaybeText = None
-    """Split to score (default: validation of the run's own corpus; of other data the first of test, validation, train)."""
+    """Split to score. Default: validation of the run's own corpus; of other data the first of test, validation, train."""
     stride: MaybeInt = None
-    """Tokens that each window scores (default: as many as the model predicts). A smaller stride is slower and gives every token more context."""
+    """Tokens that each window scores. Default: as many as the model predicts. A smaller stride is slower and gives every token more context."""
     context_length: MaybeInt = None
-    """Tokens of a window (default: the model's context length)."""
+    """Tokens of a window. Default: the model's context length."""
     num_beams: MaybeInt = None
-    """Beam search width of translations (default: 1, greedy)."""
+    """Beam search width of translations. Default: 1, greedy."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "float32"
@@ -94,7 +94,10 @@ class Eval:
 class Translators:
     """Compare translation runs: a table and a plot of BLEU by sentence length."""
 
-    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="RUN …")]
+    run: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="RUN …", help_behavior_hint=""),
+    ]
     """Run directories."""
     split: str = "test"
     """Split to translate."""
@@ -147,8 +150,11 @@ class Translators:
 class Ladder:
     """Train every language model on one corpus under one budget, and compare them: table and plot."""
 
-    rungs: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[RUNG …]")] = ()
-    """Models to train (default: all)."""
+    rungs: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[RUNG …]", help_behavior_hint=""),
+    ] = ()
+    """Models to train. Default: all."""
     data: str = TrainingConfig.data
     """Corpus, as in `train`."""
     tokenizer: str = TrainingConfig.tokenizer

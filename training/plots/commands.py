@@ -22,8 +22,11 @@ MAX_XRAY_TOKENS = 1000
 class Plot:
     """Plot the loss curves of one or several runs."""
 
-    run: Annotated[tyro.conf.Positional[tuple[Path, ...]], tyro.conf.arg(metavar="[RUN …]")] = ()
-    """Run directories (default: the newest under runs/)."""
+    run: Annotated[
+        tyro.conf.Positional[tuple[Path, ...]],
+        tyro.conf.arg(metavar="[RUN …]", help_behavior_hint=""),
+    ] = ()
+    """Run directories. Default: the newest under runs/."""
     output: Path = Path("loss.svg")
     """File to write: .svg, .png or .pdf."""
 
@@ -39,8 +42,11 @@ class Plot:
 class Figures:
     """Draw the figures of docs/chapters.md, each a small experiment with the models."""
 
-    name: Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="[NAME …]")] = ()
-    """Names of figures (default: all)."""
+    name: Annotated[
+        tyro.conf.Positional[tuple[str, ...]],
+        tyro.conf.arg(metavar="[NAME …]", help_behavior_hint=""),
+    ] = ()
+    """Names of figures. Default: all."""
     output: Path = Path("docs/figures")
     """Folder to write NAME.svg to."""
 
@@ -63,7 +69,7 @@ class Xray:
     text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
     """Text to read; for a translation run, the source sentence."""
     translation: cli.MaybeText = None
-    """Target sentence (default: for a translation run, the model's own translation)."""
+    """Target sentence. Default: for a translation run, the model's own translation."""
     only: cli.MaybeText = None
     """Draw only maps whose name contains this: alignment, forget gate, …"""
     output: Path = Path("xray.png")
