@@ -247,7 +247,7 @@ INVALID = {
     "not UTF-8": (["train", "--data", "latin.txt"], "latin.txt, line 2: byte 0xe9 is not UTF-8"),
     "not JSON": (["train", "--data", "bad.jsonl"], "bad.jsonl, line 2: not JSON"),
     "an empty folder": (["train", "--data", "empty"], "no text in this folder"),
-    "mixed kinds": (["train", "--data", "mixed"], "mixes kinds of files"),
+    "mixed file types": (["train", "--data", "mixed"], "mixes file types"),
     "an existing run": (["train", "--run", "runs/done"], "already holds a run"),
     "no such run": (["eval", "runs/dnoe"], "no such run directory (did you mean done?)"),
     "resume of nothing": (["train", "--resume", "empty"], "not a training run"),
