@@ -208,8 +208,8 @@ class Translation(Task):
         pairs, indices = self.pairs["validation"], self._usable_pairs("validation")
         num_tokens = int(pairs.lengths[indices, 1].sum()) + len(indices)
         stride = max(1, num_tokens // self.config.eval_tokens)
-        nats, count = self._nll(model, pairs, indices[::stride])
-        return nats / count
+        nll, count = self._nll(model, pairs, indices[::stride])
+        return nll / count
 
     def sample(self, model: Model, length: int) -> str:
         """Return two validation sentences, the model's translations and the references."""
@@ -253,12 +253,12 @@ class Translation(Task):
         references = [self.tokenizer.decode(pairs.sentence(i, 1)) for i in indices]
         truncated = [source[: self.max_sentence_tokens] for source in sources]
         translations = self._translate(model, truncated, self.max_sentence_tokens, num_beams)
-        nats, tokens = self._nll(model, pairs, usable)
+        nll, tokens = self._nll(model, pairs, usable)
         return TranslationScore(
             languages="-".join(self.languages),
             bleu=_corpus_score(bleu, translations, references),
             chrf=_corpus_score(chrf, translations, references),
-            nats=nats,
+            nll=nll,
             tokens=tokens,
             pairs=len(indices),
             too_long=len(indices) - len(usable),
@@ -270,17 +270,17 @@ class Translation(Task):
         )
 
     def _nll(self, model: LanguageModel, pairs: PairSplit, indices: Indices) -> tuple[float, int]:
-        """Return the nats of the targets of some pairs, and their number of tokens with the ends."""
+        """Return the summed negative log-likelihood of the pairs' target tokens, and their number."""
         batch_size = max(1, MAX_BATCH_TOKENS // self.config.context_length)
         order = pairs.sort_by_length(indices)
-        nats, count = 0.0, 0
+        nll, count = 0.0, 0
         with inference_mode(model, self.config.precision) as device:
             for start in range(0, len(order), batch_size):
                 arrays = pairs.batch(order[start : start + batch_size])
                 batch = (torch.from_numpy(array).to(device) for array in arrays)
-                nats += model.nll(*batch).cpu().double().sum().item()
+                nll += model.nll(*batch).cpu().double().sum().item()
                 count += int((arrays[-1] != IGNORE_INDEX).sum())
-        return nats, count
+        return nll, count
 
     def _translate(
         self,
@@ -325,12 +325,13 @@ class Bucket:
 
 @dataclass(frozen=True)
 class TranslationScore:
-    """Translation quality; `nats` is the sum over `tokens` target tokens."""
+    """Translation quality."""
 
     languages: str
     bleu: float
     chrf: float
-    nats: float
+    nll: float
+    """Sum over `tokens` target tokens, in nats."""
     tokens: int
     pairs: int
     too_long: int
@@ -345,7 +346,7 @@ class TranslationScore:
     @property
     def loss(self) -> float:
         """Nats per target token."""
-        return self.nats / self.tokens
+        return self.nll / self.tokens
 
     @property
     def perplexity(self) -> float:
