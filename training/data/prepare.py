@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -85,9 +85,7 @@ def prepare_corpus(
             writer = CorpusWriter(
                 temporary,
                 existing_tokenizer
-                or _train_tokenizer(
-                    source, read_splits(), TOKENIZER_TRAINERS[str(tokenizer)], vocab_size
-                ),
+                or _train_tokenizer(source, read_splits(), str(tokenizer), vocab_size),
             )
             _tokenize(read_splits(), writer, dataset.size)
             for split in ("train", "validation") if hold_out else ():
@@ -123,10 +121,7 @@ def _open_prepared(source: Source, tokenizer: Tokenizer | None, sentence_pairs: 
 
 
 def _train_tokenizer(
-    source: Source,
-    documents: SplitDocuments,
-    train: Callable[[Iterable[str], int], Tokenizer],
-    vocab_size: int,
+    source: Source, documents: SplitDocuments, name: str, vocab_size: int
 ) -> Tokenizer:
     """Train a tokenizer on the first `MAX_TOKENIZER_BYTES` of the training split."""
     chunks = (
@@ -135,7 +130,7 @@ def _train_tokenizer(
     texts = (chunk.text for chunk in limit_bytes(lambda: chunks, MAX_TOKENIZER_BYTES))
     if (first := next(texts, None)) is None:
         raise ValueError(f"{source.data}: there is no text in a train split to train a tokenizer")
-    return train(itertools.chain([first], texts), vocab_size)
+    return TOKENIZER_TRAINERS[name](itertools.chain([first], texts), vocab_size)
 
 
 def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None) -> None:
