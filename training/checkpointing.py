@@ -17,19 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.checkpoint import read_json, save_tensors, write_atomically
+from gpt.checkpoint import save_tensors, write_atomically
 
 MAX_CHECKPOINTS = 2
 """Older ones are deleted."""
-
-TRAINER_STATE_KEYS = {
-    "step",
-    "best_validation_loss",
-    "unlogged_losses",
-    "tokens_seen",
-    "seconds",
-    "data_fingerprint",
-}
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -55,7 +46,7 @@ def write_checkpoint(
     Args:
         directory: The run directory.
         tensors: Contents of the safetensors files, by name without suffix.
-        trainer_state: Values of TRAINER_STATE_KEYS.
+        trainer_state: Contents of trainer_state.json, with the key `step`.
     """
     path = directory / "checkpoints" / f"step-{trainer_state['step']}"
     for leftover in path.parent.glob("step-*.*"):
@@ -76,16 +67,6 @@ def write_checkpoint(
         raise
     for old in list_checkpoints(directory)[:-MAX_CHECKPOINTS]:
         shutil.rmtree(old.rename(old.with_name(old.name + ".old")))
-
-
-def read_trainer_state(checkpoint: Path) -> dict[str, Any]:
-    """Read a checkpoint's trainer_state.json. Raises ValueError if its keys are not the expected ones."""
-    state = read_json(checkpoint / "trainer_state.json")
-    if difference := TRAINER_STATE_KEYS ^ state.keys():
-        raise ValueError(
-            f"{checkpoint}: written by another version of tinygpt ({', '.join(sorted(difference))})"
-        )
-    return state
 
 
 def rng_state(device: torch.device, rank: int) -> dict[str, Tensor]:

@@ -25,21 +25,17 @@ VALID_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
     (
         "steps batch_size context_length gradient_accumulation_steps vocab_size data_limit "
         "eval_interval eval_tokens checkpoint_interval log_interval",
-        lambda value: value >= 1,
+        lambda v: v >= 1,
         "at least 1",
     ),
     (
         "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
-        lambda value: value >= 0,
+        lambda v: v >= 0,
         "at least 0",
     ),
-    (
-        "learning_rate embedding_lr unembedding_lr vector_lr",
-        lambda value: 0 < value < math.inf,
-        "above 0",
-    ),
-    ("beta1 beta2", lambda value: 0 <= value < 1, "at least 0 and below 1"),
-    ("cooldown_fraction final_lr_fraction", lambda value: 0 <= value <= 1, "between 0 and 1"),
+    ("learning_rate embedding_lr unembedding_lr vector_lr", lambda v: 0 < v < math.inf, "above 0"),
+    ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and below 1"),
+    ("cooldown_fraction final_lr_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
 ]
 """Names of fields, a test of their value, and the valid range in words."""
 

@@ -100,15 +100,9 @@ class Muon(torch.optim.Optimizer):
 
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     """Return the model's parameters as matrices, embeddings, unembedding and vectors; each is in one group."""
-    embeddings = {
-        id(module.weight) for module in model.modules() if isinstance(module, nn.Embedding)
-    }
-    groups: dict[str, list[nn.Parameter]] = {
-        "matrices": [],
-        "embeddings": [],
-        "unembedding": [],
-        "vectors": [],
-    }
+    embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    names = ("matrices", "embeddings", "unembedding", "vectors")
+    groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
             groups["embeddings"].append(parameter)
@@ -142,27 +136,17 @@ class Optimizers:
             bfloat16 = uses_bfloat16(device, config.precision)
         self.config = config
         self.model = model
-        learning_rates = {
-            "matrices": config.learning_rate,
-            "embeddings": config.embedding_lr,
-            "unembedding": config.unembedding_lr,
-            "vectors": config.vector_lr,
+        lr_and_weight_decay = {
+            "matrices": (config.learning_rate, config.weight_decay),
+            "embeddings": (config.embedding_lr, config.embedding_weight_decay),
+            "unembedding": (config.unembedding_lr, config.embedding_weight_decay),
+            "vectors": (config.vector_lr, 0.0),
         }
-        weight_decays = {
-            "matrices": config.weight_decay,
-            "embeddings": config.embedding_weight_decay,
-            "unembedding": config.embedding_weight_decay,
-            "vectors": 0.0,
-        }
-        groups: dict[str, dict[str, Any]] = {
-            name: {
-                "params": parameters,
-                "lr": learning_rates[name],
-                "weight_decay": weight_decays[name],
-            }
-            for name, parameters in parameter_groups(model).items()
-            if parameters
-        }
+        groups: dict[str, dict[str, Any]] = {}
+        for name, parameters in parameter_groups(model).items():
+            lr, weight_decay = lr_and_weight_decay[name]
+            if parameters:
+                groups[name] = {"params": parameters, "lr": lr, "weight_decay": weight_decay}
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon" and "matrices" in groups:
             dtype = torch.bfloat16 if bfloat16 else torch.float32

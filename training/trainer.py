@@ -21,11 +21,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
-from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
+from gpt.checkpoint import load_tensors, load_weights, read_json, save_tensors, unique_state_dict
 from gpt.device import autocast, peak_flops, retain_freed_memory
 from training.checkpointing import (
     newest_checkpoint,
-    read_trainer_state,
     restore_rng_state,
     rng_state,
     write_checkpoint,
@@ -315,7 +314,7 @@ class Trainer:
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit the run."""
-        trainer_state = read_trainer_state(path)
+        trainer_state = read_json(path / "trainer_state.json")
         fingerprint = trainer_state["data_fingerprint"]
         if fingerprint != self.task.fingerprint:
             raise ValueError(
