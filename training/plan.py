@@ -142,38 +142,59 @@ class Memory:
         return permanent + max(forward_backward, self.optimizer_step, self.eval_model)
 
 
-def measure_memory(
-    config: TrainingConfig,
-    micro_batch_size: int,
-    *,
-    bfloat16: bool,
-    on_gpu: bool,
-    num_shards: int = 1,
-) -> Memory:
-    """Measure the memory of one training step with fake tensors.
+@dataclass(frozen=True)
+class Hardware:
+    """The devices of a run, all of one kind."""
 
-    Args:
-        config: The run.
-        micro_batch_size: Rows of a micro-batch.
-        bfloat16: Whether matrix products are in bfloat16, not float32.
-        on_gpu: Whether a GPU computes the step, not this CPU.
-        num_shards: GPUs that weights, gradients and optimizer state are sharded over.
-    """
+    num_devices: int
+    device: str
+    """Name of each."""
+    spec: GPUSpec
+    is_gpu: bool
+    """False for this machine's CPU or MPS device."""
+    bfloat16: bool
+    """Whether matrix products are in bfloat16, not float32."""
+
+    def fits(self, memory: Memory) -> bool | None:
+        """Return whether a device holds the peak memory; None if its memory is unknown."""
+        capacity = self.spec.memory
+        return None if capacity is None else memory.peak <= USABLE_MEMORY * capacity
+
+
+def resolve_hardware(config: TrainingConfig, num_gpus: int, gpu: str | None) -> Hardware:
+    """Return the GPUs of that name, or this machine's device if `gpu` is None."""
+    if gpu is not None:
+        if config.device != "auto":
+            raise ValueError("--gpu and --device both choose the device: leave out one of them")
+        bfloat16 = config.precision != "float32"
+        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, bfloat16)
+    device = resolve_device(config.device)
+    bfloat16 = uses_bfloat16(device, config.precision)
+    if device.type != "cuda":
+        return Hardware(num_gpus, device.type, GPUSpec(None, None), False, bfloat16)
+    name = torch.cuda.get_device_name(device)
+    capacity = torch.cuda.get_device_properties(device).total_memory
+    return Hardware(num_gpus, name, GPUSpec(capacity, find_gpu_spec(name).flops), True, bfloat16)
+
+
+def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hardware) -> Memory:
+    """Measure the memory of one training step on each device with fake tensors."""
+    num_shards = hardware.num_devices if config.fsdp else 1
     task = TASKS[config.task]
     model_args = task.expected_model_args(config)
     arrays = [torch.from_numpy(array) for array in task.largest_batch(config, micro_batch_size)]
-    kernels = GPUKernels() if on_gpu else contextlib.nullcontext()
+    kernels = GPUKernels() if hardware.is_gpu else contextlib.nullcontext()
     with FakeTensorMode() as fake, TensorMemoryTracker() as memory, kernels:
         batch = [fake.from_tensor(array) for array in arrays]
         for tensor in batch:
             memory.count(tensor)
         model = new_model(config, model_args).train()
-        if on_gpu:
+        if hardware.is_gpu:
             _use_fused_norms(model)
         gradients = _shard_bytes(model.parameters(), num_shards)
         full_weights = _shard_bytes(model.parameters(), 1)
         weights = gradients + _shard_bytes(model.buffers(), 1)
-        optimizers = Optimizers(model, config, torch.device("cpu"), bfloat16)
+        optimizers = Optimizers(model, config, torch.device("cpu"), hardware.bfloat16)
         optimizer_step = 0
         for index in range(2):  # the first step creates the optimizer state
             _allocate_gradients(model)
@@ -181,7 +202,7 @@ def measure_memory(
             optimizers.step(index)
             optimizer_step = memory.peak - before
         optimizer = _shard_bytes(optimizers.state_dict().values(), num_shards)
-        if num_shards > 1 and bfloat16 and on_gpu:
+        if num_shards > 1 and hardware.bfloat16 and hardware.is_gpu:
             _cast_to_bfloat16(model)  # FSDP gathers parameters in bfloat16
         _allocate_gradients(model)
         permanent = memory.current
@@ -191,7 +212,7 @@ def measure_memory(
             state = model.init_state(micro_batch_size, config.context_length)
         recorded = _record_before_loss(model, lambda: memory.current - permanent)
         memory.peak = memory.current
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=hardware.bfloat16):
             loss = Objective(model)(*batch, state=state)
         recorded.append(memory.current - permanent)  # for a model without logits
         loss.backward()
@@ -270,51 +291,6 @@ def all_gather_bytes(model: Model) -> int:
 
 
 @dataclass(frozen=True)
-class Hardware:
-    """The devices of a run, all of one kind."""
-
-    num_devices: int
-    device: str
-    """Name of each."""
-    spec: GPUSpec
-    is_gpu: bool
-    """False for this machine's CPU or MPS device."""
-    bfloat16: bool
-    """Whether matrix products are in bfloat16, not float32."""
-
-    def fits(self, memory: Memory) -> bool | None:
-        """Return whether a device holds the peak memory; None if its memory is unknown."""
-        capacity = self.spec.memory
-        return None if capacity is None else memory.peak <= USABLE_MEMORY * capacity
-
-    def measure_memory(self, config: TrainingConfig, micro_batch_size: int) -> Memory:
-        """Measure the memory of each device."""
-        return measure_memory(
-            config,
-            micro_batch_size,
-            bfloat16=self.bfloat16,
-            on_gpu=self.is_gpu,
-            num_shards=self.num_devices if config.fsdp else 1,
-        )
-
-
-def resolve_hardware(config: TrainingConfig, num_gpus: int, gpu: str | None) -> Hardware:
-    """Return the GPUs of that name, or this machine's device if `gpu` is None."""
-    if gpu is not None:
-        if config.device != "auto":
-            raise ValueError("--gpu and --device both choose the device: leave out one of them")
-        bfloat16 = config.precision != "float32"
-        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, bfloat16)
-    device = resolve_device(config.device)
-    bfloat16 = uses_bfloat16(device, config.precision)
-    if device.type != "cuda":
-        return Hardware(num_gpus, device.type, GPUSpec(None, None), False, bfloat16)
-    name = torch.cuda.get_device_name(device)
-    capacity = torch.cuda.get_device_properties(device).total_memory
-    return Hardware(num_gpus, name, GPUSpec(capacity, find_gpu_spec(name).flops), True, bfloat16)
-
-
-@dataclass(frozen=True)
 class Plan:
     """The estimated cost of a run on some hardware."""
 
@@ -354,10 +330,10 @@ class Plan:
             divisors = [n for n in range(1, size + 1) if size % n == 0]
             if config.stateful:
                 divisors = [1]  # a stateful batch is not split
-            elif not self.hardware.fits(self.hardware.measure_memory(config, 1)):
+            elif not self.hardware.fits(measure_memory(config, 1, self.hardware)):
                 continue
             for n in divisors:
-                if self.hardware.fits(self.hardware.measure_memory(config, size // n)):
+                if self.hardware.fits(measure_memory(config, size // n, self.hardware)):
                     accumulation = config.gradient_accumulation_steps * n
                     options = [f"--gradient-accumulation-steps {accumulation}"] * (n > 1)
                     return " ".join(options + ["--fsdp"] * (fsdp and not self.config.fsdp))
@@ -470,5 +446,5 @@ def make_plan(config: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float
     with torch.device("meta"):
         model = new_model(config, model_args)
     hardware = resolve_hardware(config, num_gpus, gpu)
-    memory = hardware.measure_memory(config, micro_batch_size)
+    memory = measure_memory(config, micro_batch_size, hardware)
     return Plan(config, hardware, mfu, micro_batch_size, memory, model)

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import runpy
+import shlex
 import signal
 import subprocess
 import sys
@@ -15,34 +16,11 @@ import pytest
 from gpt.checkpoint import find_run, load_tensors
 from training.checkpointing import newest_checkpoint
 
-TINY = [
-    "--tokenizer",
-    "bytes",
-    "--steps",
-    "6",
-    "--batch-size",
-    "4",
-    "--context-length",
-    "32",
-    "--width",
-    "16",
-    "--depth",
-    "1",
-    "--heads",
-    "1",
-    "--warmup-steps",
-    "1",
-    "--eval-interval",
-    "3",
-    "--checkpoint-interval",
-    "3",
-    "--log-interval",
-    "1",
-    "--sample-tokens",
-    "5",
-    "--device",
-    "cpu",
-]
+TINY = shlex.split("""
+    --tokenizer bytes --steps 6 --batch-size 4 --context-length 32 --width 16 --depth 1 --heads 1
+    --warmup-steps 1 --eval-interval 3 --checkpoint-interval 3 --log-interval 1 --sample-tokens 5
+    --device cpu
+""")
 
 
 @pytest.fixture(scope="module")

@@ -125,15 +125,16 @@ class RealStep:
         return peak
 
 
-def measure_on_cpu(config, bfloat16):
-    return measure_memory(config, ROWS, bfloat16=bfloat16, on_gpu=False)
+def measure(config, *, bfloat16, is_gpu=False):
+    hardware = Hardware(1, "", GPUSpec(None, None), is_gpu, bfloat16)
+    return measure_memory(config, ROWS, hardware)
 
 
 @pytest.mark.parametrize("bfloat16", [False, True])
 @pytest.mark.parametrize("name", CONFIGS)
 def test_planned_memory_is_that_of_a_real_step(name, bfloat16):
     config = CONFIGS[name]
-    planned, real = measure_on_cpu(config, bfloat16), RealStep(config, bfloat16)
+    planned, real = measure(config, bfloat16=bfloat16), RealStep(config, bfloat16)
     assert planned.activations + planned.loss == real.peak_bytes()
     saved = RealStep(config, bfloat16).saved_bytes()
     # Beyond what autograd saves, tensors that local variables keep alive.
@@ -152,9 +153,9 @@ def test_planned_memory_is_that_of_a_real_step(name, bfloat16):
 
 def test_chunked_logits_take_less_memory(monkeypatch):
     config = CONFIGS["gpt"]
-    unchunked = measure_on_cpu(config, True)
+    unchunked = measure(config, bfloat16=True)
     monkeypatch.setattr("gpt.models.base.MAX_LOGITS", 300 * 16)
-    chunked = measure_on_cpu(config, True)
+    chunked = measure(config, bfloat16=True)
     assert chunked.activations == unchunked.activations
     assert chunked.loss < unchunked.loss / 3
     # A CPU's bfloat16 products make internal copies that are not tensors.
@@ -174,13 +175,12 @@ def test_every_model_can_be_planned():
         assert plan.table()
 
 
-@pytest.mark.parametrize(("on_gpu", "itemsize"), [(True, 1), (False, 4)])
-def test_dropout_mask_takes_one_byte_on_a_gpu_and_four_on_a_cpu(on_gpu, itemsize):
+@pytest.mark.parametrize(("is_gpu", "itemsize"), [(True, 1), (False, 4)])
+def test_dropout_mask_takes_one_byte_on_a_gpu_and_four_on_a_cpu(is_gpu, itemsize):
     config = CONFIGS["gpt"]
     with_dropout = dataclasses.replace(config, model_args=config.model_args | {"dropout": 0.1})
     before, after = (
-        measure_memory(each, ROWS, bfloat16=False, on_gpu=on_gpu).activations
-        for each in (config, with_dropout)
+        measure(each, bfloat16=False, is_gpu=is_gpu).activations for each in (config, with_dropout)
     )
     rows, width, layers = ROWS * 32, 32, 2
     # Two branches of each layer, and the embedding.
@@ -190,8 +190,8 @@ def test_dropout_mask_takes_one_byte_on_a_gpu_and_four_on_a_cpu(on_gpu, itemsize
 def test_norms_are_in_float32_on_a_gpu_under_autocast():
     """A CPU keeps the norms of queries and keys in bfloat16."""
     gpu, cpu = (
-        measure_memory(CONFIGS["gpt"], ROWS, bfloat16=True, on_gpu=on_gpu).activations
-        for on_gpu in (True, False)
+        measure(CONFIGS["gpt"], bfloat16=True, is_gpu=is_gpu).activations
+        for is_gpu in (True, False)
     )
     assert gpu > cpu
 
@@ -266,7 +266,8 @@ def test_options_are_suggested_for_a_run_that_does_not_fit(monkeypatch):
 
     def required(micro_batch_size, fsdp=False):
         hardware = Hardware(2, "", GPUSpec(None, None), True, True)
-        memory = hardware.measure_memory(dataclasses.replace(config, fsdp=fsdp), micro_batch_size)
+        sharded_config = dataclasses.replace(config, fsdp=fsdp)
+        memory = measure_memory(sharded_config, micro_batch_size, hardware)
         return int(memory.peak / 0.9) + 1
 
     assert suggestion(required(8)) is None
@@ -346,7 +347,7 @@ if __name__ == "__main__":
     for model in ("gpt-nano", "gpt2", "transformer", "lstm", "softmax"):
         for bfloat16 in (False, True):
             preset = dataclasses.replace(PRESETS[model], batch_size=ROWS)
-            memory = measure_on_cpu(preset, bfloat16)
+            memory = measure(preset, bfloat16=bfloat16)
             precision = "bfloat16" if bfloat16 else "float32"
             planned, measured = (
                 memory.activations + memory.loss,
