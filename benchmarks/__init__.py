@@ -1,1 +1,1 @@
-"""Scripts that compare tinygpt with others, print a table and write JSON."""
+"""Benchmarks of training and serving against other libraries; each prints a table and writes JSON."""

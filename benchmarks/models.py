@@ -1,4 +1,4 @@
-"""Models that only benchmarks train: another library's, and today's GPT with a part taken out."""
+"""Models for benchmarks only: GPT-2 from `transformers`, and GPT with one component removed."""
 
 from typing import Any, cast
 
@@ -11,17 +11,17 @@ from gpt.models.gpt import GPT, Block
 
 
 class TransformersGPT2(LanguageModel):
-    """`transformers`' own GPT-2 behind our interface, as far as training and scoring go."""
+    """GPT-2 from `transformers` behind the LanguageModel interface, for training and scoring."""
 
     def __init__(
-        self, vocabulary: int, context: int, *, width: int, depth: int, heads: int
+        self, vocab_size: int, context_length: int, *, width: int, depth: int, heads: int
     ) -> None:
-        super().__init__(vocabulary, context)
+        super().__init__(vocab_size, context_length)
         from transformers import GPT2Config, GPT2LMHeadModel
 
         config = GPT2Config(
-            vocab_size=vocabulary,
-            n_positions=context,
+            vocab_size=vocab_size,
+            n_positions=context_length,
             n_embd=width,
             n_layer=depth,
             n_head=heads,
@@ -42,16 +42,16 @@ class TransformersGPT2(LanguageModel):
         return self.model.lm_head(features_BTD)
 
 
-WITHOUT = ("rotary positions", "norm of queries and keys", "zeros at first")
+ABLATIONS = ("rotary embeddings", "QK norm", "zero init")
 
 
-class GPTWithout(GPT):
-    """Today's GPT, one of the parts in `WITHOUT` taken out."""
+class AblatedGPT(GPT):
+    """GPT without one of the components in `ABLATIONS`."""
 
     def __init__(
         self,
-        vocabulary: int,
-        context: int,
+        vocab_size: int,
+        context_length: int,
         *,
         width: int,
         depth: int,
@@ -59,19 +59,21 @@ class GPTWithout(GPT):
         ngrams: int,
         without: str,
     ) -> None:
-        super().__init__(vocabulary, context, width=width, depth=depth, heads=heads, ngrams=ngrams)
+        super().__init__(
+            vocab_size, context_length, width=width, depth=depth, heads=heads, ngrams=ngrams
+        )
         blocks = [cast(Block, block) for block in self.blocks]
-        if without == "rotary positions":
+        if without == "rotary embeddings":
             self.cos_SK.fill_(1.0)
             self.sin_SK.zero_()
         for block in blocks:
             attention = cast(RotarySelfAttention, block.attention)
-            if without == "norm of queries and keys":
+            if without == "QK norm":
                 attention.query_norm = attention.key_norm = nn.Identity()  # type: ignore[assignment]
-            if without == "zeros at first":
+            if without == "zero init":
                 for matrix in (attention.output, block.mlp.down):
                     nn.init.normal_(matrix.weight, std=(2 * depth * matrix.in_features) ** -0.5)
 
 
 MODEL_CLASSES["transformers"] = TransformersGPT2
-MODEL_CLASSES["gpt-without"] = GPTWithout
+MODEL_CLASSES["gpt-ablated"] = AblatedGPT

@@ -1,4 +1,4 @@
-"""What the benchmarks share: their command lines, what they print and write, on which machine."""
+"""Shared by the benchmarks: machine info, median formatting, report files and common options."""
 
 import argparse
 import importlib.util
@@ -18,58 +18,77 @@ from gpt import cli
 from gpt.checkpoint import RUNS, write_atomically
 from gpt.device import cpu_info
 
-Row = dict[str, Any]
-"""Figures by name, as JSON has them."""
+Result = dict[str, Any]
+"""Measurements by name, in types that JSON has."""
 
 
-def machine() -> Row:
-    """Where and when."""
-    card = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    installed = importlib.util.find_spec("transformers")
+def machine_info() -> Result:
+    """Return the date, hardware and library versions of a measurement."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "system": platform.platform(),
         "processor": cpu_info()["model name"],
         "cores": os.cpu_count(),
-        "card": card,
+        "gpu": gpu,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers") if installed else None,
+        "transformers": version("transformers") if is_installed("transformers") else None,
     }
 
 
-def described(where: Row) -> str:
-    """The machine in a line."""
+def is_installed(module: str) -> bool:
+    """Return whether a module can be imported, without importing it."""
+    return importlib.util.find_spec(module) is not None
+
+
+def format_machine(machine: Result) -> str:
+    """Format `machine_info` as one line."""
     return (
-        f"{where['processor']}, {where['cores']} cores, {where['card'] or 'no card'}; Python "
-        f"{where['python']}, torch {where['torch']}, transformers {where['transformers']}; "
-        f"{where['date']}."
+        f"{machine['processor']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}; Python "
+        f"{machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; "
+        f"{machine['date']}."
     )
 
 
-def spread(values: Iterable[float | None], written: Callable[[float], str]) -> str:
-    """The median of what is known, the least and the most, and how many are not known."""
+def format_median(values: Iterable[float | None], format_value: Callable[[float], str]) -> str:
+    """Format the median of the known values, their range, and how many are known if not all are."""
     everything = list(values)
     known = sorted(value for value in everything if value is not None)
     if not known:
         return "–"
-    text = written(statistics.median(known))
+    text = format_value(statistics.median(known))
     if len(known) > 1:
-        text += f" ({written(known[0])} to {written(known[-1])})"
+        text += f" ({format_value(known[0])} to {format_value(known[-1])})"
     return text + f", {len(known)} of {len(everything)}" * (len(known) < len(everything))
 
 
-def report(result: Row, tables: list[str], output: Path) -> None:
-    """Print the tables with the machine below them, write JSON and, beside it, Markdown."""
-    text = "\n".join([*tables, described(result["machine"]) + "\n"])
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """Return a table's lines: the first column is left-aligned, the others right-aligned."""
+    header_line, *lines = [
+        "|" + "".join(f" {cell} |" if cell else " |" for cell in row) for row in (header, *rows)
+    ]
+    return [header_line, "|---|" + "---:|" * (len(header) - 1), *lines]
+
+
+def write(result: Result, tables: Sequence[str], output: Path) -> None:
+    """Print the tables and the machine; write the result as JSON and, beside it, the tables as Markdown."""
+    text = "\n".join([*tables, format_machine(result["machine"]) + "\n"])
     output.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(output, json.dumps(result, indent=1) + "\n")
     write_atomically(output.with_suffix(".md"), text)
     print(f"\n{text}\n{output}, {output.with_suffix('.md')}")
 
 
+def check_at_least(minimum: int, **options: int | None) -> None:
+    """Raise a ValueError if an option is set to less than the minimum."""
+    for name, value in options.items():
+        if value is not None and value < minimum:
+            raise ValueError(f"--{name.replace('_', '-')} must be at least {minimum}, not {value}")
+
+
 def add_common_options(parser: argparse.ArgumentParser, output: str) -> None:
-    """What every benchmark asks: where its `report` goes, and how many threads it may use."""
+    """Add the options of every benchmark: where its report goes, and its number of threads."""
     parser.add_argument(
         "--output",
         type=Path,
@@ -80,12 +99,12 @@ def add_common_options(parser: argparse.ArgumentParser, output: str) -> None:
     parser.add_argument("--threads", type=int, default=2, metavar="N", help="default: 2")
 
 
-def command(
+def run_command(
     parser: argparse.ArgumentParser,
     benchmark: Callable[..., None],
     arguments: Sequence[str] | None,
 ) -> None:
-    """Run what the command line asks for; a mistake is one line and exit code 2."""
+    """Call the benchmark with the parsed options; a ValueError becomes one line and exit code 2."""
     options = parser.parse_args(arguments)
     try:
         benchmark(**vars(options))

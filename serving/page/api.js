@@ -1,10 +1,10 @@
-// The server's public API, and nothing else: whatever this page shows, any program can ask for.
+// Client of the server's public API. The page uses no other endpoints.
 
 import { $ } from "./dom.js";
 
-const STORE = "tinygpt-key";
-let key = sessionStorage.getItem(STORE) || "";
-let asking = null;
+const STORAGE_KEY = "tinygpt-key";
+let apiKey = sessionStorage.getItem(STORAGE_KEY) || "";
+let keyRequest = null;
 
 export class ApiError extends Error {
   constructor(status, message) {
@@ -13,65 +13,64 @@ export class ApiError extends Error {
   }
 }
 
-const headers = (body) => ({
-  ...(body === undefined ? {} : { "Content-Type": "application/json" }),
-  ...(key ? { Authorization: `Bearer ${key}` } : {}),
-});
-
-// Ask the person for the key; all that wait for it wait for the same answer.
-function askKey(wrong) {
-  asking ??= new Promise((resolve) => {
+// Show the API key dialog. Concurrent requests share one dialog.
+function requestKey(invalid) {
+  keyRequest ??= new Promise((resolve) => {
     const dialog = $("#key"), form = $("form", dialog);
-    $(".wrong", dialog).hidden = !wrong;
+    $(".error", dialog).hidden = !invalid;
     form.reset();
     dialog.showModal();
     dialog.oncancel = (event) => event.preventDefault();
     form.addEventListener("submit", () => {
-      key = form.elements.key.value.trim();
-      sessionStorage.setItem(STORE, key);
+      apiKey = form.elements.key.value.trim();
+      sessionStorage.setItem(STORAGE_KEY, apiKey);
       form.reset();
-      asking = null;
+      keyRequest = null;
       resolve();
     }, { once: true });
   });
-  return asking;
+  return keyRequest;
 }
 
 async function request(path, body, signal) {
-  const used = key;
-  let answer;
+  const sentKey = apiKey;
+  let response;
   try {
-    answer = await fetch(path, {
+    response = await fetch(path, {
       method: body === undefined ? "GET" : "POST",
-      headers: headers(body),
+      headers: {
+        ...(body === undefined ? {} : { "Content-Type": "application/json" }),
+        ...(apiKey ? { Authorization: `Bearer ${apiKey}` } : {}),
+      },
       body: body === undefined ? undefined : JSON.stringify(body),
       signal,
       cache: "no-store",
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "The server does not answer. Is it still running?");
+    throw new ApiError(0, "Cannot reach the server. Is it still running?");
   }
-  if (answer.status === 401) {
-    if (used === key) await askKey(Boolean(used));
+  if (response.status === 401) {
+    if (sentKey === apiKey) await requestKey(Boolean(sentKey));
     return request(path, body, signal);
   }
-  if (answer.ok) return answer;
-  let message = `The server answered ${answer.status}.`;
+  if (response.ok) return response;
+  let message = `The server responded with status ${response.status}.`;
   try {
-    message = (await answer.json()).error.message;
-  } catch { /* not ours: the status says it */ }
-  if (answer.status === 429) message += ` Try again in ${answer.headers.get("retry-after") || 1} s.`;
-  throw new ApiError(answer.status, message);
+    message = (await response.json()).error.message;
+  } catch { /* not the API's JSON, from a proxy: the status is all there is */ }
+  if (response.status === 429) message += ` Retry in ${response.headers.get("retry-after") || 1} s.`;
+  throw new ApiError(response.status, message);
 }
 
 export const get = async (path, signal) => (await request(path, undefined, signal)).json();
 export const post = async (path, body, signal) => (await request(path, body, signal)).json();
 
-// The chunks of a streamed completion, as they come. An error event and a stream without its end are errors.
+// Yield the chunks of a streamed completion. An error event, or an end without [DONE], throws.
 export async function* stream(body, signal) {
-  const answer = await request("v1/completions", { ...body, stream: true }, signal);
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
+  const response = await request("v1/completions", { ...body, stream: true }, signal);
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  const interrupted = new ApiError(0, "The connection was lost before the completion was finished.");
   let rest = "";
   try {
     for (;;) {
@@ -88,33 +87,31 @@ export async function* stream(body, signal) {
       }
     }
   } catch (error) {
-    if (error instanceof ApiError || error.name === "AbortError") throw error;
-    throw new ApiError(0, "The server went away in the middle of the text.");
+    throw error instanceof ApiError || error.name === "AbortError" ? error : interrupted;
   } finally {
     reader.cancel().catch(() => {});
   }
-  throw new ApiError(0, "The server went away in the middle of the text.");
+  throw interrupted;
 }
 
-// The same request for others to make. The key is never shown: it is taken from the environment.
-const shell = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
-const address = () => new URL("v1/completions", location.href).href;
+// Code for the same request. The API key is not included: the code reads it from the environment.
+const shellQuote = (text) => `'${text.replaceAll("'", `'\\''`)}'`;
+const endpoint = () => new URL("v1/completions", location.href).href;
 
 export function asCurl(body) {
-  const auth = key ? ` -H "Authorization: Bearer $TINYGPT_API_KEY"` : "";
-  return `curl -N ${address()} -H 'Content-Type: application/json'${auth} -d ${shell(JSON.stringify({ ...body, stream: true }))}`;
+  const auth = apiKey ? ` -H "Authorization: Bearer $TINYGPT_API_KEY"` : "";
+  return `curl -N ${endpoint()} -H 'Content-Type: application/json'${auth} -d ${shellQuote(JSON.stringify({ ...body, stream: true }))}`;
 }
 
 export function asPython(body) {
-  const { top_k, ...own } = body; // numbers and texts: JSON writes them as Python does
-  const lines = Object.entries(own).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
+  const { top_k, ...openaiFields } = body; // numbers and strings: valid Python as JSON
+  const lines = Object.entries(openaiFields).map(([name, value]) => `    ${name}=${JSON.stringify(value)},`);
   if (top_k) lines.push(`    extra_body={"top_k": ${top_k}},`);
-  const secret = key ? `os.environ["TINYGPT_API_KEY"]` : `"none"`;
   return [
-    ...(key ? ["import os", ""] : []),
+    ...(apiKey ? ["import os", ""] : []),
     "from openai import OpenAI",
     "",
-    `client = OpenAI(base_url=${JSON.stringify(address().replace("/completions", ""))}, api_key=${secret})`,
+    `client = OpenAI(base_url=${JSON.stringify(endpoint().replace("/completions", ""))}, api_key=${apiKey ? `os.environ["TINYGPT_API_KEY"]` : `"none"`})`,
     "for chunk in client.completions.create(",
     ...lines,
     "    stream=True,",

@@ -1,67 +1,68 @@
-// The page: five views of one server, chosen by the address's #part.
+// Entry point: shows the view that is named in the address (#view), and switches the theme.
 
 import { get } from "./api.js";
 import { compare } from "./compare.js";
 import { docs } from "./docs.js";
-import { $, all, isDark, system } from "./dom.js";
+import { $, $$, isDark, systemDark } from "./dom.js";
 import { ladder } from "./ladder.js";
-import { play } from "./play.js";
+import { playground } from "./playground.js";
 import { runs } from "./runs.js";
 import { xray } from "./xray.js";
 
-const VIEWS = { play, compare, xray, ladder, runs, docs };
-const begun = {};
+// A view's function is called once, with the models; its result's `onShow` whenever the view is shown.
+const VIEWS = { playground, compare, xray, ladder, runs, docs };
+const MODEL_VIEWS = ["playground", "compare", "xray"];
+const views = {};
 let models = [];
 
-function tell(message) {
+function notify(message) {
   const notice = $("#notice");
   notice.textContent = message;
   notice.hidden = !message;
 }
 
 async function show() {
-  const name = location.hash.slice(1) in VIEWS ? location.hash.slice(1) : "play";
-  for (const link of all("header a")) {
+  const hash = location.hash.slice(1), name = hash in VIEWS ? hash : "playground";
+  for (const link of $$("header a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
   }
-  for (const section of all("main > section")) section.hidden = section.id !== name;
+  for (const section of $$("main > section")) section.hidden = section.id !== name;
   document.title = `tinygpt: ${name}`;
-  const needsModels = !["ladder", "runs", "docs"].includes(name);
-  if (needsModels && !models.length) return;
+  if (MODEL_VIEWS.includes(name) && !models.length) return;
   try {
-    begun[name] ??= VIEWS[name](models);
-    await begun[name].shown?.();
+    views[name] ??= VIEWS[name](models);
+    await views[name].onShow?.();
   } catch (error) {
-    tell(error.message);
+    notify(error.message);
   }
 }
 
-// The server answers before its models are loaded.
-async function load() {
+// The server accepts requests before its models are loaded.
+async function loadModels() {
   try {
     models = (await get("v1/models")).data;
-    tell(models.length ? "" : "The server is loading its models.");
+    notify(models.length ? "" : "Loading models …");
   } catch (error) {
-    tell(error.message);
+    notify(error.message);
   }
   if (models.length) show();
-  else setTimeout(load, 1000);
+  else setTimeout(loadModels, 1000);
 }
 
-function theme() {
-  const root = document.documentElement, store = "tinygpt-theme", kept = localStorage.getItem(store);
-  const changed = () => dispatchEvent(new Event("themechange"));
-  if (kept) root.dataset.theme = kept;
+function setUpTheme() {
+  const root = document.documentElement, storageKey = "tinygpt-theme", stored = localStorage.getItem(storageKey);
+  const onChange = () => dispatchEvent(new Event("themechange"));
+  if (stored) root.dataset.theme = stored;
   $("#theme").addEventListener("click", () => {
     root.dataset.theme = isDark() ? "light" : "dark";
-    localStorage.setItem(store, root.dataset.theme);
-    changed();
+    localStorage.setItem(storageKey, root.dataset.theme);
+    onChange();
   });
-  system.addEventListener("change", changed);
+  systemDark.addEventListener("change", onChange);
 }
 
-theme();
+setUpTheme();
 addEventListener("hashchange", show);
 show();
-load();
+loadModels();

@@ -1,53 +1,52 @@
-// Compare: one prompt and seed, several models, side by side.
+// Compare: the same prompt and seed for several models, side by side.
 
-import { $, all, el } from "./dom.js";
-import { Knobs, describe, keys } from "./knobs.js";
+import { SamplingControls, addShortcuts, summarize } from "./controls.js";
+import { $, $$, el } from "./dom.js";
+import { Generation } from "./generation.js";
 import { TokenView } from "./tokens.js";
-import { Writing } from "./writing.js";
 
-const MOST = 4; // at first; more can be ticked
+const INITIALLY_SELECTED = 4; // models
 
 export function compare(models) {
-  const section = $("#compare"), columns = $("#compare-columns"), stop = $("#compare-stop");
-  const prompt = $("#compare-prompt"), knobs = new Knobs($("[data-knobs]", section));
-  const writings = new Map();
-  const list = $("#compare-models");
+  const section = $("#compare"), container = $("#compare-columns"), stop = $("#compare-stop"), list = $("#compare-models");
+  const prompt = $("#compare-prompt"), controls = new SamplingControls($("[data-sampling]", section));
+  const columns = new Map(); // model id -> { element, model, generation }
   list.append(...models.map((model, i) => el("label", {},
-    el("input", { type: "checkbox", name: "models", value: model.id, checked: i < MOST, onchange: arrange }),
+    el("input", { type: "checkbox", name: "models", value: model.id, checked: i < INITIALLY_SELECTED, onchange: updateColumns }),
     el("span", {}, model.id, " ", el("small", {}, model.rung)))));
-  if (models.length < 2) list.append(el("p", { class: "about" }, "Only one model is served. Side by side: ", el("code", {}, "python -m serving serve RUN RUN …")));
+  if (models.length < 2) list.append(el("p", { class: "hint" }, "Only one model is served. To compare several: ", el("code", {}, "python -m serving serve RUN RUN …")));
 
-  function arrange() {
-    const ticked = all("input:checked", list).map((input) => models.find((model) => model.id === input.value));
-    for (const [id, { writing, column }] of writings) {
-      if (ticked.some((model) => model.id === id)) continue;
-      writing.stop();
-      column.remove();
-      writings.delete(id);
+  function updateColumns() {
+    const selected = $$("input:checked", list).map((input) => models.find((model) => model.id === input.value));
+    for (const [id, { generation, element }] of columns) {
+      if (selected.some((model) => model.id === id)) continue;
+      generation.stop();
+      element.remove();
+      columns.delete(id);
     }
-    for (const model of ticked) {
-      if (!writings.has(model.id)) {
-        const sheet = el("div", { class: "sheet" }), figures = el("p", { class: "figures", role: "status" });
-        const column = el("article", { "aria-label": model.id }, el("h3", {}, model.id), el("p", { class: "about" }, describe(model)), sheet, figures);
-        writings.set(model.id, { column, model, writing: new Writing(new TokenView(sheet), figures, changed) });
+    for (const model of selected) {
+      if (!columns.has(model.id)) {
+        const output = el("div", { class: "tokens" }), stats = el("p", { class: "stats", role: "status" });
+        const element = el("article", { "aria-label": model.id }, el("h3", {}, model.id), el("p", { class: "hint" }, summarize(model)), output, stats);
+        columns.set(model.id, { element, model, generation: new Generation(new TokenView(output), stats, updateStop) });
       }
-      columns.append(writings.get(model.id).column);
+      container.append(columns.get(model.id).element);
     }
   }
 
-  function changed() {
-    stop.disabled = ![...writings.values()].some(({ writing }) => writing.running);
+  function updateStop() {
+    stop.disabled = ![...columns.values()].some(({ generation }) => generation.running);
   }
 
-  function write() {
-    const body = { prompt: prompt.value, ...knobs.request };
-    for (const { model, writing } of writings.values()) writing.run(model, body);
+  function run() {
+    const body = { prompt: prompt.value, ...controls.request };
+    for (const { model, generation } of columns.values()) generation.run(model, body);
   }
 
-  const stopAll = () => writings.forEach(({ writing }) => writing.stop());
-  arrange();
-  $("#compare-go").addEventListener("click", write);
+  const stopAll = () => columns.forEach(({ generation }) => generation.stop());
+  updateColumns();
+  $("#compare-run").addEventListener("click", run);
   stop.addEventListener("click", stopAll);
-  keys(section, write, stopAll);
+  addShortcuts(section, run, stopAll);
   return {};
 }

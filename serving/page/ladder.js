@@ -1,64 +1,65 @@
-// The ladder: each model's bits per byte against what it cost, and what each of them is.
+// Ladder: bits per byte of each model by its cost, and a description of the selected one.
 
 import { get } from "./api.js";
-import { Chart, color } from "./chart.js";
-import { $, clock, el, long, prose } from "./dom.js";
+import { Chart, seriesColor } from "./chart.js";
+import { $, el, prose } from "./dom.js";
+import { duration, integer } from "./format.js";
 
-const UNITS = { parameters: "parameters", seconds: "seconds of training", tokens: "tokens of training" };
+const X_LABELS = { parameters: "parameters", seconds: "seconds of training", tokens: "training tokens" };
 
 export function ladder() {
-  const against = $("#ladder-x"), article = $("#ladder-rung"), chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
-  let found = null, chosen = null;
+  const axis = $("#ladder-x"), article = $("#ladder-rung"), chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
+  let data = null, selected = null;
 
   function draw() {
-    const x = against.value;
-    const rows = found.rows.filter((row) => row[x] > 0);
+    const x = axis.value;
+    const rows = data.rows.filter((row) => row[x] > 0);
     chart.show({
-      x: { label: UNITS[x], log: true },
+      x: { label: X_LABELS[x], log: true },
       y: { label: "bits per byte" },
       dots: rows.map((row) => ({
-        x: row[x], y: row.bits_per_byte, name: row.rung, color: color(row.rung === chosen ? 1 : 0), pressed: row.rung === chosen,
-        told: `${row.rung}: ${row.bits_per_byte.toFixed(3)} bits per byte, ${long(row[x])} ${UNITS[x]}`,
-        on: () => choose(row.rung),
+        x: row[x], y: row.bits_per_byte, name: row.rung, color: seriesColor(row.rung === selected ? 1 : 0), pressed: row.rung === selected,
+        description: `${row.rung}: ${row.bits_per_byte.toFixed(3)} bits per byte, ${integer(row[x])} ${X_LABELS[x]}`,
+        onClick: () => select(row.rung),
       })),
     });
   }
 
-  function choose(name) {
-    chosen = name;
-    const row = found.rows.find((one) => one.rung === name);
-    const rung = found.rungs.find((one) => one.name === name) ?? row;
-    const fact = (what, value) => (value == null ? [] : [el("dt", {}, what), el("dd", {}, value)]);
+  function select(name) {
+    selected = name;
+    const row = data.rows.find((row) => row.rung === name);
+    const rung = data.rungs.find((rung) => rung.name === name) ?? row;
+    const fact = (label, value) => (value == null ? [] : [el("dt", {}, label), el("dd", {}, value)]);
     article.replaceChildren(
       el("h3", {}, `${rung.chapter}. ${name}`),
       el("p", {}, rung.idea),
-      el("p", { class: "about" }, rung.paper),
+      el("p", { class: "hint" }, rung.paper),
       ...(row ? [el("dl", {},
         ...fact("bits per byte", row.bits_per_byte.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
-        ...fact("parameters", long(row.parameters)), ...fact("training", `${clock(row.seconds)}, ${long(row.tokens)} tokens`))] : []),
+        ...fact("parameters", integer(row.parameters)), ...fact("training", `${duration(row.seconds)}, ${integer(row.tokens)} tokens`))] : []),
       ...(rung.description ? prose(rung.description) : []),
-      ...(row?.sample ? [el("h3", {}, "What it writes when nothing is given"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "A sample" }, row.sample)] : []),
+      ...(row?.sample ? [el("h3", {}, "Sample without a prompt"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "Sample" }, row.sample)] : []),
     );
-    if (found.rows.length) draw();
-    else list();
+    if (data.rows.length) draw();
+    else listRungs();
   }
 
-  // Before anything was measured, the rungs by name.
-  function list() {
-    $("#ladder-chart").replaceChildren(el("div", { class: "actions" }, found.rungs.map((rung) =>
-      el("button", { type: "button", "aria-pressed": String(rung.name === chosen), onclick: () => choose(rung.name) }, `${rung.chapter}. ${rung.name}`))));
+  // Without results, the models are buttons in place of the chart.
+  function listRungs() {
+    $("#ladder-chart").replaceChildren(el("div", { class: "toolbar" }, data.rungs.map((rung) =>
+      el("button", { type: "button", "aria-pressed": String(rung.name === selected), onclick: () => select(rung.name) }, `${rung.chapter}. ${rung.name}`))));
   }
 
-  against.addEventListener("change", draw);
+  axis.addEventListener("change", draw);
   return {
-    async shown() {
-      found = await get("v1/ladder");
-      against.disabled = !found.rows.length;
-      const [first] = found.rows;
+    async onShow() {
+      data = await get("v1/ladder");
+      axis.disabled = !data.rows.length;
+      const [first] = data.rows;
       $("#ladder-source").replaceChildren(...(first
-        ? [`${first.data}; ${long(first.tokens_scored)} tokens scored; ${first.device}, ${first.date}`]
-        : ["Nothing is measured yet: ", el("code", {}, "make ladder"), " trains every model on one corpus under one budget, and draws them here."]));
-      choose(chosen ?? found.rows.at(-1)?.rung ?? found.rungs.at(-1).name);
+        ? [`${first.data}; ${integer(first.tokens_scored)} tokens scored; ${first.device}, ${first.date}`]
+        : ["No results yet. ", el("code", {}, "make ladder"), " trains every model on one corpus under one budget."]));
+      select(selected ?? data.rows.at(-1)?.rung ?? data.rungs.at(-1).name);
     },
   };
 }

@@ -1,122 +1,127 @@
-// A text as its tokens come: each a span, the more coloured the less it was expected.
+// Tokens of a streamed completion: one span each, colored by surprisal, with a selected position.
 
-import { el, percent } from "./dom.js";
+import { el } from "./dom.js";
+import { percent } from "./format.js";
 
-const CERTAIN = 1, SURPRISING = 9; // bits at which the colour begins, and is full
-const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // what is no whole character, as the API writes it
+const MIN_BITS = 1, MAX_BITS = 9; // surprisal at which the color starts, and is full
+const BYTES = /^bytes:((?:\\x[0-9a-f]{2})+)$/; // the API's notation for a token that is not whole characters
 
 export class TokenView {
-  constructor(element, onPoint = () => {}) {
+  constructor(element, onSelect = () => {}) {
     this.element = element;
-    this.onPoint = onPoint;
+    this.onSelect = onSelect;
     element.tabIndex = 0;
     element.setAttribute("role", "group");
-    element.setAttribute("aria-label", "The text, token by token: the arrow keys go from one to the next");
-    this.cursor = el("span", { class: "cursor", title: "what comes next" });
-    this.begin("");
-    element.addEventListener("pointerover", (event) => this.#at(event.target, (place) => this.#point(place, false)));
-    element.addEventListener("pointerleave", () => this.#point(this.pinned, false));
-    element.addEventListener("click", (event) => this.#at(event.target, (place) => this.#point(place, true)));
+    element.setAttribute("aria-label", "Tokens: use the arrow keys to select one");
+    this.cursor = el("span", { class: "cursor", title: "next token" });
+    this.reset("");
+    element.addEventListener("pointerover", (event) => this.#selectTarget(event.target, false));
+    element.addEventListener("pointerleave", () => this.#select(this.pinned, false));
+    element.addEventListener("click", (event) => this.#selectTarget(event.target, true));
     element.addEventListener("keydown", (event) => {
-      const by = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      const to = { Home: 0, End: this.tokens.length }[event.key] ?? (by === undefined ? undefined : this.here + by);
-      if (to === undefined) return;
+      const end = this.tokens.length;
+      const position = { ArrowRight: this.selected + 1, ArrowLeft: this.selected - 1, Home: 0, End: end }[event.key];
+      if (position === undefined) return;
       event.preventDefault();
-      this.#point(Math.min(this.tokens.length, Math.max(0, to)), true);
-      (this.tokens[this.here]?.span ?? this.cursor).scrollIntoView({ block: "nearest" });
+      this.#select(Math.min(end, Math.max(0, position)), true);
+      this.#spanAt(this.selected).scrollIntoView({ block: "nearest" });
     });
   }
 
-  // What is translated stands above its translation, any other prompt before what continues it.
-  begin(prompt, model) {
+  // A source sentence has a line of its own above its translation; any other prompt precedes its completion.
+  reset(prompt, model) {
     this.tokens = [];
-    this.fresh = [];
+    this.pending = []; // tokens that are not drawn yet
     this.model = model;
-    this.prompt = prompt; // what stands before the tokens: a text, or ids
-    this.made = this.bits = 0; // tokens that the model has made, and how unexpected they were
+    this.prompt = prompt; // of the completion whose first token is tokens[0]: a string, or ids
+    this.numGenerated = this.bits = 0; // generated tokens and the sum of their surprisal
     this.decoder = new TextDecoder("utf-8", { ignoreBOM: true });
-    this.here = this.pinned = 0;
-    this.line = el("div", { class: "row" }, el("span", { class: "prompt" }, prompt), this.cursor);
+    this.selected = this.pinned = 0; // the position under the pointer, and the one that was clicked
+    this.line = el("div", { class: "line" }, el("span", { class: "prompt" }, prompt), this.cursor);
     this.element.replaceChildren(this.line);
-    if (model?.translates) this.element.append(this.line = el("div", { class: "row" }, this.cursor));
-    this.cursor.classList.add("here");
+    if (model?.translates) this.element.append(this.line = el("div", { class: "line" }, this.cursor));
+    this.cursor.classList.add("selected");
   }
 
-  set writing(on) {
-    this.element.classList.toggle("writing", on);
+  set generating(on) {
+    this.element.classList.toggle("generating", on);
     if (!on) this.#draw();
   }
 
-  // The tokens of a chunk; they are drawn together with all of one frame. An echoed prompt comes with the first one.
-  add({ logprobs, token_ids: ids, prompt_token_ids: prompt }, echoed) {
+  // Add the tokens of a chunk; all chunks of one animation frame are drawn together. The first one has the echoed prompt.
+  add({ logprobs, token_ids: ids, prompt_token_ids: promptIds }, echo) {
     if (!logprobs) return;
-    const given = prompt && echoed ? prompt.length - 1 : 0;
-    if (given) {
-      this.prompt = prompt.slice(0, 1);
+    const numEchoed = promptIds && echo ? promptIds.length - 1 : 0; // the start token is not echoed
+    if (numEchoed) {
+      this.prompt = promptIds.slice(0, 1);
       this.line.replaceChildren(this.cursor);
     }
     logprobs.tokens.forEach((name, i) => {
-      const logprob = logprobs.token_logprobs[i];
-      if (i >= given) {
+      const logprob = logprobs.token_logprobs[i], fromPrompt = i < numEchoed;
+      if (!fromPrompt) {
         this.bits -= logprob / Math.LN2;
-        this.made++;
+        this.numGenerated++;
       }
-      // The token that ends a text is none of its text's, and has no id among these.
-      this.fresh.push({ id: ids[i] ?? this.model.eos_token_id, ends: i >= ids.length, name, text: this.#read(name), logprob, given: i < given });
+      // token_ids does not include the end-of-text token, logprobs does.
+      const isEnd = i >= ids.length;
+      this.pending.push({ id: isEnd ? this.model.eos_token_id : ids[i], isEnd, name, text: this.#decode(name), logprob, fromPrompt });
     });
-    this.drawing ??= requestAnimationFrame(() => this.#draw());
+    this.frame ??= requestAnimationFrame(() => this.#draw());
   }
 
-  // Where one looks, and the ids before it. After the end of a text nothing comes: who looks there looks at the end.
-  get look() {
-    const place = Math.min(this.here, this.tokens.length - (this.tokens.at(-1)?.ends ? 1 : 0));
-    return { token: this.tokens[place], tokens: this.tokens.slice(0, place).map((token) => token.id) };
+  // The selected token and the ids before it. Nothing follows the end-of-text token: the position after it selects it.
+  get selection() {
+    const position = Math.min(this.selected, this.tokens.length - (this.tokens.at(-1)?.isEnd ? 1 : 0));
+    return { token: this.tokens[position], tokens: this.tokens.slice(0, position).map((token) => token.id) };
   }
 
-  #read(name) {
-    const part = BYTES.exec(name);
-    const bytes = part ? Uint8Array.from(part[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : new TextEncoder().encode(name);
+  #decode(name) {
+    const match = BYTES.exec(name);
+    const bytes = match ? Uint8Array.from(match[1].slice(2).split("\\x"), (hex) => parseInt(hex, 16)) : new TextEncoder().encode(name);
     return this.decoder.decode(bytes, { stream: true });
   }
 
   #draw() {
-    cancelAnimationFrame(this.drawing);
-    this.drawing = null;
+    cancelAnimationFrame(this.frame);
+    this.frame = null;
     const { element } = this, end = this.tokens.length;
     const atBottom = element.scrollHeight - element.scrollTop - element.clientHeight < 40;
-    for (const token of this.fresh) {
-      // Each line is a block of its own: what has been laid out stays so.
-      const breaks = token.text.startsWith("\n");
-      const span = el("span", { class: "token", title: percent(Math.exp(token.logprob)) }, breaks ? token.text.slice(1) : token.text);
-      if (breaks) this.element.append(this.line = el("div", { class: "row" }));
-      span.classList.toggle("line", breaks);
-      if (!token.text) span.classList.add("part");
-      if (token.given) span.classList.add("given");
-      const surprise = (-token.logprob / Math.LN2 - CERTAIN) / (SURPRISING - CERTAIN);
-      span.style.setProperty("--surprise", Math.min(1, Math.max(0, surprise)).toFixed(2));
-      span.place = this.tokens.push({ ...token, span }) - 1;
+    for (const token of this.pending) {
+      // Each line is a block of its own, so that the browser lays out only the last one again.
+      const isNewline = token.text.startsWith("\n");
+      const span = el("span", { class: "token", title: percent(Math.exp(token.logprob)) }, isNewline ? token.text.slice(1) : token.text);
+      if (isNewline) element.append(this.line = el("div", { class: "line" }));
+      span.classList.toggle("newline", isNewline);
+      span.classList.toggle("partial", !token.text);
+      span.classList.toggle("from-prompt", token.fromPrompt);
+      const surprisal = (-token.logprob / Math.LN2 - MIN_BITS) / (MAX_BITS - MIN_BITS);
+      span.style.setProperty("--surprisal", Math.min(1, Math.max(0, surprisal)).toFixed(2));
+      span.position = this.tokens.push({ ...token, span }) - 1;
       this.line.append(span);
     }
-    this.fresh = [];
+    this.pending = [];
     this.line.append(this.cursor);
-    // Who looks at what comes next goes on doing so.
+    // A selection of the cursor moves with it.
     if (this.pinned === end) this.pinned = this.tokens.length;
-    if (this.here === end) this.here = this.tokens.length;
+    if (this.selected === end) this.selected = this.tokens.length;
     if (atBottom) element.scrollTop = element.scrollHeight;
   }
 
-  #at(target, then) {
-    if (target === this.cursor) then(this.tokens.length);
-    else if (target.classList.contains("token")) then(target.place);
+  #spanAt(position) {
+    return this.tokens[position]?.span ?? this.cursor;
   }
 
-  // Where one looks: at a token, or behind the last one.
-  #point(place, pin) {
-    if (pin) this.pinned = place;
-    if (place === this.here && !pin) return;
-    (this.tokens[this.here]?.span ?? this.cursor).classList.remove("here");
-    this.here = place;
-    (this.tokens[place]?.span ?? this.cursor).classList.add("here");
-    this.onPoint(place);
+  #selectTarget(target, pin) {
+    if (target === this.cursor) this.#select(this.tokens.length, pin);
+    else if (target.classList.contains("token")) this.#select(target.position, pin);
+  }
+
+  #select(position, pin) {
+    if (pin) this.pinned = position;
+    if (position === this.selected && !pin) return;
+    this.#spanAt(this.selected).classList.remove("selected");
+    this.selected = position;
+    this.#spanAt(position).classList.add("selected");
+    this.onSelect(position);
   }
 }

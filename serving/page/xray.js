@@ -1,195 +1,205 @@
-// X-ray: what each token of a text listens to, layer by layer and head by head.
+// X-ray: attention weights, alignments, gates and expert activations of a text, by layer and head.
 
 import { ApiError, post } from "./api.js";
-import { $, all, el, isDark, visible } from "./dom.js";
-import { choice, keys } from "./knobs.js";
+import { addShortcuts, modelSelect } from "./controls.js";
+import { $, $$, el, isDark } from "./dom.js";
+import { visible } from "./format.js";
 
 const EXAMPLE = "The cat sat on the mat because the cat was tired.";
-const CELLS = [15, 28], HEIGHT = 420; // pixels of a token's row or column in the large map, and of all rows if these allow
+const MIN_CELL = 15, MAX_CELL = 28, PREFERRED_HEIGHT = 420; // pixels of a row of the heatmap, and of all rows
 
 export function xray(models) {
-  const section = $("#xray"), form = $("#xray-form"), text = $("#xray-text"), translation = $("#xray-translation"), found = $("#xray-found");
-  const { map: which, layer, head } = form.elements;
-  let answer = null, asked = null, row = 0;
+  const section = $("#xray"), form = $("#xray-form"), text = $("#xray-text"), translation = $("#xray-translation"), result = $("#xray-result");
+  const { map: mapSelect, layer: layerSelect, head: headSelect } = form.elements;
+  let response = null, request = null, row = 0, updateSelection = null;
   text.value = EXAMPLE;
-  const pair = () => { $("#xray-pair").hidden = !chosen().translates; };
-  const chosen = choice(form, models, pair);
-  pair();
+  const updateFields = () => { $("#xray-translation-field").hidden = !model().translates; };
+  const model = modelSelect(form, models, updateFields);
+  updateFields();
 
-  async function look() {
-    asked = { model: chosen().id, prompt: text.value };
-    if (chosen().translates && translation.value) asked.translation = translation.value;
-    found.replaceChildren(el("p", { class: "about", role: "status" }, "looking …"));
+  async function run() {
+    request = { model: model().id, prompt: text.value };
+    if (model().translates && translation.value) request.translation = translation.value;
+    result.replaceChildren(el("p", { class: "hint", role: "status" }, "Analyzing …"));
     try {
-      answer = await whole();
+      response = await fetchMaps();
     } catch (error) {
-      answer = null;
-      found.replaceChildren(el("div", { class: "fault", role: "alert" }, error.message));
+      response = updateSelection = null;
+      result.replaceChildren(el("div", { class: "error-box", role: "alert" }, error.message));
       return;
     }
-    const before = which.value;
-    which.replaceChildren(...answer.maps.map((map, i) => el("option", { value: i }, map.name)));
-    if ([...which.options].some((option) => option.value === before)) which.value = before;
-    row = answer.maps[which.value]?.rows.length - 1;
-    choose();
+    setOptions(mapSelect, response.maps.map(({ name }) => name));
+    row = currentMap().rows.length - 1;
+    showMap();
   }
 
-  // All layers at once, where that is not too much; else the first, and others when they are asked for.
-  async function whole() {
+  // Fetch all layers; if those are more numbers than the server sends, one layer.
+  async function fetchMaps() {
     try {
-      return await post("v1/xray", asked);
+      return await post("v1/xray", request);
     } catch (error) {
       if (!(error instanceof ApiError && error.status === 400 && /layer/.test(error.message))) throw error;
-      return post("v1/xray", { ...asked, layer: Number(layer.value) || 0 });
+      return post("v1/xray", { ...request, layer: Number(layerSelect.value) || 0 });
     }
   }
 
-  const map = () => answer.maps[Number(which.value) || 0];
+  const currentMap = () => response.maps[Number(mapSelect.value)];
+  const currentWeights = () => currentMap().weights[Number(layerSelect.value) - currentMap().first_layer][Number(headSelect.value)];
 
-  function fill(select, count, one) {
-    const before = select.value;
-    select.replaceChildren(...Array.from({ length: count }, (_, i) => el("option", { value: i }, `${one} ${i + 1}`)));
-    select.value = Number(before) < count ? before || 0 : 0;
-    select.disabled = count < 2;
+  // Replace the options, and keep the selected index if it still exists.
+  function setOptions(select, labels) {
+    const index = Number(select.value);
+    select.replaceChildren(...labels.map((label, i) => el("option", { value: i }, label)));
+    select.value = index < labels.length ? index : 0;
+    if (select !== mapSelect) select.disabled = labels.length < 2;
   }
 
-  function choose() {
-    fill(layer, map().num_layers, "layer");
-    fill(head, map().num_heads, "head");
+  function showMap() {
+    const { num_layers: numLayers, num_heads: numHeads } = currentMap();
+    setOptions(layerSelect, Array.from({ length: numLayers }, (_, i) => `Layer ${i + 1}`));
+    setOptions(headSelect, Array.from({ length: numHeads }, (_, i) => `Head ${i + 1}`));
     draw();
   }
 
   async function changeLayer() {
-    const at = Number(layer.value) - map().first_layer;
-    if (at < 0 || at >= map().weights.length) {
-      const name = which.value;
-      answer = await post("v1/xray", { ...asked, layer: Number(layer.value) });
-      which.value = name;
+    const index = Number(layerSelect.value) - currentMap().first_layer;
+    if (index < 0 || index >= currentMap().weights.length) {
+      const map = mapSelect.value;
+      response = await post("v1/xray", { ...request, layer: Number(layerSelect.value) });
+      mapSelect.value = map;
     }
     draw();
   }
 
-  const weights = () => map().weights[Number(layer.value) - map().first_layer][Number(head.value)];
-
   function draw() {
-    const one = map(), { rows, columns } = one;
+    const map = currentMap(), { rows, columns } = map;
     row = Math.min(row, rows.length - 1);
-    const same = columns && columns.length === rows.length && columns.every((token, i) => token.id === rows[i].id);
-    const line = (tokens, name) => el("div", { class: "sheet looks", role: "group", "aria-label": name }, tokens.map((token, i) => {
-      const span = el("span", { class: token.text.startsWith("\n") ? "token line" : "token" }, token.text || visible(token.text));
-      span.place = i;
-      return span;
-    }));
-    const listened = columns && !same ? line(columns, "What is listened to") : null;
-    const told = line(rows, "The text: the arrow keys go from token to token");
-    told.tabIndex = 0;
-    const says = el("p", { class: "figures", role: "status", id: "xray-says" });
-    const many = one.weights.length * one.weights[0].length > 1, table = one.num_heads > 1; // a row for each layer, where they have heads
-    const grid = el("div", { class: "maps", role: "group", "aria-label": "Layers and heads", hidden: !many, style: { "--columns": table ? one.num_heads + 1 : one.num_layers } });
-    const name = (what, number) => el("span", { "aria-hidden": "true" }, `${what} ${number + 1}`);
-    if (table) grid.append(el("span"), ...one.weights[0].map((_, h) => name("head", h)));
-    const large = el("canvas", { role: "img", "aria-label": `${one.name}: rows are tokens, columns ${columns ? "the tokens they listen to" : one.column_label}` });
-    const panel = el("div", { class: "panel wide", tabindex: 0, role: "group", "aria-label": "The map, token by token" }, large);
-    found.replaceChildren(...[listened, told, says].filter(Boolean), el("div", { class: "overview" }, grid, panel));
+    const isSelfAttention = columns && columns.length === rows.length && columns.every((token, i) => token.id === rows[i].id);
+    const source = columns && !isSelfAttention ? tokenLine(columns, "Attended tokens") : null;
+    const target = tokenLine(rows, "Tokens: use the arrow keys to select one");
+    target.tabIndex = 0;
+    const summary = el("p", { class: "stats", role: "status", id: "xray-summary" });
+    const heatmap = el("canvas", { role: "img", "aria-label": `${map.name}: rows are tokens, columns are ${columns ? "attended tokens" : map.column_label}` });
+    const panel = el("div", { class: "panel scroll-x", tabindex: 0, role: "group", "aria-label": "Heatmap" }, heatmap);
+    const overview = overviewGrid(map);
+    result.replaceChildren(...[source, target, summary].filter(Boolean), el("div", { class: "overview" }, overview, panel));
 
-    if (many) one.weights.forEach((heads, l) => heads.forEach((map, h) => {
-      const canvas = el("canvas", { "aria-hidden": "true" }), label = name("layer", one.first_layer + l);
-      if (table && h === 0) grid.append(label);
-      grid.append(el("button", {
-        type: "button", "aria-pressed": "false", "data-layer": one.first_layer + l, "data-head": h,
-        "aria-label": `layer ${one.first_layer + l + 1}${table ? `, head ${h + 1}` : ""}`,
-        onclick: () => { layer.value = one.first_layer + l; head.value = h; pick(); },
-      }, canvas, table ? null : label));
-      paint(canvas, map, one, 1);
-    }));
-
-    const point = (place) => { row = place; pick(false); };
-    const at = (event) => { if (event.target.place !== undefined && event.target.parentElement === told) point(event.target.place); };
-    told.addEventListener("pointerover", at);
-    told.addEventListener("click", at);
-    told.addEventListener("keydown", (event) => {
-      const to = { ArrowRight: row + 1, ArrowLeft: row - 1, Home: 0, End: rows.length - 1 }[event.key];
-      if (to === undefined) return;
+    const selectRow = (index) => { row = index; updateSelection(); };
+    const onPointer = ({ target: span }) => { if (span.position !== undefined && span.parentElement === target) selectRow(span.position); };
+    target.addEventListener("pointerover", onPointer);
+    target.addEventListener("click", onPointer);
+    target.addEventListener("keydown", (event) => {
+      const index = { ArrowRight: row + 1, ArrowLeft: row - 1, Home: 0, End: rows.length - 1 }[event.key];
+      if (index === undefined) return;
       event.preventDefault();
-      point(Math.max(0, Math.min(rows.length - 1, to)));
+      selectRow(Math.max(0, Math.min(rows.length - 1, index)));
     });
-    large.addEventListener("pointermove", (event) => {
-      const place = Math.floor((event.offsetY - large.top) / large.cell);
-      if (place >= 0 && place < rows.length && place !== row) point(place);
+    heatmap.addEventListener("pointermove", (event) => {
+      const index = Math.floor((event.offsetY - heatmap.top) / heatmap.cellHeight);
+      if (index >= 0 && index < rows.length && index !== row) selectRow(index);
     });
 
-    // The map of a layer and head, and in it a token.
-    function pick(anew = true) {
-      const values = weights()[row];
-      if (anew) {
-        for (const button of all("button", grid)) {
-          button.setAttribute("aria-pressed", String(button.dataset.layer === layer.value && button.dataset.head === head.value));
-        }
+    // Show the selected layer, head and row.
+    updateSelection = () => {
+      const weights = currentWeights();
+      for (const button of $$("button", overview)) {
+        button.setAttribute("aria-pressed", String(button.dataset.layer === layerSelect.value && button.dataset.head === headSelect.value));
       }
-      label(large, one, weights(), row);
-      const lit = columns ? listened ?? told : told;
-      const strength = columns ? values : weights().map((of) => of.reduce((sum, value) => sum + value, 0) / of.length);
-      const most = Math.max(...strength.map(Math.abs), 1e-9);
-      [...lit.children].forEach((span, i) => span.style.setProperty("--weight", Math.max(0, (strength[i] ?? 0) / most).toFixed(3)));
-      [...told.children].forEach((span, i) => span.classList.toggle("here", i === row));
-      says.textContent = say(one, values, rows[row]);
-    }
-    pick();
-    found.pick = pick;
+      drawHeatmap(heatmap, map, weights, row);
+      const strengths = columns ? weights[row] : weights.map((values) => values.reduce((sum, value) => sum + value, 0) / values.length);
+      const largest = Math.max(...strengths.map(Math.abs), 1e-9);
+      [...(source ?? target).children].forEach((span, i) => span.style.setProperty("--weight", Math.max(0, (strengths[i] ?? 0) / largest).toFixed(3)));
+      [...target.children].forEach((span, i) => span.classList.toggle("selected", i === row));
+      summary.textContent = summarizeRow(map, weights[row], rows[row]);
+    };
+    updateSelection();
+  }
+
+  // A thumbnail button for each layer and head; with several heads, a row for each layer.
+  function overviewGrid(map) {
+    const hasHeads = map.num_heads > 1;
+    const grid = el("div", {
+      class: "maps", role: "group", "aria-label": "Layers and heads", hidden: map.weights.length * map.weights[0].length <= 1,
+      style: { "--columns": hasHeads ? map.num_heads + 1 : map.num_layers },
+    });
+    if (grid.hidden) return grid;
+    const label = (name, index) => el("span", { "aria-hidden": "true" }, `${name} ${index + 1}`);
+    if (hasHeads) grid.append(el("span"), ...map.weights[0].map((_, head) => label("head", head)));
+    map.weights.forEach((heads, i) => heads.forEach((weights, head) => {
+      const layer = map.first_layer + i, canvas = el("canvas", { "aria-hidden": "true" });
+      if (hasHeads && head === 0) grid.append(label("layer", layer));
+      grid.append(el("button", {
+        type: "button", "aria-pressed": "false", "data-layer": layer, "data-head": head,
+        "aria-label": `layer ${layer + 1}${hasHeads ? `, head ${head + 1}` : ""}`,
+        onclick: () => { layerSelect.value = layer; headSelect.value = head; updateSelection(); },
+      }, canvas, hasHeads ? null : label("layer", layer)));
+      drawThumbnail(canvas, weights, map);
+    }));
+    return grid;
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());
-  which.addEventListener("change", choose);
-  layer.addEventListener("change", changeLayer);
-  head.addEventListener("change", () => found.pick?.());
-  $("#xray-go").addEventListener("click", look);
-  keys(section, look);
-  addEventListener("themechange", () => answer && draw());
+  mapSelect.addEventListener("change", showMap);
+  layerSelect.addEventListener("change", changeLayer);
+  headSelect.addEventListener("change", () => updateSelection?.());
+  $("#xray-run").addEventListener("click", run);
+  addShortcuts(section, run);
+  addEventListener("themechange", () => response && draw());
   return {};
 }
 
-function say(map, values, token) {
-  const order = values.map((value, i) => [value, i]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 4);
+function tokenLine(tokens, label) {
+  return el("div", { class: "tokens weighted", role: "group", "aria-label": label }, tokens.map(({ text }, i) => {
+    const span = el("span", { class: text.startsWith("\n") ? "token newline" : "token" }, text || visible(text));
+    span.position = i;
+    return span;
+  }));
+}
+
+function summarizeRow(map, values, token) {
+  const largest = values.map((value, i) => [value, i]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0])).slice(0, 4);
   const sum = values.reduce((total, value) => total + value, 0);
   const name = (i) => (map.columns ? `“${visible(map.columns[i].text)}”` : `${map.column_label === "experts" ? "expert" : "unit"} ${i + 1}`);
-  const list = order.filter(([value]) => value !== 0).map(([value, i]) => `${name(i)} ${value.toFixed(2)}`).join(", ");
-  const end = map.columns || map.column_label === "experts" ? `sum ${sum.toFixed(2)}` : `mean ${(sum / values.length).toFixed(2)}`;
-  return `${map.name} of “${visible(token.text)}”: ${list || "nothing"} · ${end}`;
+  const list = largest.filter(([value]) => value !== 0).map(([value, i]) => `${name(i)} ${value.toFixed(2)}`).join(", ");
+  const total = map.columns || map.column_label === "experts" ? `sum ${sum.toFixed(2)}` : `mean ${(sum / values.length).toFixed(2)}`;
+  return `${map.name} of “${visible(token.text)}”: ${list || "all zero"} · ${total}`;
 }
 
-// 0 is the paper; blue above it, red below.
-const SHADES = {
-  light: { none: [255, 255, 255], most: [20, 74, 140], least: [178, 40, 32] },
-  dark: { none: [28, 30, 35], most: [150, 200, 255], least: [255, 130, 110] },
+// RGB: 0 is the background; positive values are blue, negative ones red.
+const COLORS = {
+  light: { zero: [255, 255, 255], positive: [20, 74, 140], negative: [178, 40, 32] },
+  dark: { zero: [28, 30, 35], positive: [150, 200, 255], negative: [255, 130, 110] },
 };
 
-function shade(value, map) {
-  const { none, most, least } = SHADES[isDark() ? "dark" : "light"];
+function cellColor(value, map) {
+  const { zero, positive, negative } = COLORS[isDark() ? "dark" : "light"];
   const share = Math.min(1, Math.abs(value) / Math.max(map.max, -map.min, 1e-9));
-  return (value < 0 ? least : most).map((channel, i) => Math.round(none[i] + share * (channel - none[i])));
+  return (value < 0 ? negative : positive).map((channel, i) => Math.round(zero[i] + share * (channel - zero[i])));
 }
 
-function paint(canvas, rows, map, cell) {
-  const columns = rows[0].length;
-  canvas.width = columns * cell;
-  canvas.height = rows.length * cell;
-  const context = canvas.getContext("2d"), image = context.createImageData(columns, rows.length);
-  rows.forEach((values, i) => values.forEach((value, j) => image.data.set([...shade(value, map), 255], 4 * (i * columns + j))));
+// One pixel for each value; CSS scales it.
+function drawThumbnail(canvas, rows, map) {
+  canvas.width = rows[0].length;
+  canvas.height = rows.length;
+  const context = canvas.getContext("2d"), image = context.createImageData(canvas.width, canvas.height);
+  rows.forEach((values, i) => values.forEach((value, j) => image.data.set([...cellColor(value, map), 255], 4 * (i * canvas.width + j))));
   context.putImageData(image, 0, 0);
 }
 
-// The large map with its tokens at two sides, as sharp as the screen.
-function label(canvas, map, rows, here) {
+// The weights with token labels at two sides, at the screen's resolution.
+function drawHeatmap(canvas, map, rows, selectedRow) {
   const style = getComputedStyle(canvas), ink = style.color, ratio = devicePixelRatio || 1;
-  const short = (token) => { const name = visible(token.text); return [...name].length > 12 ? `${[...name].slice(0, 11).join("")}…` : name; };
-  const side = map.rows.map(short), top = map.columns?.map(short) ?? [];
-  const letter = 7.3, count = rows[0].length, left = 10 + letter * Math.max(...side.map((name) => [...name].length));
-  const room = (canvas.parentElement.clientWidth - 34 - left) / count; // of a column, where nothing is to be scrolled
-  const fit = (...most) => Math.floor(Math.min(CELLS[1], HEIGHT / rows.length, ...most));
-  const size = canvas.cell = Math.max(CELLS[0], map.columns ? fit(room) : fit());
-  const cell = map.columns ? size : Math.max(2, Math.min(size, Math.floor(room)));
-  canvas.top = map.columns ? 8 + letter * Math.max(0, ...top.map((name) => [...name].length)) : 22;
-  const width = left + cell * count + 2, height = canvas.top + size * rows.length + 2;
+  const shorten = (token) => { const name = visible(token.text); return [...name].length > 12 ? `${[...name].slice(0, 11).join("")}…` : name; };
+  const rowLabels = map.rows.map(shorten), columnLabels = map.columns?.map(shorten) ?? [];
+  const labelWidth = (labels) => 7.3 * Math.max(0, ...labels.map((label) => [...label].length));
+  const numColumns = rows[0].length, left = 10 + labelWidth(rowLabels);
+  const columnWidth = (canvas.parentElement.clientWidth - 34 - left) / numColumns; // at which nothing needs scrolling
+  // Cells are square where columns are tokens; else they are as narrow as needed.
+  const preferred = Math.floor(Math.min(MAX_CELL, PREFERRED_HEIGHT / rows.length, map.columns ? columnWidth : Infinity));
+  const cellHeight = canvas.cellHeight = Math.max(MIN_CELL, preferred);
+  const cellWidth = map.columns ? cellHeight : Math.max(2, Math.min(cellHeight, Math.floor(columnWidth)));
+  const top = canvas.top = map.columns ? 8 + labelWidth(columnLabels) : 22;
+  const width = left + cellWidth * numColumns + 2, height = top + cellHeight * rows.length + 2;
   canvas.width = width * ratio;
   canvas.height = height * ratio;
   canvas.style.setProperty("width", `${width}px`);
@@ -201,27 +211,26 @@ function label(canvas, map, rows, here) {
   rows.forEach((values, i) => {
     context.globalAlpha = 1;
     values.forEach((value, j) => {
-      context.fillStyle = `rgb(${shade(value, map).join(" ")})`;
-      context.fillRect(left + j * cell, canvas.top + i * size, cell - (cell > 6 ? 1 : 0), size - 1);
+      context.fillStyle = `rgb(${cellColor(value, map).join(" ")})`;
+      context.fillRect(left + j * cellWidth, top + i * cellHeight, cellWidth - (cellWidth > 6 ? 1 : 0), cellHeight - 1);
     });
     context.fillStyle = ink;
-    context.globalAlpha = i === here ? 1 : 0.62;
+    context.globalAlpha = i === selectedRow ? 1 : 0.62;
     context.textAlign = "right";
-    context.fillText(side[i], left - 6, canvas.top + i * size + size / 2);
+    context.fillText(rowLabels[i], left - 6, top + i * cellHeight + cellHeight / 2);
   });
   context.globalAlpha = 0.8;
   context.textAlign = "left";
-  if (!map.columns) context.fillText(`${map.column_label} 1 to ${count}`, left, canvas.top - 12);
-  top.forEach((name, j) => {
+  if (!map.columns) context.fillText(`${map.column_label} 1 to ${numColumns}`, left, top - 12);
+  columnLabels.forEach((label, j) => {
     context.save();
-    context.translate(left + j * cell + cell / 2, canvas.top - 4);
+    context.translate(left + j * cellWidth + cellWidth / 2, top - 4);
     context.rotate(-Math.PI / 2);
-    context.textAlign = "left";
-    context.fillText(name, 0, 0);
+    context.fillText(label, 0, 0);
     context.restore();
   });
   context.globalAlpha = 1;
   context.strokeStyle = style.outlineColor;
   context.lineWidth = 2;
-  context.strokeRect(left - 1, canvas.top + here * size - 1, cell * count + 1, size + 1);
+  context.strokeRect(left - 1, top + selectedRow * cellHeight - 1, cellWidth * numColumns + 1, cellHeight + 1);
 }

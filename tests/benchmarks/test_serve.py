@@ -1,4 +1,4 @@
-"""The benchmark of serving, at a tiny shape and without a compiler."""
+"""benchmarks.serve, with a tiny model and without a compiler."""
 
 import json
 import math
@@ -6,104 +6,110 @@ import math
 import pytest
 import torch
 
-from benchmarks import rivals, serve
-from benchmarks.serve import Timing, quantiles, summary
+from benchmarks import backends, comparison, load, serve
+from benchmarks.http_client import RequestTiming
 from gpt.generation import generate
 from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
 
-TINY = rivals.Size(300, 32, 2, 2, context=512)
-PROMPTS = serve.prompts(3, 5, TINY.vocabulary)
+TINY = backends.ModelSize(300, 32, 2, 2, context_length=512)
+PROMPTS = backends.random_prompts(3, 5, TINY.vocab_size)
 
 
 @pytest.fixture(autouse=True)
-def uncompiled(monkeypatch):
+def no_compiler(monkeypatch):
     monkeypatch.setenv("PATH", "")
     monkeypatch.delenv("CXX", raising=False)
 
 
-def wanted():
+def expected_outputs():
     model = TINY.build()
     return [list(generate(model, prompt, 9, SamplingParams(0.0))) for prompt in PROMPTS]
 
 
-def test_every_rival_makes_the_same_texts_of_the_same_weights():
-    assert rivals.Ours(TINY.build(), 2, "float32").many(PROMPTS, 9) == wanted()
-    assert rivals.Transformers(TINY.build()).many(PROMPTS, 9) == wanted()
+def test_backends_generate_the_same_outputs():
+    assert backends.TinyGPT(TINY.build(), 2, "float32").generate(PROMPTS, 9) == expected_outputs()
+    assert backends.Transformers(TINY.build()).generate(PROMPTS, 9) == expected_outputs()
 
 
-@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
-def test_llama_cpp_makes_the_same_texts_of_the_same_weights(kind):
+@pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
+def test_llama_cpp_generates_the_same_outputs(dtype):
     pytest.importorskip("llama_cpp")
     pytest.importorskip("gguf")
-    texts = rivals.LlamaCpp(TINY.build(), kind, 1, 3).many(PROMPTS, 9)
-    alike = [
-        a == b for x, y in zip(texts, wanted(), strict=True) for a, b in zip(x, y, strict=True)
+    outputs = backends.LlamaCpp(TINY.build(), dtype, 1, 3).generate(PROMPTS, 9)
+    matches = [
+        a == b
+        for output, expected in zip(outputs, expected_outputs(), strict=True)
+        for a, b in zip(output, expected, strict=True)
     ]
-    assert sum(alike) == 27 if kind == "F32" else sum(alike) > 13
+    assert sum(matches) == 27 if dtype == "F32" else sum(matches) > 13
 
 
-def test_a_summary_counts_tokens_by_time_and_the_refused_apart():
+def test_summary_counts_tokens_over_time_and_rejected_requests_separately():
     timings = [
-        Timing(asked=0.0, first=0.5, last=2.5, tokens=5),
-        Timing(asked=1.0, first=1.1, last=3.0, tokens=1),
-        Timing(asked=1.0, status=429, ended=1.2),
-        Timing(asked=1.0, status=0),
+        RequestTiming(sent=0.0, first_token=0.5, last_token=2.5, num_tokens=5),
+        RequestTiming(sent=1.0, first_token=1.1, last_token=3.0, num_tokens=1),
+        RequestTiming(sent=1.0, status=429, end=1.2),
+        RequestTiming(sent=1.0, status=0),
     ]
-    row = summary(timings, 4)
-    assert row["tokens_per_second"] == 2.0
-    assert (row["texts"], row["refused"], row["failed"]) == (2, 1, 1)
-    assert row["first_token"]["p50"] == pytest.approx(0.3)
-    assert row["between_tokens"]["p50"] == 0.5
-    assert quantiles([]) == {}
-    assert quantiles([*range(1, 101)]) == {"p50": 50.5, "p99": 99}
+    summary = load.summarize(timings)
+    assert summary["tokens_per_second"] == 2.0
+    assert (summary["completed"], summary["rejected"], summary["failed"]) == (2, 1, 1)
+    assert summary["ttft"]["p50"] == pytest.approx(0.3)
+    assert summary["tpot"]["p50"] == 0.5
+    assert load.percentiles([]) == {}
+    assert load.percentiles([*range(1, 101)]) == {"p50": 50.5, "p99": 99}
 
 
-def test_a_closed_loop_of_the_engine_makes_every_text():
+def test_closed_loop_of_the_engine_completes_every_request():
     engine = Engine(TINY.build(), 2)
-    row = serve.engine_loop(engine, clients=4, texts=7, tokens=6)
-    assert row["texts"] == 7
-    assert row["refused"] == row["failed"] == 0
-    assert row["tokens_per_second"] > 0
+    summary = load.engine_closed_loop(engine, clients=4, num_prompts=7, output_length=6)
+    assert summary["completed"] == 7
+    assert summary["rejected"] == summary["failed"] == 0
+    assert summary["tokens_per_second"] > 0
     assert engine.is_idle
-    assert serve.per_token(engine, 50, 4) > 0
+    assert serve.decode_latency(engine, 50, 4) > 0
 
 
 @pytest.mark.long
-def test_the_whole_benchmark_writes_its_tables(tmp_path, monkeypatch, capsys):
+def test_whole_benchmark_writes_its_tables(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(serve, "SIZES", {"tiny": TINY})
     monkeypatch.setattr(serve, "ROUNDS", 1)
-    monkeypatch.setattr(
-        serve, "TASKS", {"one": (1, 4, 8), "eight": (8, 4, 8), "prompt": (1, 32, 1)}
-    )
-    monkeypatch.setattr(serve, "CLIENTS", (1, 4))
-    monkeypatch.setattr(serve, "REACHES", (35, 60))
-    monkeypatch.setattr(serve, "CROWD", 60)
-    monkeypatch.setattr(serve, "CROWD_TOKENS", 5)
-    monkeypatch.setattr(serve, "names_of_rivals", lambda: ["ours float32", "ours int8"])
+    monkeypatch.setattr(load, "CLIENTS", (1, 4))
+    monkeypatch.setattr(serve, "CONTEXT_LENGTHS", (35, 60))
+    monkeypatch.setattr(load, "OVERLOAD_CLIENTS", 60)
+    monkeypatch.setattr(load, "OVERLOAD_OUTPUT_LENGTH", 5)
+    names = ["tinygpt float32", "tinygpt int8"]
+    monkeypatch.setattr(comparison, "available_backends", lambda: names)
     threads = torch.get_num_threads()
     output = tmp_path / "serve.json"
+    options = ["--threads", "1", "--num-prompts", "6", "--output-length", "5"]
     try:
-        serve.main(["--output", str(output), "--threads", "1", "--texts", "6", "--tokens", "5"])
+        serve.main(["--output", str(output), *options])
     finally:
         torch.set_num_threads(threads)
     printed, result = capsys.readouterr().out, json.loads(output.read_text())
-    for title in ("Beside others", "tiny: many clients", "60 clients at once", "A token after"):
+    for title in (
+        "Comparison of backends",
+        "tiny: closed and open loop",
+        "tiny: 60 clients at once, room for 20",
+        "Decode latency by context length",
+    ):
         assert title in printed
         assert title in output.with_suffix(".md").read_text()
-    (loops,) = result["loops"]
-    closed = [row for found in loops["closed"] for row in found["http"]]
-    assert [row["texts"] for row in closed] == [6, 8]
-    assert all(row["failed"] == 0 for row in [*closed, *loops["open"]])
-    (crowds,) = result["crowds"]
-    (crowd,) = crowds["crowd"]
-    assert crowd["texts"] + crowd["refused"] == 60
-    assert crowd["texts"] >= 20
-    assert not math.isnan(crowd["refusal"]["p99"])
+    (tiny,) = result["load"]
+    closed_loop = [summary for clients in tiny["closed_loop"] for summary in clients["http"]]
+    assert [summary["completed"] for summary in closed_loop] == [6, 8]
+    assert all(summary["failed"] == 0 for summary in [*closed_loop, *tiny["open_loop"]])
+    (tiny,) = result["overload"]
+    (overload,) = tiny["overload"]
+    assert overload["completed"] + overload["rejected"] == 60
+    assert overload["completed"] >= 20
+    assert not math.isnan(overload["rejection"]["p99"])
 
 
-def test_a_mistake_is_one_line(capsys):
-    with pytest.raises(SystemExit) as ended:
+def test_errors_are_one_line(capsys):
+    with pytest.raises(SystemExit) as exit_:
         serve.main(["--max-num-seqs", "0"])
-    assert ended.value.code == 2
+    assert exit_.value.code == 2
     assert "--max-num-seqs must be at least 1, not 0" in capsys.readouterr().err

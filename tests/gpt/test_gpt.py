@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from benchmarks.rivals import as_transformers
+from benchmarks.backends import to_transformers
 from gpt.models.attention import Positions, RMSNorm, rotary_table, rotate
 from gpt.models.gpt import GPT, GPT2, NGrams
 
@@ -69,7 +69,7 @@ def test_chapter_14_equals_transformers_gpt2_weight_for_weight(training: bool, b
     model = model.double().train(training)
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    theirs = as_transformers(model, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
+    theirs = to_transformers(model, resid_pdrop=dropout, embd_pdrop=dropout, attn_pdrop=dropout)
     tokens_BT = torch.randint(97, (2, 32))
 
     def output(model):

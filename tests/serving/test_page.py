@@ -1,4 +1,4 @@
-"""The page in a real browser, before a real server and runs that were really trained."""
+"""The web page in a real browser, with a real server and runs that were trained for it."""
 
 import contextlib
 import json
@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -18,36 +19,29 @@ axe = pytest.importorskip("axe_playwright_python.sync_playwright")
 
 ROOT = Path(__file__).parents[2]
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="there is no Chromium here")
+pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
 FLAGS = [
     *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
     "--no-first-run",
 ]
 DEADLINE = 120
-VIEWS = ("play", "compare", "xray", "ladder", "runs", "docs")
-TINY = ("--width", "64", "--heads", "4", "--depth", "2")
-LITTLE = ("--eval-tokens", "1000", "--sample-tokens", "30", "--log-interval", "2")
-SMALL = (
-    "--tokenizer",
-    "bytes",
-    "--context-length",
-    "64",
-    "--batch-size",
-    "8",
-    "--eval-interval",
-    "20",
-    *LITTLE,
+VIEWS = ("playground", "compare", "xray", "ladder", "runs", "docs")
+SMALL_GPT = ("--width", "64", "--heads", "4", "--depth", "2")
+SMALL_RUN = (
+    *("--tokenizer", "bytes", "--context-length", "64", "--batch-size", "8"),
+    *("--eval-interval", "20", "--eval-tokens", "1000", "--sample-tokens", "30"),
+    *("--log-interval", "2"),
 )
 
 
-def run(*arguments):
+def run_module(*arguments):
     return subprocess.run(
         [sys.executable, "-m", *arguments], cwd=ROOT, check=True, capture_output=True, text=True
     )
 
 
-def text_in(folder):
-    """Some English beside the runs."""
+def write_corpus(folder):
+    """Write some English text beside the runs."""
     text = folder.with_name("text.txt")
     text.write_bytes((ROOT / "docs" / "chapters.md").read_bytes())
     return str(text)
@@ -55,14 +49,14 @@ def text_in(folder):
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Runs of a GPT and an RNN, and a ladder of two rungs: all really trained."""
-    folder = tmp_path_factory.mktemp("here") / "runs"
-    data = text_in(folder)
-    for preset, name, size in (("gpt-nano", "gpt", TINY), ("rnn", "rnn", ())):
-        options = ("--data", data, "--run", str(folder / name), *SMALL, *size, "--steps", "60")
-        run("training", "train", preset, *options)
+    """Train a GPT, an RNN, and a ladder of two rungs."""
+    folder = tmp_path_factory.mktemp("page") / "runs"
+    data = write_corpus(folder)
+    for preset, name, size in (("gpt-nano", "gpt", SMALL_GPT), ("rnn", "rnn", ())):
+        options = ("--data", data, "--run", str(folder / name), *SMALL_RUN, *size, "--steps", "60")
+        run_module("training", "train", preset, *options)
     options = ("--tokens", "20000", "--tokenizer", "bytes", "--output", str(folder / "ladder"))
-    run("training", "ladder", "softmax", "rnn", "--data", data, *options)
+    run_module("training", "ladder", "softmax", "rnn", "--data", data, *options)
     return folder
 
 
@@ -70,39 +64,36 @@ class Server:
     """`python -m serving serve` in a process of its own."""
 
     def __init__(self, *arguments, port=0):
+        # Compilation would take the cores that the browser needs.
+        options = (*arguments, "--no-compile", f"--port={port}")
+        # Not a pipe: nobody reads it, and the server would block once it is full.
+        self.log = tempfile.TemporaryFile("w+")  # noqa: SIM115
         self.process = subprocess.Popen(
-            # A compiler beside it would take the cores that the browser draws with.
-            [
-                sys.executable,
-                "-m",
-                "serving",
-                "serve",
-                *arguments,
-                "--no-compile",
-                f"--port={port}",
-            ],
+            [sys.executable, "-m", "serving", "serve", *options],
             cwd=ROOT,
             stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stderr=self.log,
             text=True,
         )
-        self.said = self.process.stdout.readline()
-        self.address = re.search(r"http://\S+", self.said)[0]
+        self.address = re.search(r"http://\S+", self.process.stdout.readline())[0]
 
-    def ask(self, path, **body):
+    def request(self, path, **body):
         url = f"{self.address}/{path}"
-        answer = httpx.post(url, json=body, timeout=DEADLINE) if body else httpx.get(url)
-        return answer.json() if "json" in answer.headers["content-type"] else answer.text
+        response = httpx.post(url, json=body, timeout=DEADLINE) if body else httpx.get(url)
+        return response.json() if "json" in response.headers["content-type"] else response.text
 
-    def running(self):
-        """Texts that have a row."""
-        lines = [line for line in self.ask("metrics").splitlines() if "running" in line]
+    def num_running(self):
+        """Return the number of sequences that have a slot."""
+        lines = [line for line in self.request("metrics").splitlines() if "running" in line]
         return sum(float(line.split()[-1]) for line in lines if not line.startswith("#"))
 
     def close(self):
-        """What it has logged."""
+        """Stop the server and return its log."""
         self.process.terminate()
-        return self.process.communicate(timeout=DEADLINE)[1]
+        self.process.communicate(timeout=DEADLINE)
+        with self.log:
+            self.log.seek(0)
+            return self.log.read()
 
 
 @pytest.fixture(scope="module")
@@ -122,47 +113,53 @@ def browser():
 
 @pytest.fixture
 def visit(browser):
-    """Opens views; at its end, none of them had an error, or asked another host."""
-    with contextlib.ExitStack() as undo:
-        faults = []
+    """Open views; afterwards, check that none had an error or sent a request to another host."""
+    with contextlib.ExitStack() as contexts:
+        errors = []
 
-        def begin(address, view="play", expected=(), **options):
+        def open_view(address, view="playground", expected_errors=(), **options):
             context = browser.new_context(**options)
-            undo.callback(context.close)
+            contexts.callback(context.close)
             page = context.new_page()
             page.set_default_timeout(DEADLINE * 1000)
-            page.on("pageerror", lambda error: faults.append(str(error)))
-            page.on("console", lambda said: said.type == "error" and note(said.text))
-            page.on("request", lambda asked: asked.url.startswith(address) or note(asked.url))
+            page.on("pageerror", lambda error: errors.append(str(error)))
+            page.on("console", lambda message: message.type == "error" and record(message.text))
+            page.on(
+                "request", lambda request: request.url.startswith(address) or record(request.url)
+            )
 
-            def note(fault):
-                if not any(one in fault for one in expected):
-                    faults.append(fault)
+            def record(error):
+                if not any(expected in error for expected in expected_errors):
+                    errors.append(error)
 
             page.goto(f"{address}/#{view}")
             page.wait_for_selector(f"#{view}:not([hidden])")
             return page
 
-        yield begin
-        assert not faults
+        yield open_view
+        assert not errors
 
 
-def write(page, prompt, length, seed=7, view="play"):
-    page.eval_on_selector(f"#{view} .knobs", "knobs => { knobs.open = true }")  # closed on a phone
+def generate(page, prompt, max_tokens, seed=7, view="playground"):
+    # The parameters are closed on mobile.
+    page.eval_on_selector(f"#{view} .sampling", "details => { details.open = true }")
     page.fill(f"#{view}-prompt", prompt)
-    page.fill(f"#{view} [name=max_tokens]", str(length))
+    page.fill(f"#{view} [name=max_tokens]", str(max_tokens))
     page.fill(f"#{view} [name=seed]", str(seed))
-    page.click(f"#{view}-go")
+    page.click(f"#{view}-run")
 
 
-def written(page, sheet="#play-text", kind=":not(.given)"):
+GENERATED, ECHOED = ":not(.from-prompt)", ".from-prompt"
+
+
+def text_of(page, output="#playground-output", tokens=GENERATED):
     return page.eval_on_selector_all(
-        f"{sheet} .token{kind}",
-        "spans => spans.map(one => (one.matches('.line') ? '\\n' : '') + one.textContent).join('')",
+        f"{output} .token{tokens}",
+        "spans => spans.map(e => (e.matches('.newline') ? '\\n' : '') + e.textContent).join('')",
     )
 
 
-def slide(page, selector, value):
+def set_slider(page, selector, value):
     page.eval_on_selector(
         selector,
         "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
@@ -170,27 +167,27 @@ def slide(page, selector, value):
     )
 
 
-def until(holds):
+def wait_until(condition):
     end = time.monotonic() + DEADLINE
-    while not holds():
+    while not condition():
         assert time.monotonic() < end
         time.sleep(0.02)
 
 
-def test_a_text_is_streamed_and_is_the_one_that_the_api_gives(visit, server):
+def test_streamed_completion_equals_the_api_completion(visit, server):
     page = visit(server.address)
-    write(page, "The model ", 50)
-    page.wait_for_selector("#play-text .token >> nth=20")
-    page.wait_for_selector("#play-stop:disabled")
+    generate(page, "The model ", 50)
+    page.wait_for_selector("#playground-output .token >> nth=20")
+    page.wait_for_selector("#playground-stop:disabled")
     body = {"model": "gpt", "prompt": "The model ", "temperature": 0.8, "seed": 7}
-    (choice,) = server.ask("v1/completions", max_tokens=50, logprobs=0, **body)["choices"]
-    assert written(page) == bytes_of(choice["logprobs"]["tokens"]).decode(errors="replace")
-    figures = page.inner_text("#play-figures")
+    (choice,) = server.request("v1/completions", max_tokens=50, logprobs=0, **body)["choices"]
+    assert text_of(page) == to_bytes(choice["logprobs"]["tokens"]).decode(errors="replace")
+    figures = page.inner_text("#playground-stats")
     assert re.match(r"50 tokens · [\d,]+ tokens/s · \d\.\d\d bits per token · seed 7", figures)
 
 
-def bytes_of(tokens):
-    """Of the names that the API gives tokens."""
+def to_bytes(tokens):
+    """Convert token names of the API to bytes."""
     return b"".join(
         bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
         if token.startswith("bytes:")
@@ -199,132 +196,136 @@ def bytes_of(tokens):
     )
 
 
-def test_stop_frees_the_row_of_a_text(visit, server):
+def test_stop_frees_the_slot(visit, server):
     page = visit(server.address)
-    page.select_option("#play [name=model]", "rnn")
-    write(page, "", 60_000)
-    page.wait_for_selector("#play-text .token >> nth=30")
-    assert server.running() == 1
-    page.click("#play-stop")
-    until(lambda: server.running() == 0)
-    assert "stopped" in page.inner_text("#play-figures")
-    assert page.is_enabled("#play-go")
+    page.select_option("#playground [name=model]", "rnn")
+    generate(page, "", 60_000)
+    page.wait_for_selector("#playground-output .token >> nth=30")
+    assert server.num_running() == 1
+    page.click("#playground-stop")
+    wait_until(lambda: server.num_running() == 0)
+    assert "stopped" in page.inner_text("#playground-stats")
+    assert page.is_enabled("#playground-run")
 
 
-def candidates(page, **asked):
-    """Name, probability and share of each candidate, once those asked for are shown."""
+def candidates(page, **request):
+    """Return name, model and sampling probability of each candidate, once those of a request are shown."""
 
-    def shown():
-        said = json.loads(page.get_attribute("#play-next", "data-shown") or "{}")
-        return asked.items() <= said.items()
+    def is_shown():
+        shown = json.loads(page.get_attribute("#playground-candidates", "data-shown") or "{}")
+        return request.items() <= shown.items()
 
-    until(shown)
+    wait_until(is_shown)
     return page.eval_on_selector_all(
-        "#play-next li:not(.head):not([hidden])",
-        "rows => rows.map(row => [...row.querySelectorAll('.name, .number')].map(part => part.textContent))",
+        "#playground-candidates li:not(.head):not([hidden])",
+        "rows => rows.map(row => [...row.querySelectorAll('.name, .number')].map(e => e.textContent))",
     )
 
 
-def test_temperature_bends_what_is_drawn_from_and_leaves_what_the_model_says(visit, server):
+def test_temperature_changes_the_sampling_probabilities_only(visit, server):
     page = visit(server.address)
-    page.fill("#play-prompt", "The mode")
+    page.fill("#playground-prompt", "The mode")
     before = candidates(page, prompt="The mode", temperature=0.8)
-    about = page.inner_text("#play-next .about >> nth=0")
-    slide(page, "#play [name=temperature]", 0)
+    about = page.inner_text("#playground-candidates .hint >> nth=0")
+    set_slider(page, "#playground [name=temperature]", 0)
     cold = candidates(page, prompt="The mode", temperature=0)
     assert [row[2] for row in cold] == ["100%"] + ["0"] * (len(cold) - 1)
-    assert page.inner_text("#play-next .about >> nth=0").startswith("1 token can be drawn")
-    slide(page, "#play [name=temperature]", 2)
+    assert page.inner_text("#playground-candidates .hint >> nth=0").startswith(
+        "1 token can be sampled"
+    )
+    set_slider(page, "#playground [name=temperature]", 2)
     hot = candidates(page, prompt="The mode", temperature=2)
     assert [row[:2] for row in before] == [row[:2] for row in cold] == [row[:2] for row in hot]
     body = {"model": "gpt", "prompt": "The mode", "temperature": 2.0, "candidates": 12}
-    found = server.ask("v1/next", **body)["candidates"]
-    for row, one in zip(hot, found, strict=True):
-        for shown, value in zip(
-            row[1:], (one["probability"], one["sampling_probability"]), strict=True
-        ):
+    for row, candidate in zip(hot, server.request("v1/next", **body)["candidates"], strict=True):
+        expected = candidate["probability"], candidate["sampling_probability"]
+        for shown, value in zip(row[1:], expected, strict=True):
             assert float(shown.rstrip("%")) == pytest.approx(100 * value, rel=0.05)
-    assert page.inner_text("#play-next .about >> nth=0") != about
+    assert page.inner_text("#playground-candidates .hint >> nth=0") != about
 
 
-def test_a_token_tells_what_else_it_could_have_been(visit, server):
+def test_selected_token_shows_its_alternatives(visit, server):
     page = visit(server.address)
-    write(page, "The model ", 20)
-    page.wait_for_selector("#play-stop:disabled")
-    page.hover("#play-text .token >> nth=5")
-    until(
+    generate(page, "The model ", 20)
+    page.wait_for_selector("#playground-stop:disabled")
+    page.hover("#playground-output .token >> nth=5")
+    wait_until(
         lambda: page.evaluate(
-            "document.querySelector('#play-next h3').innerText.startsWith('Instead')"
+            "document.querySelector('#playground-candidates h3').innerText.startsWith('Alternatives')"
         )
     )
-    name = page.inner_text("#play-next h3 .token-name")
-    until(lambda: any(row[0].endswith(name) for row in candidates(page)))
-    assert page.locator("#play-next .chosen").count() == 1
-    page.focus("#play-text")
+    name = page.inner_text("#playground-candidates h3 .token-name")
+    wait_until(lambda: any(row[0].endswith(name) for row in candidates(page)))
+    assert page.locator("#playground-candidates .selected").count() == 1
+    page.focus("#playground-output")
     page.keyboard.press("Home")
     page.keyboard.press("ArrowRight")
-    until(lambda: page.locator("#play-text .token.here").evaluate("span => span.place") == 1)
+    wait_until(
+        lambda: (
+            page.locator("#playground-output .token.selected").evaluate("span => span.position")
+            == 1
+        )
+    )
 
 
-def test_a_prompt_is_shown_as_its_tokens_too(visit, server):
+def test_prompt_is_shown_as_tokens(visit, server):
     page = visit(server.address)
-    write(page, "The modèl", 5)
-    page.wait_for_selector("#play-stop:disabled")
-    assert written(page, kind=".given") == "The modèl"
+    generate(page, "The modèl", 5)
+    page.wait_for_selector("#playground-stop:disabled")
+    assert text_of(page, tokens=ECHOED) == "The modèl"
     body = {"model": "gpt", "prompt": "The modèl", "max_tokens": 0, "logprobs": 0, "echo": True}
-    (choice,) = server.ask("v1/completions", **body)["choices"]
+    (choice,) = server.request("v1/completions", **body)["choices"]
     logprobs = choice["logprobs"]["token_logprobs"]
-    assert page.locator("#play-text .given").count() == len(logprobs) == 10
-    page.hover("#play-text .given >> nth=4")
-    until(lambda: page.locator("#play-next .chosen .name").all_inner_texts() == ["m"])
-    probability = page.inner_text("#play-next .chosen .number >> nth=0")
+    assert page.locator("#playground-output .from-prompt").count() == len(logprobs) == 10
+    page.hover("#playground-output .from-prompt >> nth=4")
+    name = "#playground-candidates .selected .name"
+    # The name is preceded by the rank where that is below the others'.
+    wait_until(lambda: [n.split(" ")[-1] for n in page.locator(name).all_inner_texts()] == ["m"])
+    probability = page.inner_text("#playground-candidates .selected .number >> nth=0")
     assert float(probability.rstrip("%")) == pytest.approx(100 * math.exp(logprobs[4]), rel=0.05)
 
 
-def test_two_models_write_side_by_side(visit, server):
+def test_compare_shows_the_completions_of_two_models(visit, server):
     page = visit(server.address, "compare")
-    write(page, "The ", 30, view="compare")
+    generate(page, "The ", 30, view="compare")
     page.wait_for_selector("#compare-stop:disabled")
     for name in ("gpt", "rnn"):
         column = f"#compare-columns article[aria-label={name}]"
-        (choice,) = server.ask(
-            *("v1/completions",),
-            **{"model": name, "prompt": "The ", "temperature": 0.8, "seed": 7},
-            **{"max_tokens": 30, "logprobs": 0},
-        )["choices"]
-        expected = bytes_of(choice["logprobs"]["tokens"]).decode(errors="replace")
-        assert written(page, f"{column} .sheet") == expected
+        body = {"model": name, "prompt": "The ", "temperature": 0.8, "seed": 7}
+        (choice,) = server.request("v1/completions", **body, max_tokens=30, logprobs=0)["choices"]
+        expected = to_bytes(choice["logprobs"]["tokens"]).decode(errors="replace")
+        assert text_of(page, f"{column} .tokens") == expected
         assert "parameters" in page.inner_text(column)
 
 
-def test_rows_of_an_attention_map_sum_to_one(visit, server):
+def test_attention_rows_sum_to_one(visit, server):
     page = visit(server.address, "xray")
     page.fill("#xray-text", "The cat sat")
-    page.click("#xray-go")
-    page.wait_for_selector("#xray-says")
-    (found,) = server.ask("v1/xray", model="gpt", prompt="The cat sat")["maps"]
-    assert page.locator("#xray .maps button").count() == found["num_layers"] * found["num_heads"]
-    assert [len(found["rows"]), len(found["columns"])] == [12, 12]
-    for row in found["weights"][0][0]:
+    page.click("#xray-run")
+    page.wait_for_selector("#xray-summary")
+    (map_,) = server.request("v1/xray", model="gpt", prompt="The cat sat")["maps"]
+    assert page.locator("#xray .maps button").count() == map_["num_layers"] * map_["num_heads"]
+    assert [len(map_["rows"]), len(map_["columns"])] == [12, 12]
+    for row in map_["weights"][0][0]:
         assert sum(row) == pytest.approx(1, abs=1e-3)
     page.click("#xray .maps button >> nth=1")
-    page.focus("#xray-found .looks")
+    page.focus("#xray-result .weighted")
     page.keyboard.press("Home")
     for _ in range(11):
         page.keyboard.press("ArrowRight")
-        assert page.inner_text("#xray-says").endswith("sum 1.00")
-    assert page.locator("#xray-found .token.here").evaluate("span => span.place") == 11
+        assert page.inner_text("#xray-summary").endswith("sum 1.00")
+    assert page.locator("#xray-result .token.selected").evaluate("span => span.position") == 11
 
 
-def test_gates_of_an_rnn_are_units_over_tokens(visit, server):
+def test_rnn_map_is_by_units(visit, server):
     page = visit(server.address, "xray")
     page.select_option("#xray [name=model]", "rnn")
-    page.click("#xray-go")
-    page.wait_for_selector("#xray-says")
-    assert "unit" in page.inner_text("#xray-says")
+    page.click("#xray-run")
+    page.wait_for_selector("#xray-summary")
+    assert "unit" in page.inner_text("#xray-summary")
 
 
-def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
+def test_translation_alignments(visit, tmp_path):
     words = {"one": "un", "two": "deux", "three": "trois", "cat": "chat", "dog": "chien"}
     pairs = [{"en": f"{a} {b}", "fr": f"{words[a]} {words[b]}"} for a in words for b in words]
     lines = "".join(json.dumps({"translation": pair}) + "\n" for pair in pairs)
@@ -333,82 +334,82 @@ def test_a_translators_alignments_are_of_both_texts(visit, tmp_path):
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(lines)
     folder, size = tmp_path / "translator", ("--width", "32", "--batch-size", "16", "--steps", "20")
-    options = (
-        "--data",
-        str(data),
-        "--run",
-        str(folder),
-        "--tokenizer",
-        "bytes",
-        "--context-length",
-        "64",
-    )
-    run("training", "train", "translate-attention", *options, *size, "--device", "cpu")
+    options = ("--data", str(data), "--run", str(folder), "--tokenizer", "bytes", *size)
+    options += ("--context-length", "64", "--device", "cpu")
+    run_module("training", "train", "translate-attention", *options)
     with contextlib.closing(Server(str(folder))) as server:
         page = visit(server.address, "xray")
         page.fill("#xray-text", "one cat")
         page.fill("#xray-translation", "un chat")
-        page.click("#xray-go")
-        page.wait_for_selector("#xray-says")
-        source, told = page.locator("#xray-found .looks").all()
+        page.click("#xray-run")
+        page.wait_for_selector("#xray-summary")
+        source, target = page.locator("#xray-result .weighted").all()
         assert source.inner_text().split() == ["one", "cat"]
-        assert "".join(told.locator(".token").all_text_contents()[1:]) == "un chat"
-        told.focus()
+        assert "".join(target.locator(".token").all_text_contents()[1:]) == "un chat"
+        target.focus()
         page.keyboard.press("Home")
-        lit = set()
+        distributions = set()
         for _ in "un chat":
             page.keyboard.press("ArrowRight")
-            assert page.inner_text("#xray-says").endswith("sum 1.00")
+            assert page.inner_text("#xray-summary").endswith("sum 1.00")
             weights = source.locator(".token").evaluate_all(
-                "spans => spans.map(one => Number(one.style.getPropertyValue('--weight')))"
+                "spans => spans.map(e => Number(e.style.getPropertyValue('--weight')))"
             )
             assert max(weights) == 1
-            lit.add(tuple(weights))
-        assert len(lit) > 1  # each of its tokens listens in its own way
-        # Without a translation it is the model's own that is shown.
+            distributions.add(tuple(weights))
+        assert len(distributions) > 1
+        # Without a translation, the model's own is shown.
         page.fill("#xray-translation", "")
-        page.click("#xray-go")
-        written = server.ask("v1/xray", prompt="one cat")["target_tokens"]
-        until(lambda: told.locator(".token").count() == len(written))
-        # Its own translation stands below the source; after its end nothing comes.
-        page.click("nav a[href='#play']")
-        write(page, "one cat", 200)
-        page.wait_for_selector("#play-stop:disabled")
-        assert page.locator("#play-text .row").first.inner_text() == "one cat"
-        assert "the model ended it" in page.inner_text("#play-figures")
-        until(lambda: "<|endoftext|>" in page.inner_text("#play-next h3"))
-        assert page.inner_text("#play-next .chosen .name").endswith("<|endoftext|>")
+        page.click("#xray-run")
+        output = server.request("v1/xray", prompt="one cat")["target_tokens"]
+        wait_until(lambda: target.locator(".token").count() == len(output))
+        # In the playground, the translation is below the source, and nothing follows its end.
+        page.click("nav a[href='#playground']")
+        generate(page, "one cat", 200)
+        page.wait_for_selector("#playground-stop:disabled")
+        assert page.locator("#playground-output .line").first.inner_text() == "one cat"
+        assert "stopped at the end-of-text token" in page.inner_text("#playground-stats")
+        wait_until(lambda: "<|endoftext|>" in page.inner_text("#playground-candidates h3"))
+        assert page.inner_text("#playground-candidates .selected .name").endswith("<|endoftext|>")
 
 
-def test_the_ladder_tells_of_each_rung(visit, server):
+def test_ladder_describes_the_selected_rung(visit, server):
     page = visit(server.address, "ladder")
     page.focus("#ladder-chart [data-name=softmax]")
     page.keyboard.press("Enter")
     page.wait_for_selector("#ladder-chart [data-name=softmax][aria-pressed=true]")
-    rows = {row["rung"]: row for row in server.ask("v1/ladder")["rows"]}
-    told = page.inner_text("#ladder-rung")
-    assert f"{rows['softmax']['bits_per_byte']:.4f}" in told
-    assert rows["softmax"]["sample"].strip()[:20] in told
+    rows = {row["rung"]: row for row in server.request("v1/ladder")["rows"]}
+    description = page.inner_text("#ladder-rung")
+    assert f"{rows['softmax']['bits_per_byte']:.4f}" in description
+    assert rows["softmax"]["sample"].strip()[:20] in description
     page.select_option("#ladder-x", "tokens")
-    assert "tokens of training" in page.inner_text("#ladder-chart")
+    assert "training tokens" in page.inner_text("#ladder-chart")
 
 
-def test_the_api_is_described_with_every_field_and_limit(visit, server):
+def test_api_reference_lists_every_field_and_limit(visit, server):
     page = visit(server.address, "docs")
     page.goto(f"{server.address}/docs")
     page.wait_for_selector("#docs details[open] .fields")
-    told = server.ask("openapi.json")
-    routes = [f"{m.upper()} {path}" for path, methods in told["paths"].items() for m in methods]
+    schema = server.request("openapi.json")
+    routes = [f"{m.upper()} {path}" for path, methods in schema["paths"].items() for m in methods]
     assert page.locator("#docs summary > code").all_inner_texts() == routes
-    fields = told["components"]["schemas"]["Completion"]["properties"]
+    fields = schema["components"]["schemas"]["CompletionRequest"]["properties"]
     shown = page.locator("#docs details[open] .fields li > code").all_inner_texts()
-    assert shown[0] == "prompt"  # the one that is required
+    assert shown[0] == "prompt"  # required fields come first
     assert sorted(shown) == sorted(fields)
     assert "max_tokens: 65536" in page.inner_text("#docs")
 
 
-def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
-    options = ("--data", text_in(runs), "--run", str(runs / "live"), *SMALL, "--steps", "100000")
+def test_curve_of_a_run_grows_while_it_trains(visit, server, runs):
+    options = (
+        "--data",
+        write_corpus(runs),
+        "--run",
+        str(runs / "live"),
+        *SMALL_RUN,
+        "--steps",
+        "100000",
+    )
     training = subprocess.Popen(
         [sys.executable, "-m", "training", "train", "rnn", *options],
         cwd=ROOT,
@@ -416,16 +417,18 @@ def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
         stderr=subprocess.DEVNULL,
     )
     try:
-        until(lambda: (runs / "live" / "metrics.jsonl").exists())
+        wait_until(lambda: (runs / "live" / "metrics.jsonl").exists())
         page = visit(server.address, "runs")
         page.wait_for_selector("#runs-list input[value=live]")
         for name in ("gpt", "rnn", "ladder/rnn", "ladder/softmax"):
             page.uncheck(f"#runs-list input[value='{name}']")
         page.check("#runs-list input[value=live]")
-        until(lambda: page.evaluate("+document.querySelector('#runs-chart').dataset.points > 3"))
-        seen = page.get_attribute("#runs-chart", "data-points")
-        grown = "seen => +document.querySelector('#runs-chart').dataset.points > +seen + 3"
-        until(lambda: page.evaluate(grown, seen))
+        wait_until(
+            lambda: page.evaluate("+document.querySelector('#runs-chart').dataset.points > 3")
+        )
+        before = page.get_attribute("#runs-chart", "data-points")
+        has_grown = "before => +document.querySelector('#runs-chart').dataset.points > +before + 3"
+        wait_until(lambda: page.evaluate(has_grown, before))
         assert "of 100,000" in page.inner_text("#runs-list")
     finally:
         training.kill()
@@ -433,20 +436,20 @@ def test_the_curve_of_a_run_grows_while_it_trains(visit, server, runs):
         shutil.rmtree(runs / "live")
 
 
-def test_runs_side_by_side_with_their_configuration_and_samples(visit, server):
+def test_runs_show_configurations_and_samples(visit, server):
     page = visit(server.address, "runs")
     page.wait_for_selector("#runs-chart .curve", state="attached")
     for name in ("gpt", "rnn"):
         page.check(f"#runs-list input[value={name}]")
     page.click("#runs-config summary")
-    until(
+    wait_until(
         lambda: page.evaluate("document.querySelectorAll('#runs-config th[scope=col]').length >= 2")
     )
     assert '"rnn"' in page.inner_text("#runs-config tr.differs >> nth=0 >> xpath=..")
     assert page.locator("#runs-samples article").count() >= 2
 
 
-STRANGE = {
+HOSTILE_PROMPTS = {
     "markup": "<script>window.hacked = 1</script><img src=x onerror='window.hacked = 1'>",
     "right to left": "مرحبا بالعالم שלום",
     "emoji": "👩‍🚀🇫🇷 \u202e\u0000 é",
@@ -454,63 +457,64 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("kind", STRANGE)
-def test_a_prompt_is_text_whatever_it_holds(visit, server, kind):
-    page = visit(server.address, expected=["400"])
-    page.select_option("#play [name=model]", "rnn")
-    prompt = STRANGE[kind].replace("\u0000", "")
-    write(page, prompt, 5)
-    page.wait_for_selector("#play-stop:disabled")
-    shown = (
-        page.text_content("#play-text .prompt") if kind == "long" else written(page, kind=".given")
-    )
+@pytest.mark.parametrize("kind", HOSTILE_PROMPTS)
+def test_prompt_is_always_rendered_as_text(visit, server, kind):
+    page = visit(server.address, expected_errors=["400"])
+    page.select_option("#playground [name=model]", "rnn")
+    prompt = HOSTILE_PROMPTS[kind].replace("\u0000", "")
+    generate(page, prompt, 5)
+    page.wait_for_selector("#playground-stop:disabled")
+    if kind == "long":
+        shown = page.text_content("#playground-output .prompt")
+    else:
+        shown = text_of(page, tokens=ECHOED)
     assert shown == prompt
-    assert page.locator("#play-text .token:not(.given)").count() == 5
+    assert page.locator("#playground-output .token:not(.from-prompt)").count() == 5
     assert page.evaluate("window.hacked") is None
-    assert page.locator("#play-text script, #play-text img").count() == 0
+    assert page.locator("#playground-output script, #playground-output img").count() == 0
 
 
-def test_nothing_but_its_own_files_may_run(server):
-    answer = httpx.get(f"{server.address}/")
-    policy = answer.headers["content-security-policy"]
+def test_content_security_policy_allows_own_scripts_only(server):
+    response = httpx.get(f"{server.address}/")
+    policy = response.headers["content-security-policy"]
     assert "default-src 'none'" in policy
     assert "script-src 'self';" in policy
     assert "unsafe" not in policy
 
 
-def test_a_server_that_goes_away_is_told_and_asked_again_on_demand(visit, runs):
+def test_lost_connection_is_reported_and_can_be_retried(visit, runs):
     server = Server(str(runs / "rnn"))
-    page = visit(server.address, expected=["ERR_", "Failed to load"])
-    write(page, "a", 20_000)
-    page.wait_for_selector("#play-text .token >> nth=30")
+    page = visit(server.address, expected_errors=["ERR_", "Failed to load"])
+    generate(page, "a", 20_000)
+    page.wait_for_selector("#playground-output .token >> nth=30")
     server.process.kill()
-    server.process.communicate()
-    page.wait_for_selector("#play .fault:not([hidden])")
-    assert "went away" in page.inner_text("#play .fault")
-    page.click("#play .fault button")
-    until(
+    server.close()
+    page.wait_for_selector("#playground .error-box:not([hidden])")
+    assert "connection was lost" in page.inner_text("#playground .error-box")
+    page.click("#playground .error-box button")
+    wait_until(
         lambda: page.evaluate(
-            "document.querySelector('#play .fault').innerText.includes('does not answer')"
+            "document.querySelector('#playground .error-box').innerText.includes('Cannot reach the server')"
         )
     )
     again = Server(str(runs / "rnn"), port=int(server.address.rpartition(":")[2]))
     try:
-        page.fill("#play [name=max_tokens]", "5")
-        page.click("#play .fault button")
-        page.wait_for_selector("#play-text .token >> nth=30")
-        page.click("#play-stop")
+        page.fill("#playground [name=max_tokens]", "5")
+        page.click("#playground .error-box button")
+        page.wait_for_selector("#playground-output .token >> nth=30")
+        page.click("#playground-stop")
     finally:
         again.close()
 
 
-def test_the_page_is_small_and_there_at_once(visit, server):
+def test_page_is_small_and_paints_fast(visit, server):
     folder = ROOT / "serving" / "page"
     assert sum(path.stat().st_size for path in folder.iterdir()) < 150_000
     page = visit(server.address)
     paints = []
     for _ in range(3):
         page.reload()
-        until(
+        wait_until(
             lambda: page.evaluate("performance.getEntriesByName('first-contentful-paint').length")
         )
         paints.append(
@@ -519,43 +523,45 @@ def test_the_page_is_small_and_there_at_once(visit, server):
     assert min(paints) < 200
 
 
-def test_a_quick_stream_leaves_the_page_at_ease(visit, server):
+def test_fast_stream_does_not_block_the_page(visit, server):
     page = visit(server.address)
-    page.select_option("#play [name=model]", "rnn")
+    page.select_option("#playground [name=model]", "rnn")
     page.evaluate(
         "window.long = []; new PerformanceObserver(list => long.push(...list.getEntries().map(e => e.duration)))"
         ".observe({type: 'longtask'})"
     )
     worst = []
-    for _ in range(3):  # a machine that stalls is not the page's fault: three times it is
+    for _ in range(3):  # one slow round may be the machine's fault
         page.evaluate("window.long = []")
-        write(page, "", 2000)
-        page.wait_for_selector("#play-stop:disabled")
-        assert page.locator("#play-text .token").count() == 2000
-        speed = re.search(r"([\d,]+) tokens/s", page.inner_text("#play-figures"))[1]
+        generate(page, "", 2000)
+        page.wait_for_selector("#playground-stop:disabled")
+        assert page.locator("#playground-output .token").count() == 2000
+        speed = re.search(r"([\d,]+) tokens/s", page.inner_text("#playground-stats"))[1]
         if int(speed.replace(",", "")) >= 500:
             worst.append(max(page.evaluate("window.long"), default=0))
     assert min(worst) < 100
 
 
-def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
+def test_api_key_is_requested_and_never_shown(visit, runs):
     server = Server(str(runs / "rnn"), "--api-key", "quite-secret")
     try:
         page = visit(
-            server.address, expected=["401"], permissions=["clipboard-read", "clipboard-write"]
+            server.address,
+            expected_errors=["401"],
+            permissions=["clipboard-read", "clipboard-write"],
         )
         page.wait_for_selector("#key[open]")
         page.fill("#key input", "wrong")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#key[open] .wrong:not([hidden])")
+        page.wait_for_selector("#key[open] .error:not([hidden])")
         page.fill("#key input", "quite-secret")
         page.keyboard.press("Enter")
-        page.wait_for_selector("#play [name=model] option", state="attached")
-        write(page, "a", 5)
-        page.wait_for_selector("#play-text .token >> nth=4")
+        page.wait_for_selector("#playground [name=model] option", state="attached")
+        generate(page, "a", 5)
+        page.wait_for_selector("#playground-output .token >> nth=4")
         assert "secret" not in page.url
         page.click("[data-copy=curl]")
-        until(lambda: "curl" in page.evaluate("navigator.clipboard.readText()"))
+        wait_until(lambda: "curl" in page.evaluate("navigator.clipboard.readText()"))
         assert "secret" not in page.evaluate("navigator.clipboard.readText()")
         page.click("header a[href='#docs']")
         page.wait_for_selector("#docs details[open] .fields")
@@ -565,49 +571,48 @@ def test_a_key_is_asked_for_and_kept_out_of_sight(visit, runs):
     assert "secret" not in log
 
 
-def filled(page, view):
-    """Let a view show what it has."""
+def fill_view(page, view):
+    """Make a view show all its elements."""
     match view:
-        case "play" | "compare":
-            write(page, "The model ", 30, view=view)
+        case "playground" | "compare":
+            generate(page, "The model ", 30, view=view)
             page.wait_for_selector(f"#{view}-stop:disabled")
         case "xray":
-            page.click("#xray-go")
-            page.wait_for_selector("#xray-says")
+            page.click("#xray-run")
+            page.wait_for_selector("#xray-summary")
         case "ladder" | "runs":
             page.wait_for_selector(f"#{view}-chart svg")
         case "docs":
             page.wait_for_selector("#docs details[open] .fields")
             page.eval_on_selector_all(
-                "#docs details", "every => every.forEach(one => { one.open = true })"
+                "#docs details", "elements => elements.forEach(e => { e.open = true })"
             )
 
 
 @pytest.mark.parametrize("view", VIEWS)
-def test_nothing_is_lost_on_a_narrow_screen(visit, server, view):
+def test_narrow_screen_has_no_horizontal_overflow(visit, server, view):
     page = visit(server.address, view, viewport={"width": 320, "height": 640})
-    filled(page, view)
+    fill_view(page, view)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 320
-    hidden = page.evaluate(
+    overflowing = page.evaluate(
         """view => [...document.querySelectorAll(`header a, header button, #${view} button, #${view} select, #${view} input, #${view} textarea`)]
             .filter(e => e.checkVisibility()).filter(e => {
                 const box = e.getBoundingClientRect();
-                const scrolls = e.closest('nav, .wide, .checks');
+                const scrolls = e.closest('nav, .scroll-x, .checkboxes');
                 return !scrolls && (box.left < -1 || box.right > 321);
             }).map(e => e.outerHTML.slice(0, 80))""",
         view,
     )
-    assert hidden == []
+    assert overflowing == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("view", VIEWS)
-def test_everybody_can_use_it(visit, server, view, scheme):
+def test_accessibility(visit, server, view, scheme):
     page = visit(server.address, view, color_scheme=scheme)
-    filled(page, view)
-    found = axe.Axe().run(page).response["violations"]
-    serious = [one for one in found if one["impact"] in ("serious", "critical")]
+    fill_view(page, view)
+    violations = axe.Axe().run(page).response["violations"]
+    serious = [v for v in violations if v["impact"] in ("serious", "critical")]
     assert serious == [], json.dumps(
-        [(one["id"], [node["html"][:120] for node in one["nodes"]][:3]) for one in serious],
-        indent=1,
+        [(v["id"], [node["html"][:120] for node in v["nodes"]][:3]) for v in serious], indent=1
     )

@@ -1,0 +1,261 @@
+"""The engine, `transformers` and llama.cpp behind one interface, all with the weights of one GPT-2.
+
+A backend's `generate(prompts, max_tokens)` returns the greedy output of each prompt, as token ids.
+No token ends a sequence, so all backends do the same work.
+"""
+
+import ctypes
+import dataclasses
+import random
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt.kernels.quantization import DType, quantize
+from gpt.models.gpt import GPT2
+from gpt.sampling import SamplingParams
+from serving.engine.autotune import tune_scheduler_steps
+from serving.engine.compilation import Compiler
+from serving.engine.engine import Engine
+from serving.engine.sequence import Request
+
+Prompts = Sequence[Sequence[int]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """The shape of an untrained GPT-2."""
+
+    vocab_size: int
+    width: int
+    depth: int
+    heads: int
+    context_length: int = 1024
+
+    def build(self) -> GPT2:
+        """Return the model; its weights are the same every time."""
+        torch.manual_seed(0)
+        return GPT2(**dataclasses.asdict(self)).eval()
+
+
+SIZES = {
+    "1M": ModelSize(1024, 128, 4, 4),
+    "10M": ModelSize(4096, 320, 7, 5),
+    "124M": ModelSize(50_257, 768, 12, 12),
+}
+"""By their approximate number of parameters."""
+
+
+def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
+    """Return prompts of random tokens, the same every time."""
+    rng = random.Random(length)
+    return [[rng.randrange(vocab_size) for _ in range(length)] for _ in range(count)]
+
+
+class TinyGPT:
+    """The engine of `serving`, in this process, with compiled steps."""
+
+    def __init__(self, model: GPT2, max_num_seqs: int, dtype: DType) -> None:
+        self.engine = Engine(
+            quantize(model, dtype), max_num_seqs, num_scheduler_steps=tune_scheduler_steps(model)
+        )
+        compiler = Compiler()
+        compiler.add(self.engine, torch.get_num_threads())
+        compiler.wait()
+
+    def generate(self, prompts: Prompts, max_tokens: int) -> list[list[int]]:
+        """Return the greedy output of each prompt."""
+        greedy = SamplingParams(temperature=0)
+        outputs: dict[Request, list[int]] = {}
+        for prompt in prompts:
+            request = Request(prompt, max_tokens, greedy)
+            outputs[request] = []
+            self.engine.add_request(request)
+        while not self.engine.is_idle:
+            for output in self.engine.step():
+                assert output.token is not None, output.error
+                outputs[output.request].append(output.token)
+        return list(outputs.values())
+
+
+class Transformers:
+    """`generate` of `transformers`, with a static batch; equal prompt lengths need no padding."""
+
+    def __init__(self, model: GPT2) -> None:
+        self.model = to_transformers(model)
+
+    @torch.inference_mode()
+    def generate(self, prompts: Prompts, max_tokens: int) -> list[list[int]]:
+        """Return the greedy output of each prompt."""
+        prompts_BT = torch.tensor([list(prompt) for prompt in prompts])
+        sequences_BT = self.model.generate(
+            prompts_BT,
+            attention_mask=torch.ones_like(prompts_BT),
+            do_sample=False,
+            max_new_tokens=max_tokens,
+            min_new_tokens=max_tokens,
+            pad_token_id=0,
+        )
+        return sequences_BT[:, prompts_BT.shape[1] :].tolist()
+
+
+class LlamaCpp:
+    """llama.cpp through the low-level API of `llama-cpp-python`.
+
+    Args:
+        model: Its weights are passed in a GGUF file.
+        dtype: Of its matrices, as GGUF names them: F32, F16, Q8_0.
+        threads: Number of llama.cpp's threads.
+        max_num_seqs: The most prompts of one `generate`.
+    """
+
+    def __init__(self, model: GPT2, dtype: str, threads: int, max_num_seqs: int) -> None:
+        import llama_cpp
+
+        self.api: Any = llama_cpp
+        self.vocab_size = model.vocab_size
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "model.gguf"
+            write_gguf(model, path, dtype)
+            self.api.llama_log_set(_discard_log, ctypes.c_void_p(0))
+            self.api.llama_backend_init()
+            model_params = self.api.llama_model_default_params()
+            model_params.use_mmap = False  # the file is deleted below
+            self.model = self.api.llama_model_load_from_file(str(path).encode(), model_params)
+        params = self.api.llama_context_default_params()
+        params.n_ctx = model.context_length * max_num_seqs
+        params.n_seq_max = max_num_seqs
+        params.n_batch = params.n_ubatch = 512
+        params.n_threads = params.n_threads_batch = threads
+        self.context = self.api.llama_init_from_model(self.model, params)
+        self.batch = self.api.llama_batch_init(512, 0, 1)
+
+    def generate(self, prompts: Prompts, max_tokens: int) -> list[list[int]]:
+        """Return the greedy output of each prompt."""
+        self.api.llama_memory_clear(self.api.llama_get_memory(self.context), True)
+        outputs: list[list[int]] = []
+        for sequence, prompt in enumerate(prompts):
+            self._decode([(token, position, sequence) for position, token in enumerate(prompt)])
+            outputs.append([self._argmax(len(prompt) - 1)])
+        for position in range(len(prompts[0]), len(prompts[0]) + max_tokens - 1):
+            self._decode([(tokens[-1], position, i) for i, tokens in enumerate(outputs)])
+            for i, tokens in enumerate(outputs):
+                tokens.append(self._argmax(i))
+        return outputs
+
+    def _decode(self, entries: Sequence[tuple[int, int, int]]) -> None:
+        """Run one batch of (token, position, sequence); compute the logits of each sequence's last entry."""
+        batch = self.batch
+        batch.n_tokens = len(entries)
+        one_sequence = len({sequence for _, _, sequence in entries}) < len(entries)
+        for i, (token, position, sequence) in enumerate(entries):
+            batch.token[i], batch.pos[i] = token, position
+            batch.n_seq_id[i], batch.seq_id[i][0] = 1, sequence
+            batch.logits[i] = not one_sequence or i == len(entries) - 1
+        if self.api.llama_decode(self.context, batch):
+            raise ValueError("llama.cpp could not decode")
+
+    def _argmax(self, entry: int) -> int:
+        logits = self.api.llama_get_logits_ith(self.context, entry)
+        return int(np.ctypeslib.as_array(logits, (self.vocab_size,)).argmax())
+
+
+_discard_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(
+    lambda level, text, data: None  # noqa: ARG005
+)
+
+
+# Weights.
+
+
+def openai_state_dict(model: GPT2) -> dict[str, Tensor]:
+    """Return the weights by OpenAI's names, matrices as `nn.Linear` has them; absent biases are zeros."""
+    weights = model.state_dict()
+    for name, tensor in model.state_dict().items():
+        weights.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
+    state = {"wte": weights["embedding.weight"], "wpe": weights["position.weight"]}
+    names = {
+        "attention_norm": "ln_1",
+        "attention.output": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    }
+    for kind in ("weight", "bias"):
+        state[f"ln_f.{kind}"] = weights[f"norm.{kind}"]
+        for layer in range(model.depth):
+            block = f"blocks.{layer}"
+            for name, openai_name in names.items():
+                state[f"h.{layer}.{openai_name}.{kind}"] = weights[f"{block}.{name}.{kind}"]
+            qkv = [
+                weights[f"{block}.attention.{name}.{kind}"] for name in ("query", "key", "value")
+            ]
+            state[f"h.{layer}.attn.c_attn.{kind}"] = torch.cat(qkv)
+    return state
+
+
+def to_transformers(model: GPT2, **config_args: Any) -> Any:  # noqa: ANN401 (a GPT2LMHeadModel)
+    """Return the same model as a `GPT2LMHeadModel`."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=model.vocab_size,
+        n_positions=model.context_length,
+        n_embd=model.width,
+        n_layer=model.depth,
+        n_head=model.heads,
+        bos_token_id=None,
+        eos_token_id=None,
+        **config_args,
+    )
+    hf_model: Any = GPT2LMHeadModel(config)
+    hf_model.to(model.embedding.weight.dtype)
+    # Its matrices multiply from the right (Conv1D).
+    state = {
+        f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (
+            tensor.T if tensor.ndim == 2 and name.startswith("h.") else tensor
+        )
+        for name, tensor in openai_state_dict(model).items()
+    }
+    hf_model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+    return hf_model.train(model.training)
+
+
+def write_gguf(model: GPT2, path: Path, dtype: str) -> None:
+    """Write a GPT-2 for llama.cpp; vectors and position embeddings stay in float32."""
+    import gguf
+
+    state = openai_state_dict(model)
+    writer = gguf.GGUFWriter(path, "gpt2")
+    writer.add_context_length(model.context_length)
+    writer.add_embedding_length(model.width)
+    writer.add_feed_forward_length(len(state["h.0.mlp.c_fc.weight"]))
+    writer.add_block_count(model.depth)
+    writer.add_head_count(model.heads)
+    writer.add_layer_norm_eps(1e-5)
+    writer.add_tokenizer_model("no_vocab")
+    writer.add_vocab_size(model.vocab_size)
+    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
+    names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
+    for name, tensor in state.items():
+        if name in ("wte", "wpe"):
+            gguf_name = {"wte": "token_embd.weight", "wpe": "position_embd.weight"}[name]
+        elif name.startswith("ln_f"):
+            gguf_name = name.replace("ln_f", "output_norm")
+        else:
+            _, layer, rest = name.split(".", 2)
+            module, _, kind = rest.rpartition(".")
+            gguf_name = f"blk.{layer}.{names[module]}.{kind}"
+        values = tensor.detach().numpy().astype(np.float32)
+        is_matrix = values.ndim == 2 and name != "wpe"
+        gguf_dtype = gguf.GGMLQuantizationType[dtype if is_matrix else "F32"]
+        writer.add_tensor(gguf_name, gguf.quants.quantize(values, gguf_dtype), raw_dtype=gguf_dtype)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
