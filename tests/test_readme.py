@@ -152,12 +152,9 @@ def test_every_command_runs(clone):
 def test_the_readme_is_short_and_its_tree_is_there():
     assert len(README.splitlines()) <= 150
     tree = next(block for block in blocks("") if block.startswith("gpt/"))
-    package = ""
+    folder = ROOT
     for line in tree.splitlines():
-        indented = line.startswith(" ")
-        for name in re.findall(r"[\w.]+(?:/|\.py)", line):
-            place = ROOT / package / name if indented else ROOT / name
-            assert place.exists() or not indented, f"{place} is not there"
-        if not indented:
-            package = line.split("/")[0]
-            assert (ROOT / package).is_dir()
+        names = re.match(r" *([\w.]+/?(?:  [\w.]+\.py)*)", line)[1].split()
+        folder = folder if line.startswith(" ") else ROOT
+        assert all((folder / name).exists() for name in names), line
+        folder = folder if line.startswith(" ") else ROOT / names[0]
