@@ -31,8 +31,8 @@ class Workload(NamedTuple):
 
 
 WORKLOADS = {
-    "single": Workload(1, 16, 128),
-    "batch": Workload(8, 16, 64),
+    "one sequence": Workload(1, 16, 128),
+    "eight sequences": Workload(8, 16, 64),
     "prefill": Workload(1, 256, 1),
 }
 PAIRS = (("tinygpt float32", "transformers"), ("tinygpt int8", "llama.cpp q8_0"))
@@ -70,7 +70,7 @@ def backend_worker(connection: Connection, name: str, size: ModelSize, threads: 
         workload: backend.generate(prompts[workload], WORKLOADS[workload].output_length)
         for workload in WORKLOADS
     }
-    connection.send(warmup["single"][0][:8])
+    connection.send(warmup["one sequence"][0][:8])
     while workload := connection.recv():
         batch_size, prompt_length, output_length = WORKLOADS[workload]
         tokens, seconds = 0, 0.0
@@ -135,16 +135,15 @@ def backends_table(results: Sequence[Result]) -> str:
             ]
             cells = [report.format_median(values, "{:.2f}".format) for values in ratios]
             speedup_rows.append([f"{size}, {workload}", *cells])
-    lines = ["### Comparison of backends", ""]
+    lines = ["### Compared with other engines", ""]
     lines += report.markdown_table(["tokens/s", *backends], speed_rows)
     if pairs:
         header = ["speedup", *(f"{ours} / {theirs}" for ours, theirs in pairs)]
         lines += ["", *report.markdown_table(header, speedup_rows)]
-    single, batch, prefill = (WORKLOADS[name] for name in ("single", "batch", "prefill"))
+    one, eight, prefill = WORKLOADS.values()
     note = (
-        f"single: one sequence of {single.output_length} tokens; batch: {batch.batch_size} of "
-        f"{batch.output_length}; prefill: a prompt of {prefill.prompt_length} tokens and one output "
-        f"token. Each backend with the number of threads that is fastest for it. Medians of "
-        f"{len(results[0]['single'])} rounds in turns; speedups are ratios within a round."
+        f"One sequence of {one.output_length} tokens, eight of {eight.output_length}, a prompt of "
+        f"{prefill.prompt_length} tokens plus one. Each engine with its fastest number of threads; "
+        f"medians of {len(results[0]['prefill'])} interleaved rounds, ratios within a round."
     )
     return "\n".join([*lines, "", note]) + "\n"

@@ -194,14 +194,18 @@ def measure(
 def growth_tables(result: Result) -> str:
     """Format the sizes side by side, and tokenization below, as Markdown."""
     metrics: dict[str, tuple[str, str, Callable[[float], str]]] = {
-        "preparing: anonymous memory, peak": ("prepare", "anonymous_bytes", format_mebibytes),
-        "preparing: file pages, peak": ("prepare", "file_bytes", format_mebibytes),
-        "preparing: seconds": ("prepare", "seconds", "{:.1f}".format),
+        "preparation: anonymous memory, peak": ("prepare", "anonymous_bytes", format_mebibytes),
+        "preparation: file pages, peak": ("prepare", "file_bytes", format_mebibytes),
+        "preparation: seconds": ("prepare", "seconds", "{:.1f}".format),
         "tokens": ("prepare", "tokens", "{:,}".format),
         "training: anonymous memory, peak": ("train", "anonymous_bytes", format_mebibytes),
         "training: file pages, peak": ("train", "file_bytes", format_mebibytes),
-        "training: time per token, first 10% of steps": ("train", "first", format_microseconds),
-        "training: time per token, last 10%": ("train", "last", format_microseconds),
+        "training: time per token, first tenth of the steps": (
+            "train",
+            "first",
+            format_microseconds,
+        ),
+        "training: time per token, last tenth": ("train", "last", format_microseconds),
     }
     sizes, config = result["sizes"], result["config"]
     rows = []
@@ -217,7 +221,7 @@ def growth_tables(result: Result) -> str:
         [f"{run['cores']} core{'s' * (run['cores'] > 1)}", f"{x:.2f}", f"{x / speeds[0]:.2f}"]
         for run, x in zip(result["tokenization"], speeds, strict=True)
     ]
-    lines += ["", *report.markdown_table(["tokenization", "MB/s", "speedup"], rows)]
+    lines += ["", *report.markdown_table(["tokenization", "MB/s", "ratio"], rows)]
     note = (
         f"Memory is sampled every {1000 * SAMPLING_INTERVAL:.0f} ms: anonymous memory is RssAnon, "
         f"file pages are RssFile. {config['steps']} steps of {config['batch_size']} sequences of "

@@ -233,7 +233,7 @@ def load_table(result: Result, bandwidth: float) -> str:
         f"is {bandwidth / 1e9:.1f} GB/s, measured with a sum; utilization counts reading all weights "
         "once per engine step."
     )
-    title = f"### {result['size']}: closed and open loop"
+    title = f"### {result['size']}: concurrent clients"
     return "\n".join([title, "", *report.markdown_table(header, rows), "", note]) + "\n"
 
 
@@ -286,8 +286,8 @@ def measure_overload(size_name: str, size: ModelSize, dtype: DType, rounds: int)
 def overload_table(result: Result) -> str:
     """Format the rounds as Markdown."""
     title = (
-        f"### {result['size']}: {OVERLOAD_CLIENTS} clients at once, "
-        f"room for {MAX_NUM_SEQS + MAX_QUEUE}"
+        f"### {result['size']}: overload, {OVERLOAD_CLIENTS} clients at once, "
+        f"capacity {MAX_NUM_SEQS + MAX_QUEUE}"
     )
     header = ["completed", "rejected", "failed", "rejection p50, p99", "tokens/s"]
     rows = []

@@ -42,7 +42,7 @@ class TransformersGPT2(LanguageModel):
         return self.model.lm_head(features_BTD)
 
 
-ABLATIONS = ("rotary embeddings", "QK norm", "zero init")
+ABLATIONS = ("rotary positions", "QK-norm", "zero initialization")
 
 
 class AblatedGPT(GPT):
@@ -63,14 +63,14 @@ class AblatedGPT(GPT):
             vocab_size, context_length, width=width, depth=depth, heads=heads, ngrams=ngrams
         )
         blocks = [cast(Block, block) for block in self.blocks]
-        if without == "rotary embeddings":
+        if without == "rotary positions":
             self.cos_SK.fill_(1.0)
             self.sin_SK.zero_()
         for block in blocks:
             attention = cast(RotarySelfAttention, block.attention)
-            if without == "QK norm":
+            if without == "QK-norm":
                 attention.query_norm = attention.key_norm = nn.Identity()  # type: ignore[assignment]
-            if without == "zero init":
+            if without == "zero initialization":
                 for matrix in (attention.output, block.mlp.down):
                     nn.init.normal_(matrix.weight, std=(2 * depth * matrix.in_features) ** -0.5)
 

@@ -212,10 +212,10 @@ def comparison_table(comparison: Result) -> str:
     rounds, baseline = comparison["rounds"], comparison["baseline"]
     target = comparison["target_loss"]
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        f"seconds to loss {target}": ("seconds_to_target", "{:.1f}".format),
+        f"seconds to {target}": ("seconds_to_target", "{:.1f}".format),
         f"speedup over {baseline}": ("speedup", "{:.2f}".format),
-        "loss at 20% of the steps": ("early_loss", "{:.4f}".format),
-        f"best loss within {baseline}'s time": ("best_loss_in_time", "{:.4f}".format),
+        "loss after a fifth": ("early_loss", "{:.4f}".format),
+        f"best loss in {baseline}'s time": ("best_loss_in_time", "{:.4f}".format),
         "best loss": ("best_loss", "{:.4f}".format),
         "final loss": ("final_loss", "{:.4f}".format),
         "tokens/s": ("tokens_per_second", "{:,.0f}".format),

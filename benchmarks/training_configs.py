@@ -66,18 +66,18 @@ def ablation_study() -> Comparison:
     configs = {
         "shakespeare": base,
         "no n-grams": variant(ngrams=0),
-        "n-gram table of 4,096": variant(ngrams=4096),
+        "n-grams, 4,096 rows": variant(ngrams=4096),
         "AdamW instead of Muon": variant(adamw | dict.fromkeys(LEARNING_RATES, 0.002)),
         **{f"no {name}": variant({"model": "gpt-ablated"}, without=name) for name in ABLATIONS},
-        "tied embeddings": variant({"embedding_lr": 0.005}, tied=True),
-        "60% cooldown": variant({"cooldown_fraction": 0.6}),
+        "tied unembedding": variant({"embedding_lr": 0.005}, tied=True),
+        "cooldown over 60%": variant({"cooldown_fraction": 0.6}),
         "cosine cooldown": variant({"cosine_decay": True}),
         "weight decay 0.1": variant({"weight_decay": 0.1}),
         "dropout 0.1": variant(dropout=0.1),
-        "context length 64": variant({"context_length": 64, "batch_size": 24}),
-        "context length 256": variant({"context_length": 256, "batch_size": 6}),
-        "batch size 24": scale_learning_rates(variant({"batch_size": 24}), base),
-        "2 layers of width 192": variant(depth=2, width=192, heads=6),
+        "context of 64": variant({"context_length": 64, "batch_size": 24}),
+        "context of 256": variant({"context_length": 256, "batch_size": 6}),
+        "batches of 24": scale_learning_rates(variant({"batch_size": 24}), base),
+        "2 layers of 192": variant(depth=2, width=192, heads=6),
     }
     configs = on_device("cpu", configs)
     return Comparison("CPU: ablations", configs, "shakespeare", 1.886, segments=20)

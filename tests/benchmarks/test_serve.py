@@ -90,9 +90,9 @@ def test_whole_benchmark_writes_its_tables(tmp_path, monkeypatch, capsys):
         torch.set_num_threads(threads)
     printed, result = capsys.readouterr().out, json.loads(output.read_text())
     for title in (
-        "Comparison of backends",
-        "tiny: closed and open loop",
-        "tiny: 60 clients at once, room for 20",
+        "Compared with other engines",
+        "tiny: concurrent clients",
+        "tiny: overload, 60 clients at once, capacity 20",
         "Decode latency by context length",
     ):
         assert title in printed
