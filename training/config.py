@@ -228,9 +228,10 @@ def model_options(config: TrainingConfig) -> type:
 
 
 def _argument_docs(model: type) -> dict[str, str]:
-    """Parse the Args section of a class's docstring: the text of each argument by name."""
-    _, _, section = (inspect.getdoc(model) or "").partition("Args:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", section, re.MULTILINE)
+    """Parse the Args sections of a class and its bases: the text of each argument by name."""
+    docs = [inspect.cleandoc(base.__doc__ or "") for base in reversed(model.__mro__)]
+    sections = "\n".join(doc.partition("Args:\n")[2] for doc in docs)
+    entries = re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", sections, re.MULTILINE)
     return {name: " ".join(text.split()) for name, text in entries}
 
 

@@ -50,14 +50,6 @@ def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tenso
     return angles_SK.cos().float(), angles_SK.sin().float()
 
 
-def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
-    """Rotate each pair (x_i, x_{i + K/2}) of a head by its position's angle.
-
-    (x_i cos - x_{i + K/2} sin,  x_{i + K/2} cos + x_i sin)
-    """
-    return rotate_pairs(x_BHTK, cos_BTK, sin_BTK)
-
-
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
 
@@ -85,25 +77,17 @@ def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = 
             f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
             f"{depth}, {heads} and {hidden}"
         )
-    if rotary and width % (2 * heads):
-        raise ValueError(
-            f"width must be a multiple of 2 * heads for rotary positions, not {width} with "
-            f"{heads} heads"
-        )
-    if width % heads:
-        raise ValueError(f"width must be a multiple of heads, not {width} with {heads} heads")
+    if width % (2 * heads if rotary else heads):
+        divisor = "2 * heads for rotary positions" if rotary else "heads"
+        raise ValueError(f"width must be a multiple of {divisor}, not {width} with {heads} heads")
 
 
 class Positions:
     """Positions and mask of one forward pass, computed once and shared by all layers.
 
-    Without a state, the tokens are at positions 0..T-1. With a state, each row continues from its
-    position and attends to all positions that the state has room for, less those masked.
-
-    Args:
-        tokens_BT: The new tokens.
-        state: A state made by `init_cache`.
-        rotary: The tables cos_SK and sin_SK, for rotary attention.
+    Without a state, the tokens are at positions 0..T-1. With a state made by `init_cache`, each
+    sequence continues from its position and attends to all positions that the state has room for,
+    less those masked. `rotary` are the tables cos_SK and sin_SK, for rotary attention.
     """
 
     def __init__(
@@ -111,11 +95,11 @@ class Positions:
     ) -> None:
         length, device = tokens_BT.shape[1], tokens_BT.device
         self.mask_B1TS: Tensor | None = None
-        self.positions_BT = torch.arange(length, device=device)  # the same for all rows
+        self.positions_BT = torch.arange(length, device=device)  # the same for all sequences
         if state is not None:
             position_B1 = state["position"].unsqueeze(1)
             self.positions_BT = position_B1 + self.positions_BT
-            self.rows_B1 = torch.arange(position_B1.shape[0], device=device).unsqueeze(1)
+            self.batch_B1 = torch.arange(position_B1.shape[0], device=device).unsqueeze(1)
             keys_S = torch.arange(state["keys"].shape[-2], device=device)
             self.mask_B1TS = (keys_S <= self.positions_BT.unsqueeze(-1)).unsqueeze(1)
         if rotary is not None:
@@ -123,26 +107,16 @@ class Positions:
 
 
 def init_cache(
-    weight: Tensor,
-    rows: int,
-    depth: int,
-    heads: int,
-    length: int,
-    dtype: torch.dtype | None = None,
+    weight: Tensor, batch_size: int, depth: int, heads: int, length: int, dtype: torch.dtype | None
 ) -> State:
-    """Return an empty KV cache: position_B, keys_BLHSK and values_BLHSK.
+    """Return an empty KV cache of `length` positions: position_B, keys_BLHSK and values_BLHSK.
 
-    Args:
-        weight: A weight whose last axis is the residual stream; the cache is on its device.
-        rows: Number of sequences, B.
-        depth: Number of layers, L.
-        heads: Number of heads, H.
-        length: Number of positions, S.
-        dtype: Type of keys and values; None means that of `weight`.
+    The last axis of `weight` is the residual stream; the cache is on its device, and has its dtype
+    if `dtype` is None.
     """
-    shape = (rows, depth, heads, length, weight.shape[-1] // heads)
+    shape = (batch_size, depth, heads, length, weight.shape[-1] // heads)
     return {
-        "position": torch.zeros(rows, dtype=torch.long, device=weight.device),
+        "position": torch.zeros(batch_size, dtype=torch.long, device=weight.device),
         "keys": weight.new_zeros(shape, dtype=dtype),
         "values": weight.new_zeros(shape, dtype=dtype),
     }
@@ -165,8 +139,8 @@ class KVCache:
         """Write new keys and values at their positions; return all keys_BHSK and values_BHSK."""
         # The whole state is indexed at once, by tensors: a compiler then writes in place, where it
         # would copy a view before writing to it.
-        layer_11 = positions.rows_B1.new_full((1, 1), self.layer)
-        index = (positions.rows_B1, layer_11, slice(None), positions.positions_BT)
+        layer_11 = positions.batch_B1.new_full((1, 1), self.layer)
+        index = (positions.batch_B1, layer_11, slice(None), positions.positions_BT)
         self.keys_BLHSK[index] = keys_BHTK.transpose(1, 2).to(self.keys_BLHSK.dtype)
         self.values_BLHSK[index] = values_BHTK.transpose(1, 2).to(self.values_BLHSK.dtype)
         return self.keys_BLHSK[:, self.layer], self.values_BLHSK[:, self.layer]
@@ -175,11 +149,8 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """The query, key, value and output matrices of attention, each shared by all heads.
 
-    Args:
-        width: Width of the residual stream, D.
-        heads: Number of heads, H; each has width D / H.
-        bias: Whether the four matrices have a bias.
-        dropout: Fraction of attention weights dropped in training.
+    Each of the H heads has width K = D / H; `dropout` is the fraction of attention weights that
+    training drops.
     """
 
     def __init__(self, width: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
@@ -195,21 +166,19 @@ class MultiHeadAttention(nn.Module):
         return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
 
     def attend(
-        self,
-        queries_BHTK: Tensor,
-        keys_BHSK: Tensor,
-        values_BHSK: Tensor,
-        mask_B1TS: Tensor | None,
-        causal: bool = False,
+        self, queries_BHTK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, mask_B1TS: Tensor | None
     ) -> Tensor:
-        """Return x_BTD: averages of values by `attention_weights`, through the output matrix."""
+        """Return x_BTD: averages of values by `attention_weights`, through the output matrix.
+
+        Without a mask, each token attends to itself and those before it.
+        """
         averages_BHTK = F.scaled_dot_product_attention(
             queries_BHTK,
             keys_BHSK.type_as(queries_BHTK),
             values_BHSK.type_as(queries_BHTK),
             attn_mask=mask_B1TS,
             dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
+            is_causal=mask_B1TS is None,
         )
         return self.output(averages_BHTK.transpose(1, 2).flatten(2))
 
@@ -223,9 +192,7 @@ class CausalSelfAttention(MultiHeadAttention):
         values_BHSK = self.split_heads(self.value(x_BTD))
         if cache is not None:
             keys_BHSK, values_BHSK = cache.extend(keys_BHSK, values_BHSK, positions)
-        return self.attend(
-            queries_BHTK, keys_BHSK, values_BHSK, positions.mask_B1TS, causal=cache is None
-        )
+        return self.attend(queries_BHTK, keys_BHSK, values_BHSK, positions.mask_B1TS)
 
     def attention_weights(self, x_BTD: Tensor, positions: Positions) -> Tensor:
         """Return weights_BHTS, S = T, with which `forward` without a cache averages the values."""
@@ -248,8 +215,6 @@ class RotarySelfAttention(CausalSelfAttention):
     def queries_and_keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return queries_BHTK and keys_BHTK."""
         queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, positions)
-        cos_BTK, sin_BTK = positions.cos_BTK, positions.sin_BTK
-        return (
-            rotate(self.query_norm(queries_BHTK), cos_BTK, sin_BTK),
-            rotate(self.key_norm(keys_BHTK), cos_BTK, sin_BTK),
-        )
+        angles = positions.cos_BTK, positions.sin_BTK
+        queries_BHTK = rotate_pairs(self.query_norm(queries_BHTK), *angles)
+        return queries_BHTK, rotate_pairs(self.key_norm(keys_BHTK), *angles)

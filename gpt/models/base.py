@@ -226,9 +226,8 @@ class LanguageModel(Model):
 
         def nll(features_ND: Tensor, targets_N: Tensor) -> Tensor:
             logits_NV = self.logits(features_ND)
-            if logits_NV.dtype in (torch.bfloat16, torch.float16):
-                logits_NV = logits_NV.float()
-            return F.cross_entropy(logits_NV, targets_N, reduction=reduction)
+            dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+            return F.cross_entropy(logits_NV.to(dtype), targets_N, reduction=reduction)
 
         features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
         size = self._loss_chunk_size

@@ -16,8 +16,8 @@ class EncoderDecoder(LanguageModel):
     """A language model that encodes a source and decodes a target.
 
     A subclass implements `init_state`, `encode`, `decode`, `pair_activation_maps` and an
-    unembedding. Of the tensors in a state, those that `encode` returns have room for a source of
-    `context_length` tokens and are zero after its end.
+    unembedding. Source and target share a vocabulary. Of the tensors in a state, those that
+    `encode` returns have room for a source of `context_length` tokens and are zero after its end.
 
     `features` without a state, or from that of `init_state`, decodes after an empty source.
     """

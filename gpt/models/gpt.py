@@ -18,6 +18,7 @@ n-grams, the Qwen3 architecture (2025) can express it weight for weight.
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import cast
 
 import torch
@@ -58,15 +59,14 @@ class Block(nn.Module):
 
     def __init__(
         self,
-        attention_norm: nn.Module,
+        norm: Callable[[], nn.Module],
         attention: CausalSelfAttention,
-        mlp_norm: nn.Module,
         mlp: SwiGLU | FeedForward,
         dropout: float,
     ) -> None:
         super().__init__()
-        self.attention_norm, self.attention = attention_norm, attention
-        self.mlp_norm, self.mlp = mlp_norm, mlp
+        self.attention_norm, self.attention = norm(), attention
+        self.mlp_norm, self.mlp = norm(), mlp
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BTD: Tensor, positions: Positions, cache: KVCache | None) -> Tensor:
@@ -85,7 +85,7 @@ class DecoderOnly(LanguageModel):
         depth: Number of blocks, L.
         heads: Attention heads of each block, H.
         block: Creates a block.
-        norm: The norm before the unembedding.
+        norm: Creates a norm, here the one before the unembedding.
         tied: Whether the embedding is also the unembedding.
         dropout: Fraction of the embedding that training drops.
     """
@@ -96,12 +96,11 @@ class DecoderOnly(LanguageModel):
         self,
         vocab_size: int,
         context_length: int,
-        *,
         width: int,
         depth: int,
         heads: int,
         block: Callable[[], Block],
-        norm: nn.Module,
+        norm: Callable[[], nn.Module],
         tied: bool,
         dropout: float,
     ) -> None:
@@ -110,7 +109,7 @@ class DecoderOnly(LanguageModel):
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.blocks = nn.ModuleList(block() for _ in range(depth))
-        self.norm = norm
+        self.norm = norm()
         self.unembedding = nn.Linear(width, vocab_size, bias=False)
         if tied:
             self.unembedding.weight = self.embedding.weight
@@ -210,9 +209,8 @@ def concatenate_pairs(source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor) -
     source_length, target_length = source_BS.shape[1], tokens_BT.shape[1]
     positions_N = torch.arange(source_length + target_length, device=source_BS.device)
     target_positions_BN = (positions_N - lengths_B.unsqueeze(1)).clamp(max=target_length - 1)
-    indices_BN = torch.where(
-        target_positions_BN < 0, positions_N, source_length + target_positions_BN
-    )
+    indices_BN = source_length + target_positions_BN
+    indices_BN = torch.where(target_positions_BN < 0, positions_N, indices_BN)
     return torch.cat([source_BS, tokens_BT], dim=1).gather(1, indices_BN)
 
 
@@ -220,11 +218,6 @@ class GPT2(DecoderOnly):
     """GPT-2. The embedding is also the unembedding.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Maximum number of tokens of a sequence, S.
-        width: Width of the residual stream, D.
-        depth: Number of blocks, L.
-        heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
         dropout: Fraction of embeddings, attention weights and branch outputs dropped; OpenAI: 0.1.
         bias: Whether norms and linear layers have biases; OpenAI's do. Without is a little faster.
@@ -250,31 +243,18 @@ class GPT2(DecoderOnly):
         check_sizes(width, depth, heads, hidden)
         hidden = hidden or 4 * width
 
+        norm = partial(nn.LayerNorm, width, bias=bias)
+
         def block() -> Block:
-            return Block(
-                nn.LayerNorm(width, bias=bias),
-                CausalSelfAttention(width, heads, bias=bias, dropout=dropout),
-                nn.LayerNorm(width, bias=bias),
-                FeedForward(width, hidden, nn.GELU("tanh"), bias=bias),
-                dropout,
-            )
+            attention = CausalSelfAttention(width, heads, bias=bias, dropout=dropout)
+            mlp = FeedForward(width, hidden, nn.GELU("tanh"), bias=bias)
+            return Block(norm, attention, mlp, dropout)
 
         super().__init__(
-            vocab_size,
-            context_length,
-            width=width,
-            depth=depth,
-            heads=heads,
-            block=block,
-            norm=nn.LayerNorm(width, bias=bias),
-            tied=True,
-            dropout=dropout,
+            vocab_size, context_length, width, depth, heads, block, norm, tied=True, dropout=dropout
         )
         self.position = nn.Embedding(context_length, width)
-        self._init_weights()
-
-    def _init_weights(self) -> None:
-        """Initialize as OpenAI does: smaller for the 2 L projections into the residual stream."""
+        # As OpenAI does: smaller for the 2 L projections into the residual stream.
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -282,7 +262,7 @@ class GPT2(DecoderOnly):
                 nn.init.zeros_(module.bias)
         for block in cast(Iterable[Block], self.blocks):
             for projection in (block.attention.output, block.mlp.down):
-                nn.init.normal_(projection.weight, std=0.02 / (2 * self.depth) ** 0.5)
+                nn.init.normal_(projection.weight, std=0.02 / (2 * depth) ** 0.5)
 
     def embed(self, tokens_BT: Tensor, positions: Positions, state: State | None) -> Tensor:  # noqa: ARG002
         """Return x_BTD: token embedding plus position embedding."""
@@ -293,13 +273,8 @@ class NGrams(nn.Module):
     """Embeddings of the last two and of the last three tokens (Pagnoni et al. 2024).
 
     Nearby tokens predict most of the next one, above all of the next character; a lookup costs
-    almost nothing. N-grams are numbered and hashed into the table modulo its size. Positions before
-    the first count as token 0.
-
-    Args:
-        vocab_size: Number of token ids, V.
-        table_size: Rows of each of the two tables, at most.
-        width: Width of an embedding, D.
+    almost nothing. N-grams are numbered and hashed modulo `table_size`, the most rows of each of
+    the two tables. Positions before the first count as token 0.
     """
 
     def __init__(self, vocab_size: int, table_size: int, width: int) -> None:
@@ -319,22 +294,15 @@ class NGrams(nn.Module):
 
         bigrams_BT = previous(1) * self.vocab_size + previous(0)
         trigrams_BT = previous(2) * self.vocab_size**2 + bigrams_BT
-        return self.bigrams(bigrams_BT % len(self.bigrams.weight)) + self.trigrams(
-            trigrams_BT % len(self.trigrams.weight)
-        )
+        bigrams_BTD = self.bigrams(bigrams_BT % self.bigrams.num_embeddings)
+        return bigrams_BTD + self.trigrams(trigrams_BT % self.trigrams.num_embeddings)
 
 
 class GPT(DecoderOnly):
     """A modern decoder-only transformer.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Maximum number of tokens of a sequence, S.
-        width: Width of the residual stream, D.
-        depth: Number of blocks, L.
-        heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 8/3 of the width, rounded to 64.
-        tied: Whether the embedding is also the unembedding.
         dropout: Fraction of the embedding and of branch outputs that training drops.
         rotary_base: Base of the rotary angles; a larger one suits longer contexts.
         ngrams: Rows of the n-gram tables; 0 for none. Speeds up small vocabularies; not in Qwen3.
@@ -364,25 +332,13 @@ class GPT(DecoderOnly):
             raise ValueError(f"ngrams must be at least 0, not {ngrams}")
         hidden = hidden or max(64, round(width * 8 / 3 / 64) * 64)
 
+        norm = partial(RMSNorm, width)
+
         def block() -> Block:
-            return Block(
-                RMSNorm(width),
-                RotarySelfAttention(width, heads),
-                RMSNorm(width),
-                SwiGLU(width, hidden),
-                dropout,
-            )
+            return Block(norm, RotarySelfAttention(width, heads), SwiGLU(width, hidden), dropout)
 
         super().__init__(
-            vocab_size,
-            context_length,
-            width=width,
-            depth=depth,
-            heads=heads,
-            block=block,
-            norm=RMSNorm(width),
-            tied=tied,
-            dropout=dropout,
+            vocab_size, context_length, width, depth, heads, block, norm, tied=tied, dropout=dropout
         )
         self.ngrams = NGrams(vocab_size, ngrams, width) if ngrams else None
         cos_SK, sin_SK = rotary_table(context_length, width // heads, rotary_base)
@@ -390,10 +346,7 @@ class GPT(DecoderOnly):
         self.sin_SK: Tensor
         self.register_buffer("cos_SK", cos_SK, persistent=False)
         self.register_buffer("sin_SK", sin_SK, persistent=False)
-        self._init_weights(tied)
-
-    def _init_weights(self, tied: bool) -> None:
-        """Initialize matrices to preserve the scale of their inputs, and all branches to zero."""
+        # Matrices preserve the scale of their inputs; all branches are zero at first.
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=module.in_features**-0.5)
@@ -419,7 +372,7 @@ class GPT(DecoderOnly):
             sequence_BS = tokens_BT
             if state is not None:
                 sequence_BS = state["tokens"]
-                sequence_BS[positions.rows_B1, positions.positions_BT] = tokens_BT
+                sequence_BS[positions.batch_B1, positions.positions_BT] = tokens_BT
             x_BTD = x_BTD + self.ngrams(sequence_BS, positions)
         return x_BTD
 
@@ -432,5 +385,5 @@ class GPT(DecoderOnly):
 
     def prefix_view(self, state: State, length: int) -> State:
         """Return a view of the first `length` positions."""
-        prefix = super().prefix_view(state, length)
-        return prefix | {"tokens": state["tokens"][:, :length]} if self.ngrams else prefix
+        tokens = {"tokens": state["tokens"][:, :length]} if self.ngrams else {}
+        return super().prefix_view(state, length) | tokens

@@ -24,16 +24,6 @@ from torch import Tensor, nn
 from gpt.models.base import ActivationMap, LanguageModel, Model, State
 
 
-def squared_error(prediction_B: Tensor, y_B: Tensor) -> Tensor:
-    """Return the mean of (prediction - y)^2; ValueError if the shapes differ."""
-    if prediction_B.shape != y_B.shape:
-        raise ValueError(
-            f"expected y of shape {list(prediction_B.shape)}, one number per example, "
-            f"not {list(y_B.shape)}"
-        )
-    return ((prediction_B - y_B) ** 2).mean()
-
-
 def gradient_step(model: Model, rate: float, *batch: Tensor) -> Tensor:
     """Take one step of gradient descent with autograd. Works for every model; returns the loss."""
     loss = model.loss(*batch)  # 1 predict, 2 compute the loss
@@ -46,18 +36,30 @@ def gradient_step(model: Model, rate: float, *batch: Tensor) -> Tensor:
     return loss.detach()
 
 
-class Linear(Model):
-    """A line, or a plane with more than one input: y = w·x + b.
+class Regression(Model):
+    """The base class of models of a number: `forward` returns prediction_B from x_BD."""
 
-    Args:
-        inputs: Numbers per example, D.
-    """
+    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """Return the mean squared error of y_B given x_BD; ValueError if y_B has another shape."""
+        x_BD, y_B = batch
+        prediction_B = self(x_BD)
+        if prediction_B.shape != y_B.shape:
+            raise ValueError(
+                f"expected y of shape {list(prediction_B.shape)}, one number per example, "
+                f"not {list(y_B.shape)}"
+            )
+        return ((prediction_B - y_B) ** 2).mean()
+
+
+class Linear(Regression):
+    """A line, or a plane with more than one input: y = w·x + b."""
 
     chapter: ClassVar[int] = 1
     year: ClassVar[int] = 1805
     paper: ClassVar[str] = "Legendre, Nouvelles méthodes pour la détermination des orbites"
     idea: ClassVar[str] = "a line, fitted by gradient descent"
-    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -70,11 +72,6 @@ class Linear(Model):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return y_B."""
         return x_BD @ self.weight + self.bias
-
-    def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean squared error of y_B given x_BD."""
-        x_BD, y_B = batch
-        return squared_error(self(x_BD), y_B)
 
     @torch.no_grad()
     def gradient_step_by_hand(
@@ -94,7 +91,7 @@ class Linear(Model):
         return prediction_B, loss, weight_gradient_D, bias_gradient  # 5 nothing to reset
 
 
-class SigmaPi(Model):
+class SigmaPi(Regression):
     """A weighted sum of products, in which one input changes the slope of another.
 
         y = sum_i w_i prod_j x_j
@@ -103,7 +100,6 @@ class SigmaPi(Model):
     extrapolated, but it cannot switch from one law to another.
 
     Args:
-        inputs: Numbers per example, D.
         products: For each product, the indices of its inputs; an empty product is 1, the bias.
     """
 
@@ -111,7 +107,6 @@ class SigmaPi(Model):
     year: ClassVar[int] = 1986
     paper: ClassVar[str] = "Rumelhart, Hinton & McClelland, A General Framework for PDP"
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
-    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self, inputs: int = 2, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())
@@ -132,20 +127,12 @@ class SigmaPi(Model):
         products_BF = torch.stack([x_BD[:, indices].prod(-1) for indices in self.products], dim=-1)
         return products_BF @ self.weight
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean squared error of y_B given x_BD."""
-        x_BD, y_B = batch
-        return squared_error(self(x_BD), y_B)
-
 
 class Logistic(Model):
     """The probability of class 1: p = sigmoid(w·x + b), sigmoid(z) = 1 / (1 + e^-z).
 
     A label y has the likelihood p^y (1 - p)^(1 - y). The loss is its negative logarithm, whose
     gradient by w is (p - y) x: the error times the input.
-
-    Args:
-        inputs: Numbers per example, D.
     """
 
     chapter: ClassVar[int] = 3
@@ -191,7 +178,6 @@ class Softmax(Model):
     boundaries are straight.
 
     Args:
-        inputs: Numbers per example, D.
         classes: Number of classes, V.
         temperature: Divides the scores; a higher one gives more even probabilities.
     """
@@ -233,10 +219,6 @@ class BigramLM(LanguageModel):
     million at V = 4096: bigram counts (Markov 1913, Shannon 1948), learned. b holds the logits of
     each token without context, for rows too rare to be learned. The model shares nothing between
     similar tokens and ignores all tokens before the last.
-
-    Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
     """
 
     chapter: ClassVar[int] = 4
@@ -281,8 +263,6 @@ class WindowLM(LanguageModel):
     sequences have no maximum length, and every token costs the same.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
         window: Tokens of the window, W.
         width: Width of an embedding, D.
         hidden: Width of the features, F.
@@ -345,10 +325,6 @@ class SigmaPiLM(WindowLM):
     or change the effect of one or several others. Before the start of the sequence, factors are 1.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
-        window: Tokens of the window, W.
-        width: Width of an embedding, D.
         hidden: Number of products, F.
     """
 

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.models.base import ActivationMap, Model, State
-from gpt.models.linear import WindowLM, softmax, squared_error
+from gpt.models.base import ActivationMap, State
+from gpt.models.linear import Regression, WindowLM, softmax
 
 
 def step(x: Tensor) -> Tensor:
@@ -43,11 +43,9 @@ ACTIVATIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 
 
 class Layers(nn.Module):
-    """Fully connected layers: a' = f(W a + b), one after the other.
+    """Fully connected layers: a' = f(W a + b), one after the other; f is in ACTIVATIONS.
 
-    Args:
-        widths: Width of the input, then of each layer's output.
-        activation: The name of f in ACTIVATIONS.
+    `widths` are those of the input, then of each layer's output.
     """
 
     def __init__(self, widths: Sequence[int], activation: Activation) -> None:
@@ -68,11 +66,10 @@ class Layers(nn.Module):
         return a_BF
 
 
-class MLP(Model):
+class MLP(Regression):
     """A multilayer perceptron: hidden layers with a nonlinear activation, then a linear output.
 
     Args:
-        inputs: Numbers per example, D.
         hidden: Units of each hidden layer.
         activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
     """
@@ -83,7 +80,6 @@ class MLP(Model):
         "Rumelhart, Hinton & Williams, Learning Representations by Back-Propagating Errors"
     )
     idea: ClassVar[str] = "layers with nonlinear activations"
-    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self, inputs: int = 1, hidden: tuple[int, ...] = (8,), activation: Activation = "relu"
@@ -95,11 +91,6 @@ class MLP(Model):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return y_B."""
         return self.output(self.hidden(x_BD)).squeeze(-1)
-
-    def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean squared error of y_B given x_BD."""
-        x_BD, y_B = batch
-        return squared_error(self(x_BD), y_B)
 
 
 def backpropagate(
@@ -128,13 +119,8 @@ def backpropagate(
 class GatedExperts(nn.Module):
     """A mixture of experts: y = sum_i f(u)_i softmax(g(v))_i, f and g linear.
 
-    It is attention in its simplest form: a weighted average whose weights are computed.
-
-    Args:
-        u: Width of the experts' input.
-        v: Width of the gates' input.
-        experts: Number of experts, E.
-        outputs: Width of an expert's output, D.
+    It is attention in its simplest form: a weighted average whose weights are computed. `u` and `v`
+    are the widths of the inputs of experts and gates, `outputs` that of an expert's output, D.
     """
 
     def __init__(self, u: int, v: int, experts: int, outputs: int) -> None:
@@ -155,11 +141,10 @@ class GatedExperts(nn.Module):
         return (gates_BE.unsqueeze(-2) @ outputs_BED).squeeze(-2)
 
 
-class Experts(Model):
+class Experts(Regression):
     """Linear experts, averaged by softmax gates: y = sum_i f(u)_i softmax(g(v))_i.
 
     Args:
-        inputs: Numbers per example, D.
         experts: Number of experts, E.
         u: Indices of the inputs that the experts see, counted from 0; all by default.
         v: Indices of the inputs that the gates see; all by default.
@@ -169,7 +154,6 @@ class Experts(Model):
     year: ClassVar[int] = 1991
     paper: ClassVar[str] = "Jacobs, Jordan, Nowlan & Hinton, Adaptive Mixtures of Local Experts"
     idea: ClassVar[str] = "softmax gates choose among experts"
-    supported_tasks: ClassVar[tuple[str, ...]] = ("regression",)
 
     def __init__(
         self,
@@ -196,11 +180,6 @@ class Experts(Model):
         """Return gates_BE, the weight of each expert."""
         return self.mixture.gate_weights(x_BD[:, self.v])
 
-    def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean squared error of y_B given x_BD."""
-        x_BD, y_B = batch
-        return squared_error(self(x_BD), y_B)
-
 
 class MLPLM(WindowLM):
     """An MLP over the concatenated embeddings of a window.
@@ -209,10 +188,6 @@ class MLPLM(WindowLM):
         logits   = W features
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
-        window: Tokens of the window, W.
-        width: Width of an embedding, D.
         hidden: Width of a hidden layer, F.
         depth: Number of hidden layers.
         activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
@@ -229,7 +204,6 @@ class MLPLM(WindowLM):
         self,
         vocab_size: int,
         context_length: int,
-        *,
         window: int = 8,
         width: int = 128,
         hidden: int = 256,
@@ -264,13 +238,7 @@ class ExpertsLM(MLPLM):
     """An MLP over a window, whose last layer is gated experts, all with the same input.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
-        window: Tokens of the window, W.
-        width: Width of an embedding, D.
         hidden: Width of a hidden layer and of an expert's output, F.
-        depth: Number of hidden layers.
-        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
         experts: Number of experts, E.
     """
 
@@ -291,15 +259,7 @@ class ExpertsLM(MLPLM):
         activation: Activation = "tanh",
         experts: int = 8,
     ) -> None:
-        super().__init__(
-            vocab_size,
-            context_length,
-            window=window,
-            width=width,
-            hidden=hidden,
-            depth=depth,
-            activation=activation,
-        )
+        super().__init__(vocab_size, context_length, window, width, hidden, depth, activation)
         self.mixture = GatedExperts(hidden, hidden, experts, hidden)
 
     def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:

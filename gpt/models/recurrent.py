@@ -45,13 +45,9 @@ from gpt.models.base import ActivationMap, LanguageModel, State
 
 
 class Cell(nn.Module):
-    """The weights of one layer, and one step of it.
+    """The weights of one layer, and one step of it. `inputs` is the width of x.
 
     The matrices of all gates are stored as one: F is `num_gates` times D, in torch's order.
-
-    Args:
-        inputs: Width of x.
-        width: Width of the state, D.
     """
 
     num_gates: ClassVar[int]
@@ -134,8 +130,7 @@ class LSTMCell(Cell):
 
     def gates(self, input_BF: Tensor, hidden_BD: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return i_BD, f_BD, g_BD and o_BD."""
-        gates_BF = self.preactivation(input_BF, hidden_BD)
-        i_BD, f_BD, g_BD, o_BD = gates_BF.chunk(4, dim=-1)
+        i_BD, f_BD, g_BD, o_BD = self.preactivation(input_BF, hidden_BD).chunk(4, dim=-1)
         return i_BD.sigmoid(), f_BD.sigmoid(), g_BD.tanh(), o_BD.sigmoid()
 
     def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
@@ -189,8 +184,6 @@ class RecurrentLM(LanguageModel):
     (Zaremba et al. 2014), so that states are kept. They also introduced `init_range`.
 
     Args:
-        vocab_size: Number of token ids, V.
-        context_length: Tokens of a training sequence.
         width: Width of every state, D.
         depth: Number of layers, L.
         embedding_width: Width of an embedding; 0 means `width`.
@@ -262,14 +255,10 @@ class RecurrentLM(LanguageModel):
 
     def activation_maps(self, tokens_BT: Tensor) -> list[ActivationMap]:
         """Return every gate and state of the cell by its name, by layer, over time."""
-        state = self.init_state(len(tokens_BT), 0)
-        initial_states = [
-            tuple(state[name][:, layer] for name in self.cell.state_names)
-            for layer in range(len(self.cells))
-        ]
-        cells = cast(Iterable[Cell], self.cells)
-        layers = trace(zip(cells, initial_states, strict=True), self.embedding(tokens_BT.t()))
-        return trace_maps(tokens_BT, layers)
+        initial_BLD = self.init_state(len(tokens_BT), 0).values()
+        states = zip(*(state_BLD.unbind(1) for state_BLD in initial_BLD), strict=True)
+        stack = zip(cast(Iterable[Cell], self.cells), states, strict=True)
+        return trace_maps(tokens_BT, trace(stack, self.embedding(tokens_BT.t())))
 
 
 def trace(

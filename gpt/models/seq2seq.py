@@ -32,16 +32,10 @@ from gpt.models.encoder_decoder import EncoderDecoder
 from gpt.models.recurrent import Cell, GRUCell, trace, trace_maps
 
 
-def _check_sizes(width: int, depth: int) -> None:
-    if min(width, depth) < 1:
-        raise ValueError(f"width and depth must be at least 1, not {width} and {depth}")
-
-
 class Seq2Seq(EncoderDecoder):
     """A GRU encoder and a GRU decoder, whose initial state is the encoder's last.
 
     Args:
-        vocab_size: Number of token ids, V, of source and target alike.
         context_length: Tokens of a window: half of them are the source, half the target.
         width: Width of embeddings and states, D.
         depth: Layers of the encoder, and of the decoder, L.
@@ -65,7 +59,8 @@ class Seq2Seq(EncoderDecoder):
         reverse: bool = False,
     ) -> None:
         super().__init__(vocab_size, context_length)
-        _check_sizes(width, depth)
+        if min(width, depth) < 1:
+            raise ValueError(f"width and depth must be at least 1, not {width} and {depth}")
         self.width, self.depth = width, depth
         self.reverse = reverse  # as Sutskever et al. did
         self.embedding = nn.Embedding(vocab_size, width)
@@ -136,9 +131,8 @@ def at_last_token(x_SBD: Tensor, lengths_B: Tensor) -> Tensor:
 class AdditiveAttention(nn.Module):
     """Attention whose scores are computed by a small network: v · tanh(W1 h_dec + W2 h_enc).
 
-    Args:
-        width: Width of the decoder's state and of the space for comparison, D.
-        memory_width: Width of the encoder's states.
+    `width`, D, is that of the decoder's state and of the space for comparison, `memory_width` that
+    of the encoder's states.
     """
 
     def __init__(self, width: int, memory_width: int) -> None:
@@ -158,7 +152,6 @@ class Seq2SeqAttention(EncoderDecoder):
     """A bidirectional GRU encoder, and a GRU decoder that attends to all encoder states.
 
     Args:
-        vocab_size: Number of token ids, V, of source and target alike.
         context_length: Tokens of a window, half source, half target; also the longest source.
         width: Width of embeddings and states, D; an encoder state has twice that width.
         dropout: Fraction of embeddings and features that training drops.
@@ -173,7 +166,8 @@ class Seq2SeqAttention(EncoderDecoder):
         self, vocab_size: int, context_length: int, *, width: int = 192, dropout: float = 0.0
     ) -> None:
         super().__init__(vocab_size, context_length)
-        _check_sizes(width, 1)
+        if width < 1:
+            raise ValueError(f"width must be at least 1, not {width}")
         self.width = width
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
@@ -235,10 +229,8 @@ class Seq2SeqAttention(EncoderDecoder):
             context_BD = (weights_BS.unsqueeze(1) @ encoded["memory"]).squeeze(1)
             (hidden_BD,) = self.decoder.step(input_BF + self.context(context_BD), hidden_BD)
             steps.append((hidden_BD, context_BD, weights_BS))
-        hidden_BTD, context_BTD, weights_BTS = (
-            torch.stack(tensors, dim=1) for tensors in zip(*steps, strict=True)
-        )
-        return hidden_BTD, context_BTD, weights_BTS
+        hidden, context, weights = zip(*steps, strict=True)
+        return torch.stack(hidden, 1), torch.stack(context, 1), torch.stack(weights, 1)
 
     def logits(self, features_BTD: Tensor) -> Tensor:
         """Return logits_BTV."""

@@ -160,7 +160,6 @@ class Transformer(EncoderDecoder):
     """The encoder-decoder transformer.
 
     Args:
-        vocab_size: Number of token ids, V, of source and target alike.
         context_length: Maximum number of tokens of a source, and of a target.
         width: Width of the residual stream, D.
         depth: Number of blocks of the encoder, and of the decoder, L.
@@ -231,14 +230,9 @@ class Transformer(EncoderDecoder):
         mask_BS = source_mask(encoded["source_length"], keys_BLHSK.shape[-2])
         x_BTD = self.dropout(self.embedding(tokens_BT) + self.positions_SD[positions.positions_BT])
         for layer, block in enumerate(self.decoder):
-            x_BTD = block(
-                x_BTD,
-                positions,
-                None if state is None else KVCache(state, layer),
-                keys_BLHSK[:, layer],
-                values_BLHSK[:, layer],
-                mask_BS[:, None, None],
-            )
+            cache = None if state is None else KVCache(state, layer)
+            source = keys_BLHSK[:, layer], values_BLHSK[:, layer], mask_BS[:, None, None]
+            x_BTD = block(x_BTD, positions, cache, *source)
         if state is not None:
             state["position"] += length
         return self.norm(x_BTD)

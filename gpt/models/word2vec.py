@@ -26,7 +26,6 @@ class Word2Vec(Model):
     """Skip-gram with negative sampling.
 
     Args:
-        vocab_size: Number of token ids, V.
         width: Width of a vector, D.
         window: Context words are at most this many positions from the center word.
         negatives: Randomly drawn words for each center word, N.
