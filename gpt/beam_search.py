@@ -8,6 +8,7 @@ falls, so without the division short targets would win (Wu et al. 2016).
 """
 
 from collections.abc import Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,23 +19,10 @@ from gpt.models.base import LanguageModel, State
 def translate(
     model: LanguageModel,
     sources: Sequence[Sequence[int]],
-    *,
-    decoder_start_token: int,
-    eos_token: int,
-    max_tokens: int,
-    num_beams: int = 1,
-    length_penalty: float = 1.0,
+    **options: Any,  # noqa: ANN401 (those of beam_search)
 ) -> list[list[int]]:
-    """Run `beam_search` to its end, and return its result."""
-    steps = beam_search(
-        model,
-        sources,
-        decoder_start_token=decoder_start_token,
-        eos_token=eos_token,
-        max_tokens=max_tokens,
-        num_beams=num_beams,
-        length_penalty=length_penalty,
-    )
+    """Run `beam_search`, which documents the options, to its end, and return its result."""
+    steps = beam_search(model, sources, **options)
     while True:
         try:
             next(steps)
@@ -60,8 +48,8 @@ def beam_search(
     Args:
         model: A model that translates, in evaluation mode.
         sources: Token ids of each sentence.
-        decoder_start_token: The token that starts every target.
-        eos_token: The token that ends a target.
+        decoder_start_token: Starts every target.
+        eos_token: Ends a target.
         max_tokens: Longest target, EOS token included; less where the model's context is shorter.
         num_beams: Hypotheses per sentence; 1 always takes the likeliest token.
         length_penalty: Power of the length that divides a score: 0 gives the sum, 1 the mean.
@@ -159,13 +147,12 @@ def _extend(
     Returns parents_BN, the beam that each new target extends, and improved_B, True where the best
     finished target is a new one.
     """
-    sentences, num_beams = beams["log_probs"].shape
-    vocab_size = logits_NV.shape[-1]
-    token_log_probs_BNV = logits_NV.log_softmax(dim=-1).view(sentences, num_beams, vocab_size)
+    num_beams, vocab_size = beams["log_probs"].shape[1], logits_NV.shape[-1]
+    token_log_probs_BNV = logits_NV.log_softmax(dim=-1).view(-1, num_beams, vocab_size)
     candidates_BNV = beams["log_probs"].unsqueeze(-1) + token_log_probs_BNV
     log_probs_BN, indices_BN = candidates_BNV.flatten(1).topk(num_beams)
     parents_BN, tokens_BN = indices_BN // vocab_size, indices_BN % vocab_size
-    rows_B1 = torch.arange(sentences, device=log_probs_BN.device).unsqueeze(1)
+    rows_B1 = torch.arange(len(parents_BN), device=log_probs_BN.device).unsqueeze(1)
     targets_BNT = beams["targets"][rows_B1, parents_BN]
     targets_BNT = torch.cat([targets_BNT, tokens_BN.unsqueeze(-1)], dim=-1)
 

@@ -4,13 +4,14 @@ JSON and safetensors only, so that loading a model runs no code. Every file is w
 temporary name, flushed to the disk and renamed: it is complete or absent.
 """
 
+import contextlib
 import difflib
 import inspect
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -18,6 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gpt import CHAPTERS, TABULAR_MODELS, LanguageModel, Model
+
+T = TypeVar("T")
 
 MODEL_CLASSES: dict[str, type[Model]] = {**CHAPTERS, **TABULAR_MODELS}
 """Every model that a run can hold, by name."""
@@ -36,26 +39,29 @@ def cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tinygpt"
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a text file; if that fails, the previous content stays."""
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """Yield a path to write to; on success the file replaces `path`."""
     temporary = path.with_name(path.name + ".part")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
+    yield temporary
+    with temporary.open("rb+") as file:
         os.fsync(file.fileno())
     temporary.replace(path)
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a text file; if that fails, the previous content stays."""
+    with _replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file; if that fails, the previous content stays."""
-    temporary = path.with_name(path.name + ".part")
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    except SafetensorError as error:
-        raise OSError(f"{path}: cannot be written: {error}") from error
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _replacing(path) as temporary:
+        try:
+            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+        except SafetensorError as error:
+            raise OSError(f"{path}: cannot be written: {error}") from error
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
@@ -72,20 +78,16 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
 
 def unique_state_dict(model: Model) -> dict[str, Tensor]:
     """Return the model's state dict with tied tensors once, as safetensors requires."""
-    tensors: dict[str, Tensor] = {}
-    seen: set[int] = set()
+    unique: dict[int, tuple[str, Tensor]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            tensors[name] = tensor.detach()
-    return tensors
+        unique.setdefault(id(tensor), (name, tensor.detach()))
+    return dict(unique.values())
 
 
 def load_weights(model: Model, tensors: dict[str, Tensor], source: Path) -> None:
     """Copy `tensors` into the model.
 
-    Raises:
-        ValueError: A tensor is missing, unknown or of another shape; `source` is the file to name.
+    One that is missing, unknown or of another shape is a ValueError that names the file `source`.
     """
     expected = unique_state_dict(model)
     for name in (*expected, *tensors):
@@ -107,21 +109,23 @@ def did_you_mean(word: str, words: Iterable[str]) -> str:
     return f" (did you mean {' or '.join(matches)}?)" if matches else ""
 
 
+def lookup(kind: str, name: str, values: Mapping[str, T]) -> T:
+    """Return `values[name]`; a ValueError suggests similar names and lists all."""
+    if name not in values:
+        hint, names = did_you_mean(name, values), ", ".join(values)
+        raise ValueError(f"no {kind} is named {name!r}{hint}; there are {names}")
+    return values[name]
+
+
 def model_class(name: str) -> type[Model]:
     """Return the model class of that name; a ValueError lists the names there are."""
-    if name not in MODEL_CLASSES:
-        raise ValueError(
-            f"no model is named {name!r}{did_you_mean(name, MODEL_CLASSES)}; "
-            f"there are {', '.join(MODEL_CLASSES)}"
-        )
-    return MODEL_CLASSES[name]
+    return lookup("model", name, MODEL_CLASSES)
 
 
 def constructor_arguments(name: str, model_args: dict[str, Any]) -> dict[str, Any]:
     """Return all constructor arguments of model `name`: `model_args`, and defaults for the rest.
 
-    Raises:
-        ValueError: An argument is unknown or missing.
+    An unknown or missing argument is a ValueError.
     """
     signature = inspect.signature(model_class(name))
     for argument in model_args:
@@ -162,23 +166,20 @@ def read_json(path: Path) -> dict[str, Any]:
 def check_format(path: Path, content: dict[str, Any]) -> None:
     """Raise a ValueError unless `content` of a run's config.json or run.json has our `FORMAT`."""
     version = content.get("format")
-    if version == FORMAT:
-        return
     if isinstance(version, int) and version < FORMAT:
         raise ValueError(
             f"{path}: made by an earlier version of tinygpt, in format {version}; this version "
             f"reads format {FORMAT}: train the run again"
         )
-    raise ValueError(
-        f"{path}: format {version}, this tinygpt reads format {FORMAT}: upgrade tinygpt"
-    )
+    if version != FORMAT:
+        message = f"format {version}, this tinygpt reads format {FORMAT}: upgrade tinygpt"
+        raise ValueError(f"{path}: {message}")
 
 
 def read_config(run: Path) -> tuple[str, dict[str, Any]]:
     """Return the model name and constructor arguments in a run's config.json.
 
-    Raises:
-        ValueError: The file is missing, damaged or of another format.
+    A file that is missing, damaged or of another format is a ValueError.
     """
     path = run / "config.json"
     if not path.is_file():
@@ -192,11 +193,7 @@ def read_config(run: Path) -> tuple[str, dict[str, Any]]:
 
 
 def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
-    """Return the run directory `run`, or without one that under runs/ with the newest `file`.
-
-    Raises:
-        ValueError: There is no such directory.
-    """
+    """Return `run`, or the directory under runs/ with the newest `file`; ValueError if absent."""
     if run is None:
         files = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
         if not files:
@@ -230,8 +227,7 @@ def load_language_model(run: Path, device: str | torch.device = "cpu") -> Langua
 def load_model(run: Path, device: str | torch.device = "cpu") -> Model:
     """Load the trained model of a run directory, in evaluation mode.
 
-    Raises:
-        ValueError: A file is missing, truncated, damaged or of another format.
+    A file that is missing, truncated, damaged or of another format is a ValueError.
     """
     name, model_args = read_config(run)
     weights_path = run / "model.safetensors"

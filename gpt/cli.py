@@ -14,19 +14,17 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import tyro
+from tyro.conf import Positional, arg
 
 EXIT_USAGE_ERROR = 2
-EXIT_INTERRUPTED = 130
 
 Command = Callable[[], None]
 
 # Optional options: their help texts say what None means, in place of "(default: None)".
-MaybeText = Annotated[str | None, tyro.conf.arg(metavar="TEXT", help_behavior_hint="")]
-MaybeInt = Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="")]
-MaybePath = Annotated[Path | None, tyro.conf.arg(metavar="PATH", help_behavior_hint="")]
-MaybeRun = tyro.conf.Positional[
-    Annotated[Path | None, tyro.conf.arg(metavar="[RUN]", help_behavior_hint="")]
-]
+MaybeText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+MaybeRun = Positional[Annotated[Path | None, arg(metavar="[RUN]", help_behavior_hint="")]]
 
 
 def main(
@@ -41,11 +39,10 @@ def main(
     TINYGPT_TRACEBACK=1 to see the traceback instead.
     """
     try:
-        command = _parse(prog, description, commands, arguments)
-        command()
+        _parse(prog, description, commands, arguments)()
         sys.stdout.flush()
     except KeyboardInterrupt:
-        sys.exit(EXIT_INTERRUPTED)
+        sys.exit(130)
     except BrokenPipeError:
         # The reader (`| head`) has exited. Python would report it again when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,6 +1,5 @@
 """Devices: selection, precision, and peak speed."""
 
-import contextlib
 import ctypes
 import functools
 import platform
@@ -48,14 +47,14 @@ IGNORED_WORDS = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
 
 def find_gpu_spec(name: str) -> GPUSpec:
     """Return the spec of the GPU of that name; all None if unknown, as for a laptop's or a MIG slice."""
-    words = _words(name)
-    specs = (spec for known, spec in GPU_SPECS.items() if _words(known) == words)
+
+    def words(name: str) -> list[str]:
+        return [
+            word for word in name.lower().replace("-", " ").split() if word not in IGNORED_WORDS
+        ]
+
+    specs = (spec for known, spec in GPU_SPECS.items() if words(known) == words(name))
     return next(specs, GPUSpec(None, None))
-
-
-def _words(name: str) -> list[str]:
-    words = name.lower().replace("-", " ").split()
-    return [word for word in words if word not in IGNORED_WORDS]
 
 
 def resolve_device(name: str) -> torch.device:
@@ -136,8 +135,7 @@ def retain_freed_memory() -> None:
     of a small model's step on CPU. Without glibc this does nothing.
     """
     if platform.libc_ver()[0] == "glibc":
-        with contextlib.suppress(OSError, AttributeError):
-            libc = ctypes.CDLL(None)
-            m_trim_threshold, m_mmap_threshold = -1, -3
-            libc.mallopt(m_mmap_threshold, 2**30)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
+        libc = ctypes.CDLL(None)
+        m_trim_threshold, m_mmap_threshold = -1, -3
+        libc.mallopt(m_mmap_threshold, 2**30)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)

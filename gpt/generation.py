@@ -28,7 +28,7 @@ def generate(
         prompt: Tokens as the model saw them in training, where each document starts with the EOS
             token of the one before.
         max_tokens: Most tokens to generate.
-        params: Sampling parameters.
+        params: How tokens are chosen.
         stop: Tokens that end the output; they are not part of it.
         choice: Number of this output among those of one seed.
         allowed_first_tokens: If there are any, the output starts with one of them.
@@ -38,31 +38,8 @@ def generate(
     Raises:
         ValueError: The prompt is empty, too long, or has a token outside the vocabulary.
     """
+    # Checked at the call; a generator would check at its first token.
     max_tokens = clamp_max_tokens(model, prompt, max_tokens, model.max_length, decoder_start_token)
-    return _generate(
-        model, prompt, max_tokens, params, stop, choice, allowed_first_tokens, decoder_start_token
-    )
-
-
-@torch.inference_mode()
-def _generate(
-    model: LanguageModel,
-    prompt: Sequence[int],
-    max_tokens: int,
-    params: SamplingParams,
-    stop: Collection[int],
-    choice: int,
-    allowed_first_tokens: Sequence[int],
-    decoder_start_token: int | None,
-) -> Iterator[int]:
-    if max_tokens == 0:
-        return
-    device = next(model.parameters()).device
-    sampler = Sampler(1, model.vocab_size, device)
-    sampler.add_sequence(0, params, prompt, choice)
-    prompt_1T = torch.tensor([list(prompt)], device=device)
-    length = len(prompt) + max_tokens - 1
-    state, features_1D = prefill(model, prompt_1T, length, decoder_start_token)
     output: list[int] = []
 
     def mask(logits_1V: Tensor) -> Tensor:
@@ -72,19 +49,31 @@ def _generate(
         logits_V = recompute_logits(model, prompt, output, decoder_start_token)
         return mask(logits_V.unsqueeze(0))[0]
 
-    while True:
-        token = int(sampler(mask(model.logits(features_1D)), recompute=recompute))
-        if token < 0:
-            raise ValueError(NAN_LOGITS)
-        if token in stop:
+    @torch.inference_mode()
+    def tokens() -> Iterator[int]:
+        if max_tokens == 0:
             return
-        yield token
-        output.append(token)
-        if len(output) == max_tokens:
-            return
-        length = len(prompt) + len(output) + (decoder_start_token is not None)
-        token_11 = prompt_1T.new_full((1, 1), token)
-        features_1D = model.features(token_11, model.prefix_view(state, length))[:, -1]
+        device = next(model.parameters()).device
+        sampler = Sampler(1, model.vocab_size, device)
+        sampler.add_sequence(0, params, prompt, choice)
+        prompt_1T = torch.tensor([list(prompt)], device=device)
+        length = len(prompt) + max_tokens - 1
+        state, features_1D = prefill(model, prompt_1T, length, decoder_start_token)
+        while True:
+            token = int(sampler(mask(model.logits(features_1D)), recompute=recompute))
+            if token < 0:
+                raise ValueError(NAN_LOGITS)
+            if token in stop:
+                return
+            yield token
+            output.append(token)
+            if len(output) == max_tokens:
+                return
+            length = len(prompt) + len(output) + (decoder_start_token is not None)
+            token_11 = prompt_1T.new_full((1, 1), token)
+            features_1D = model.features(token_11, model.prefix_view(state, length))[:, -1]
+
+    return tokens()
 
 
 def prefill(

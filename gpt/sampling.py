@@ -13,7 +13,6 @@ logits recomputed for the sequence alone, so that it too depends on nothing else
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -199,12 +198,22 @@ class Sampler:
                 two largest logits are within `TIE_MARGIN`. Without it, rounding may decide there.
         """
         last = first + len(logits_BV)
-        break_ties = None
-        if recompute and any(params.greedy for params in self.params[first:last]):
-            break_ties = functools.partial(self._break_ties, first=first, recompute=recompute)
-        return sample(
-            logits_BV, batch_slice(self.state, first, last), self.flags(first, last), break_ties
-        )
+
+        def break_ties(logits_BV: Tensor) -> Tensor:
+            """Replace near-ties of greedy slots by logits computed alone."""
+            top2_B2 = logits_BV.topk(min(2, self.vocab_size), dim=-1).values
+            near_tie_B = (top2_B2[:, 0] - top2_B2[:, -1] < TIE_MARGIN).tolist()
+            for slot, near_tie in enumerate(near_tie_B, first):
+                if recompute and near_tie and self.params[slot].greedy:
+                    logits_1V = recompute(slot).to(logits_BV.dtype).unsqueeze(0)
+                    logits_1V = _adjust(logits_1V, batch_slice(self.state, slot, slot + 1))
+                    logits_BV = logits_BV.clone()  # it may be the caller's
+                    logits_BV[slot - first] = logits_1V
+            return logits_BV
+
+        has_ties = recompute and any(params.greedy for params in self.params[first:last])
+        state, flags = batch_slice(self.state, first, last), self.flags(first, last)
+        return sample(logits_BV, state, flags, break_ties if has_ties else None)
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """Return probabilities_BV of each token for slots 0, 1, ...; the state does not change.
@@ -233,20 +242,6 @@ class Sampler:
         adjusted = any(params.adjusted for params in slots)
         return SamplingFlags(bool(random), adjusted, top_p, num_sorted)
 
-    def _break_ties(
-        self, logits_BV: Tensor, *, first: int, recompute: Callable[[int], Tensor]
-    ) -> Tensor:
-        """Return logits_BV with near-ties of greedy slots replaced by logits computed alone."""
-        top2_B2 = logits_BV.topk(min(2, self.vocab_size), dim=-1).values
-        near_tie_B = (top2_B2[:, 0] - top2_B2[:, -1] < TIE_MARGIN).tolist()
-        for row, near_tie in enumerate(near_tie_B):
-            slot = first + row
-            if near_tie and self.params[slot].greedy and self.vocab_size > 1:
-                logits_1V = recompute(slot).to(logits_BV.dtype).unsqueeze(0)
-                logits_BV = logits_BV.clone()  # it may be the caller's
-                logits_BV[row] = _adjust(logits_1V, batch_slice(self.state, slot, slot + 1))
-        return logits_BV
-
 
 def sample(
     logits_BV: Tensor,
@@ -262,7 +257,7 @@ def sample(
     Args:
         logits_BV: Logits of each sequence.
         state: A `Sampler`'s state of the same sequences.
-        flags: Their sampling flags.
+        flags: The steps that they need.
         break_ties: Replaces adjusted logits_BV where rounding could decide a greedy choice.
     """
     logits_BV = _adjust_if_needed(logits_BV, state, flags)
@@ -312,16 +307,12 @@ def _adjust(logits_BV: Tensor, state: State) -> Tensor:
 
 
 def _softmax_filtered(logits_BV: Tensor, state: State, flags: SamplingFlags) -> Tensor:
-    """Return probabilities_BV to sample from. The largest logit of each row must be 0."""
-    return _filter(logits_BV / state["temperature"], state, flags).softmax(dim=-1)
-
-
-def _filter(logits_BV: Tensor, state: State, flags: SamplingFlags) -> Tensor:
-    """Return logits_BV, minus infinity where top-k, top-p or min-p drops the token.
+    """Return probabilities_BV to sample from: 0 where top-k, top-p or min-p drops the token.
 
     Every filter is a threshold on the logits: the vocabulary keeps its order, so that a row's
     cumulative sum does not depend on its neighbors. The largest logit of each row must be 0.
     """
+    logits_BV = logits_BV / state["temperature"]
     threshold_B1 = state["log_min_p"].to(logits_BV.dtype)
     if flags.num_sorted:
         sorted_BN = logits_BV.topk(flags.num_sorted, dim=-1).values
@@ -333,7 +324,7 @@ def _filter(logits_BV: Tensor, state: State, flags: SamplingFlags) -> Tensor:
         smallest_B1 = sorted_BN.gather(1, keep_BN.sum(dim=-1, keepdim=True) - 1)
         smallest_B1 = torch.where(state["needs_sort"], smallest_B1, -math.inf)
         threshold_B1 = torch.maximum(threshold_B1, smallest_B1)
-    return logits_BV.masked_fill(logits_BV < threshold_B1, -math.inf)
+    return logits_BV.masked_fill(logits_BV < threshold_B1, -math.inf).softmax(dim=-1)
 
 
 def mix(number: Tensor) -> Tensor:

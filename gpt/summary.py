@@ -6,14 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from gpt import CHAPTERS, GPT2, Model
+from gpt import GPT2, Model
 from gpt.models.attention import MultiHeadAttention
 
 NANO = {"vocab_size": 4096, "context_length": 256}
 """Constructor arguments without defaults: those of the nano presets."""
-
-GPT3 = {"vocab_size": 50_257, "context_length": 2048, "width": 12_288, "depth": 96, "heads": 96}
-"""Brown et al. 2020: the GPT-2 architecture with 175 billion weights."""
 
 
 def build_on_meta(model: type[Model], **kwargs: Any) -> Model:  # noqa: ANN401 (constructor arguments)
@@ -67,18 +64,7 @@ def describe(model: Model) -> str:
 
 
 def build_gpt3() -> Model:
-    """Build GPT-3 without allocating its weights."""
-    return build_on_meta(GPT2, **GPT3)
-
-
-def chapters_table() -> str:
-    """Return a table of the models with their years, sizes, tasks, ideas and papers."""
-    lines = [f"{'':>2}  {'name':<12}{'year':<6}{'parameters':>11}  {'tasks':<23}idea, paper"]
-    for name, model in CHAPTERS.items():
-        size = count_parameters(build_on_meta(model))
-        tasks = ", ".join(model.supported_tasks)
-        lines.append(
-            f"{model.chapter:>2}  {name:<12}{model.year:<6}{size:>11,}  {tasks:<23}{model.idea}"
-        )
-        lines.append(f"{'':>56}  {model.paper}")
-    return "\n".join(lines)
+    """Build GPT-3 without allocating its 175 billion weights: GPT-2, but larger (Brown et al. 2020)."""
+    return build_on_meta(
+        GPT2, vocab_size=50_257, context_length=2048, width=12_288, depth=96, heads=96
+    )

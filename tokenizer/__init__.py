@@ -23,18 +23,6 @@ from pathlib import Path
 import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
-__all__ = [
-    "END_OF_TEXT",
-    "StreamDecoder",
-    "Tokenizer",
-    "byte_tokenizer",
-    "decode_utf8",
-    "split_text",
-    "train_bpe",
-    "train_characters",
-    "train_words",
-]
-
 # If it is set, the library does not warn when a process that has used its threads forks.
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
@@ -80,6 +68,7 @@ def _bytes_to_unicode() -> list[str]:
 
 BYTE_TO_UNICODE = _bytes_to_unicode()
 UNICODE_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_UNICODE)}
+BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
 
 def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
@@ -96,13 +85,13 @@ def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
     yield text[start:]
 
 
-def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
-    """Group texts into batches of about `size` characters."""
+def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
+    """Group texts into batches of about BATCH_SIZE characters."""
     batch, characters = [], 0
     for text in texts:
         batch.append(text)
         characters += len(text)
-        if characters >= size:
+        if characters >= BATCH_SIZE:
             yield batch
             batch, characters = [], 0
     if batch:
@@ -112,10 +101,7 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
 def decode_utf8(data: bytes, name: str, line: int = 1) -> str:
     """Decode UTF-8; a ValueError names the file and the line of the first invalid byte.
 
-    Args:
-        data: The bytes.
-        name: Name of the file they come from.
-        line: Number of their first line.
+    `line` is the number of the first line of `data` in the file.
     """
     try:
         return data.decode()
@@ -155,12 +141,9 @@ class Tokenizer:
             if index in added:
                 self._token_bytes[index] = b"" if added[index].special else token.encode()
                 continue
-            try:
-                self._token_bytes[index] = bytes(UNICODE_TO_BYTE[character] for character in token)
-            except KeyError:
-                raise ValueError(
-                    f"not a byte-level tokenizer: token {index} is {token!r}"
-                ) from None
+            if not UNICODE_TO_BYTE.keys() >= set(token):
+                raise ValueError(f"not a byte-level tokenizer: token {index} is {token!r}")
+            self._token_bytes[index] = bytes(UNICODE_TO_BYTE[character] for character in token)
         # Not saved in tokenizer.json: user input is text, even if it spells a special token.
         library.encode_special_tokens = True
         library.no_padding()
@@ -181,7 +164,7 @@ class Tokenizer:
         chunks = [list(split_text(text)) for text in texts]
         encoded: list[list[int]] = []
         try:
-            for batch in _batches(itertools.chain.from_iterable(chunks), BATCH_SIZE):
+            for batch in _batches(itertools.chain.from_iterable(chunks)):
                 encodings = self._library.encode_batch_fast(batch, add_special_tokens=False)
                 encoded += [encoding.ids for encoding in encodings]
         except TypeError:
@@ -217,11 +200,9 @@ class Tokenizer:
     def load(cls, path: Path | str) -> "Tokenizer":
         """Read a tokenizer.json, or the one in a run directory.
 
-        Raises:
-            ValueError: The file is missing, damaged or not of a byte-level tokenizer.
+        A file that is missing, damaged or not of a byte-level tokenizer is a ValueError.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
+        file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         if not file.exists():
             raise ValueError(f"{file}: no such file; expected a tokenizer.json")
         text = decode_utf8(file.read_bytes(), str(file))
@@ -307,7 +288,7 @@ def train_characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 def byte_tokenizer() -> Tokenizer:
     """Return the tokenizer of 256 bytes, each with its value as id, and `<|endoftext|>`."""
     library = tokenizers.Tokenizer(models.BPE(vocab=UNICODE_TO_BYTE, merges=[]))
-    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    library.pre_tokenizer = BYTE_LEVEL
     return _byte_level(library)
 
 
@@ -322,12 +303,8 @@ def _word_level(pattern: str, tokens: Sequence[str]) -> tokenizers.Tokenizer:
 
 def _pre_tokenizer(pattern: str) -> pre_tokenizers.PreTokenizer:
     """Split text at matches of a pattern, then write the bytes of each part as characters."""
-    return pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    split = pre_tokenizers.Split(Regex(pattern), "isolated")
+    return pre_tokenizers.Sequence([split, BYTE_LEVEL])
 
 
 def _to_unicode(text: str) -> str:

@@ -4,7 +4,7 @@ import argparse
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,15 +23,19 @@ class Parser(argparse.ArgumentParser):
 
 
 def _parser(prog: str) -> Parser:
-    verbs = TINYGPT_VERBS if prog == "tinygpt" else {name: name for name in TINYGPT_VERBS}
     parser = Parser(prog=prog, description="Train a tokenizer, encode text, decode ids.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
-    train = commands.add_parser(
-        verbs["train"],
-        help="train a byte-level BPE tokenizer on text files",
-        description="Train a byte-level BPE tokenizer on text files.",
-    )
+    def add(
+        name: str, text: str, details: str, run: Callable[[argparse.Namespace], None]
+    ) -> Parser:
+        verb = TINYGPT_VERBS[name] if prog == "tinygpt" else name
+        description = f"{text[0].upper()}{text[1:]}{details}."
+        command = commands.add_parser(verb, help=text, description=description)
+        command.set_defaults(run=run)
+        return command
+
+    train = add("train", "train a byte-level BPE tokenizer on text files", "", _train)
     train.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a UTF-8 text file")
     train.add_argument(
         "--vocab-size", type=int, default=4096, metavar="N", help="number of ids (default: 4096)"
@@ -43,26 +47,13 @@ def _parser(prog: str) -> Parser:
         metavar="PATH",
         help="file to write (default: tokenizer.json)",
     )
-    train.set_defaults(run=_train)
-
-    tokenizer_help = "a tokenizer.json, a run directory that holds one, or `bytes`"
-    encode = commands.add_parser(
-        verbs["encode"],
-        help="print the ids of a text",
-        description="Print the ids of a text, separated by spaces.",
-    )
-    encode.add_argument("tokenizer", metavar="TOKENIZER", help=tokenizer_help)
+    encode = add("encode", "print the ids of a text", ", separated by spaces", _encode)
+    decode = add("decode", "print the text of ids", "", _decode)
+    for command in (encode, decode):
+        tokenizer_help = "a tokenizer.json, a run directory that holds one, or `bytes`"
+        command.add_argument("tokenizer", metavar="TOKENIZER", help=tokenizer_help)
     encode.add_argument("text", nargs="?", metavar="TEXT", help="default: standard input")
-    encode.set_defaults(run=_encode)
-
-    decode = commands.add_parser(
-        verbs["decode"],
-        help="print the text of ids",
-        description="Print the text of ids.",
-    )
-    decode.add_argument("tokenizer", metavar="TOKENIZER", help=tokenizer_help)
     decode.add_argument("ids", nargs="*", metavar="ID", help="default: standard input")
-    decode.set_defaults(run=_decode)
     return parser
 
 

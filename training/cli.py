@@ -105,20 +105,15 @@ class Describe:
 
     def build_model(self) -> Model:
         """Build the model on the meta device; a ValueError lists the valid names."""
-        run = Path(self.model)
         if self.model == "gpt3":
             return summary.build_gpt3()
         if self.model in MODEL_CLASSES:
             return summary.build_on_meta(MODEL_CLASSES[self.model])
-        if self.model in PRESETS:
-            preset = PRESETS[self.model]
-            model_args = TASKS[preset.task].expected_model_args(preset)
-            with torch.device("meta"):
-                return new_model(preset, model_args)
-        if (run / "config.json").is_file():
-            name, model_args = read_config(run)
-            with torch.device("meta"):
-                return build_model(name, model_args)
+        with torch.device("meta"):
+            if preset := PRESETS.get(self.model):
+                return new_model(preset, TASKS[preset.task].expected_model_args(preset))
+            if Path(self.model, "config.json").is_file():
+                return build_model(*read_config(Path(self.model)))
         presets = [name for name in PRESETS if name not in MODEL_CLASSES]
         raise ValueError(
             f"{self.model!r} is neither a model nor a preset"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
+from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.checkpoint import RUNS, find_run, load_model, write_atomically
@@ -58,10 +58,8 @@ class Eval:
         directory = find_run(self.run)
         model = load_model(directory, resolve_device(self.device))
         config = dataclasses.replace(load_training_config(directory), precision=self.precision)
-        data_options = {
-            name: getattr(self, name)
-            for name in ("data_config", "text_column", "data_limit", "streaming")
-        }
+        names = ("data_config", "text_column", "data_limit", "streaming")
+        data_options = {name: getattr(self, name) for name in names}
         if self.data is not None:
             config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)
         elif any(data_options.values()):
@@ -73,11 +71,10 @@ class Eval:
         split = self.split or next(name for name in preferred if name in task.splits)
         if split not in task.splits:
             raise ValueError(f"no split is named {split!r}; there are {', '.join(task.splits)}")
-        options = {
-            name: value
-            for name in ("stride", "context_length", "num_beams")
-            if (value := getattr(self, name)) is not None
+        eval_options = {
+            name: getattr(self, name) for name in ("stride", "context_length", "num_beams")
         }
+        options = {name: value for name, value in eval_options.items() if value is not None}
         for name in options.keys() - task.eval_options:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} has no meaning in the task {config.task}: leave it out")
@@ -94,10 +91,7 @@ class Eval:
 class Translators:
     """Compare translation runs: a table and a plot of BLEU by sentence length."""
 
-    run: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(metavar="RUN …", help_behavior_hint=""),
-    ]
+    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN …", help_behavior_hint="")]
     """Run directories."""
     split: str = "test"
     """Split to translate."""
@@ -151,8 +145,7 @@ class Ladder:
     """Train every language model on one corpus under one budget, and compare them: table and plot."""
 
     rungs: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="[RUNG …]", help_behavior_hint=""),
+        Positional[tuple[str, ...]], arg(metavar="[RUNG …]", help_behavior_hint="")
     ] = ()
     """Models to train. Default: all."""
     data: str = TrainingConfig.data
@@ -163,7 +156,7 @@ class Ladder:
     """Number of tokens that the tokenizer learns."""
     tokens: int = 240 * TrainingConfig.batch_size * TrainingConfig.context_length
     """Tokens that each model is trained on."""
-    seconds: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="")] = None
+    seconds: Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")] = None
     """Seconds that each model is trained for, instead of `--tokens`."""
     output: Path = RUNS / "ladder"
     """Folder of the runs, ladder.json, ladder.md and ladder.svg; an unfinished ladder is resumed."""

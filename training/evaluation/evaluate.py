@@ -17,9 +17,10 @@ context length and stride.
 import contextlib
 import dataclasses
 import gzip
+import itertools
 import lzma
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -86,10 +87,8 @@ class Score:
 
     def table(self) -> str:
         """Return the metrics as lines of text, with units, context length and stride."""
-        lines = [
-            f"  loss             {self.loss:.4f} nats per token",
-            f"  perplexity       {self.perplexity:.3f} per token",
-        ]
+        lines = [f"  loss             {self.loss:.4f} nats per token"]
+        lines.append(f"  perplexity       {self.perplexity:.3f} per token")
         if not math.isnan(self.word_perplexity):
             lines.append(f"  word perplexity  {self.word_perplexity:.2f}")
         if not math.isnan(self.bits_per_byte):
@@ -137,7 +136,7 @@ def evaluate(
     """Score a sequence of token ids; the first token is context only.
 
     Args:
-        model: The model, on its device.
+        model: A model, on its device.
         tokens: Token ids, of shape (N,).
         words: Words and line ends of the text.
         bytes: Bytes of the text in UTF-8; 0 if the tokens do not encode all of it.
@@ -168,9 +167,8 @@ def evaluate(
         )
     if len(tokens) < 2:
         raise ValueError("a text of no tokens cannot be scored")
-    nll, count = _windowed_nll(
-        model, tokens, windows(len(tokens), context_length, stride), precision
-    )
+    spans = windows(len(tokens), context_length, stride)
+    nll, count = _windowed_nll(model, tokens, spans, precision)
     return Score(nll, count, words, bytes, context_length, stride)
 
 
@@ -187,50 +185,36 @@ def estimate_loss(
     """
     if stateful:
         nll, count = _stateful_nll(model, tokens[: max_tokens + 1], precision)
-        return nll / count
-    stride = model.max_scored_tokens
-    all_windows = list(windows(len(tokens), model.context_length, stride))
-    step = max(1, len(all_windows) * stride // max(max_tokens, stride))
-    nll, count = _windowed_nll(model, tokens, iter(all_windows[::step]), precision)
+    else:
+        stride = model.max_scored_tokens
+        spans = list(windows(len(tokens), model.context_length, stride))
+        step = max(1, len(spans) * stride // max(max_tokens, stride))
+        nll, count = _windowed_nll(model, tokens, spans[::step], precision)
     return nll / count
 
 
 def _windowed_nll(
-    model: LanguageModel,
-    tokens: np.ndarray,
-    token_windows: Iterator[Window],
-    precision: str,
+    model: LanguageModel, tokens: np.ndarray, spans: Iterable[Window], precision: str
 ) -> tuple[float, int]:
-    """Return the summed negative log-likelihood of the windows' scored tokens, and their number."""
-    nll, count = 0.0, 0
+    """Return the summed negative log-likelihood of the windows' scored tokens, and their number.
+
+    Consecutive windows of equal shape are batched, to at most MAX_BATCH_TOKENS tokens.
+    """
+    nll, count, batch_size = 0.0, 0, max(1, MAX_BATCH_TOKENS // model.context_length)
     bar = tqdm(
         total=len(tokens) - 1, unit=" tokens", desc="scoring", delay=2, leave=False, disable=None
     )
     with bar, inference_mode(model, precision) as device:
-        for batch in _batches(token_windows, model.context_length):
-            rows = np.stack([tokens[start : end + 1] for start, end, _ in batch]).astype(np.int64)
-            rows_BT = torch.from_numpy(rows).to(device)
-            targets_BT = rows_BT[:, 1:].clone()
-            scored = batch[0][2]
-            targets_BT[:, : targets_BT.shape[1] - scored] = -100
-            nll += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
-            count += scored * len(batch)
-            bar.update(scored * len(batch))
+        for (length, scored), group in itertools.groupby(spans, lambda s: (s[1] - s[0], s[2])):
+            while batch := list(itertools.islice(group, batch_size)):
+                rows = np.stack([tokens[start : end + 1] for start, end, _ in batch])
+                rows_BT = torch.from_numpy(rows.astype(np.int64)).to(device)
+                targets_BT = rows_BT[:, 1:].clone()
+                targets_BT[:, : length - scored] = -100
+                nll += model.nll(rows_BT[:, :-1], targets_BT).cpu().double().sum().item()
+                count += scored * len(batch)
+                bar.update(scored * len(batch))
     return nll, count
-
-
-def _batches(token_windows: Iterator[Window], context_length: int) -> Iterator[list[Window]]:
-    """Group consecutive windows of equal shape into batches of at most MAX_BATCH_TOKENS tokens."""
-    batch: list[Window] = []
-    for window in token_windows:
-        start, end, scored = window
-        same_shape = batch and (end - start, scored) == (batch[0][1] - batch[0][0], batch[0][2])
-        is_full = (len(batch) + 1) * context_length > MAX_BATCH_TOKENS
-        if batch and (is_full or not same_shape):
-            yield batch
-            batch = []
-        batch.append(window)
-    yield batch
 
 
 def _stateful_nll(model: LanguageModel, tokens: np.ndarray, precision: str) -> tuple[float, int]:

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from gpt import LanguageModel
-from gpt.checkpoint import did_you_mean, read_json, write_atomically
+from gpt.checkpoint import lookup, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
@@ -41,11 +41,7 @@ Row = dict[str, Any]
 def select_rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
     """Return the presets of the named rungs in historical order, or all if there are no names."""
     for name in names:
-        if name not in RUNG_PRESETS:
-            raise ValueError(
-                f"no rung is named {name!r}{did_you_mean(name, RUNG_PRESETS)}; "
-                f"there are {', '.join(RUNG_PRESETS)}"
-            )
+        lookup("rung", name, RUNG_PRESETS)
     return {name: preset for name, preset in RUNG_PRESETS.items() if not names or name in names}
 
 
@@ -96,20 +92,16 @@ def run_ladder(
             # Validated only at the end: the whole budget goes into training.
             config = dataclasses.replace(config, steps=steps, eval_interval=steps, sample_tokens=0)
             trainer = create_run(config, run)
+        size, steps = count_parameters(trainer.model), trainer.config.steps
         print(
-            f"{prefix}: {count_parameters(trainer.model):,} parameters, "
-            f"{trainer.config.steps:,} steps from step {trainer.step}",
-            flush=True,
+            f"{prefix}: {size:,} parameters, {steps:,} steps from step {trainer.step}", flush=True
         )
         train(trainer)
         row = score_rung(name, trainer)
         write_atomically(run / "rung.json", json.dumps(row, indent=2) + "\n")
         print(f"  {row['bits_per_byte']:.4f} bits per byte", flush=True)
-    return [
-        read_json(directory / name / "rung.json")
-        for name in RUNG_PRESETS
-        if (directory / name / "rung.json").exists()
-    ]
+    results = (directory / name / "rung.json" for name in RUNG_PRESETS)
+    return [read_json(path) for path in results if path.exists()]
 
 
 def seconds_per_step(config: TrainingConfig) -> float:
@@ -138,12 +130,9 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         "steps": config.steps,
         "tokens": config.steps * config.batch_size * config.context_length,
         "seconds": trainer.seconds,
-        "loss": score["loss"],
-        "perplexity": score["perplexity"],
-        "bits_per_byte": score["bits_per_byte"],
+        **{name: score[name] for name in ("loss", "perplexity", "bits_per_byte")},
         "tokens_scored": score["tokens"],
-        "context_length": score["context_length"],
-        "stride": score["stride"],
+        **{name: score[name] for name in ("context_length", "stride")},
         "data": task.description,
         "sample": task.sample(model, SAMPLE_TOKENS),
         "device": device_name(trainer.device),
@@ -176,5 +165,5 @@ def format_table(rows: Sequence[Row]) -> str:
         "Samples without a prompt at temperature 0.8:",
     ]
     for row in rows:
-        lines += ["", f"{row['rung']}", "", "```text", row["sample"].replace("```", "` ` `"), "```"]
+        lines += ["", row["rung"], "", "```text", row["sample"].replace("```", "` ` `"), "```"]
     return "\n".join(lines) + "\n"

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Annotated
 
 import torch
-import tyro
 from torch import Tensor
+from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.beam_search import translate
@@ -22,10 +22,7 @@ MAX_XRAY_TOKENS = 1000
 class Plot:
     """Plot the loss curves of one or several runs."""
 
-    run: Annotated[
-        tyro.conf.Positional[tuple[Path, ...]],
-        tyro.conf.arg(metavar="[RUN …]", help_behavior_hint=""),
-    ] = ()
+    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
     """Run directories. Default: the newest under runs/."""
     output: Path = Path("loss.svg")
     """File to write: .svg, .png or .pdf."""
@@ -43,8 +40,7 @@ class Figures:
     """Draw the figures of docs/chapters.md, each a small experiment with the models."""
 
     name: Annotated[
-        tyro.conf.Positional[tuple[str, ...]],
-        tyro.conf.arg(metavar="[NAME …]", help_behavior_hint=""),
+        Positional[tuple[str, ...]], arg(metavar="[NAME …]", help_behavior_hint="")
     ] = ()
     """Names of figures. Default: all."""
     output: Path = Path("docs/figures")
@@ -64,9 +60,9 @@ class Figures:
 class Xray:
     """Draw a model's activation maps over a text: attention, alignments, gates, experts."""
 
-    run: Annotated[tyro.conf.Positional[Path], tyro.conf.arg(metavar="RUN")]
+    run: Annotated[Positional[Path], arg(metavar="RUN")]
     """Run directory."""
-    text: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="TEXT")]
+    text: Annotated[Positional[str], arg(metavar="TEXT")]
     """Text to read; for a translation run, the source sentence."""
     translation: cli.MaybeText = None
     """Target sentence. Default: for a translation run, the model's own translation."""
@@ -105,7 +101,10 @@ class Xray:
             print(tokenizer.decode(translation).strip())
             # A translation that fills the context ends with a token that was never fed back.
             target = [eos_token, *translation][: model.max_target_length(len(ids))]
-        all_maps = model.xray(*_xray_batch(ids, target))
+        batch = [torch.tensor([ids])]
+        if target:
+            batch += torch.tensor([len(ids)]), torch.tensor([target])
+        all_maps = model.xray(*batch)
         maps = [activation for activation in all_maps if (self.only or "") in activation.name]
         if not maps:
             names = ", ".join(activation.name for activation in all_maps)
@@ -118,11 +117,3 @@ class Xray:
             shape = [*counts, f"{rows} tokens", f"{columns} {unit}"]
             print(f"{activation.name}: {' x '.join(shape)}")
         print(self.output)
-
-
-def _xray_batch(ids: list[int], target: list[int] | None) -> tuple[Tensor, ...]:
-    """Return the arguments of `LanguageModel.xray`: a text, or a source, its length and a target."""
-    text_BT = torch.tensor([ids])
-    if target is None:
-        return (text_BT,)
-    return text_BT, torch.tensor([len(ids)]), torch.tensor([target])

@@ -34,24 +34,16 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
             million_tokens = {
                 line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line
             }
-            training = [line for line in metrics if "loss" in line]
-            validation = [line for line in metrics if "validation_loss" in line]
-            axes.plot(
-                [million_tokens[line["step"]] for line in training],
-                [line["loss"] for line in training],
-                color=color,
-                alpha=0.45,
-                linewidth=1.2,
-                label=f"{run.name}: training",
-            )
-            axes.plot(
-                [million_tokens[line["step"]] for line in validation],
-                [line["validation_loss"] for line in validation],
-                "o-",
-                color=color,
-                markersize=4,
-                label=f"{run.name}: validation",
-            )
+            for split, key, style in (
+                ("training", "loss", {"alpha": 0.45, "linewidth": 1.2}),
+                ("validation", "validation_loss", {"marker": "o", "markersize": 4}),
+            ):
+                lines = [line for line in metrics if key in line]
+                x, y = (
+                    [million_tokens[line["step"]] for line in lines],
+                    [line[key] for line in lines],
+                )
+                axes.plot(x, y, color=color, label=f"{run.name}: {split}", **style)
         axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel("loss (nats per token)")
         axes.legend()
@@ -82,31 +74,25 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
 
 def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
     """Write each point's name beside it, on the side with the fewest overlaps."""
+    sides = ("left", "center"), ("right", "center"), ("center", "bottom"), ("center", "top")
+    offset = {"left": 6, "right": -6, "bottom": 6, "top": -6, "center": 0}
+    style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
     dots = axes.transData.transform(list(points.values()))
     occupied = [Bbox.from_extents(*(dot - 5), *(dot + 5)) for dot in dots]
     for name, point in points.items():
-        candidates = [
-            axes.annotate(
-                name,
-                point,
-                (6 * right, 6 * up),
-                textcoords="offset points",
-                fontsize=9,
-                ha={1: "left", 0: "center", -1: "right"}[right],
-                va={1: "bottom", 0: "center", -1: "top"}[up],
-            )
-            for right, up in ((1, 0), (-1, 0), (0, 1), (0, -1))
+        labels = [
+            axes.annotate(name, point, (offset[ha], offset[va]), ha=ha, va=va, **style)
+            for ha, va in sides
         ]
-        boxes = [candidate.get_window_extent() for candidate in candidates]
-        best = min(range(len(boxes)), key=lambda i: boxes[i].count_overlaps(occupied))
-        occupied.append(boxes[best])
-        for candidate in candidates[:best] + candidates[best + 1 :]:
-            candidate.remove()
+        best = min(labels, key=lambda label: label.get_window_extent().count_overlaps(occupied))
+        occupied.append(best.get_window_extent())
+        for label in labels:
+            if label is not best:
+                label.remove()
 
 
 def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Plot each translation run's BLEU on short, middle and long sentences."""
-    check_output(output)
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(6.4, 4), layout="constrained")
         axes = figure.add_subplot()

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gpt import summary
-from gpt.checkpoint import did_you_mean
+from gpt.checkpoint import lookup
 from gpt.models.attention import attention_weights
 from gpt.models.base import Model
 from gpt.models.linear import Linear, Logistic, SigmaPi, gradient_step, softmax
@@ -34,7 +34,6 @@ from training.tasks.tables import (
     WHITE,
     Grain,
     Rows,
-    Table,
     grain_rows,
 )
 
@@ -105,11 +104,6 @@ Panel = LinePlot | BarChart | Heatmap
 ModelT = TypeVar("ModelT", bound=Model)
 
 
-def number_table(name: str) -> Table:
-    """Return the table of a task whose targets are numbers."""
-    return REGRESSION_TABLES[name](0)
-
-
 def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: int = 1) -> ModelT:
     """Fit a model with L-BFGS from each of `restarts` seeds; return the one with the lowest loss."""
     x_BD, y_B = (tensor.double() for tensor in rows)
@@ -117,9 +111,8 @@ def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: 
     for seed in range(restarts):
         torch.manual_seed(seed)
         model = build().double()
-        optimizer = torch.optim.LBFGS(
-            model.parameters(), max_iter=max_iter, line_search_fn="strong_wolfe"
-        )
+        weights = model.parameters()
+        optimizer = torch.optim.LBFGS(weights, max_iter=max_iter, line_search_fn="strong_wolfe")
 
         def closure(model: Model = model) -> float:
             model.zero_grad()
@@ -140,7 +133,7 @@ def predict(model: Model, *columns: Tensor) -> Tensor:
 
 def line() -> Sequence[Panel]:
     """Chapter 1: a fitted line after 0 to 3,000 steps of gradient descent."""
-    metres_BD, power_B = number_table("basketball").splits["train"]
+    metres_BD, power_B = REGRESSION_TABLES["basketball"](0).splits["train"]
     model = Linear(1)
     with torch.no_grad():
         model.weight.zero_()
@@ -165,11 +158,10 @@ WIDE_CUPS = torch.linspace(0, 10, 81)
 def rice() -> Sequence[Panel]:
     """Chapter 2: a product fits two kinds of rice and extrapolates; a ReLU network fits its points only."""
     rows = grain_rows(CUPS, WHITE, BROWN)
+    product, network = fit(SigmaPi, rows), fit(lambda: MLP(2, (2,)), rows, restarts=8)
     return [
-        rice_panel("3 weights: y = (pz + q) x + b", fit(SigmaPi, rows), [WHITE, BROWN]),
-        rice_panel(
-            "9 weights: two ReLUs", fit(lambda: MLP(2, (2,)), rows, restarts=8), [WHITE, BROWN]
-        ),
+        rice_panel("3 weights: y = (pz + q) x + b", product, [WHITE, BROWN]),
+        rice_panel("9 weights: two ReLUs", network, [WHITE, BROWN]),
     ]
 
 
@@ -195,17 +187,16 @@ def border() -> Sequence[Panel]:
     model = fit(lambda: Logistic(2), (x_BD, class_B))
     (cups, water), bias = model.score.weight.tolist(), model.score.bias.item()
     ends = torch.tensor([1.0, 5.0])
-    plane, sigmoid = [], []
+    plane = []
     for label, color in enumerate([BLUE, ORANGE]):
-        x_ND = x_BD[class_B == label]
-        plane.append(Series(x_ND[:, 0], x_ND[:, 1], color, style="dots"))
+        x_N, y_N = x_BD[class_B == label].T
+        plane.append(Series(x_N, y_N, color, style="dots"))
     for p in (0.1, 0.5, 0.9):
         y = (math.log(p / (1 - p)) - bias - cups * ends) / water
         style: LineStyle = "solid" if p == 0.5 else "dashed"
-        offset = (5, 30 * p - 15)
-        plane.append(Series(ends, y, GREY, f"p = {p:g}", style, label_offset=offset))
+        plane.append(Series(ends, y, GREY, f"p = {p:g}", style, label_offset=(5, 30 * p - 15)))
     z = torch.linspace(-30, 30, 241)
-    sigmoid.append(Series(z, torch.sigmoid(z), GREY))
+    sigmoid = [Series(z, torch.sigmoid(z), GREY)]
     for label, (kind, color) in enumerate([(WHITE, BLUE), (BROWN, ORANGE)]):
         with torch.no_grad():
             z_N = model.score(x_BD[class_B == label].double())
@@ -238,7 +229,7 @@ def curves() -> Sequence[Panel]:
     for units, restarts in {2: 4, 8: 4, 32: 1}.items():
         series = []
         for name, (formula, curve) in CURVES.items():
-            rows = number_table(name).splits["train"]
+            rows = REGRESSION_TABLES[name](0).splits["train"]
             model = fit(partial(MLP, 1, (units,)), rows, 120, restarts)
             series.append(Series(x, curve(x), GREY, style="dashed"))
             label = formula.replace("^2", "²").replace("^3", "³")
@@ -258,14 +249,7 @@ def experts() -> Sequence[Panel]:
         gates_BE = model.gate_weights(torch.stack([darkness * 0, darkness], -1).double())
     peaks_E, order_E = gates_BE.argmax(0).sort()
     series = [
-        Series(
-            darkness,
-            gates_BE[:, expert],
-            PURPLE,
-            f"{number}",
-            label_index=int(peak),
-            label_offset=(-3, 9),
-        )
+        Series(darkness, gates_BE[:, expert], PURPLE, f"{number}", "solid", int(peak), (-3, 9))
         for number, (peak, expert) in enumerate(zip(peaks_E, order_E, strict=True), 1)
     ]
     title = "the gates of experts 1, 2 and 3"
@@ -305,9 +289,8 @@ def words() -> Sequence[Panel]:
         optimizer.step()
     selected = " ".join(SENTENCES.values()).split()
     vectors = F.normalize(model.vectors_VD[[vocabulary.index(word) for word in selected]], dim=-1)
-    return [
-        Heatmap(vectors @ vectors.t(), rows=selected, columns=selected, colorbar_label="cosine")
-    ]
+    cosines = vectors @ vectors.t()
+    return [Heatmap(cosines, rows=selected, columns=selected, colorbar_label="cosine")]
 
 
 def powers() -> Sequence[Panel]:
@@ -352,16 +335,10 @@ def mask() -> Sequence[Panel]:
         [str(Fraction(weight).limit_denominator(9)) for weight in row] for row in weights.tolist()
     ]
     title = "equal scores behind the mask"
-    return [
-        Heatmap(weights, "looks at", "the word", text, text, labels, title),
-        Heatmap(
-            sinusoids(48, 32),
-            "unit",
-            "position",
-            title="positions",
-            colorbar_label="sine or cosine",
-        ),
-    ]
+    positions = Heatmap(
+        sinusoids(48, 32), "unit", "position", title="positions", colorbar_label="sine or cosine"
+    )
+    return [Heatmap(weights, "looks at", "the word", text, text, labels, title), positions]
 
 
 def gpt3() -> Sequence[Panel]:
@@ -392,8 +369,5 @@ FIGURES: dict[str, Callable[[], Sequence[Panel]]] = {
 def select_figures(names: Sequence[str]) -> dict[str, Callable[[], Sequence[Panel]]]:
     """Return the named figures in the order of the chapters, or all if there are no names."""
     for name in names:
-        if name not in FIGURES:
-            raise ValueError(
-                f"no figure is named {name!r}{did_you_mean(name, FIGURES)}; there are {', '.join(FIGURES)}"
-            )
+        lookup("figure", name, FIGURES)
     return {name: panels for name, panels in FIGURES.items() if not names or name in names}

@@ -9,24 +9,17 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from training.plots.figures import BLUE, GREY, BarChart, Heatmap, LinePlot, Panel
-from training.plots.style import STYLE, check_output, save_figure
+from training.plots.style import STYLE, save_figure
 
 LINE_STYLES: dict[str, dict[str, Any]] = {
     "solid": {"linewidth": 2},
     "dashed": {"linestyle": (0, (4, 3)), "linewidth": 1.2},
-    "dots": {
-        "linestyle": "none",
-        "marker": "o",
-        "markersize": 6,
-        "markeredgecolor": "white",
-        "markeredgewidth": 0.5,
-    },
+    "dots": {"ls": "none", "marker": "o", "ms": 6, "mec": "white", "mew": 0.5},
 }
 
 
 def draw_figure(panels: Sequence[Panel], output: Path) -> None:
     """Draw one to three panels side by side."""
-    check_output(output)
     with mpl.rc_context(STYLE):
         width = {1: 5.4, 2: 8.4, 3: 10.8}[len(panels)]
         figure = Figure(figsize=(width, 3.3), layout="constrained")
@@ -52,16 +45,11 @@ def _draw_lines(axes: Axes, panel: LinePlot) -> None:
     if panel.training_range:
         axes.axvspan(*panel.training_range, color=GREY, alpha=0.12, linewidth=0)
     for series in panel.series:
-        axes.plot(
-            series.x.numpy(),
-            series.y.numpy(),
-            color=series.color,
-            alpha=series.alpha,
-            **LINE_STYLES[series.style],
-        )
+        x, y, index = series.x.numpy(), series.y.numpy(), series.label_index
+        axes.plot(x, y, color=series.color, alpha=series.alpha, **LINE_STYLES[series.style])
         axes.annotate(
             series.label,
-            (series.x[series.label_index].item(), series.y[series.label_index].item()),
+            (x[index], y[index]),
             series.label_offset,
             textcoords="offset points",
             color=series.color,
@@ -87,9 +75,8 @@ def _draw_bars(axes: Axes, panel: BarChart) -> None:
 def _draw_heatmap(axes: Axes, panel: Heatmap) -> None:
     """Draw a matrix: 0 is white, negative values red, positive values blue."""
     largest = panel.values.abs().max().item()
-    image = axes.imshow(
-        panel.values.numpy(), cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto"
-    )
+    matrix = panel.values.numpy()
+    image = axes.imshow(matrix, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
     axes.grid(visible=False)
     axes.set_ylabel(panel.y_label)
     if panel.rows:
@@ -99,8 +86,7 @@ def _draw_heatmap(axes: Axes, panel: Heatmap) -> None:
         axes.tick_params(length=0)
     for row, labels in enumerate(panel.cell_labels):
         for column, label in enumerate(labels):
-            is_dark = panel.values[row, column] > 0.6 * largest
-            color = "white" if is_dark else "black"
+            color = "white" if matrix[row, column] > 0.6 * largest else "black"
             axes.text(column, row, label, ha="center", va="center", color=color)
     if panel.colorbar_label:
         axes.figure.colorbar(image, ax=axes, label=panel.colorbar_label)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from gpt.models.base import ActivationMap
 from tokenizer import END_OF_TEXT, Tokenizer
-from training.plots.style import STYLE, check_output, save_figure
+from training.plots.style import STYLE, save_figure
 
 FONT = "DejaVu Sans Mono"
 LABEL_POINTS = 7
@@ -41,12 +41,8 @@ def draw_xray(maps: Sequence[ActivationMap], tokenizer: Tokenizer, output: Path)
     grid, with the units of each map sorted on their own. Each map has its own color scale, which
     its title states; exact zeros are white.
     """
-    check_output(output)
     groups = itertools.groupby(
-        maps,
-        lambda activation: (
-            activation.name if _is_token_map(activation) else activation.rows[0].tolist()
-        ),
+        maps, lambda each: each.name if isinstance(each.columns, Tensor) else each.rows[0].tolist()
     )
     grids = [MapGrid(list(group), tokenizer) for _, group in groups]
     width, height = max(grid.width for grid in grids), sum(grid.height for grid in grids)
@@ -60,12 +56,7 @@ def draw_xray(maps: Sequence[ActivationMap], tokenizer: Tokenizer, output: Path)
 
 
 class MapGrid:
-    """A grid of maps over the same tokens: a row for each layer, a column for each head of each kind.
-
-    Args:
-        maps: One activation map, or several over the same tokens.
-        tokenizer: Decodes the tokens of the labels.
-    """
+    """A grid of maps over the same tokens: a row for each layer, a column for each head of each kind."""
 
     def __init__(self, maps: Sequence[ActivationMap], tokenizer: Tokenizer) -> None:
         first = maps[0]
@@ -78,11 +69,9 @@ class MapGrid:
             (activation, head) for activation in maps for head in range(activation.weights.shape[2])
         ]
         self.left = 2 * GAP + LETTER_WIDTH * max(map(len, self.row_labels))
-        bottom = (
-            GAP + LETTER_WIDTH * max(map(len, self.column_labels))
-            if self.column_labels
-            else 3 * GAP
-        )
+        bottom = 3 * GAP
+        if self.column_labels:
+            bottom = GAP + LETTER_WIDTH * max(map(len, self.column_labels))
         self.map_width = CELL_SIZE * len(self.column_labels) or UNITS_WIDTH
         self.map_height = CELL_SIZE * len(self.row_labels)
         self.width = self.left + len(self.heads) * (self.map_width + GAP) + GAP
@@ -100,9 +89,8 @@ class MapGrid:
                 figure.text(x / width, (top - GAP) / height, title, va="top")
             for layer in range(self.layers):
                 y = top - TITLE_HEIGHT - (layer + 1) * (self.map_height + TITLE_HEIGHT)
-                axes = figure.add_axes(
-                    (x / width, y / height, self.map_width / width, self.map_height / height)
-                )
+                size = self.map_width / width, self.map_height / height
+                axes = figure.add_axes((x / width, y / height, *size))
                 _draw_map(axes, activation, layer, head)
                 self._label(axes, activation, left=column == 0, bottom=layer == self.layers - 1)
 
@@ -122,11 +110,6 @@ class MapGrid:
             axes.set_xlabel(f"{activation.columns}{order}", fontsize=LABEL_POINTS, labelpad=1)
 
 
-def _is_token_map(activation: ActivationMap) -> bool:
-    """Whether the columns are tokens, not units or experts."""
-    return isinstance(activation.columns, Tensor)
-
-
 def _color_range(activation: ActivationMap) -> tuple[float, float]:
     """Return the values at the ends of the color scale; 0 is white in every map."""
     weights_LHTS = activation.weights[0]
@@ -141,7 +124,8 @@ def _draw_map(axes: Axes, activation: ActivationMap, layer: int, head: int) -> N
     weights_TS = activation.weights[0, layer, head].float().cpu()
     if activation.columns == "units":
         weights_TS = weights_TS[:, weights_TS.mean(dim=0).argsort(descending=True)]
-    first = 0 if _is_token_map(activation) else 1  # units and experts are numbered from 1
+    # Tokens are numbered from 0, units and experts from 1.
+    first = 0 if isinstance(activation.columns, Tensor) else 1
     axes.imshow(
         weights_TS.masked_fill(weights_TS == 0, torch.nan).numpy(),
         cmap="RdBu" if low else "Blues",
@@ -161,12 +145,11 @@ def token_labels(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
     symbols = {" ": "·", "\n": "↵", "\t": "⇥"}
 
     def label(token: int) -> str:
-        text = tokenizer.token_bytes(token).decode(errors="backslashreplace")
-        letters = [
+        text = tokenizer.token_bytes(token).decode(errors="backslashreplace") or END_OF_TEXT
+        printable = "".join(
             symbols.get(letter, letter if ord(letter) in charmap else f"\\u{ord(letter):04x}")
             for letter in text
-        ]
-        printable = "".join(letters) or END_OF_TEXT
+        )
         if len(printable) <= MAX_LABEL_LENGTH:
             return printable
         return printable[: MAX_LABEL_LENGTH - 1] + "…"
