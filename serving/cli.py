@@ -33,13 +33,13 @@ from serving.engine.autotune import (
 )
 from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Engine
 from serving.http.limits import STREAM_INTERVAL, Limits, Timeouts, check_minimums
+from serving.http.runs import RunBrowser, latest_metrics
 from serving.tokenization import IncrementalDetokenizer, tokenize_prompt, tokenize_source
 from tokenizer import Tokenizer, decode_utf8
 
 if TYPE_CHECKING:
     from serving.engine.compilation import Compiler
     from serving.http.registry import ModelEntry
-    from serving.http.runs import RunBrowser
 
 WATCH_INTERVAL = 2.0
 """Seconds between two scans of a watched folder."""
@@ -80,18 +80,13 @@ class Sample:
             raise ValueError(f"-n must be at least 1, not {self.n}")
         seed = secrets.randbits(31) if self.seed is None else self.seed
         sampling_params = SamplingParams(
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            min_p=self.min_p,
-            repetition_penalty=self.repetition_penalty,
-            seed=seed,
+            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed=seed
         )
         path, model, tokenizer = load_run(self.run, self.device)
         prompt = self.prompt
         if prompt is None:
-            stdin = sys.stdin
-            prompt = "" if stdin.isatty() else decode_utf8(stdin.buffer.read(), "standard input")
+            is_terminal = sys.stdin.isatty()
+            prompt = "" if is_terminal else decode_utf8(sys.stdin.buffer.read(), "standard input")
         is_translation = is_translation_run(path)
         tokens = (tokenize_source if is_translation else tokenize_prompt)(tokenizer, prompt)
         torch.set_num_threads(tune_num_threads(model))
@@ -166,15 +161,8 @@ class Serve:
     timeouts: Timeouts = field(default_factory=Timeouts)
 
     def __post_init__(self) -> None:
-        check_minimums(
-            self,
-            max_num_seqs=1,
-            max_queue=0,
-            max_num_batched_tokens=1,
-            max_model_len=1,
-            threads=1,
-            stream_interval=0,
-        )
+        check_minimums(self, max_num_seqs=1, max_queue=0, max_num_batched_tokens=1)
+        check_minimums(self, max_model_len=1, threads=1, stream_interval=0)
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
@@ -183,7 +171,6 @@ class Serve:
         from serving.http.app import create_app
         from serving.http.early_refusal import early_refusal_protocol
         from serving.http.registry import ModelRegistry
-        from serving.http.runs import RunBrowser
         from serving.http.server import Server
 
         key = self._resolve_api_key()
@@ -226,10 +213,8 @@ class Serve:
                             logging.getLogger(__name__).error("%s", error)
                     await asyncio.sleep(WATCH_INTERVAL)
 
-            app = create_app(
-                registry, self.limits, key=key, allowed_origins=self.allowed_origins, runs=runs
-            )
-            protocol = early_refusal_protocol(registry, key)
+            origins, protocol = self.allowed_origins, early_refusal_protocol(registry, key)
+            app = create_app(registry, self.limits, key=key, allowed_origins=origins, runs=runs)
             server = Server(app, registry, load_all, self.timeouts, protocol)
             server.run([listener])
             if server.load_error:
@@ -247,11 +232,10 @@ class Serve:
             )
         return key
 
-    def _load(self, run: Path, compiler: "Compiler", runs: "RunBrowser") -> "ModelEntry":
+    def _load(self, run: Path, compiler: "Compiler", runs: RunBrowser) -> "ModelEntry":
         """Load a run, print its size and return its entry, whose engine is not started yet."""
         from serving.engine.async_engine import AsyncEngine
         from serving.http.registry import ModelEntry
-        from serving.http.runs import latest_metrics
         from serving.metrics import Metrics
 
         path, model, tokenizer = load_run(run, self.device)
@@ -269,14 +253,13 @@ class Serve:
             num_scheduler_steps=1 if self.deterministic else tune_scheduler_steps(model),
             cuda_graphs=not self.no_compile and next(model.parameters()).device.type == "cuda",
         )
-        print(
-            f"{name}: {num_parameters:,} parameters in {self.dtype}; {self.max_num_seqs} slots of "
+        size = (
+            f"{num_parameters:,} parameters in {self.dtype}; {self.max_num_seqs} slots of "
             f"{engine.cache_length:,} tokens, {engine.memory_bytes / 2**20:,.1f} MiB with the weights; "
-            f"threads: {threads}",
-            file=sys.stderr,
+            f"threads: {threads}"
         )
-        if quantization_cost:
-            print(f"{name}: {quantization_cost}", file=sys.stderr)
+        for line in filter(None, (size, quantization_cost)):
+            print(f"{name}: {line}", file=sys.stderr)
         async_engine = AsyncEngine(
             engine,
             max_queue=self.max_queue,
@@ -302,24 +285,23 @@ class Serve:
 
 def finished_runs(folder: Path) -> list[Path]:
     """Return the runs in a folder whose training has finished, the oldest first."""
-    runs = []
-    for metrics in folder.glob("*/metrics.jsonl"):
-        run = metrics.parent
-        is_complete = (run / "model.safetensors").exists() and (run / "tokenizer.json").exists()
-        if is_complete and b'"final_' in metrics.read_bytes()[-4096:]:
-            runs.append(run)
-    return sorted(runs, key=lambda run: (run / "model.safetensors").stat().st_mtime)
+    finished = [
+        weights
+        for weights in folder.glob("*/model.safetensors")
+        if weights.with_name("tokenizer.json").exists()
+        and any(key.startswith("final_") for key in latest_metrics(weights.parent))
+    ]
+    return [file.parent for file in sorted(finished, key=lambda file: file.stat().st_mtime)]
 
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can connect to an address; True if it does not resolve."""
     try:
-        addresses = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
+        infos = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
     except OSError:
         return True  # the error message of `bind` is more precise
-    return all(
-        ipaddress.ip_address(str(address[0]).split("%")[0]).is_loopback for *_, address in addresses
-    )
+    addresses = [str(address[0]).split("%")[0] for *_, address in infos]
+    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
 
 
 def _startup_message(names: Sequence[str], address: str, key: str | None) -> str:
@@ -351,19 +333,18 @@ def bind(host: str, port: int) -> socket.socket:
     """Return a socket bound to an address; an OSError says why it is impossible."""
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be between 0 and 65535, not {port}")
-    with contextlib.ExitStack() as undo:
-        try:
-            addresses = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-            family, kind, protocol, _, address = addresses[0]
-            listener = undo.enter_context(socket.socket(family, kind, protocol))
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM
+        )[0]
+        with contextlib.ExitStack() as on_error:
+            listener = on_error.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
-        except OSError as error:
-            raise OSError(
-                f"cannot listen on {host}, port {port}: {error.strerror}; "
-                "choose others with --host, --port"
-            ) from error
-        undo.pop_all()
+            on_error.pop_all()
+    except OSError as error:
+        reason = f"cannot listen on {host}, port {port}: {error.strerror}"
+        raise OSError(f"{reason}; choose others with --host, --port") from error
     return listener
 
 

@@ -1,6 +1,7 @@
 """Prometheus metrics of requests, named as vLLM's, with the prefix `tinygpt:`."""
 
 from collections.abc import Callable
+from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -10,43 +11,33 @@ BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 1
 REGISTRY = CollectorRegistry()
 """Metrics of this server only, none of its process."""
 
-LABELS = ("model_name",)
-RUNNING = Gauge("tinygpt:num_requests_running", "Running sequences", LABELS, registry=REGISTRY)
-WAITING = Gauge("tinygpt:num_requests_waiting", "Waiting sequences", LABELS, registry=REGISTRY)
-COMPILED_STEPS = Gauge(
-    "tinygpt:compiled_steps", "Kinds of steps that run compiled", LABELS, registry=REGISTRY
-)
-PROMPT_TOKENS = Counter("tinygpt:prompt_tokens", "Prompt tokens", LABELS, registry=REGISTRY)
-GENERATION_TOKENS = Counter(
-    "tinygpt:generation_tokens", "Generated tokens", LABELS, registry=REGISTRY
-)
-FINISHED = Counter(
+_gauge = partial(Gauge, labelnames=("model_name",), registry=REGISTRY)
+_counter = partial(Counter, labelnames=("model_name",), registry=REGISTRY)
+_histogram = partial(Histogram, labelnames=("model_name",), registry=REGISTRY, buckets=BUCKETS)
+
+RUNNING = _gauge("tinygpt:num_requests_running", "Running sequences")
+WAITING = _gauge("tinygpt:num_requests_waiting", "Waiting sequences")
+COMPILED_STEPS = _gauge("tinygpt:compiled_steps", "Kinds of steps that run compiled")
+PROMPT_TOKENS = _counter("tinygpt:prompt_tokens", "Prompt tokens")
+GENERATION_TOKENS = _counter("tinygpt:generation_tokens", "Generated tokens")
+FINISHED = _counter(
     "tinygpt:request_success",
     "Finished sequences by finish reason",
-    (*LABELS, "finished_reason"),
-    registry=REGISTRY,
+    labelnames=("model_name", "finished_reason"),
 )
-REFUSED = Counter(
-    "tinygpt:requests_refused", "Requests refused with 429", LABELS, registry=REGISTRY
-)
-
-
-def _histogram(name: str, documentation: str) -> Histogram:
-    return Histogram(
-        f"tinygpt:{name}_seconds", documentation, LABELS, registry=REGISTRY, buckets=BUCKETS
-    )
-
-
+REFUSED = _counter("tinygpt:requests_refused", "Requests refused with 429")
 TIME_TO_FIRST_TOKEN = _histogram(
-    "time_to_first_token", "From a request's arrival to a sequence's first token"
+    "tinygpt:time_to_first_token_seconds", "From a request's arrival to a sequence's first token"
 )
 INTER_TOKEN_LATENCY = _histogram(
-    "inter_token_latency", "Between two consecutive tokens of a sequence"
+    "tinygpt:inter_token_latency_seconds", "Between two consecutive tokens of a sequence"
 )
 REQUEST_LATENCY = _histogram(
-    "e2e_request_latency", "From a request's arrival to a sequence's last token"
+    "tinygpt:e2e_request_latency_seconds", "From a request's arrival to a sequence's last token"
 )
-QUEUE_TIME = _histogram("request_queue_time", "From a request's arrival to the start of prefill")
+QUEUE_TIME = _histogram(
+    "tinygpt:request_queue_time_seconds", "From a request's arrival to the start of prefill"
+)
 
 
 class Metrics:
@@ -72,10 +63,6 @@ class Metrics:
         RUNNING.labels(self.model_name).set_function(num_running)
         WAITING.labels(self.model_name).set_function(num_waiting)
         COMPILED_STEPS.labels(self.model_name).set_function(num_compiled_steps)
-
-    def request_arrived(self, num_prompt_tokens: int) -> None:
-        """Count a request."""
-        self.prompt_tokens.inc(num_prompt_tokens)
 
     def token_generated(self, arrival: float, last_token: float | None, now: float) -> None:
         """Count a token of a sequence; `last_token` is the time of the one before, None for the first."""

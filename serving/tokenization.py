@@ -29,14 +29,8 @@ def tokenize_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
     """
     space_tokens = _tokens_starting_with_space(tokenizer) if text.endswith(" ") else ()
     space = " " if len(space_tokens) > 1 else ""
-    ids = tokenizer.encode(text.removesuffix(space))
-    return PromptTokens(
-        [tokenizer.eos_token, *ids],
-        space,
-        space_tokens if space else (),
-        text,
-        eos_prepended=True,
-    )
+    ids = [tokenizer.eos_token, *tokenizer.encode(text.removesuffix(space))]
+    return PromptTokens(ids, space, space_tokens if space else (), text, eos_prepended=True)
 
 
 def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
@@ -74,10 +68,7 @@ class IncrementalDetokenizer:
     retracted: what may be the start of a character or of a stop string is buffered. The first stop
     string is the one completed first; of two completed by the same character, the longer.
 
-    Args:
-        tokenizer: Decodes the tokens.
-        stop_strings: Strings that end the output and are not part of it.
-        omitted_prefix: Removed from the start of the output: the prompt's trailing space.
+    `omitted_prefix` is removed from the start of the output: the prompt's trailing space.
     """
 
     def __init__(
@@ -91,10 +82,8 @@ class IncrementalDetokenizer:
         """Whole characters decoded so far, buffered ones included."""
         self.num_emitted = 0
         """Characters returned so far."""
-        self._stream = tokenizer.stream()
-        self._stop_strings = stop_strings
-        self._omitted_prefix = omitted_prefix
-        self._buffer = ""
+        self._stream, self._buffer = tokenizer.stream(), ""
+        self._stop_strings, self._omitted_prefix = stop_strings, omitted_prefix
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that can be emitted."""
@@ -119,14 +108,8 @@ class IncrementalDetokenizer:
             self.stopped, self._buffer = True, ""
             end, _ = min(matches, key=lambda match: (sum(match), match[0]))
         else:
-            overlaps = (_overlap(text, stop) for stop in self._stop_strings)
-            end = len(text) - max(overlaps, default=0)
+            prefixes = (stop[:n] for stop in self._stop_strings for n in range(1, len(stop)))
+            end = len(text) - max(map(len, filter(text.endswith, prefixes)), default=0)
             self._buffer = text[end:]
         self.num_emitted += end
         return text[:end]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
-    longest = min(len(text), len(stop) - 1)
-    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)

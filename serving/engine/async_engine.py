@@ -245,7 +245,7 @@ class AsyncEngine:
         stream = RequestStream(requests)
         self._streams.update(dict.fromkeys(requests, stream))
         for request in requests:
-            self.metrics.request_arrived(len(request.prompt))
+            self.metrics.prompt_tokens.inc(len(request.prompt))
             self._calls.put(partial(self.engine.add_request, request))
         return stream
 

@@ -1,7 +1,7 @@
 """The FastAPI application: its routes, from request to response."""
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -10,13 +10,9 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.engine.async_engine import QueueFullError, UnavailableError
-from serving.http.completions import CompletionStream, encode_prompts
-from serving.http.introspection import (
-    NextTokenRequest,
-    XrayRequest,
-    next_tokens_response,
-    xray_response,
-)
+from serving.http import introspection
+from serving.http.completions import CompletionStream, EventStreamResponse, encode_prompt
+from serving.http.introspection import NextTokenRequest, XrayRequest
 from serving.http.limits import Limits
 from serving.http.middleware import APIKeyMiddleware, BodySizeLimitMiddleware
 from serving.http.protocol import (
@@ -24,20 +20,17 @@ from serving.http.protocol import (
     CompletionRequest,
     DetokenizeRequest,
     TokenizeRequest,
+    bad_request,
     invalid_field_error,
+    json_response,
     to_api_error,
     to_json,
 )
 from serving.http.registry import ModelRegistry
-from serving.http.responses import (
-    CompletionEventStream,
-    error_response,
-    json_response,
-    respond_unless_disconnected,
-)
 from serving.http.runs import RunBrowser
 from serving.http.static import page_routes
 from serving.metrics import render_metrics
+from serving.tokenization import PromptTokens
 from tokenizer import END_OF_TEXT
 
 TOKENIZE_INLINE = 4096
@@ -54,23 +47,28 @@ def create_app(
 ) -> FastAPI:
     """Return the application.
 
-    Args:
-        registry: The served models.
-        limits: Limits of a request.
-        key: API key, required by every route but `/health` and the page's files.
-        allowed_origins: Origins of other web pages that may send requests (CORS).
-        runs: The runs folder.
+    Every route but `/health` and the page's files requires the API key `key`, if there is one. Other
+    web pages may send requests if their origins are in `allowed_origins` (CORS).
     """
     limits, runs = limits or Limits(), runs or RunBrowser()
+
+    async def handle_error(_: Request, error: Exception) -> Response:
+        if isinstance(error, RequestValidationError):
+            error = invalid_field_error(error.errors()[0])
+        return to_api_error(error).response()
+
+    # Every error gets OpenAI's shape, those of the frameworks too.
+    errors = APIError, QueueFullError, UnavailableError, RequestValidationError, HTTPException
     app = FastAPI(
         title="tinygpt",
         description="OpenAI's completions API for trained runs, and what the web page needs. "
         f"Limits of a request:\n\n{limits.to_markdown()}",
         routes=page_routes(),
+        default_response_class=Response,
+        exception_handlers=dict.fromkeys((*errors, Exception), handle_error),
         docs_url=None,
         redoc_url=None,
     )
-    _add_error_handlers(app)
     app.add_middleware(BodySizeLimitMiddleware, max_body_bytes=limits.max_body_bytes)
     if key:
         app.add_middleware(APIKeyMiddleware, key=key)
@@ -79,51 +77,54 @@ def create_app(
             CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
-    @app.post("/v1/completions", response_class=Response)
+    @app.post("/v1/completions")
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Generate text after one or several prompts; with a translation model, translate them."""
         entry = registry.get(body.model)
         body.check_limits(limits)
+
+        def encode() -> list[PromptTokens]:
+            return [encode_prompt(entry, prompt, limits, echo=body.echo) for prompt in body.prompt]
+
         try:
-            entry.engine.check_capacity(len(body.prompt) * body.n)
-            # Megabytes of text would block the event loop, and so the other streams.
-            if sum(map(len, body.prompt)) < TOKENIZE_INLINE:
-                prompts = encode_prompts(entry, body, limits)
-            else:
-                prompts = await asyncio.to_thread(encode_prompts, entry, body, limits)
-            completion = CompletionStream(entry, body, prompts)
-        except ValueError as error:
-            raise APIError(400, str(error), "prompt") from error
+            with bad_request("prompt"):
+                entry.engine.check_capacity(len(body.prompt) * body.n)
+                # Megabytes of text would block the event loop, and so the other streams.
+                is_short = sum(map(len, body.prompt)) < TOKENIZE_INLINE
+                prompts = encode() if is_short else await asyncio.to_thread(encode)
+                completion = CompletionStream(entry, body, prompts)
         finally:
             if early_admission_done := getattr(request.state, "early_admission_done", None):
                 early_admission_done()
         if body.stream:
-            options = body.stream_options
-            include_usage = options is not None and options.include_usage
-            return CompletionEventStream(completion, include_usage=include_usage)
+            return EventStreamResponse(completion)
         try:
-            return await respond_unless_disconnected(request, completion.response())
+            return await _respond_unless_disconnected(request, completion.response())
         finally:
             completion.close()
 
-    @app.post("/v1/next", response_class=Response)
+    @app.post("/v1/next")
     async def next_tokens(body: NextTokenRequest, request: Request) -> Response:
         """Return the likeliest next tokens, with the probabilities before and after all sampling parameters."""
         entry = registry.get(body.model)
-        return await respond_unless_disconnected(request, next_tokens_response(entry, body, limits))
+        return await _respond_unless_disconnected(
+            request, introspection.next_tokens_response(entry, body, limits)
+        )
 
-    @app.post("/v1/xray", response_class=Response)
+    @app.post("/v1/xray")
     async def xray(body: XrayRequest, request: Request) -> Response:
         """Return activation maps of the model on a text: attention, alignments, gates, experts."""
         entry = registry.get(body.model)
-        return await respond_unless_disconnected(request, xray_response(entry, body, limits))
+        return await _respond_unless_disconnected(
+            request, introspection.xray_response(entry, body, limits)
+        )
 
-    @app.get("/v1/runs", response_class=Response)
+    @app.get("/v1/runs")
     async def list_runs() -> Response:
         """List the runs in the runs folder with their latest metrics, the newest first."""
         return await _respond_in_thread(lambda: {"object": "list", "data": runs.summaries()})
 
-    @app.get("/v1/runs/{name:path}", response_class=Response)
+    @app.get("/v1/runs/{name:path}")
     async def get_run(name: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
         """Return a run's configuration and metrics; with `after` = the last response's `next`, only new ones."""
 
@@ -134,65 +135,60 @@ def create_app(
 
         return await _respond_in_thread(read_run)
 
-    @app.get("/v1/ladder", response_class=Response)
+    @app.get("/v1/ladder")
     async def get_ladder() -> Response:
         """Return every rung of the ladder, and the results of the newest ladder that was trained."""
         return await _respond_in_thread(runs.ladder)
 
-    @app.get("/tokenizer_info", response_class=Response)
+    @app.get("/tokenizer_info")
     async def tokenizer_info(model: str | None = None) -> Response:
         """Return the special tokens, as evaluation harnesses expect them: EOS is the only one."""
         tokenizer = registry.get(model).tokenizer
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
-        return json_response(to_json({**names, "vocab_size": tokenizer.vocab_size}))
+        return json_response({**names, "vocab_size": tokenizer.vocab_size})
 
-    @app.post("/tokenize", response_class=Response)
+    @app.post("/tokenize")
     async def tokenize(body: TokenizeRequest) -> Response:
         """Tokenize text; `<|endoftext|>` is the EOS token only if it is the whole text."""
         entry = registry.get(body.model)
         eos_token = entry.tokenizer.eos_token
-        try:
+        with bad_request("prompt"):
             ids = await asyncio.to_thread(entry.tokenizer.encode, body.prompt)
-        except ValueError as error:
-            raise APIError(400, str(error), "prompt") from error
         prepend_eos = body.add_special_tokens and not entry.is_translation
         ids = [eos_token] * prepend_eos + ([eos_token] if body.prompt == END_OF_TEXT else ids)
         content = {"count": len(ids), "max_model_len": entry.max_model_len, "tokens": ids}
-        return json_response(to_json(content))
+        return json_response(content)
 
-    @app.post("/detokenize", response_class=Response)
+    @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Decode token ids."""
-        entry = registry.get(body.model)
-        try:
-            text = await asyncio.to_thread(entry.tokenizer.decode, body.tokens)
-        except ValueError as error:
-            raise APIError(400, str(error), "tokens") from error
-        return json_response(to_json({"prompt": text}))
+        with bad_request("tokens"):
+            text = await asyncio.to_thread(registry.get(body.model).tokenizer.decode, body.tokens)
+        return json_response({"prompt": text})
 
-    @app.get("/v1/models", response_class=Response)
+    @app.get("/v1/models")
     async def list_models() -> Response:
         """List the served models: the values of the request field `model`."""
         models = [entry.describe() for entry in registry.entries.values()]
-        return json_response(to_json({"object": "list", "data": models}))
+        return json_response({"object": "list", "data": models})
 
-    @app.get("/v1/models/{name}", response_class=Response)
+    @app.get("/v1/models/{name}")
     async def get_model(name: str) -> Response:
         """Return one served model."""
-        return json_response(to_json(registry.get(name).describe()))
+        return json_response(registry.get(name).describe())
 
-    @app.get("/health", response_class=Response)
+    @app.get("/health")
     async def health() -> Response:
         """Return 200 while every engine works; 503 means that the server should be restarted."""
         return _status_response(registry.is_healthy, "an engine has stalled or failed; see the log")
 
-    @app.get("/ready", response_class=Response)
+    @app.get("/ready")
     async def ready() -> Response:
         """Return 200 while requests are accepted; 503 while loading and while shutting down."""
         reason = registry.loading_message or "the server is shutting down"
         return _status_response(registry.is_ready, reason)
 
-    @app.get("/metrics", response_class=Response)
+    @app.get("/metrics")
     async def metrics() -> Response:
         """Return metrics in Prometheus' text format."""
         return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -207,23 +203,23 @@ async def _respond_in_thread(read: Callable[[], dict[str, Any]]) -> Response:
 
 def _status_response(ok: bool, reason: str) -> Response:
     status = {"status": "ok"} if ok else {"status": "unavailable", "reason": reason}
-    return json_response(to_json(status), 200 if ok else 503)
+    return json_response(status, 200 if ok else 503)
 
 
-def _add_error_handlers(app: FastAPI) -> None:
-    """Give every error OpenAI's shape, those of the frameworks too."""
+async def _respond_unless_disconnected(
+    request: Request, work: Coroutine[Any, Any, bytes]
+) -> Response:
+    """Return the JSON that `work` makes, or cancel it; status 499, for the access log, after a disconnect."""
 
-    async def handle_error(_: Request, error: Exception) -> Response:
-        if isinstance(error, RequestValidationError):
-            return error_response(invalid_field_error(error.errors()[0]))
-        return error_response(to_api_error(error))
+    async def disconnected() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
 
-    for error_type in (
-        APIError,
-        QueueFullError,
-        UnavailableError,
-        RequestValidationError,
-        HTTPException,
-        Exception,
-    ):
-        app.add_exception_handler(error_type, handle_error)
+    task, watch = asyncio.create_task(work), asyncio.create_task(disconnected())
+    try:
+        await asyncio.wait({task, watch}, return_when=asyncio.FIRST_COMPLETED)
+        return json_response(task.result()) if task.done() else Response(status_code=499)
+    finally:
+        task.cancel()
+        watch.cancel()
+        await asyncio.wait({task, watch})

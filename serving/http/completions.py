@@ -11,6 +11,9 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from typing import Any
 
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
 from serving.engine.async_engine import UnavailableError
 from serving.engine.logprobs import TokenLogprobs
 from serving.engine.sequence import Request, SequenceOutput
@@ -40,13 +43,7 @@ MAX_PROMPT_TOKENS = 65_536
 def encode_prompt(
     entry: ModelEntry, prompt: str | list[int], limits: Limits, *, echo: bool = False
 ) -> PromptTokens:
-    """Tokenize a prompt.
-
-    Args:
-        entry: The model that continues or translates it.
-        prompt: Text or token ids.
-        limits: Limits of its length.
-        echo: Whether to decode token ids, as the response will contain their text.
+    """Tokenize a prompt; with `echo`, decode token ids, as the response will contain their text.
 
     Raises:
         ValueError: The prompt is too long, empty, or has tokens outside the vocabulary.
@@ -60,19 +57,11 @@ def encode_prompt(
     # Where the model has a limit, the engine's own error message is more precise.
     default = MAX_PROMPT_TOKENS if entry.max_model_len is None else math.inf
     limit = limits.max_prompt_tokens or default
-    if len(tokens.ids) > limit:
-        raise ValueError(
-            f"the prompt is {len(tokens.ids)} tokens long, this server allows {limit}: "
-            f"shorten it by {len(tokens.ids) - limit}"
-        )
+    length = len(tokens.ids)
+    if length > limit:
+        message = f"the prompt is {length} tokens long, this server allows {limit}"
+        raise ValueError(f"{message}: shorten it by {length - limit}")
     return tokens
-
-
-def encode_prompts(
-    entry: ModelEntry, request: CompletionRequest, limits: Limits
-) -> list[PromptTokens]:
-    """Tokenize each prompt of a request; a ValueError says what is wrong with one."""
-    return [encode_prompt(entry, prompt, limits, echo=request.echo) for prompt in request.prompt]
 
 
 def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int], name: str) -> None:
@@ -87,8 +76,8 @@ def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int], name: str) -> None
 # Responses.
 
 
-class TokenInfo(dict[str, Any]):
-    """A token's entries in OpenAI's four logprobs lists, and its `id`; None for the EOS that ended a choice."""
+TokenInfo = dict[str, Any]
+"""A token's entries in OpenAI's four logprobs lists, and its `id`; None for the EOS that ended a choice."""
 
 
 @dataclasses.dataclass
@@ -122,24 +111,6 @@ class ChoiceDelta:
         """Ids of the tokens that are part of the text."""
         return [token["id"] for token in self.tokens if token["id"] is not None]
 
-    def to_json(self, *, logprobs: bool, token_ids: bool) -> bytes:
-        """Return one of the `choices` of a chunk or response."""
-        extra = b',"token_ids":' + to_json(self.token_ids) if token_ids else b""
-        if token_ids and self.is_first:
-            extra += b',"prompt_token_ids":' + to_json(self.choice.prompt.ids)
-        return b'{"index":%d,"text":%b,"logprobs":%b,"finish_reason":%b%b}' % (
-            self.choice.index,
-            to_json(self.text),
-            to_json(_logprobs_lists(self.tokens)) if logprobs else b"null",
-            to_json(self.choice.finish_reason),
-            extra,
-        )
-
-
-def _logprobs_lists(tokens: Sequence[TokenInfo]) -> dict[str, list[Any]]:
-    names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
-    return {name: [token[name] for token in tokens] for name in names}
-
 
 class CompletionStream:
     """The response to one completion request; its sequences are generated until `close`.
@@ -153,8 +124,8 @@ class CompletionStream:
         self.entry, self.request = entry, request
         self.num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.choices: dict[tuple[Request, int], Choice] = {}
-        self.engine_requests: list[Request] = []
         self.needs_tokens = request.logprobs is not None or request.return_token_ids
+        engine_requests = []
         for prompt in prompts:
             # A seed for each prompt: equal prompts without a seed get different outputs.
             engine_request = Request(
@@ -169,7 +140,7 @@ class CompletionStream:
                 logprobs=request.logprobs,
                 prompt_logprobs=request.echo and request.logprobs is not None,
             )
-            self.engine_requests.append(engine_request)
+            engine_requests.append(engine_request)
             for number in range(request.n):
                 self.choices[engine_request, number] = Choice(
                     len(self.choices),
@@ -177,7 +148,7 @@ class CompletionStream:
                     prompt,
                     prompt.text if request.echo else "",
                 )
-        self.outputs = entry.engine.add_requests(self.engine_requests)
+        self.outputs = entry.engine.add_requests(engine_requests)
         self.head = {
             "id": f"cmpl-{SERVER_ID}-{next(COMPLETION_NUMBERS)}",
             "object": "text_completion",
@@ -206,24 +177,23 @@ class CompletionStream:
             UnavailableError: The engine has failed or is shutting down.
             APIError: The model has failed on this request.
         """
-        async_engine = self.entry.engine
         prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
         async for outputs in self.outputs:
             deltas: dict[int, ChoiceDelta] = {}
-            failed: SequenceOutput | None = None
+            error: str | None = None
             for output in outputs:
                 choice = self.choices[output.request, output.choice]
                 if choice.finish_reason:  # by a stop string, while the engine was in a step
                     continue
                 if output.finish_reason == "error":
-                    failed = output
+                    error = output.error
                     break
                 if output.choice == 0 and not choice.started:
                     prompt_logprobs[output.request] = output.prompt_logprobs
                 delta = deltas.setdefault(choice.index, ChoiceDelta(choice))
                 self._add_output(delta, output, prompt_logprobs.get(output.request, ()))
                 if choice.detokenizer.stopped:
-                    async_engine.abort(output.request, output.choice)
+                    self.entry.engine.abort(output.request, output.choice)
             yield [
                 delta
                 for delta in deltas.values()
@@ -232,17 +202,14 @@ class CompletionStream:
                 or delta.choice.finish_reason
                 or (self.request.return_token_ids and delta.is_first)
             ]
-            if failed and not async_engine.is_ready:
-                raise UnavailableError(failed.error)
-            if failed:
-                logger.error("a request has failed: %s", failed.error)
+            if error is not None:
+                if not self.entry.engine.is_ready:
+                    raise UnavailableError(error)
+                logger.error("a request has failed: %s", error)
                 raise APIError(500, "the model failed on this request")
 
     def _add_output(
-        self,
-        delta: ChoiceDelta,
-        output: SequenceOutput,
-        prompt_logprobs: Sequence[TokenLogprobs],
+        self, delta: ChoiceDelta, output: SequenceOutput, prompt_logprobs: Sequence[TokenLogprobs]
     ) -> None:
         """Add an engine output to the delta of its choice."""
         choice = delta.choice
@@ -259,9 +226,9 @@ class CompletionStream:
         token = output.logprobs.token if output.logprobs else output.token
         if token is not None and self.needs_tokens:
             span = offset + start, offset + choice.detokenizer.num_decoded
-            is_eos = output.token is None
+            info = self._token_info(token, output.logprobs, span)
             choice.buffered_tokens.append(
-                self._token_info(token, output.logprobs, span, is_eos=is_eos)
+                info if output.token is not None else {**info, "id": None}
             )
         if output.finish_reason:
             delta.text += choice.detokenizer.flush()
@@ -288,40 +255,35 @@ class CompletionStream:
         return infos[1:] if prompt.eos_prepended else infos
 
     def _token_info(
-        self,
-        token: int,
-        logprobs: TokenLogprobs | None,
-        span: tuple[int, int],
-        *,
-        is_eos: bool = False,
+        self, token: int, logprobs: TokenLogprobs | None, span: tuple[int, int]
     ) -> TokenInfo:
-        """Return a token's logprobs entries.
-
-        Args:
-            token: Its id.
-            logprobs: Its logprob and those of the likeliest tokens, if requested.
-            span: Lengths of the decoded text before and after it.
-            is_eos: Whether it ended the choice and so is not part of the text.
-        """
+        """Return a token's info; `span` has the lengths of the decoded text before and after it."""
         tokenizer = self.entry.tokenizer
         text, (start, end) = token_text(tokenizer, token), span
         # A token of whole characters ends the text, after those of the bytes pending before it.
         is_whole = tokenizer.token_bytes(token) == text.encode()
-        top_logprobs = None
-        if logprobs:
-            top_logprobs = {token_text(tokenizer, top): p for top, p in logprobs.top_logprobs}
-        return TokenInfo(
-            id=None if is_eos else token,
-            tokens=text,
-            token_logprobs=logprobs.logprob if logprobs else None,
-            top_logprobs=top_logprobs,
-            text_offset=max(0, end - len(text)) if is_whole else start,
-        )
+        top_logprobs = logprobs and {token_text(tokenizer, t): p for t, p in logprobs.top_logprobs}
+        return {
+            "id": token,
+            "tokens": text,
+            "token_logprobs": logprobs and logprobs.logprob,
+            "top_logprobs": top_logprobs,
+            "text_offset": max(0, end - len(text)) if is_whole else start,
+        }
 
     def _choice_json(self, delta: ChoiceDelta) -> bytes:
-        return delta.to_json(
-            logprobs=self.request.logprobs is not None, token_ids=self.request.return_token_ids
-        )
+        """Return one of the `choices` of a chunk or response."""
+        choice, logprobs = delta.choice, None
+        if self.request.logprobs is not None:
+            names = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+            logprobs = {name: [token[name] for token in delta.tokens] for name in names}
+        content = {"index": choice.index, "text": delta.text, "logprobs": logprobs}
+        content["finish_reason"] = choice.finish_reason
+        if self.request.return_token_ids:
+            content["token_ids"] = delta.token_ids
+            if delta.is_first:
+                content["prompt_token_ids"] = choice.prompt.ids
+        return to_json(content)
 
     async def response(self) -> bytes:
         """Return the JSON of a response that is not streamed."""
@@ -335,8 +297,10 @@ class CompletionStream:
         head, usage = to_json(self.head)[:-1], to_json(self.usage)
         return head + b',"choices":[' + choices + b'],"usage":' + usage + b"}"
 
-    async def events(self, include_usage: bool) -> AsyncIterator[bytes]:
+    async def events(self) -> AsyncIterator[bytes]:
         """Yield server-sent events. An error is an event too; `data: [DONE]` always ends the stream."""
+        options = self.request.stream_options
+        include_usage = options is not None and options.include_usage
         # All chunks share their beginning and end: encode these once.
         head = b"data: " + to_json(self.head)[:-1] + b',"choices":['
         end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
@@ -353,3 +317,20 @@ class CompletionStream:
         except (APIError, UnavailableError) as error:
             events += b"data: " + to_api_error(error).body() + b"\n\n"
         yield events + b"data: [DONE]\n\n"
+
+
+class EventStreamResponse(StreamingResponse):
+    """A completion as server-sent events; its sequences are aborted when the client disconnects."""
+
+    media_type = "text/event-stream"
+
+    def __init__(self, completion: CompletionStream) -> None:
+        super().__init__(completion.events(), headers={"cache-control": "no-cache"})
+        self.completion = completion
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send events until the last one or a disconnect, which may precede the first."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.completion.close()

@@ -1,6 +1,6 @@
 """Limits of requests and timeouts of clients: options of `serve`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from gpt.cli import MaybeInt
 
@@ -41,18 +41,8 @@ class Limits:
     """Maximum bytes of the request body; above it, the response is 413."""
 
     def __post_init__(self) -> None:
-        check_minimums(
-            self,
-            max_prompt_tokens=1,
-            max_tokens=1,
-            max_sequences=1,
-            max_stop_length=1,
-            max_num_beams=1,
-            max_body_bytes=1,
-            max_stop_strings=0,
-            max_logprobs=0,
-            max_xray_tokens=1,
-        )
+        ones = dict.fromkeys((field.name for field in fields(self)), 1)
+        check_minimums(self, **{**ones, "max_stop_strings": 0, "max_logprobs": 0})
 
     def to_markdown(self) -> str:
         """Return a list for the API documentation."""
@@ -86,10 +76,9 @@ class Timeouts:
 
     def __post_init__(self) -> None:
         check_minimums(self, max_connections=1)
-        for name in ("header_timeout", "body_timeout", "idle_timeout"):
-            if not 0 < getattr(self, name) < 1e6:
-                raise ValueError(
-                    f"--{name.replace('_', '-')} must be above 0, not {getattr(self, name)}"
-                )
+        for part in ("header", "body", "idle"):
+            seconds = getattr(self, f"{part}_timeout")
+            if not 0 < seconds < 1e6:
+                raise ValueError(f"--{part}-timeout must be above 0, not {seconds}")
         if not 0 <= self.shutdown_timeout < 1e6:
             raise ValueError(f"--shutdown-timeout must be at least 0, not {self.shutdown_timeout}")

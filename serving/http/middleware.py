@@ -6,8 +6,6 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serving.http.protocol import APIError
-from serving.http.responses import error_response
-from serving.http.static import is_page
 
 
 def authorized(headers: dict[bytes, bytes], key: str) -> bool:
@@ -26,17 +24,15 @@ class APIKeyMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on authorized requests."""
-        public = scope["type"] != "http" or scope["path"] == "/health" or is_page(scope["path"])
+        path = scope.get("path", "/")  # there is none while the server starts and shuts down
+        public = path in ("/", "/health") or path.startswith("/page/")
         if public or authorized(dict(scope["headers"]), self.key):
             await self.app(scope, receive, send)
-            return
-        error = APIError(
-            401,
-            "expected the server's API key: Authorization: Bearer KEY",
-            code="invalid_api_key",
-            headers={"www-authenticate": "Bearer"},
-        )
-        await error_response(error)(scope, receive, send)
+        else:
+            message = "expected the server's API key: Authorization: Bearer KEY"
+            headers = {"www-authenticate": "Bearer"}
+            error = APIError(401, message, code="invalid_api_key", headers=headers)
+            await error.response()(scope, receive, send)
 
 
 class BodySizeLimitMiddleware:
@@ -54,7 +50,7 @@ class BodySizeLimitMiddleware:
         # The HTTP parser has checked that it is a number.
         if int(dict(scope["headers"]).get(b"content-length", b"0")) > self.max_body_bytes:
             error = APIError(413, self.message, headers={"connection": "close"})
-            await error_response(error)(scope, receive, send)
+            await error.response()(scope, receive, send)
             return
         num_bytes = 0
 

@@ -4,13 +4,15 @@ Every error has OpenAI's shape: {"error": {"message", "type", "param", "code"}}.
 unknown or out of range are rejected by name; none is silently ignored.
 """
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, model_validator
 from starlette.exceptions import HTTPException
+from starlette.responses import Response
 
 from gpt.sampling import SamplingParams
 from serving.engine.async_engine import QueueFullError, UnavailableError
@@ -25,6 +27,14 @@ def to_json(value: object) -> bytes:
     return _encoder.encode(value).encode(errors="replace")
 
 
+def json_response(
+    content: object, status: int = 200, headers: Mapping[str, str] | None = None
+) -> Response:
+    """Return a JSON response; bytes are JSON already."""
+    body = content if isinstance(content, bytes) else to_json(content)
+    return Response(body, status, headers, media_type="application/json")
+
+
 # Errors.
 
 
@@ -37,7 +47,7 @@ class APIError(Exception):
         message: str,
         param: str | None = None,
         code: str | None = None,
-        headers: dict[str, str] | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status, self.param, self.code, self.headers = status, param, code, headers
@@ -45,14 +55,24 @@ class APIError(Exception):
     def body(self) -> bytes:
         """Return OpenAI's error object as JSON."""
         default = "invalid_request_error" if self.status < 500 else "server_error"
-        types = {401: "authentication_error", 429: "rate_limit_error"}
-        error = {
-            "message": str(self),
-            "type": types.get(self.status, default),
-            "param": self.param,
-            "code": self.code,
-        }
+        error_type = {401: "authentication_error", 429: "rate_limit_error"}.get(
+            self.status, default
+        )
+        error = {"message": str(self), "type": error_type, "param": self.param, "code": self.code}
         return to_json({"error": error})
+
+    def response(self) -> Response:
+        """Return the response, with the error's status and headers."""
+        return json_response(self.body(), self.status, self.headers)
+
+
+@contextlib.contextmanager
+def bad_request(param: str) -> Iterator[None]:
+    """Convert a ValueError to a 400 response about a field."""
+    try:
+        yield
+    except ValueError as error:
+        raise APIError(400, str(error), param) from error
 
 
 def to_api_error(error: Exception) -> APIError:
@@ -64,11 +84,9 @@ def to_api_error(error: Exception) -> APIError:
             return APIError(429, str(error), headers={"retry-after": str(error.retry_after)})
         case UnavailableError():
             return APIError(503, str(error), headers={"retry-after": "1"})
-        case HTTPException(status_code=404 | 405):
-            message = f"{error.detail}: /docs lists the routes"
-            return APIError(error.status_code, message, headers=dict(error.headers or {}))
         case HTTPException():
-            return APIError(error.status_code, error.detail, headers=dict(error.headers or {}))
+            hint = ": /docs lists the routes" if error.status_code in (404, 405) else ""
+            return APIError(error.status_code, error.detail + hint, headers=error.headers)
     return APIError(500, "internal server error; see the server's log")
 
 
@@ -91,25 +109,24 @@ def invalid_field_error(error: Mapping[str, Any]) -> APIError:
 # Requests.
 
 
-def _validate_prompts(value: object) -> list[str] | list[list[int]]:
+def _is_ids(value: object) -> bool:
+    return isinstance(value, list) and all(type(item) is int for item in value)
+
+
+def _validate_prompts(value: object) -> object:
     """Normalize the four forms of `prompt` to a list of strings or a list of token id lists."""
-    if isinstance(value, str):
+    if isinstance(value, str) or (value and _is_ids(value)):
         return [value]
-    if isinstance(value, list) and value:
-        if all(isinstance(item, str) for item in value):
-            return value
-        if all(type(item) is int for item in value):
-            return [value]
-        if all(isinstance(item, list) and all(type(i) is int for i in item) for item in value):
-            return value
+    all_strings = isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if value and (all_strings or (isinstance(value, list) and all(map(_is_ids, value)))):
+        return value
     raise ValueError("expected a string, a list of strings, token ids or a list of token id lists")
 
 
 def _validate_prompt(value: object) -> object:
-    is_ids = isinstance(value, list) and all(type(item) is int for item in value)
-    if not isinstance(value, str) and not is_ids:
-        raise ValueError("expected a string or token ids")
-    return value
+    if isinstance(value, str) or _is_ids(value):
+        return value
+    raise ValueError("expected a string or token ids")
 
 
 def _validate_stop(value: object) -> list[str]:
@@ -145,13 +162,17 @@ LogitBiasField = Annotated[
     Any, PlainValidator(_validate_logit_bias, json_schema_input_type=dict[str, float])
 ]
 
-MODEL_DESCRIPTION = "model name from /v1/models; default: the first"
+ModelName = Annotated[
+    str | None, Field(description="model name from /v1/models; default: the first")
+]
 
 
 class StrictModel(BaseModel):
     """Rejects unknown fields, NaN and strings in place of numbers; null means the default."""
 
-    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, strict=True)
+    model_config = ConfigDict(
+        extra="forbid", allow_inf_nan=False, strict=True, use_attribute_docstrings=True
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -164,30 +185,22 @@ class StrictModel(BaseModel):
 class SamplingFields(StrictModel):
     """Sampling parameters of a request."""
 
-    temperature: float = Field(
-        1.0, description="divides the logits, 0 to 100; 0: greedy decoding, the likeliest token"
-    )
-    top_p: float = Field(
-        1.0,
-        description="0 to 1: sample from the fewest likeliest tokens whose probabilities reach this sum",
-    )
-    top_k: int = Field(0, description="sample from this many likeliest tokens; 0: all")
-    min_p: float = Field(
-        0.0,
-        description="0 to 1: sample from tokens at least this fraction as likely as the likeliest",
-    )
-    repetition_penalty: float = Field(
-        1.0, description="0.01 to 100: above 1, tokens of prompt and output become less likely"
-    )
-    presence_penalty: float = Field(
-        0.0, description="-2 to 2: subtracted from the logits of tokens that are in the output"
-    )
-    frequency_penalty: float = Field(
-        0.0, description="-2 to 2: subtracted once for each occurrence of a token in the output"
-    )
-    logit_bias: LogitBiasField = Field(
-        (), description="maps token ids to biases, -100 to 100, that are added to their logits"
-    )
+    temperature: float = 1.0
+    """divides the logits, 0 to 100; 0: greedy decoding, the likeliest token"""
+    top_p: float = 1.0
+    """0 to 1: sample from the fewest likeliest tokens whose probabilities reach this sum"""
+    top_k: int = 0
+    """sample from this many likeliest tokens; 0: all"""
+    min_p: float = 0.0
+    """0 to 1: sample from tokens at least this fraction as likely as the likeliest"""
+    repetition_penalty: float = 1.0
+    """0.01 to 100: above 1, tokens of prompt and output become less likely"""
+    presence_penalty: float = 0.0
+    """-2 to 2: subtracted from the logits of tokens that are in the output"""
+    frequency_penalty: float = 0.0
+    """-2 to 2: subtracted once for each occurrence of a token in the output"""
+    logit_bias: LogitBiasField = ()
+    """maps token ids to biases, -100 to 100, that are added to their logits"""
 
     @model_validator(mode="after")
     def _check_ranges(self) -> Self:
@@ -203,40 +216,42 @@ class SamplingFields(StrictModel):
 class StreamOptions(StrictModel):
     """Options of a streamed completion."""
 
-    include_usage: bool = Field(False, description="send a last chunk with token counts")
+    include_usage: bool = False
+    """send a last chunk with token counts"""
 
 
 class CompletionRequest(SamplingFields):
     """OpenAI's completion request, with top_k, min_p, repetition_penalty, num_beams and return_token_ids."""
 
-    model: str | None = Field(None, description=MODEL_DESCRIPTION)
-    prompt: PromptsField = Field(
-        description="text or token ids, or a list of either; a translation model translates it. "
-        "Text starts a document, after an EOS token; token ids are used unchanged"
-    )
-    max_tokens: int = Field(
-        16, ge=0, description="maximum output tokens; a full context also ends a choice"
-    )
-    seed: int | None = Field(
-        None, description="the same seed gives the same output; default: random"
-    )
-    n: int = Field(1, ge=1, description="choices for each prompt")
-    best_of: int | None = Field(None, description="must equal n")
-    num_beams: int = Field(
-        1, ge=1, description="translation models only: beams of a beam search; 1: no beam search"
-    )
-    stop: StopField = Field(
-        (), description="stop strings; the output ends before the first of them"
-    )
-    logprobs: int | None = Field(
-        None, ge=0, description="return the logprob of each token, and of this many likeliest ones"
-    )
-    echo: bool = Field(False, description="return the prompt before the output")
-    return_token_ids: bool = Field(False, description="return token ids of prompt and output")
-    stream: bool = Field(False, description="send tokens as server-sent events as they are sampled")
-    stream_options: StreamOptions | None = Field(None, description="only with `stream`")
-    user: str | None = Field(None, description="accepted, as in OpenAI's API; has no effect")
-    suffix: str | None = Field(None, description="not supported: these models cannot infill")
+    model: ModelName = None
+    prompt: PromptsField
+    """text or token ids, or a list of either; a translation model translates it. Text starts a document, after an EOS token; token ids are used unchanged"""
+    max_tokens: int = Field(16, ge=0)
+    """maximum output tokens; a full context also ends a choice"""
+    seed: int | None = None
+    """the same seed gives the same output; default: random"""
+    n: int = Field(1, ge=1)
+    """choices for each prompt"""
+    best_of: int | None = None
+    """must equal n"""
+    num_beams: int = Field(1, ge=1)
+    """translation models only: beams of a beam search; 1: no beam search"""
+    stop: StopField = ()
+    """stop strings; the output ends before the first of them"""
+    logprobs: int | None = Field(None, ge=0)
+    """return the logprob of each token, and of this many likeliest ones"""
+    echo: bool = False
+    """return the prompt before the output"""
+    return_token_ids: bool = False
+    """return token ids of prompt and output"""
+    stream: bool = False
+    """send tokens as server-sent events as they are sampled"""
+    stream_options: StreamOptions | None = None
+    """only with `stream`"""
+    user: str | None = None
+    """accepted, as in OpenAI's API; has no effect"""
+    suffix: str | None = None
+    """not supported: these models cannot infill"""
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Self:
@@ -273,13 +288,15 @@ class CompletionRequest(SamplingFields):
 class TokenizeRequest(StrictModel):
     """Text to tokenize."""
 
-    model: str | None = Field(None, description=MODEL_DESCRIPTION)
-    prompt: str = Field(description="text to tokenize")
-    add_special_tokens: bool = Field(True, description="start with EOS, as a completion's prompt")
+    model: ModelName = None
+    prompt: str
+    """text to tokenize"""
+    add_special_tokens: bool = True
+    """start with EOS, as a completion's prompt"""
 
 
 class DetokenizeRequest(StrictModel):
     """Token ids to decode."""
 
-    model: str | None = Field(None, description=MODEL_DESCRIPTION)
+    model: ModelName = None
     tokens: list[int] = Field(description="token ids")

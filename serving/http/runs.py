@@ -7,6 +7,7 @@ found in the folder are accepted and no link out of it is followed, so no path l
 import inspect
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,22 +22,14 @@ Json = dict[str, Any]
 
 
 class RunBrowser:
-    """A folder of runs, and of folders of runs such as a ladder's.
-
-    Args:
-        folder: Its path; None is an empty folder.
-    """
+    """A folder of runs, and of folders of runs such as a ladder's; without `folder`, an empty one."""
 
     def __init__(self, folder: Path | None = None) -> None:
-        self.folder = folder.resolve() if folder else None
+        self.folder = (folder or Path(os.devnull)).resolve()
 
     def run_dirs(self) -> dict[str, Path]:
         """Return the run directories by name, which is the path relative to the folder."""
-        if self.folder is None:
-            return {}
-        children = _subfolders(self.folder)
-        grandchildren = [path for child in children for path in _subfolders(child)]
-        runs = [path for path in children + grandchildren if self._is_inside(path / "run.json")]
+        runs = [file.parent for file in self._find("*/run.json", "*/*/run.json")]
         return {run.relative_to(self.folder).as_posix(): run for run in runs}
 
     def name_of(self, run: Path) -> str | None:
@@ -48,19 +41,19 @@ class RunBrowser:
     def summaries(self) -> list[Json]:
         """Return configuration and latest metrics of each readable run, the newest first."""
         summaries = []
+        metrics = ("step", "tokens", "seconds", "loss", "validation_loss", "final_bits_per_byte")
         for name, run in self.run_dirs().items():
-            metadata, latest = self._metadata(run), self._latest_metrics(run)
-            if metadata is None:
+            if (contents := self._read_run(run)) is None:
                 continue
+            metadata, latest, finished = contents
             config = metadata["config"]
-            metrics = ("step", "tokens", "seconds", "loss", "validation_loss")
             summaries.append(
                 {
                     "name": name,
                     **{key: config.get(key) for key in ("task", "model", "preset", "steps")},
-                    **{key: latest.get(key) for key in (*metrics, "final_bits_per_byte")},
+                    **{key: latest.get(key) for key in metrics},
                     "updated": _modified(run / "metrics.jsonl") or _modified(run / "run.json"),
-                    "finished": _is_finished(run, latest),
+                    "finished": finished,
                     "parameters": metadata.get("parameters"),
                 }
             )
@@ -73,9 +66,10 @@ class RunBrowser:
         training has gone back to a checkpoint: then all metrics are returned.
         """
         run = self.run_dirs().get(name)
-        metadata = self._metadata(run) if run else None
-        if run is None or metadata is None:
+        contents = self._read_run(run) if run else None
+        if run is None or contents is None:
             return None
+        metadata, _, finished = contents
         data = self._read(run / "metrics.jsonl")
         restarted = bool(after) and data[after - 1 : after] != b"\n"
         start, end = 0 if restarted else after, data.rfind(b"\n") + 1
@@ -84,7 +78,7 @@ class RunBrowser:
             "config": metadata["config"],
             "metrics": [*_json_lines(data[start:end])],
             "next": end,
-            "finished": _is_finished(run, self._latest_metrics(run)),
+            "finished": finished,
             **({"restarted": True} if restarted else {}),
         }
 
@@ -109,30 +103,35 @@ class RunBrowser:
 
     def _newest_ladder(self) -> tuple[str | None, list[Json]]:
         """Return the name of a ladder's folder and its rows; runs/ladder takes precedence."""
-        if self.folder is None:
-            return None, []
-        files = [folder / "ladder.json" for folder in (self.folder, *_subfolders(self.folder))]
         default = self.folder / "ladder" / "ladder.json"
-        files.sort(key=lambda file: (file == default, _modified(file)), reverse=True)
-        for file in files:
+        files = self._find("ladder.json", "*/ladder.json")
+        for file in sorted(files, key=lambda f: (f == default, _modified(f)), reverse=True):
             rows = _parse_json(self._read(file))
             if isinstance(rows, list) and all(isinstance(row, dict) for row in rows):
                 return file.parent.name, rows
         return None, []
 
-    def _metadata(self, run: Path) -> Json | None:
-        """Return the contents of run.json, or None if it is unreadable."""
-        metadata = _parse_json(self._read(run / "run.json"))
-        valid = isinstance(metadata, dict) and isinstance(metadata.get("config"), dict)
-        return metadata if valid else None
+    def _read_run(self, run: Path) -> tuple[Json, Json, bool] | None:
+        """Return run.json, the latest metrics, and whether the run has its final score.
 
-    def _latest_metrics(self, run: Path) -> Json:
-        return latest_metrics(run) if self._is_inside(run / "metrics.jsonl") else {}
+        A ladder's rung has its score in rung.json. None if run.json is unreadable.
+        """
+        metadata = _parse_json(self._read(run / "run.json"))
+        if not (isinstance(metadata, dict) and isinstance(metadata.get("config"), dict)):
+            return None
+        metrics = latest_metrics(run) if self._is_inside(run / "metrics.jsonl") else {}
+        has_score = any(key.startswith("final_") for key in metrics)
+        return metadata, metrics, has_score or (run / "rung.json").is_file()
+
+    def _find(self, *patterns: str) -> list[Path]:
+        """Return the files that match one of the patterns, relative to the folder."""
+        files = (file for pattern in patterns for file in sorted(self.folder.glob(pattern)))
+        return [file for file in files if self._is_inside(file)]
 
     def _is_inside(self, file: Path) -> bool:
         """Whether a file exists and is in the folder once links are resolved."""
         try:
-            return file.is_file() and file.resolve().is_relative_to(self.folder or "")
+            return file.is_file() and file.resolve().is_relative_to(self.folder)
         except OSError:
             return False
 
@@ -142,19 +141,6 @@ class RunBrowser:
             return file.read_bytes() if self._is_inside(file) else b""
         except OSError:
             return b""
-
-
-def _is_finished(run: Path, metrics: Json) -> bool:
-    """Whether a run has its final score; a ladder's rung has it in rung.json."""
-    has_score = any(key.startswith("final_") for key in metrics)
-    return has_score or (run / "rung.json").is_file()
-
-
-def _subfolders(folder: Path) -> list[Path]:
-    try:
-        return [path for path in sorted(folder.iterdir()) if path.is_dir()]
-    except OSError:  # it may have been removed meanwhile
-        return []
 
 
 def latest_metrics(run: Path) -> Json:

@@ -34,12 +34,8 @@ FLUSH_TIMEOUT = 5
 def _raw_response(error: APIError) -> bytes:
     """Return the bytes of an HTTP response that bypasses the application."""
     status, body = HTTPStatus(error.status), error.body()
-    headers = {
-        "content-type": "application/json",
-        "connection": "close",
-        "content-length": str(len(body)),
-        **(error.headers or {}),
-    }
+    headers = {"content-type": "application/json", "connection": "close"}
+    headers |= {"content-length": str(len(body)), **(error.headers or {})}
     lines = [f"HTTP/1.1 {status.value} {status.phrase}", *map(": ".join, headers.items()), "", ""]
     return "\r\n".join(lines).encode() + body
 
@@ -91,10 +87,8 @@ class TimeoutProtocol(H11Protocol):
 
     def refuse(self, error: APIError) -> None:
         """Send an error, unless a response has started, and close the connection."""
-        started = self.cycle and self.cycle.response_started and not self.cycle.response_complete
-        if started:
-            self._clear_deadline()
-        else:
+        self._clear_deadline()
+        if not (self.cycle and self.cycle.response_started and not self.cycle.response_complete):
             self.write_error(error)
         self.transport.close()
 
@@ -119,12 +113,8 @@ class TimeoutProtocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which also loads the models and shuts down their engines.
 
-    Args:
-        app: The application of `create_app`.
-        registry: The models it serves.
-        load: Fills the registry; runs while the server already responds, for ever with `--watch`.
-        timeouts: Timeouts of clients and of the shutdown.
-        protocol: Makes the protocol of a connection.
+    `load` fills the registry while the server already responds, for ever with `--watch`; `protocol`
+    makes the protocol of a connection.
     """
 
     def __init__(
@@ -132,21 +122,20 @@ class Server(uvicorn.Server):
         app: ASGIApp,
         registry: ModelRegistry,
         load: Callable[[], Awaitable[None]],
-        timeouts: Timeouts | None = None,
-        protocol: Callable[..., TimeoutProtocol] = TimeoutProtocol,
+        timeouts: Timeouts,
+        protocol: Callable[..., TimeoutProtocol],
     ) -> None:
-        self.timeouts = timeouts or Timeouts()
         config = uvicorn.Config(
             app,
-            http=functools.partial(protocol, timeouts=self.timeouts),  # type: ignore[arg-type]
+            http=functools.partial(protocol, timeouts=timeouts),  # type: ignore[arg-type]
             log_config=None,
             ws="none",
             server_header=False,
-            timeout_keep_alive=round(self.timeouts.idle_timeout),
+            timeout_keep_alive=round(timeouts.idle_timeout),
             timeout_graceful_shutdown=FLUSH_TIMEOUT,
         )
         super().__init__(config)
-        self.registry, self.load = registry, load
+        self.registry, self.load, self.timeouts = registry, load, timeouts
         self.load_error: Exception | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -165,12 +154,10 @@ class Server(uvicorn.Server):
         self.load_task.cancel()
         await asyncio.wait({self.load_task})
         engines = [entry.engine for entry in self.registry.entries.values()]
-        drains = [asyncio.create_task(e.drain(self.timeouts.shutdown_timeout)) for e in engines]
-        while drains and not self.force_exit:
-            _, pending = await asyncio.wait(drains, timeout=0.05)
-            drains = list(pending)
-        for drain in drains:
-            drain.cancel()
+        drains = asyncio.gather(*(e.drain(self.timeouts.shutdown_timeout) for e in engines))
+        while not (drains.done() or self.force_exit):
+            await asyncio.wait({drains}, timeout=0.05)
+        drains.cancel()
         for async_engine in engines:
             await async_engine.close()
         await super().shutdown(sockets)

@@ -33,15 +33,9 @@ HEADERS = {
 }
 
 
-def is_page(path: str) -> bool:
-    """Whether a path is the page's or one of its files, which are public."""
-    return path == "/" or path.startswith("/page/")
-
-
 def page_routes(folder: Path = PAGE_DIR) -> list[BaseRoute]:
     """Return the routes `/`, `/page/NAME` and `/docs`, for GET and HEAD."""
-    files = {file.name: file for file in sorted(folder.iterdir()) if file.suffix in MEDIA_TYPES}
-    contents = {name: file.read_bytes() for name, file in files.items()}
+    contents = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix in MEDIA_TYPES}
     etags = {name: f'"{hashlib.sha256(data).hexdigest()[:32]}"' for name, data in contents.items()}
 
     async def get_file(request: Request) -> Response:
@@ -51,14 +45,11 @@ def page_routes(folder: Path = PAGE_DIR) -> list[BaseRoute]:
         headers = {**HEADERS, "etag": etags[name]}
         if request.headers.get("if-none-match") == etags[name]:
             return Response(status_code=304, headers=headers)
-        media_type = MEDIA_TYPES[files[name].suffix]
+        media_type = MEDIA_TYPES[Path(name).suffix]
         return Response(contents[name], headers=headers, media_type=media_type)
-
-    async def redirect_to_docs(request: Request) -> Response:  # noqa: ARG001
-        return RedirectResponse("./#docs")
 
     return [
         Route("/", get_file),
         Route("/page/{name}", get_file),
-        Route("/docs", redirect_to_docs),
+        Route("/docs", lambda _: RedirectResponse("./#docs")),
     ]

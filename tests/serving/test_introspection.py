@@ -92,25 +92,25 @@ def test_probabilities_equal_those_of_transformers(sampling_params, processors):
         distribution = next_token_distribution(
             logits_V, sampling_params, prompt, output, num_candidates=10, include=[3, 39, 3]
         )
-        candidates = distribution.candidates
-        tokens = [candidate.id for candidate in candidates]
+        candidates = distribution["candidates"]
+        tokens = [candidate["id"] for candidate in candidates]
         likeliest = model_V.argsort(descending=True).tolist()
         assert tokens[:10] == likeliest[:10]
         assert set(tokens[10:]) == {3, 39} - {*likeliest[:10]}
         for candidate in candidates:
-            token = candidate.id
-            assert candidate.probability == pytest.approx(float(model_V[token]), rel=1e-6)
+            token = candidate["id"]
+            assert candidate["probability"] == pytest.approx(float(model_V[token]), rel=1e-6)
             expected = pytest.approx(float(sampling_V[token]), rel=1e-5)
-            assert candidate.sampling_probability == expected
-            assert candidate.rank == likeliest.index(token) + 1
-        ranks = [candidate.rank for candidate in candidates]
+            assert candidate["sampling_probability"] == expected
+            assert candidate["rank"] == likeliest.index(token) + 1
+        ranks = [candidate["rank"] for candidate in candidates]
         assert ranks == sorted(ranks)
-        assert distribution.support_size == int((sampling_V > 0).sum())
-        for i, expected_V in enumerate((model_V, sampling_V)):
+        assert distribution["support_size"] == int((sampling_V > 0).sum())
+        for name, expected_V in (("probability", model_V), ("sampling_probability", sampling_V)):
             bits = -sum(p * math.log2(p) for p in expected_V.tolist() if p)
-            assert distribution.entropy[i] == pytest.approx(bits, rel=1e-5, abs=1e-6)
+            assert distribution["entropy"][name] == pytest.approx(bits, rel=1e-5, abs=1e-6)
             rest = 1 - sum(float(expected_V[token]) for token in tokens)
-            assert distribution.rest[i] == pytest.approx(rest, abs=1e-6)
+            assert distribution["rest"][name] == pytest.approx(rest, abs=1e-6)
 
 
 def test_penalties_and_logit_bias_by_hand():
@@ -118,12 +118,12 @@ def test_penalties_and_logit_bias_by_hand():
     params = SamplingParams(presence_penalty=0.5, frequency_penalty=0.25, logit_bias=((3, 2.0),))
     distribution = next_token_distribution(logits_V, params, [2], [0, 1, 1])
     expected_V = torch.tensor([1.0 - 0.75, 2.0 - 1.0, 0.5, 1.0]).softmax(-1)
-    probabilities = {c.id: c.sampling_probability for c in distribution.candidates}
+    probabilities = {c["id"]: c["sampling_probability"] for c in distribution["candidates"]}
     assert probabilities == {token: pytest.approx(float(expected_V[token])) for token in range(4)}
     params = SamplingParams(0.0, frequency_penalty=1.0)
     greedy = next_token_distribution(logits_V, params, [2], [1, 1])
-    assert [candidate.sampling_probability for candidate in greedy.candidates] == [0, 1, 0, 0]
-    assert (greedy.support_size, greedy.entropy[1]) == (1, 0)
+    assert [candidate["sampling_probability"] for candidate in greedy["candidates"]] == [0, 1, 0, 0]
+    assert (greedy["support_size"], greedy["entropy"]["sampling_probability"]) == (1, 0)
 
 
 def test_logits_that_are_not_finite_are_an_error():
@@ -146,7 +146,7 @@ def test_engine_samples_from_the_returned_distribution(model):
         distribution = next_token_distribution(
             recompute_logits(model, prompt, []), params, prompt, num_candidates=100
         )
-    probabilities = {c.id: c.sampling_probability for c in distribution.candidates}
+    probabilities = {c["id"]: c["sampling_probability"] for c in distribution["candidates"]}
     assert sum(probabilities.values()) == pytest.approx(1, abs=1e-6)
     frequent = [token for token, p in probabilities.items() if p * 4000 >= 5]
     assert len(frequent) > 3
@@ -170,22 +170,22 @@ def test_next_tokens_response_equals_the_models_distribution(server, model):
     assert set(response) == {"model", "candidates", "entropy", "support_size", "rest"}
     assert response["model"] == "tiny"
     for candidate, expected_candidate in zip(
-        response["candidates"], expected.candidates, strict=True
+        response["candidates"], expected["candidates"], strict=True
     ):
         assert set(candidate) == {"id", "text", "probability", "sampling_probability", "rank"}
         assert (candidate["id"], candidate["rank"]) == (
-            expected_candidate.id,
-            expected_candidate.rank,
+            expected_candidate["id"],
+            expected_candidate["rank"],
         )
-        assert candidate["text"] == token_text(TOKENIZER, expected_candidate.id)
+        assert candidate["text"] == token_text(TOKENIZER, expected_candidate["id"])
         assert candidate["probability"] == pytest.approx(
-            float(probability_V[expected_candidate.id]), rel=1e-4
+            float(probability_V[expected_candidate["id"]]), rel=1e-4
         )
-        sampling_probability = pytest.approx(expected_candidate.sampling_probability, rel=1e-4)
+        sampling_probability = pytest.approx(expected_candidate["sampling_probability"], rel=1e-4)
         assert candidate["sampling_probability"] == sampling_probability
-    assert response["support_size"] == expected.support_size
-    for i, name in enumerate(("probability", "sampling_probability")):
-        assert response["entropy"][name] == pytest.approx(expected.entropy[i], rel=1e-4)
+    assert response["support_size"] == expected["support_size"]
+    for name in ("probability", "sampling_probability"):
+        assert response["entropy"][name] == pytest.approx(expected["entropy"][name], rel=1e-4)
         total = sum(candidate[name] for candidate in response["candidates"])
         assert total + response["rest"][name] == pytest.approx(1, abs=1e-5)
 
