@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import gc
 import ipaddress
 import logging
@@ -91,18 +92,11 @@ class Sample:
         tokens = (tokenize_source if is_translation else tokenize_prompt)(tokenizer, prompt)
         torch.set_num_threads(tune_num_threads(model))
         eos_token = tokenizer.eos_token
+        start_token = eos_token if is_translation else None
+        arguments = model, tokens.ids, self.max_tokens, sampling_params, {eos_token}
         for choice in range(self.n):
             detokenizer = IncrementalDetokenizer(tokenizer, self.stop, tokens.trailing_space)
-            output = generate(
-                model,
-                tokens.ids,
-                self.max_tokens,
-                sampling_params,
-                {eos_token},
-                choice,
-                tokens.allowed_first_tokens,
-                eos_token if is_translation else None,
-            )
+            output = generate(*arguments, choice, tokens.allowed_first_tokens, start_token)
             if choice:
                 print("-" * 20)
             elif self.seed is None and not sampling_params.greedy:
@@ -173,7 +167,9 @@ class Serve:
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
-        key = self._resolve_api_key()
+        key = self.api_key or os.environ.get("TINYGPT_API_KEY")
+        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         paths = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
@@ -185,15 +181,20 @@ class Serve:
                 raise ValueError(f"{option} {folder}: no such folder")
         runs = RunBrowser(self.runs_dir or (paths[0].resolve().parent if paths else self.watch))
         with bind(self.host, self.port) as listener, contextlib.closing(Compiler()) as compiler:
+            ip, port, *_ = listener.getsockname()
+            is_loopback = ipaddress.ip_address(ip.partition("%")[0]).is_loopback
+            if not (key or self.no_api_key or is_loopback):
+                raise ValueError(
+                    f"--host {self.host} can be reached from other machines: give --api-key KEY, "
+                    "or --no-api-key to allow requests without a key"
+                )
             host = f"[{self.host}]" if ":" in self.host else self.host
-            address = f"http://{host}:{listener.getsockname()[1]}"
+            address = f"http://{host}:{port}"
             registry = ModelRegistry()
 
             async def load(path: Path) -> None:
-                entry = await asyncio.to_thread(
-                    run_in_own_thread, lambda: self._load(path, compiler, runs)
-                )
-                await registry.add(entry)
+                work = functools.partial(self._load, path, compiler, runs)
+                await registry.add(await asyncio.to_thread(run_in_own_thread, work))
 
             async def load_all() -> None:
                 for path in paths:
@@ -219,18 +220,6 @@ class Serve:
             server.run([listener])
             if server.load_error:
                 raise server.load_error
-
-    def _resolve_api_key(self) -> str | None:
-        """Return the API key, if any; a ValueError if it is invalid or one is required."""
-        key = self.api_key or os.environ.get("TINYGPT_API_KEY")
-        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
-        if not key and not self.no_api_key and not is_loopback(self.host):
-            raise ValueError(
-                f"--host {self.host} can be reached from other machines: give --api-key KEY, or "
-                "--no-api-key to allow requests without a key"
-            )
-        return key
 
     def _load(self, run: Path, compiler: "Compiler", runs: RunBrowser) -> "ModelEntry":
         """Load a run, print its size and return its entry, whose engine is not started yet."""
@@ -294,16 +283,6 @@ def finished_runs(folder: Path) -> list[Path]:
     return [file.parent for file in sorted(finished, key=lambda file: file.stat().st_mtime)]
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine can connect to an address; True if it does not resolve."""
-    try:
-        infos = socket.getaddrinfo(host or "0.0.0.0", None, type=socket.SOCK_STREAM)
-    except OSError:
-        return True  # the error message of `bind` is more precise
-    addresses = [str(address[0]).split("%")[0] for *_, address in infos]
-    return all(ipaddress.ip_address(address).is_loopback for address in addresses)
-
-
 def _startup_message(names: Sequence[str], address: str, key: str | None) -> str:
     """Return what is served where, and a command to try it with."""
     if not names:
@@ -334,9 +313,8 @@ def bind(host: str, port: int) -> socket.socket:
     if not 0 <= port < 2**16:
         raise ValueError(f"--port must be between 0 and 65535, not {port}")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM
-        )[0]
+        first, *_ = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, kind, protocol, _, address = first
         with contextlib.ExitStack() as on_error:
             listener = on_error.enter_context(socket.socket(family, kind, protocol))
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -1,6 +1,5 @@
 """Prometheus metrics of requests, named as vLLM's, with the prefix `tinygpt:`."""
 
-from collections.abc import Callable
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -45,6 +44,9 @@ class Metrics:
 
     def __init__(self, model_name: str) -> None:
         self.model_name = model_name
+        self.num_running = RUNNING.labels(model_name)
+        self.num_waiting = WAITING.labels(model_name)
+        self.num_compiled_steps = COMPILED_STEPS.labels(model_name)
         self.prompt_tokens = PROMPT_TOKENS.labels(model_name)
         self.generation_tokens = GENERATION_TOKENS.labels(model_name)
         self.refused = REFUSED.labels(model_name)
@@ -52,17 +54,6 @@ class Metrics:
         self.inter_token_latency = INTER_TOKEN_LATENCY.labels(model_name)
         self.request_latency = REQUEST_LATENCY.labels(model_name)
         self.queue_time = QUEUE_TIME.labels(model_name)
-
-    def set_gauges(
-        self,
-        num_running: Callable[[], int],
-        num_waiting: Callable[[], int],
-        num_compiled_steps: Callable[[], int],
-    ) -> None:
-        """Set the functions that return the gauges' current values."""
-        RUNNING.labels(self.model_name).set_function(num_running)
-        WAITING.labels(self.model_name).set_function(num_waiting)
-        COMPILED_STEPS.labels(self.model_name).set_function(num_compiled_steps)
 
     def token_generated(self, arrival: float, last_token: float | None, now: float) -> None:
         """Count a token of a sequence; `last_token` is the time of the one before, None for the first."""

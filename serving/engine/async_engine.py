@@ -141,11 +141,9 @@ class AsyncEngine:
         """Why requests are not taken; empty while they are."""
         self._last_step_time = time.monotonic()
         self._finish_times: deque[float] = deque(maxlen=NUM_FINISH_TIMES)
-        self.metrics.set_gauges(
-            lambda: self.num_running,
-            lambda: self.num_waiting,
-            lambda: self.engine.num_compiled_steps,
-        )
+        self.metrics.num_running.set_function(lambda: self.num_running)
+        self.metrics.num_waiting.set_function(lambda: self.num_waiting)
+        self.metrics.num_compiled_steps.set_function(lambda: self.engine.num_compiled_steps)
 
     @property
     def is_ready(self) -> bool:

@@ -107,17 +107,15 @@ def create_app(
     async def next_tokens(body: NextTokenRequest, request: Request) -> Response:
         """Return the likeliest next tokens, with the probabilities before and after all sampling parameters."""
         entry = registry.get(body.model)
-        return await _respond_unless_disconnected(
-            request, introspection.next_tokens_response(entry, body, limits)
-        )
+        work = introspection.next_tokens_response(entry, body, limits)
+        return await _respond_unless_disconnected(request, work)
 
     @app.post("/v1/xray")
     async def xray(body: XrayRequest, request: Request) -> Response:
         """Return activation maps of the model on a text: attention, alignments, gates, experts."""
         entry = registry.get(body.model)
-        return await _respond_unless_disconnected(
-            request, introspection.xray_response(entry, body, limits)
-        )
+        work = introspection.xray_response(entry, body, limits)
+        return await _respond_unless_disconnected(request, work)
 
     @app.get("/v1/runs")
     async def list_runs() -> Response:
@@ -156,8 +154,8 @@ def create_app(
             ids = await asyncio.to_thread(entry.tokenizer.encode, body.prompt)
         prepend_eos = body.add_special_tokens and not entry.is_translation
         ids = [eos_token] * prepend_eos + ([eos_token] if body.prompt == END_OF_TEXT else ids)
-        content = {"count": len(ids), "max_model_len": entry.max_model_len, "tokens": ids}
-        return json_response(content)
+        max_model_len = entry.max_model_len
+        return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 
     @app.post("/detokenize")
     async def detokenize(body: DetokenizeRequest) -> Response:
@@ -180,13 +178,16 @@ def create_app(
     @app.get("/health")
     async def health() -> Response:
         """Return 200 while every engine works; 503 means that the server should be restarted."""
-        return _status_response(registry.is_healthy, "an engine has stalled or failed; see the log")
+        engines = [entry.engine for entry in registry.entries.values()]
+        healthy = not any(engine.is_stalled or engine.has_failed for engine in engines)
+        return _status_response(healthy, "an engine has stalled or failed; see the log")
 
     @app.get("/ready")
     async def ready() -> Response:
         """Return 200 while requests are accepted; 503 while loading and while shutting down."""
+        ready = all(entry.engine.is_ready for entry in registry.entries.values())
         reason = registry.loading_message or "the server is shutting down"
-        return _status_response(registry.is_ready, reason)
+        return _status_response(ready and not registry.loading_message, reason)
 
     @app.get("/metrics")
     async def metrics() -> Response:

@@ -37,9 +37,6 @@ MAX_PROMPT_TOKENS = 65_536
 """Default limit for models without a maximum sequence length."""
 
 
-# Prompts.
-
-
 def encode_prompt(
     entry: ModelEntry, prompt: str | list[int], limits: Limits, *, echo: bool = False
 ) -> PromptTokens:
@@ -66,14 +63,10 @@ def encode_prompt(
 
 def check_token_ids(tokenizer: Tokenizer, ids: Sequence[int], name: str) -> None:
     """Raise a ValueError that names the first id outside the vocabulary."""
-    wrong = next((token for token in ids if not 0 <= token < tokenizer.vocab_size), None)
-    if wrong is not None:
-        raise ValueError(
-            f"{name} has token {wrong}, the model knows 0 to {tokenizer.vocab_size - 1}"
-        )
-
-
-# Responses.
+    last = tokenizer.vocab_size - 1
+    for token in ids:
+        if not 0 <= token <= last:
+            raise ValueError(f"{name} has token {token}, the model knows 0 to {last}")
 
 
 TokenInfo = dict[str, Any]
@@ -87,8 +80,6 @@ class Choice:
     index: int
     detokenizer: IncrementalDetokenizer
     prompt: PromptTokens
-    echoed_text: str
-    """Prompt text returned before the output."""
     started: bool = False
     num_tokens: int = 0
     finish_reason: str | None = None
@@ -124,6 +115,7 @@ class CompletionStream:
         self.entry, self.request = entry, request
         self.num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.choices: dict[tuple[Request, int], Choice] = {}
+        self.prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
         self.needs_tokens = request.logprobs is not None or request.return_token_ids
         engine_requests = []
         for prompt in prompts:
@@ -146,7 +138,6 @@ class CompletionStream:
                     len(self.choices),
                     IncrementalDetokenizer(entry.tokenizer, request.stop, prompt.trailing_space),
                     prompt,
-                    prompt.text if request.echo else "",
                 )
         self.outputs = entry.engine.add_requests(engine_requests)
         self.head = {
@@ -177,7 +168,6 @@ class CompletionStream:
             UnavailableError: The engine has failed or is shutting down.
             APIError: The model has failed on this request.
         """
-        prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
         async for outputs in self.outputs:
             deltas: dict[int, ChoiceDelta] = {}
             error: str | None = None
@@ -188,19 +178,15 @@ class CompletionStream:
                 if output.finish_reason == "error":
                     error = output.error
                     break
-                if output.choice == 0 and not choice.started:
-                    prompt_logprobs[output.request] = output.prompt_logprobs
                 delta = deltas.setdefault(choice.index, ChoiceDelta(choice))
-                self._add_output(delta, output, prompt_logprobs.get(output.request, ()))
+                self._add_output(delta, output)
                 if choice.detokenizer.stopped:
                     self.entry.engine.abort(output.request, output.choice)
+            with_ids = self.request.return_token_ids
             yield [
-                delta
-                for delta in deltas.values()
-                if delta.text
-                or delta.tokens
-                or delta.choice.finish_reason
-                or (self.request.return_token_ids and delta.is_first)
+                d
+                for d in deltas.values()
+                if d.text or d.tokens or d.choice.finish_reason or (with_ids and d.is_first)
             ]
             if error is not None:
                 if not self.entry.engine.is_ready:
@@ -208,17 +194,19 @@ class CompletionStream:
                 logger.error("a request has failed: %s", error)
                 raise APIError(500, "the model failed on this request")
 
-    def _add_output(
-        self, delta: ChoiceDelta, output: SequenceOutput, prompt_logprobs: Sequence[TokenLogprobs]
-    ) -> None:
+    def _add_output(self, delta: ChoiceDelta, output: SequenceOutput) -> None:
         """Add an engine output to the delta of its choice."""
         choice = delta.choice
-        offset = len(choice.echoed_text)
+        echoed_text = choice.prompt.text if self.request.echo else ""
+        offset = len(echoed_text)
         if not choice.started:
             choice.started = delta.is_first = True
-            delta.text += choice.echoed_text
+            delta.text += echoed_text
+            if output.prompt_logprobs:  # with the first output of the first choice
+                self.prompt_logprobs[output.request] = output.prompt_logprobs
             if self.request.echo and self.needs_tokens:
-                delta.tokens += self._prompt_tokens(choice.prompt, prompt_logprobs)
+                logprobs = self.prompt_logprobs.get(output.request, ())
+                delta.tokens += self._prompt_tokens(choice.prompt, logprobs)
         start = choice.detokenizer.num_decoded
         if output.token is not None:
             choice.num_tokens += 1
@@ -227,18 +215,15 @@ class CompletionStream:
         if token is not None and self.needs_tokens:
             span = offset + start, offset + choice.detokenizer.num_decoded
             info = self._token_info(token, output.logprobs, span)
-            choice.buffered_tokens.append(
-                info if output.token is not None else {**info, "id": None}
-            )
+            choice.buffered_tokens.append({**info, "id": output.token})
         if output.finish_reason:
             delta.text += choice.detokenizer.flush()
         choice.finish_reason = "stop" if choice.detokenizer.stopped else output.finish_reason
         emitted = offset + choice.detokenizer.num_emitted
-        flush_all = bool(choice.finish_reason) and not choice.detokenizer.stopped
-        while choice.buffered_tokens and (
-            flush_all or choice.buffered_tokens[0]["text_offset"] < emitted
-        ):
-            delta.tokens.append(choice.buffered_tokens.pop(0))
+        flush_all = choice.finish_reason and not choice.detokenizer.stopped
+        buffered = choice.buffered_tokens
+        while buffered and (flush_all or buffered[0]["text_offset"] < emitted):
+            delta.tokens.append(buffered.pop(0))
 
     def _prompt_tokens(
         self, prompt: PromptTokens, prompt_logprobs: Sequence[TokenLogprobs]
@@ -271,7 +256,7 @@ class CompletionStream:
             "text_offset": max(0, end - len(text)) if is_whole else start,
         }
 
-    def _choice_json(self, delta: ChoiceDelta) -> bytes:
+    def _choice_fields(self, delta: ChoiceDelta) -> dict[str, Any]:
         """Return one of the `choices` of a chunk or response."""
         choice, logprobs = delta.choice, None
         if self.request.logprobs is not None:
@@ -283,7 +268,7 @@ class CompletionStream:
             content["token_ids"] = delta.token_ids
             if delta.is_first:
                 content["prompt_token_ids"] = choice.prompt.ids
-        return to_json(content)
+        return content
 
     async def response(self) -> bytes:
         """Return the JSON of a response that is not streamed."""
@@ -293,9 +278,8 @@ class CompletionStream:
                 for delta in deltas:
                     totals[delta.choice.index].text += delta.text
                     totals[delta.choice.index].tokens += delta.tokens
-        choices = b",".join(map(self._choice_json, totals))
-        head, usage = to_json(self.head)[:-1], to_json(self.usage)
-        return head + b',"choices":[' + choices + b'],"usage":' + usage + b"}"
+        choices = [self._choice_fields(delta) for delta in totals]
+        return to_json({**self.head, "choices": choices, "usage": self.usage})
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield server-sent events. An error is an event too; `data: [DONE]` always ends the stream."""
@@ -308,7 +292,8 @@ class CompletionStream:
         try:
             async with contextlib.aclosing(self.deltas()) as batches:
                 async for deltas in batches:
-                    events += b"".join(head + self._choice_json(delta) + end for delta in deltas)
+                    for delta in deltas:
+                        events += head + to_json(self._choice_fields(delta)) + end
                     if events and self.outputs.unfinished:  # the last are sent with [DONE]
                         yield events
                         events = b""

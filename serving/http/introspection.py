@@ -227,12 +227,8 @@ def activation_maps(
 ) -> list[tuple[dict[str, Any], Tensor]]:
     """Return the activation maps of a text, as JSON fields with token ids, and weights_LHTS.
 
-    Args:
-        model: A language model, or an encoder-decoder.
-        ids: The text; for an encoder-decoder, the source.
-        decoder_ids: For an encoder-decoder, the decoder's input.
-        layer: Return only this layer, counted from 0.
-        name: Return only maps whose name contains this.
+    With the decoder's input `decoder_ids`, `ids` are the source of an encoder-decoder. Only this
+    `layer`, counted from 0, and only maps whose name contains `name` are returned.
 
     Raises:
         ValueError: There is no such map or layer, or there are too many weights.
@@ -317,14 +313,10 @@ async def xray_response(entry: ModelEntry, request: XrayRequest, limits: Limits)
             decoder_ids = [start_token, *target][: model.max_target_length(len(ids))]
             check_length(len(ids) + len(decoder_ids))
     with bad_request("prompt"):
-        name = request.map_name or ""
-        maps = await _run_on_engine(
-            entry, lambda: activation_maps(model, ids, decoder_ids, request.layer, name)
-        )
+        options = decoder_ids, request.layer, request.map_name or ""
+        maps = await _run_on_engine(entry, lambda: activation_maps(model, ids, *options))
 
-    def with_text(ids: Sequence[int] | None) -> list[dict[str, Any]] | None:
-        if ids is None:
-            return None
+    def with_text(ids: Sequence[int]) -> list[dict[str, Any]]:
         return [{"id": token, "text": token_text(tokenizer, token)} for token in ids]
 
     def nested_json(weights: Tensor) -> bytes:
@@ -338,11 +330,11 @@ async def xray_response(entry: ModelEntry, request: XrayRequest, limits: Limits)
         head = {
             "model": entry.name,
             "tokens": with_text(ids),
-            "target_tokens": with_text(decoder_ids),
+            "target_tokens": decoder_ids and with_text(decoder_ids),
         }
         maps_json = []
         for fields, weights_LHTS in maps:
-            tokens = {key: with_text(fields[key]) for key in ("rows", "columns")}
+            tokens = {key: with_text(fields[key]) for key in ("rows", "columns") if fields[key]}
             weights = b',"weights":' + nested_json(weights_LHTS) + b"}"
             maps_json.append(to_json(fields | tokens)[:-1] + weights)
         return to_json(head)[:-1] + b',"maps":[' + b",".join(maps_json) + b"]}"

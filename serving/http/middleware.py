@@ -14,10 +14,7 @@ def authorized(headers: dict[bytes, bytes], key: str) -> bool:
 
 
 class APIKeyMiddleware:
-    """Responds with 401 to requests without the API key, except for `/health` and the web page.
-
-    The page asks its user for the key.
-    """
+    """Responds with 401 without the API key, except for `/health` and the page, which asks for it."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
         self.app, self.key = app, key
@@ -44,11 +41,9 @@ class BodySizeLimitMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass on the request, counting the bytes of its body."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
         # The HTTP parser has checked that it is a number.
-        if int(dict(scope["headers"]).get(b"content-length", b"0")) > self.max_body_bytes:
+        length = int(dict(scope.get("headers", ())).get(b"content-length", b"0"))
+        if length > self.max_body_bytes:
             error = APIError(413, self.message, headers={"connection": "close"})
             await error.response()(scope, receive, send)
             return

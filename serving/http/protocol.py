@@ -38,27 +38,24 @@ def json_response(
 # Errors.
 
 
+@dataclasses.dataclass(eq=False)
 class APIError(Exception):
     """An error response."""
 
-    def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: Mapping[str, str] | None = None,
-    ) -> None:
-        super().__init__(message)
-        self.status, self.param, self.code, self.headers = status, param, code, headers
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: Mapping[str, str] | None = None
+
+    def __str__(self) -> str:
+        return self.message
 
     def body(self) -> bytes:
         """Return OpenAI's error object as JSON."""
         default = "invalid_request_error" if self.status < 500 else "server_error"
-        error_type = {401: "authentication_error", 429: "rate_limit_error"}.get(
-            self.status, default
-        )
-        error = {"message": str(self), "type": error_type, "param": self.param, "code": self.code}
+        kind = {401: "authentication_error", 429: "rate_limit_error"}.get(self.status, default)
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return to_json({"error": error})
 
     def response(self) -> Response:
@@ -113,7 +110,7 @@ def _is_ids(value: object) -> bool:
     return isinstance(value, list) and all(type(item) is int for item in value)
 
 
-def _validate_prompts(value: object) -> object:
+def _check_prompts(value: object) -> object:
     """Normalize the four forms of `prompt` to a list of strings or a list of token id lists."""
     if isinstance(value, str) or (value and _is_ids(value)):
         return [value]
@@ -123,20 +120,20 @@ def _validate_prompts(value: object) -> object:
     raise ValueError("expected a string, a list of strings, token ids or a list of token id lists")
 
 
-def _validate_prompt(value: object) -> object:
+def _check_prompt(value: object) -> object:
     if isinstance(value, str) or _is_ids(value):
         return value
     raise ValueError("expected a string or token ids")
 
 
-def _validate_stop(value: object) -> list[str]:
+def _check_stop(value: object) -> list[str]:
     stops = [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or not all(isinstance(stop, str) and stop for stop in stops):
         raise ValueError("expected a string or a list of strings, none of them empty")
     return stops
 
 
-def _validate_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
+def _check_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     if not isinstance(value, dict):
         raise ValueError("expected an object that maps token ids to numbers from -100 to 100")
     biases = []
@@ -148,18 +145,12 @@ def _validate_logit_bias(value: object) -> tuple[tuple[int, float], ...]:
     return tuple(biases)
 
 
-PromptField = Annotated[
-    Any, PlainValidator(_validate_prompt, json_schema_input_type=str | list[int])
-]
-PromptsField = Annotated[
-    Any,
-    PlainValidator(
-        _validate_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]]
-    ),
-]
-StopField = Annotated[Any, PlainValidator(_validate_stop, json_schema_input_type=str | list[str])]
+PromptField = Annotated[Any, PlainValidator(_check_prompt, json_schema_input_type=str | list[int])]
+PromptForms = str | list[str] | list[int] | list[list[int]]
+PromptsField = Annotated[Any, PlainValidator(_check_prompts, json_schema_input_type=PromptForms)]
+StopField = Annotated[Any, PlainValidator(_check_stop, json_schema_input_type=str | list[str])]
 LogitBiasField = Annotated[
-    Any, PlainValidator(_validate_logit_bias, json_schema_input_type=dict[str, float])
+    Any, PlainValidator(_check_logit_bias, json_schema_input_type=dict[str, float])
 ]
 
 ModelName = Annotated[

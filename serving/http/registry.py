@@ -50,10 +50,7 @@ class ModelEntry:
             "owned_by": "tinygpt",
             "max_model_len": self.max_model_len,
             "rung": next(name for name, cls in CHAPTERS.items() if cls is type(model)),
-            "chapter": model.chapter,
-            "year": model.year,
-            "paper": model.paper,
-            "idea": model.idea,
+            **{key: getattr(model, key) for key in ("chapter", "year", "paper", "idea")},
             "parameters": self.num_parameters or count_parameters(model),
             "vocab_size": model.vocab_size,
             "eos_token_id": self.tokenizer.eos_token,
@@ -93,13 +90,3 @@ class ModelRegistry:
         names = ", ".join(self.entries)
         message = f"no model named {(name or '')[:80]!r}; available: {names}"
         raise APIError(404, message, "model", "model_not_found")
-
-    @property
-    def is_ready(self) -> bool:
-        """True when all models are loaded and accept requests."""
-        return not self.loading_message and all(e.engine.is_ready for e in self.entries.values())
-
-    @property
-    def is_healthy(self) -> bool:
-        """True while no engine has stalled or failed."""
-        return not any(e.engine.is_stalled or e.engine.has_failed for e in self.entries.values())

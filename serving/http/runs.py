@@ -4,6 +4,7 @@ Files are read while training writes them: incomplete and damaged parts are left
 found in the folder are accepted and no link out of it is followed, so no path leads out of it.
 """
 
+import contextlib
 import inspect
 import json
 import math
@@ -66,8 +67,7 @@ class RunBrowser:
         training has gone back to a checkpoint: then all metrics are returned.
         """
         run = self.run_dirs().get(name)
-        contents = self._read_run(run) if run else None
-        if run is None or contents is None:
+        if run is None or (contents := self._read_run(run)) is None:
             return None
         metadata, _, finished = contents
         data = self._read(run / "metrics.jsonl")
@@ -87,10 +87,7 @@ class RunBrowser:
         rungs = {
             name: {
                 "name": name,
-                "chapter": model.chapter,
-                "year": model.year,
-                "paper": model.paper,
-                "idea": model.idea,
+                **{key: getattr(model, key) for key in ("chapter", "year", "paper", "idea")},
                 "description": inspect.getdoc(sys.modules[model.__module__]),
             }
             for name, model in CHAPTERS.items()
@@ -146,13 +143,10 @@ class RunBrowser:
 def latest_metrics(run: Path) -> Json:
     """Return the latest value of each metric at the end of a run's metrics.jsonl."""
     latest: Json = {}
-    try:
-        with (run / "metrics.jsonl").open("rb") as file:
-            file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
-            for line in _json_lines(file.read()):
-                latest |= line
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), (run / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, file.seek(0, 2) - TAIL_BYTES))
+        for line in _json_lines(file.read()):
+            latest |= line
     return latest
 
 
@@ -166,15 +160,14 @@ def _json_lines(data: bytes) -> Iterator[Json]:
 
 def _parse_json(data: bytes) -> Any:  # noqa: ANN401 (what JSON can hold)
     """Return a JSON value, with null for NaN and infinity; None if the data is not JSON."""
+
+    def parse_float(number: str) -> float | None:
+        return float(number) if math.isfinite(float(number)) else None
+
     try:
-        return json.loads(data, parse_constant=lambda _: None, parse_float=_finite)
+        return json.loads(data, parse_constant=lambda _: None, parse_float=parse_float)
     except (ValueError, RecursionError):
         return None
-
-
-def _finite(number: str) -> float | None:
-    value = float(number)
-    return value if math.isfinite(value) else None
 
 
 def _modified(file: Path) -> float:

@@ -7,7 +7,6 @@ lets running sequences finish within a timeout.
 
 import asyncio
 import functools
-import logging
 import signal
 import socket
 from collections.abc import Awaitable, Callable
@@ -23,8 +22,6 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from serving.http.limits import Timeouts
 from serving.http.protocol import APIError
 from serving.http.registry import ModelRegistry
-
-logger = logging.getLogger(__name__)
 
 FLUSH_TIMEOUT = 5
 """Seconds that a server shutting down gives slow clients to receive what was already sent."""
