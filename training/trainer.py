@@ -43,8 +43,7 @@ from training.metrics_logger import MetricsLogger
 from training.optimizer import Optimizers, lr_schedule
 from training.progress import Progress
 from training.signals import SignalHandler
-from training.tasks.base import Report, Task
-from training.tasks.prefetcher import Prefetcher
+from training.tasks.base import Prefetcher, Report, Task
 
 
 class Stopped(Exception):

@@ -9,8 +9,7 @@ from hypothesis import strategies as st
 
 from benchmarks.growth import memory_of
 from tokenizer import byte_tokenizer
-from training.data.batches import ShuffledWindows
-from training.data.corpus import CorpusWriter, TextChunk, open_corpus
+from training.data.corpus import CorpusWriter, ShuffledWindows, TextChunk, open_corpus
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token

@@ -227,8 +227,6 @@ def test_too_little_text_is_rejected(tmp_path):
     (tmp_path / "b/validation.txt").touch()
     with pytest.raises(ValueError, match="none for the validation split"):
         read_documents(tmp_path / "b")
-    with pytest.raises(ValueError, match="--data-limit must be at least one byte, not 0"):
-        read_documents(tmp_path / "a.txt", limit=0)
 
 
 def test_folder_without_text_is_rejected(tmp_path):
@@ -355,11 +353,12 @@ def test_concurrent_preparation_of_the_same_corpus(tmp_path):
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpora[0].directory.name]
 
 
-def test_large_file_in_chunks_gives_the_same_tokens(tmp_path, monkeypatch):
-    (tmp_path / "a.txt").write_text(STORY * 300)
+@pytest.mark.parametrize("text", [STORY, STORY.replace("\n", " ")], ids=["lines", "one line"])
+def test_large_file_in_chunks_gives_the_same_tokens(tmp_path, monkeypatch, text):
+    (tmp_path / "a.txt").write_text(text * 300)
     tokenizer = train_bpe([STORY], 400)
     whole = read_tokens(tmp_path / "a.txt", tokenizer)
-    monkeypatch.setattr("training.data.files.MAX_WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr("training.data.files.CHUNK_CHARS", 1000)
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "other"))
     assert read_tokens(tmp_path / "a.txt", tokenizer) == whole
 
@@ -394,8 +393,7 @@ def test_penn_treebank_has_the_published_word_counts(real_data):
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     code = """
 import resource
-from training.data import files, prepare
-files.MAX_WHOLE_FILE_BYTES = 1_000_000
+from training.data import prepare
 prepare.prepare_corpus(prepare.Source({path!r}), "bytes", 0)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
 """

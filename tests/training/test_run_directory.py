@@ -16,7 +16,7 @@ from training.run_directory import (
     load_training_config,
     save_training_config,
 )
-from training.tasks.word_vectors import WordVectors
+from training.tasks.text import WordVectors
 
 TINY = TrainingConfig(
     model_args={"width": 16, "depth": 1, "heads": 2},

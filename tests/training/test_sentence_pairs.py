@@ -69,8 +69,6 @@ def test_language_direction(tmp_path):
             read_pairs(folder, languages=languages)
     with pytest.raises(ValueError, match=r"train.jsonl, row 1: no 'es' sentence, only en, fr, de"):
         read_pairs(folder, languages="en-es")
-    with pytest.raises(ValueError, match="--languages is for sentence pairs"):
-        prepare_corpus(Source(str(folder), languages="en-fr"), "bytes", 0)
 
 
 def test_few_pairs_are_held_out_from_the_end_and_limits_cut_no_pair(tmp_path):

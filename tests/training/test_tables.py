@@ -10,8 +10,15 @@ from gpt.checkpoint import build_model
 from training.config import TrainingConfig
 from training.presets import PRESETS, TABLE_PRESETS
 from training.tasks import check_task, open_task
-from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, grain_rows
-from training.tasks.tabular import TABULAR_TASKS, TabularTask
+from training.tasks.tables import (
+    BROWN,
+    CURVES,
+    FRANKEN,
+    TABULAR_TASKS,
+    WHITE,
+    TabularTask,
+    grain_rows,
+)
 from training.trainer import Trainer
 
 

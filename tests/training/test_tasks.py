@@ -13,8 +13,7 @@ from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.presets import PRESETS
 from training.tasks import TASKS, check_task
-from training.tasks.text import Text
-from training.tasks.word_vectors import WordVectors
+from training.tasks.text import Text, WordVectors
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -35,6 +34,7 @@ def test_every_preset_can_learn_its_task(name):
             TrainingConfig(model="linear"),
             "the model linear cannot learn the task text: its --task can be",
         ),
+        (TrainingConfig(languages="en-fr"), "--languages has no meaning in the task text"),
         (
             TrainingConfig(model="word2vec", task="word-vectors", stateful=True),
             "--stateful has no meaning in the task word-vectors",

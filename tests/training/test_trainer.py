@@ -23,8 +23,8 @@ from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.presets import PRESETS
 from training.tasks import TASKS
-from training.tasks.prefetcher import Prefetcher
-from training.tasks.tabular import TABULAR_TASKS
+from training.tasks.base import Prefetcher
+from training.tasks.tables import TABULAR_TASKS
 from training.tasks.text import Text
 from training.trainer import Diverged, Stopped, Trainer
 

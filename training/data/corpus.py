@@ -1,4 +1,4 @@
-"""Prepared tokens: a corpus as a directory of token files, read through memory maps.
+"""Prepared tokens: a corpus as a directory of token files, and training batches from them.
 
     corpus.json      description, fingerprint, and the counts of each split
     <split>.bin      token ids, little-endian uint16 (uint32 for a large vocabulary)
@@ -13,8 +13,10 @@ needs only numpy, so that training from prepared tokens works where `datasets` i
 import functools
 import hashlib
 import json
+import mmap
+from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +31,9 @@ FORMAT = 1
 MANIFEST = "corpus.json"
 
 Tokens = NDArray[np.unsignedinteger[Any]]
+
+Windows = tuple[NDArray[np.int64], NDArray[np.int64]]
+"""(tokens_BT, targets_BT): the targets are the tokens shifted by one."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +70,7 @@ class Corpus:
 
 
 def open_corpus(directory: Path | str, sentence_pairs: bool = False) -> Corpus:
-    """Open prepared tokens.
-
-    Args:
-        directory: The directory that holds them.
-        sentence_pairs: Whether sentence pairs are expected rather than text.
+    """Open prepared tokens of text or of sentence pairs.
 
     Raises:
         ValueError: A file is missing or damaged, or the data is not of the expected kind.
@@ -78,26 +79,20 @@ def open_corpus(directory: Path | str, sentence_pairs: bool = False) -> Corpus:
     file = directory / MANIFEST
     advice = f"delete {directory} and prepare it again"
     try:
-        manifest = json.loads(file.read_text("utf-8"))
-        if manifest["format"] > FORMAT:
-            raise ValueError(
-                f"{file}: format {manifest['format']} is newer than this tinygpt reads"
-            )
-        dtype = np.dtype(manifest["dtype"])
+        meta = json.loads(file.read_text("utf-8"))
+        if (version := meta["format"]) > FORMAT:
+            raise ValueError(f"{file}: format {version} is newer than this tinygpt reads")
+        dtype = np.dtype(meta["dtype"])
         splits = {}
-        for name, counts in manifest["splits"].items():
+        for name, counts in meta["splits"].items():
             path = directory / f"{name}.bin"
             length = counts.pop("tokens")
             size = path.stat().st_size if path.is_file() else 0
-            if size != length * dtype.itemsize:
-                raise ValueError(
-                    f"{path}: {size} bytes, expected {length * dtype.itemsize}; {advice}"
-                )
+            if size != (expected := length * dtype.itemsize):
+                raise ValueError(f"{path}: {size} bytes, expected {expected}; {advice}")
             splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
-        languages = tuple(manifest["languages"]) if "languages" in manifest else None
-        corpus = Corpus(
-            directory, manifest["fingerprint"], manifest["description"], splits, languages
-        )
+        languages = tuple(meta["languages"]) if "languages" in meta else None
+        corpus = Corpus(directory, meta["fingerprint"], meta["description"], splits, languages)
     except FileNotFoundError:
         raise ValueError(f"{directory}: no prepared tokens here: {MANIFEST} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -127,43 +122,32 @@ class TextChunk(NamedTuple):
         return [TextChunk(self.text, True), TextChunk(self.target, True)]
 
 
-@dataclass
-class SplitCounts:
-    """Sizes and hash of what has been written to a split."""
-
-    tokens: int = 0
-    bytes: int = 0
-    words: int = 0
-    documents: int = 0
-    digest: Any = field(default_factory=hashlib.sha256)
-
-
 class CorpusWriter:
     """Writes prepared tokens into an existing empty directory, which can be opened after `close`."""
 
     def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
-        self.directory = directory
-        self.tokenizer = tokenizer
+        self.directory, self.tokenizer = directory, tokenizer
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
-        self.counts: dict[str, SplitCounts] = {}
+        self.counts: dict[str, Counter[str]] = defaultdict(Counter)
+        self.digests: dict[str, Any] = defaultdict(hashlib.sha256)
 
-    def write(self, split: str, chunks: Sequence[TextChunk]) -> int:
-        """Append text to a split and return its size in bytes."""
-        counts = self.counts.setdefault(split, SplitCounts())
-        bytes_before = counts.bytes
+    def write(self, split: str, chunks: Sequence[TextChunk]) -> None:
+        """Append text to a split."""
         ids: list[int] = []
         documents = [document for chunk in chunks for document in chunk.documents()]
-        encoded = self.tokenizer.encode_batch([document.text for document in documents])
-        for (text, starts_document, _), text_ids in zip(documents, encoded, strict=True):
-            if starts_document:
+        texts = [document.text for document in documents]
+        for document, text_ids in zip(documents, self.tokenizer.encode_batch(texts), strict=True):
+            if document.starts_document:
                 ids.append(self.tokenizer.eos_token)
             ids += text_ids
-            counts.documents += starts_document
-            counts.bytes += len(text.encode())
-            counts.words += len(text.split()) + text.count("\n")
+        self.counts[split].update(
+            tokens=len(ids),
+            bytes=sum(len(text.encode()) for text in texts),
+            words=sum(len(text.split()) + text.count("\n") for text in texts),
+            documents=sum(document.starts_document for document in documents),
+        )
         raw = np.array(ids, self.dtype).tobytes()
-        counts.tokens += len(ids)
-        counts.digest.update(raw)
+        self.digests[split].update(raw)
         path = self.directory / f"{split}.bin"
         try:
             with path.open("ab") as file:
@@ -171,28 +155,97 @@ class CorpusWriter:
         except OSError as error:
             # The error of a full disk comes from `write`, without the name of the file.
             raise OSError(error.errno, error.strerror, str(path)) from error
-        return counts.bytes - bytes_before
 
     def close(self, description: str, languages: tuple[str, str] | None = None) -> None:
         """Write the tokenizer and then, as the last file, corpus.json.
 
-        Args:
-            description: See `Corpus.description`.
-            languages: Source and target language of sentence pairs.
+        `languages` are the source and the target language of sentence pairs.
         """
         fingerprint = hashlib.sha256(str(self.dtype).encode())
-        splits = {}
-        for name, counts in sorted(self.counts.items()):
-            fingerprint.update(name.encode() + counts.digest.digest())
-            splits[name] = {key: value for key, value in vars(counts).items() if key != "digest"}
+        for name, digest in sorted(self.digests.items()):
+            fingerprint.update(name.encode() + digest.digest())
         manifest = {
             "format": FORMAT,
             "description": description,
             "fingerprint": fingerprint.hexdigest(),
             "dtype": self.dtype.str,
-            "splits": splits,
+            "splits": dict(sorted(self.counts.items())),
         }
         if languages:
             manifest["languages"] = languages
         self.tokenizer.save(self.directory / "tokenizer.json")
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
+
+
+def _gather_windows(tokens: Tokens, starts_B: NDArray[np.int64], length: int) -> Windows:
+    """Copy a window of `length` tokens from each start, without keeping pages of the file mapped.
+
+    The operating system caches the pages that were read for as long as there is free memory.
+    If they stayed in the memory map, they would count as memory of this process, in the end as
+    much as the corpus is large.
+    """
+    windows = tokens[starts_B[:, None] + np.arange(length + 1)].astype(np.int64)
+    if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        tokens.base.madvise(mmap.MADV_DONTNEED)
+    return windows[:, :-1], windows[:, 1:]
+
+
+class StatefulBatches:
+    """Batches for stateful training: each row reads its own part of the text from start to end."""
+
+    def __init__(self, tokens: Tokens, context_length: int, batch_size: int) -> None:
+        self.tokens, self.context_length = tokens, context_length
+        part_length = (len(tokens) - 1) // batch_size
+        if part_length < context_length:
+            raise ValueError(
+                f"the training split has {len(tokens):,} tokens, and {batch_size} rows of "
+                f"{context_length:,} need {batch_size * context_length + 1:,}: give it more text, "
+                "or a smaller --context-length or --batch-size"
+            )
+        self.starts_B = np.arange(batch_size) * part_length
+        self.batches_per_epoch = part_length // context_length
+
+    def batch(self, index: int) -> Windows:
+        """Return (tokens_BT, targets_BT) of step `index`."""
+        offset = index % self.batches_per_epoch * self.context_length
+        return _gather_windows(self.tokens, self.starts_B + offset, self.context_length)
+
+
+class ShuffledWindows:
+    """Batches of windows in random order; each epoch has every window once.
+
+    Each epoch shifts its grid of windows by another offset, so that their borders differ.
+    A batch depends on the seed and its index only, so that resuming needs no other state.
+    """
+
+    def __init__(self, tokens: Tokens, context_length: int, batch_size: int, seed: int) -> None:
+        if len(tokens) <= context_length:
+            raise ValueError(
+                f"the training split has {len(tokens):,} tokens, and one window of "
+                f"{context_length:,} needs {context_length + 1:,}: give it more text, or a "
+                "smaller --context-length"
+            )
+        self.tokens, self.context_length = tokens, context_length
+        self.batch_size, self.seed = batch_size, seed
+        # One window less than fits, so that the grid can be shifted by a whole window.
+        self.windows_per_epoch = max(1, (len(tokens) - 1) // context_length - 1)
+        self._epoch_order = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
+
+    def _shuffle_epoch(self, epoch: int) -> tuple[int, NDArray[np.uint32]]:
+        """Return the offset of an epoch's grid, and its windows in order of use."""
+        random = np.random.default_rng([self.seed, epoch])
+        max_offset = len(self.tokens) - 1 - self.windows_per_epoch * self.context_length
+        offset = int(random.integers(max_offset, endpoint=True))
+        # The only memory that grows with the corpus: 4 bytes per window.
+        order = np.arange(self.windows_per_epoch, dtype=np.uint32)
+        random.shuffle(order)
+        return offset, order
+
+    def batch(self, index: int) -> Windows:
+        """Return (tokens_BT, targets_BT) of step `index`."""
+        starts = []
+        for position in range(index * self.batch_size, (index + 1) * self.batch_size):
+            epoch, window = divmod(position, self.windows_per_epoch)
+            offset, order = self._epoch_order(epoch)
+            starts.append(offset + self.context_length * int(order[window]))
+        return _gather_windows(self.tokens, np.array(starts), self.context_length)

@@ -4,17 +4,15 @@ import contextlib
 import functools
 import re
 import threading
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import datasets
 import huggingface_hub
 import pyarrow as pa
 
 from training.data.corpus import TextChunk
-from training.data.files import BUILDER_OPTIONS, error_cause, error_reason, iter_tables
-from training.data.rows import RowReader
-from training.data.sources import DatasetSplits, Documents, Source
+from training.data.files import RowReader, error_cause, error_reason, iter_tables
+from training.data.sources import DatasetSplits, Source
 
 HUB_TIMEOUT_SECONDS = 4.0
 """Time in which the hub must respond to a first request."""
@@ -27,8 +25,7 @@ def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         ValueError: The hub cannot be reached, or has no such dataset, configuration or text.
     """
     name = source.data
-    builder = _load_builder(source)
-    split_names = builder.config.data_files or builder.info.splits or {}
+    builder = _load_builder(name, source.config)
 
     @functools.cache
     def load(split: str) -> datasets.IterableDataset | datasets.Dataset:
@@ -37,39 +34,35 @@ def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         builder.download_and_prepare()
         return builder.as_dataset(split=split)
 
-    def read(split: str) -> Iterator[TextChunk]:
-        yield from rows(_hub_tables(lambda: load(split), name), f"{name}, split {split}")
+    def tables(split: str) -> Iterator[pa.Table]:
+        try:
+            yield from iter_tables(load(split))
+        except Exception as error:
+            cause = error_cause(error)
+            if isinstance(cause, OSError) and cause.errno:  # such as a full disk
+                raise cause from error
+            raise ValueError(f"{name}: {error_reason(error)}") from error
 
-    splits: dict[str, Documents] = {
-        str(split): functools.partial(read, str(split)) for split in split_names
-    }
+    def read(split: str) -> Iterator[TextChunk]:
+        return rows(tables(split), f"{name}, split {split}")
+
+    splits = map(str, builder.config.data_files or builder.info.splits or ())
     return DatasetSplits(
-        splits=splits,
+        splits={split: functools.partial(read, split) for split in splits},
         identity=["hub", name, builder.config.name, builder.hash],
         name=name + (f" ({source.config})" if source.config else ""),
     )
 
 
-def _hub_tables(load: Callable[[], Any], name: str) -> Iterator[pa.Table]:
-    """Yield the rows of a split; an error while downloading or reading names the dataset."""
-    try:
-        yield from iter_tables(load())
-    except Exception as error:
-        cause = error_cause(error)
-        if isinstance(cause, OSError) and cause.errno:  # such as a full disk
-            raise cause from error
-        raise ValueError(f"{name}: {error_reason(error)}") from error
-
-
-def _load_builder(source: Source) -> datasets.DatasetBuilder:
+def _load_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
     """Return the builder of a hub dataset, which knows its files but has downloaded none."""
-    name, config = source.data, source.config
+    load = functools.partial(datasets.load_dataset_builder, name, config)
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
         _check_hub_is_reachable(name)
     try:
-        builder = datasets.load_dataset_builder(name, config)
+        builder = load()
         # By default `datasets` makes each line a document, without its end; here a file is one.
-        return builder if builder.name != "text" else _load_text_builder(name, config)
+        return builder if builder.name != "text" else load(sample_by="document")
     except datasets.exceptions.DatasetNotFoundError as error:
         if "gated" in str(error):
             raise ValueError(
@@ -89,16 +82,12 @@ def _load_builder(source: Source) -> datasets.DatasetBuilder:
     except Exception as error:
         if huggingface_hub.constants.HF_HUB_OFFLINE:
             with contextlib.suppress(Exception):
-                return _load_text_builder(name, config)
+                return load(sample_by="document")
         if match := re.search(r"(?:[Aa]vailable[^\[]*)(\[.*?\])", str(error)):
             raise ValueError(
                 f"{name} has several configurations: --data-config can be one of {match[1]}"
             ) from None
         raise ValueError(f"{name}: {error_reason(error)}") from error
-
-
-def _load_text_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
-    return datasets.load_dataset_builder(name, config, **BUILDER_OPTIONS["text"])
 
 
 def _check_hub_is_reachable(name: str) -> None:

@@ -9,30 +9,38 @@ import functools
 import hashlib
 import itertools
 import json
+import platform
 import re
 import shutil
+import sysconfig
 import tempfile
-import time
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tqdm import tqdm
 
 from gpt.checkpoint import cache_dir
 from tokenizer import BPE_PATTERN, Tokenizer
+from training.data import files, hub
 from training.data.corpus import FORMAT, MANIFEST, Corpus, CorpusWriter, TextChunk, open_corpus
-from training.data.lookup import find_dataset
-from training.data.rows import SentencePairs, read_text_rows
-from training.data.sources import TOKENIZER_TRAINERS, Source, resolve_tokenizer
-from training.data.splits import SplitDocuments, assign_splits, limit_bytes, limit_splits
+from training.data.sources import (
+    HOLD_OUT_EVERY,
+    TOKENIZER_TRAINERS,
+    DatasetSplits,
+    Source,
+    SplitDocuments,
+    assign_splits,
+    hash_split,
+    limit_bytes,
+    resolve_tokenizer,
+)
 
 MAX_TOKENIZER_BYTES = 100_000_000
 """Train a tokenizer on at most this many bytes of text."""
 WRITE_CHARS = 2**20
 """Characters that are tokenized between two writes."""
-STALE_SECONDS = 24 * 3600
-"""Age at which a temporary directory belongs to a process that was killed."""
 
 
 def prepare_corpus(
@@ -56,68 +64,117 @@ def prepare_corpus(
         ValueError: The data is missing, unreachable, unreadable, or holds no text or no sentence pairs.
         OSError: The cache cannot be written, for example because the disk is full.
     """
-    if source.limit is not None and source.limit < 1:
-        raise ValueError(f"--data-limit must be at least one byte, not {source.limit}")
-    if source.languages is not None and not sentence_pairs:
-        raise ValueError("--languages is for sentence pairs, not for text: leave it out")
-    existing_tokenizer = resolve_tokenizer(tokenizer)
-    if source.data and (Path(source.data).expanduser() / MANIFEST).is_file():
-        return _open_prepared(source, existing_tokenizer, sentence_pairs)
-    pairs = SentencePairs(source) if sentence_pairs else None
-    dataset = find_dataset(source, pairs or functools.partial(read_text_rows, source.column))
-    if source.limit is not None:
-        dataset = limit_splits(dataset, source.limit)
+    existing = resolve_tokenizer(tokenizer)
+    path = Path(source.data).expanduser()
+    if source.data and (path / MANIFEST).is_file():
+        if source != Source(source.data):
+            raise ValueError(
+                f"{source.data} holds prepared tokens, which are used as they are: only --data and "
+                "--tokenizer go with them"
+            )
+        corpus = open_corpus(path, sentence_pairs)
+        if existing and existing.fingerprint != corpus.tokenizer.fingerprint:
+            raise ValueError(
+                f"{source.data} was tokenized by another tokenizer than the one given: leave out "
+                "--tokenizer, or give the text itself as --data"
+            )
+        return corpus
+
+    pairs = files.SentencePairs(source) if sentence_pairs else None
+    rows = pairs or functools.partial(files.read_texts, source.column)
+    dataset = find_dataset(source, rows)
 
     options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
     if not sentence_pairs:
         del options["languages"]
-    recipe = (
-        existing_tokenizer.fingerprint
-        if existing_tokenizer
-        else [tokenizer, vocab_size, BPE_PATTERN, MAX_TOKENIZER_BYTES]
-    )
+    training = [tokenizer, vocab_size, BPE_PATTERN, MAX_TOKENIZER_BYTES]
+    recipe = existing.fingerprint if existing else training
     key = hashlib.sha256(json.dumps([FORMAT, options, recipe]).encode()).hexdigest()[:16]
-    name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
+    name = re.sub(r"[^\w.-]+", "-", path.name)[:40]
     directory = cache_dir() / f"{name}-{key}"
-    if not (directory / MANIFEST).is_file():
-        read_splits, validation_rule = assign_splits(source, dataset, hold_out)
-        with _atomic_directory(directory) as temporary:
-            writer = CorpusWriter(
-                temporary,
-                existing_tokenizer
-                or _train_tokenizer(source, read_splits(), str(tokenizer), vocab_size),
-            )
-            _tokenize(read_splits(), writer, dataset.size)
-            for split in ("train", "validation") if hold_out else ():
-                if split not in writer.counts:
-                    raise ValueError(f"{source.data}: too little text, none for the {split} split")
-            if not writer.counts:
-                raise ValueError(f"{source.data}: there is no text in it")
-            description = dataset.name
-            if source.split:
-                description += f", split {source.split}"
-            if validation_rule:
-                description += f"; validation: {validation_rule}"
-            if not existing_tokenizer and writer.counts["train"].bytes > MAX_TOKENIZER_BYTES:
-                description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
-            writer.close(description, pairs.languages if pairs else None)
+    if (directory / MANIFEST).is_file():
+        return open_corpus(directory, sentence_pairs)
+
+    read_splits, validation_rule = assign_splits(source, dataset, hold_out)
+    with _atomic_directory(directory) as temporary:
+        used = existing or _train_tokenizer(source, read_splits(), str(tokenizer), vocab_size)
+        writer = CorpusWriter(temporary, used)
+        _tokenize(read_splits(), writer, dataset.size)
+        for split in ("train", "validation") if hold_out else ():
+            if split not in writer.counts:
+                raise ValueError(f"{source.data}: too little text, none for the {split} split")
+        if not writer.counts:
+            raise ValueError(f"{source.data}: there is no text in it")
+        description = dataset.name
+        if source.split:
+            description += f", split {source.split}"
+        if validation_rule:
+            description += f"; validation: {validation_rule}"
+        if not existing and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
+            description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
+        writer.close(description, pairs.languages if pairs else None)
     return open_corpus(directory, sentence_pairs)
 
 
-def _open_prepared(source: Source, tokenizer: Tokenizer | None, sentence_pairs: bool) -> Corpus:
-    """Open tokens that the user has already prepared; other options must agree with them."""
-    if source != Source(source.data):
-        raise ValueError(
-            f"{source.data} holds prepared tokens, which are used as they are: only --data and "
-            "--tokenizer go with them"
-        )
-    corpus = open_corpus(Path(source.data).expanduser(), sentence_pairs)
-    if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
-        raise ValueError(
-            f"{source.data} was tokenized by another tokenizer than the one given: leave out "
-            "--tokenizer, or give the text itself as --data"
-        )
-    return corpus
+def find_dataset(source: Source, rows: files.RowReader) -> DatasetSplits:
+    """Find the standard library, a file, a folder or a hub dataset, in this order.
+
+    A ValueError tells a mistyped path from an unknown dataset.
+    """
+    data = source.data
+    path = Path(data).expanduser()
+    if data != "stdlib" and not (data and path.exists()):
+        if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) or files.detect_format(path):
+            raise ValueError(f"{data}: no such file or folder")
+        dataset = hub.open_hub_dataset(source, rows)
+    elif source.config is not None:
+        raise ValueError(f"--data-config is only for hub datasets; {data} has no configurations")
+    elif data == "stdlib":
+        dataset = _standard_library(source, rows)
+    elif path.is_dir():
+        dataset = files.open_folder(source, rows, path.resolve())
+    elif file_format := files.detect_format(path):
+        dataset = files.open_files(source, rows, file_format, {"train": [str(path.resolve())]})
+    else:
+        raise ValueError(f"{data}: unsupported file type; expected {files.SUPPORTED_FILES}")
+
+    splits, limit = dataset.splits, source.limit
+    if source.split is not None:
+        if source.split not in splits:
+            names = ", ".join(splits)
+            raise ValueError(f"{data} has no split {source.split!r}; --data-split can be {names}")
+        splits = {source.split: splits[source.split]}
+    if limit is None:
+        return replace(dataset, splits=splits)
+    return replace(
+        dataset,
+        splits={
+            name: functools.partial(limit_bytes, documents, limit)
+            for name, documents in splits.items()
+        },
+        name=f"{dataset.name}, at most {limit:,} bytes of each split",
+        size=None,
+    )
+
+
+def _standard_library(source: Source, rows: files.RowReader) -> DatasetSplits:
+    """Return the sources of the running Python's standard library, without its tests."""
+    root = Path(sysconfig.get_path("stdlib"))
+    excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    splits: dict[str, list[str]] = {"train": [], "validation": []}
+    for path in sorted(root.rglob("*.py")):
+        relative = path.relative_to(root)
+        if excluded.isdisjoint(relative.parts):
+            with contextlib.suppress(UnicodeDecodeError):
+                path.read_bytes().decode()
+                splits[hash_split(relative.as_posix())].append(str(path))
+    if not all(splits.values()):
+        raise ValueError(f"the standard library's sources are not in {root}: give text as --data")
+    return replace(
+        files.open_files(source, rows, "text", splits),
+        name=f"standard library of Python {platform.python_version()}",
+        validation_rule=f"one file in {HOLD_OUT_EVERY}, by a hash of its path",
+    )
 
 
 def _train_tokenizer(
@@ -135,34 +192,33 @@ def _train_tokenizer(
 
 def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None) -> None:
     """Tokenize and write all documents, about `WRITE_CHARS` characters at a time."""
+    pending: dict[str, list[TextChunk]] = defaultdict(list)
+
+    def flush() -> None:
+        for split, chunks in pending.items():
+            writer.write(split, chunks)
+        pending.clear()
+
     with tqdm(
         total=size, desc="tokenizing", unit="B", unit_scale=True, delay=1, leave=False, disable=None
     ) as progress:
-        pending: dict[str, list[TextChunk]] = {}
         characters = 0
         for split, chunk in documents:
-            pending.setdefault(split, []).append(chunk)
+            pending[split].append(chunk)
             characters += len(chunk.text)
             if characters >= WRITE_CHARS:
-                progress.update(_flush(pending, writer))
+                flush()
+                progress.update(
+                    sum(counts["bytes"] for counts in writer.counts.values()) - progress.n
+                )
                 characters = 0
-        _flush(pending, writer)
-
-
-def _flush(pending: dict[str, list[TextChunk]], writer: CorpusWriter) -> int:
-    """Write the pending chunks of each split, clear them, and return their size in bytes."""
-    size = sum(writer.write(split, chunks) for split, chunks in pending.items())
-    pending.clear()
-    return size
+        flush()
 
 
 @contextlib.contextmanager
 def _atomic_directory(directory: Path) -> Iterator[Path]:
     """Yield a temporary directory that replaces `directory` on success and is removed on failure."""
     directory.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in directory.parent.glob("*.part-*"):
-        if leftover.stat().st_mtime < time.time() - STALE_SECONDS:
-            shutil.rmtree(leftover, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.part-", dir=directory.parent))
     try:
         yield temporary

@@ -1,5 +1,8 @@
-"""Descriptions of a corpus before it is tokenized: its source, its splits and its tokenizer."""
+"""Datasets before tokenization: where they come from, their splits and limits, their tokenizer."""
 
+import functools
+import hashlib
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +13,15 @@ from training.data.corpus import TextChunk
 
 TOKENIZER_TRAINERS = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
 """Tokenizers that are trained on the training split."""
+HOLD_OUT_EVERY = 20
+"""One document in this many is held out for validation."""
+TRAIN_FRACTION = 0.9
+"""Share of the text that is trained on where documents are too few to be divided."""
 
 Documents = Callable[[], Iterator[TextChunk]]
 """Reads the documents of a split; each call starts from the first."""
+SplitDocuments = Iterator[tuple[str, TextChunk]]
+"""Documents, each with the name of its split."""
 
 
 @dataclass(frozen=True)
@@ -63,3 +72,101 @@ def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
             "bytes, or the path of a tokenizer.json or of a run directory"
         )
     return Tokenizer.load(tokenizer)
+
+
+def limit_bytes(documents: Documents, max_bytes: int) -> Iterator[TextChunk]:
+    """Yield chunks of together at most `max_bytes` bytes; sentence pairs are not cut."""
+    remaining = max_bytes
+    for text, starts_document, target in documents():
+        cut = text.encode()[:remaining].decode(errors="ignore")
+        remaining -= len(text.encode()) + len((target or "").encode())
+        if cut and (target is None or remaining >= 0):
+            yield TextChunk(cut, starts_document, target)
+        if remaining <= 0:
+            return
+
+
+def assign_splits(
+    source: Source, dataset: DatasetSplits, hold_out: bool
+) -> tuple[Callable[[], SplitDocuments], str]:
+    """Return a reader of all documents with their splits, and how the validation split was made.
+
+    If `hold_out`, there is a training split, and a validation split is made if there is none;
+    else the splits stay as they are.
+    """
+    splits = dataset.splits
+    if not hold_out:
+        return functools.partial(_read_splits, splits), ""
+    if source.split is not None:
+        splits = {"train": splits[source.split]}
+    for name in ("valid", "val", "dev"):
+        if name in splits and "validation" not in splits:
+            splits = {**splits, "validation": splits[name]}
+    if "train" not in splits:
+        raise ValueError(
+            f"{source.data} has no split named train, only {', '.join(splits)}: choose the one to "
+            "train on with --data-split"
+        )
+    names = "train", "validation", "test"
+    used: dict[str, Documents] = {name: splits[name] for name in names if name in splits}
+    if "validation" in used:
+        return functools.partial(_read_splits, used), dataset.validation_rule or "its own"
+    divide, rule = _hold_out_validation(source, used.pop("train"))
+    return lambda: itertools.chain(divide(), _read_splits(used)), rule
+
+
+def _read_splits(splits: dict[str, Documents]) -> SplitDocuments:
+    for name, documents in splits.items():
+        yield from ((name, chunk) for chunk in documents())
+
+
+def hash_split(text: str) -> str:
+    """Return the split of a document by a hash: it does not depend on other documents."""
+    digest = hashlib.sha256(text[: 2**16].encode()).digest()
+    return "train" if int.from_bytes(digest) % HOLD_OUT_EVERY else "validation"
+
+
+def _hold_out_validation(
+    source: Source, documents: Documents
+) -> tuple[Callable[[], SplitDocuments], str]:
+    """Divide documents by a hash of each; by position if that leaves one of the splits empty."""
+    splits, characters, sentence_pairs = set(), 0, False
+    for chunk in documents():
+        characters += len(chunk.text)
+        sentence_pairs = chunk.target is not None
+        if chunk.starts_document:
+            splits.add(hash_split(chunk.text))
+        if len(splits) == 2:
+            unit, hashed = ("pair", "source") if sentence_pairs else ("document", "text")
+            rule = f"one {unit} in {HOLD_OUT_EVERY}, by a hash of its {hashed}"
+            return functools.partial(_divide_by_hash, documents), rule
+    if not characters:
+        raise ValueError(f"{source.data}: there is no text in it")
+    rule = f"the last {1 - TRAIN_FRACTION:.0%} of the {'pairs' if sentence_pairs else 'characters'}"
+    return functools.partial(_divide_by_position, documents, int(TRAIN_FRACTION * characters)), rule
+
+
+def _divide_by_hash(documents: Documents) -> SplitDocuments:
+    split = "train"
+    for chunk in documents():
+        if chunk.starts_document:
+            split = hash_split(chunk.text)
+        yield split, chunk
+
+
+def _divide_by_position(documents: Documents, train_characters: int) -> SplitDocuments:
+    """Train on the first `train_characters`; the document across the border is cut in two.
+
+    A sentence pair is not cut: it is trained on if its source ends before the border.
+    """
+    remaining = train_characters
+    for text, starts_document, target in documents():
+        cut = max(remaining, 0)
+        if target is not None and cut < len(text):
+            cut = 0
+        if text[:cut]:
+            yield "train", TextChunk(text[:cut], starts_document, target)
+        if text[cut:]:
+            yield "validation", TextChunk(text[cut:], starts_document or remaining >= 0, target)
+        # -1: the validation split has begun.
+        remaining = remaining - len(text) if remaining >= len(text) else -1

@@ -6,10 +6,9 @@ from gpt.checkpoint import did_you_mean, model_class
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.tasks.base import Task
-from training.tasks.tabular import TABULAR_TASKS
-from training.tasks.text import Text
+from training.tasks.tables import TABULAR_TASKS
+from training.tasks.text import Text, WordVectors
 from training.tasks.translation import Translation
-from training.tasks.word_vectors import WordVectors
 
 TASKS: dict[str, type[Task]] = {
     "text": Text,
@@ -43,10 +42,8 @@ def open_task(
 ) -> Task:
     """Open the task of a run with its data.
 
-    Args:
-        config: The run's options.
-        tokenizer: The run's tokenizer, when it is resumed or evaluated; None for a new run.
-        for_training: Whether batches are needed. If not, the data needs no validation split.
+    The tokenizer is the run's, when it is resumed or evaluated; None for a new run. If not
+    `for_training`, there are no batches, and the data needs no validation split.
     """
     check_task(config)
     return TASKS[config.task].open(config, tokenizer, for_training)

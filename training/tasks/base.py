@@ -1,6 +1,7 @@
-"""The interface of a training task: batches, a validation loss, samples and a final score."""
+"""The interface of a training task: batches, also made ahead, a validation loss, samples, a score."""
 
 import math
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self
 
@@ -22,11 +23,9 @@ class Report(Protocol):
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name."""
-        ...
 
     def table(self) -> str:
         """Return the figures as lines of text, with their units and settings."""
-        ...
 
 
 class Task:
@@ -62,7 +61,12 @@ class Task:
     @classmethod
     def expected_model_args(cls, config: TrainingConfig) -> dict[str, Any]:
         """Return `model_args` as far as they are known before the data is read."""
-        return {"vocab_size": _vocab_size(config), "context_length": config.context_length}
+        if (Path(config.data) / MANIFEST).is_file():
+            tokenizer: Tokenizer | None = Tokenizer.load(config.data)
+        else:
+            tokenizer = resolve_tokenizer(config.tokenizer)
+        vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size
+        return {"vocab_size": vocab_size, "context_length": config.context_length}
 
     @classmethod
     def largest_batch(cls, config: TrainingConfig, batch_size: int) -> Batch:
@@ -96,20 +100,32 @@ class Task:
         raise NotImplementedError
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
-        """Score all of a split.
+        """Score all of a split; if `final`, add figures that take long to compute.
 
-        Args:
-            model: The model, on its device.
-            split: One of `splits`.
-            final: Add figures that take long to compute.
-            options: Those in `eval_options`.
+        The options are those in `eval_options`.
         """
         raise NotImplementedError
 
 
-def _vocab_size(config: TrainingConfig) -> int:
-    """Return the size of an existing tokenizer, or the requested size of one to be trained."""
-    if (Path(config.data) / MANIFEST).is_file():
-        return Tokenizer.load(config.data).vocab_size
-    tokenizer = resolve_tokenizer(config.tokenizer)
-    return tokenizer.vocab_size if tokenizer else config.vocab_size
+class Prefetcher:
+    """The first `steps` batches of a task, one prepared ahead; if not enabled, made on request."""
+
+    def __init__(self, task: Task, steps: int, enabled: bool) -> None:
+        self.task, self.steps = task, steps
+        self.executor = ThreadPoolExecutor(1, "batches") if enabled else None
+        self.pending: dict[int, Future[Batch]] = {}
+
+    def batch(self, index: int) -> Batch:
+        """Return the batch of step `index`, or raise the error of making it."""
+        if self.executor is None:
+            return self.task.batch(index)
+        future = self.pending.pop(index, None) or self.executor.submit(self.task.batch, index)
+        batch = future.result()
+        if index + 1 < self.steps:
+            self.pending = {index + 1: self.executor.submit(self.task.batch, index + 1)}
+        return batch
+
+    def close(self) -> None:
+        """Stop the thread."""
+        if self.executor:
+            self.executor.shutdown(cancel_futures=True)

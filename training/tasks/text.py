@@ -1,18 +1,28 @@
-"""Language modeling: predict the next token of a text."""
+"""Tasks on text: predict the next token, or learn a vector for each token from those near it."""
 
 import dataclasses
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
 from gpt.generation import generate
+from gpt.models.word2vec import Word2Vec
 from gpt.sampling import SamplingParams
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
-from training.data.batches import ShuffledWindows, StatefulBatches
-from training.data.corpus import MANIFEST, Corpus, Split, open_corpus
+from training.data.corpus import (
+    MANIFEST,
+    Corpus,
+    ShuffledWindows,
+    Split,
+    StatefulBatches,
+    open_corpus,
+)
 from training.data.sources import Source
 from training.evaluation.evaluate import (
     compression_baselines,
@@ -26,17 +36,15 @@ CALIBRATION_TOKENS = 2**14
 """Validation tokens saved with a run, on which a server measures the loss of quantized weights."""
 MAX_COMPRESSION_BYTES = 2**24
 """Compare with general compressors on text of at most this many bytes."""
+SAMPLE_WORDS = 5
+SAMPLE_NEIGHBORS = 6
 
 
-def load_corpus(
-    config: TrainingConfig,
-    tokenizer: Tokenizer | None,
-    for_training: bool,
-    sentence_pairs: bool = False,
-) -> Corpus:
+def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Corpus:
     """Return a run's data as tokens; already prepared tokens are opened without `datasets`."""
+    sentence_pairs = config.task == "translation"
     if (Path(config.data) / MANIFEST).is_file():
-        return open_corpus(Path(config.data), sentence_pairs)
+        return open_corpus(config.data, sentence_pairs)
     from training.data.prepare import prepare_corpus
 
     source = Source(
@@ -53,50 +61,53 @@ def load_corpus(
     )
 
 
-class Text(Task):
-    """Prediction of the next token from the tokens before it.
+class CorpusTask(Task):
+    """A task on prepared tokens."""
 
-    Args:
-        config: The run's options; context length, batch size and seed determine the batches.
-        corpus: Prepared tokens.
-        for_training: Whether batches are needed.
-    """
-
-    kind: ClassVar[str] = "text"
-    eval_options: ClassVar[frozenset[str]] = frozenset({"stride", "context_length"})
-    unsupported_options: ClassVar[frozenset[str]] = frozenset({"languages"})
     tokenizer: Tokenizer
 
-    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
+    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:  # noqa: ARG002 (for batches)
         self.config, self.corpus = config, corpus
         self.fingerprint, self.description = corpus.fingerprint, corpus.description
         self.tokenizer = corpus.tokenizer
         self.splits = list(corpus.splits)
-        self.sizes = [
-            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
-            f"{split.documents:,} documents"
-            for split in corpus.splits.values()
-        ]
         self.model_args = {
             "vocab_size": self.tokenizer.vocab_size,
             "context_length": config.context_length,
         }
-        self.sequence_length = config.context_length
-        if for_training and self.kind == "text":
-            self.calibration_tokens = corpus.splits["validation"].tokens[:CALIBRATION_TOKENS]
-        if for_training:
-            batches = StatefulBatches if config.stateful else ShuffledWindows
-            self.batches = batches(
-                corpus.splits["train"].tokens,
-                config.context_length,
-                config.batch_size,
-                config.seed,
-            )
 
     @classmethod
     def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
         """Open the task with its corpus."""
         return cls(config, load_corpus(config, tokenizer, for_training), for_training)
+
+
+class Text(CorpusTask):
+    """Prediction of the next token from the tokens before it."""
+
+    kind = "text"
+    eval_options = frozenset({"stride", "context_length"})
+    unsupported_options = frozenset({"languages"})
+
+    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
+        super().__init__(config, corpus)
+        self.sizes = [
+            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
+            f"{split.documents:,} documents"
+            for split in corpus.splits.values()
+        ]
+        self.sequence_length = config.context_length
+        if not for_training:
+            return
+        if self.kind == "text":
+            self.calibration_tokens = corpus.splits["validation"].tokens[:CALIBRATION_TOKENS]
+        tokens = corpus.splits["train"].tokens
+        shape = config.context_length, config.batch_size
+        self.batches: StatefulBatches | ShuffledWindows
+        if config.stateful:
+            self.batches = StatefulBatches(tokens, *shape)
+        else:
+            self.batches = ShuffledWindows(tokens, *shape, config.seed)
 
     def batch(self, index: int) -> Batch:
         """Return (tokens_BT, targets_BT)."""
@@ -125,12 +136,9 @@ class Text(Task):
         assert isinstance(model, LanguageModel)
         if not length:
             return ""
-        eos_token = self.tokenizer.eos_token
-        params = SamplingParams(temperature=0.8, seed=0)
+        eos, params = self.tokenizer.eos_token, SamplingParams(temperature=0.8, seed=0)
         with inference_mode(model):
-            return self.tokenizer.decode(
-                list(generate(model, [eos_token], length, params, {eos_token}))
-            )
+            return self.tokenizer.decode(list(generate(model, [eos], length, params, {eos})))
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
         """Score every token of a split once; if `final`, add the figures of general compressors.
@@ -145,10 +153,9 @@ class Text(Task):
             data.tokens,
             words=data.words,
             bytes=data.bytes if lossless else 0,
-            stride=options.get("stride"),
-            context_length=options.get("context_length"),
             precision=self.config.precision,
             stateful=self.config.stateful,
+            **options,
         )
         if final and lossless and data.bytes <= MAX_COMPRESSION_BYTES:
             text = self.tokenizer.decode(data.tokens.tolist())
@@ -161,3 +168,90 @@ class Text(Task):
             return True
         sizes = [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
         return bool(np.bincount(split.tokens, minlength=len(sizes)) @ sizes == split.bytes)
+
+
+@dataclass(frozen=True)
+class WordVectorScore:
+    """Mean cosine similarity of the vectors of adjacent tokens, and of random pairs of tokens."""
+
+    loss: float
+    adjacent_cosine: float
+    random_cosine: float
+    pairs: int
+
+    def to_json(self) -> dict[str, float]:
+        """Return all figures by name."""
+        return dataclasses.asdict(self)
+
+    def table(self) -> str:
+        """Return the figures as lines of text."""
+        return (
+            f"  loss             {self.loss:.4f} nats per pair\n"
+            f"  mean cosine      {self.adjacent_cosine:.4f} of adjacent tokens\n"
+            f"                   {self.random_cosine:.4f} of random tokens\n"
+            f"  {self.pairs:,} pairs of each"
+        )
+
+
+class WordVectors(Text):
+    """A vector for each token, trained to tell the tokens near it from random ones."""
+
+    kind = "word-vectors"
+    eval_options = frozenset()
+    unsupported_options = Text.unsupported_options | {"stateful", "init_embedding"}
+
+    def validate(self, model: Model) -> float:
+        """Return nats per pair over some of the validation split, with the same negatives each time."""
+        return self._loss(model, self.corpus.splits["validation"], self.config.eval_tokens)
+
+    def _loss(self, model: Model, split: Split, num_tokens: int) -> float:
+        device = next(model.parameters()).device
+        max_tokens = len(split.tokens) - 1
+        context_length = self.config.context_length
+        batch_size = max(1, min(num_tokens, max_tokens) // context_length)
+        windows = ShuffledWindows(split.tokens, min(context_length, max_tokens), batch_size, 0)
+        batch = (torch.from_numpy(array).to(device) for array in windows.batch(0))
+        devices = [device] if device.type == "cuda" else []
+        with (
+            inference_mode(model, self.config.precision),
+            torch.random.fork_rng(devices, device_type="cuda"),
+        ):
+            torch.manual_seed(0)
+            return model.loss(*batch).item()
+
+    def format_loss(self, loss: float) -> str:
+        """Return the loss without a perplexity: no token is predicted."""
+        return f"validation loss {loss:.4f}"
+
+    def sample(self, model: Model, length: int) -> str:
+        """Return some of the most frequent words, each with its nearest neighbors."""
+        assert isinstance(model, Word2Vec)
+        texts = [self.tokenizer.decode([i]).strip() for i in range(self.tokenizer.vocab_size)]
+        is_word = np.array([len(text) > 2 and text.isalpha() for text in texts])
+        tokens = self.corpus.splits["validation"].tokens
+        counts = np.bincount(tokens, minlength=len(texts)) * is_word
+        vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
+        lines = []
+        for token in np.argsort(-counts, kind="stable")[: SAMPLE_WORDS * min(1, length)]:
+            cosine_V = vectors_VD @ vectors_VD[token]
+            cosine_V[torch.from_numpy(~is_word)] = -1
+            # More than are shown: tokens that differ only in white space have the same text.
+            nearest = [texts[i] for i in cosine_V.topk(2 * SAMPLE_NEIGHBORS).indices.tolist()]
+            words = dict.fromkeys(word for word in nearest if word != texts[token])
+            lines.append(f"{texts[token]}: {', '.join(list(words)[:SAMPLE_NEIGHBORS])}")
+        return "\n".join(lines)
+
+    def score(self, model: Model, split: str, **options: Any) -> WordVectorScore:  # noqa: ANN401, ARG002
+        """Return the loss over a split, and the mean cosine of adjacent and of random tokens."""
+        assert isinstance(model, Word2Vec)
+        data = self.corpus.splits[split]
+        tokens = torch.from_numpy(data.tokens.astype(np.int64))
+        vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
+        shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
+        adjacent, random = (
+            (vectors_VD[order[:-1]] * vectors_VD[order[1:]]).sum(-1).mean().item()
+            for order in (tokens, shuffled)
+        )
+        return WordVectorScore(
+            self._loss(model, data, len(tokens)), adjacent, random, len(tokens) - 1
+        )

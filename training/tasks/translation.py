@@ -15,7 +15,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,13 +23,12 @@ from numpy.typing import NDArray
 
 from gpt import LanguageModel, Model
 from gpt.beam_search import translate
-from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.data.corpus import Corpus, Tokens
 from training.evaluation.evaluate import MAX_BATCH_TOKENS, inference_mode
 from training.progress import format_duration
-from training.tasks.base import Batch, Task
-from training.tasks.text import load_corpus
+from training.tasks.base import Batch
+from training.tasks.text import CorpusTask
 
 if TYPE_CHECKING:
     from sacrebleu.metrics.base import Metric
@@ -47,12 +46,7 @@ Indices = NDArray[np.int64]
 
 
 class PairSplit:
-    """The sentence pairs of one split of a corpus.
-
-    Args:
-        tokens: Two documents per pair, the source and the target.
-        eos_token: The token that precedes every document.
-    """
+    """The sentence pairs of one split of a corpus: two documents each, the source and the target."""
 
     def __init__(self, tokens: Tokens, eos_token: int) -> None:
         self.tokens, self.eos_token = tokens, eos_token
@@ -101,36 +95,31 @@ class PairSplit:
         return np.where(mask, ids, 0), mask
 
 
-class Translation(Task):
-    """Translation of a sentence, token by token.
+def _split_evenly(indices: Indices, max_size: int) -> list[Indices]:
+    return np.array_split(indices, math.ceil(len(indices) / max_size))
 
-    Args:
-        config: The run's options; context length, batch size and seed determine the batches.
-        corpus: Prepared tokens of sentence pairs.
-        for_training: Whether batches are needed.
-    """
 
-    kind: ClassVar[str] = "translation"
-    eval_options: ClassVar[frozenset[str]] = frozenset({"num_beams"})
-    unsupported_options: ClassVar[frozenset[str]] = frozenset({"stateful"})
-    tokenizer: Tokenizer
+class Translation(CorpusTask):
+    """Translation of a sentence, token by token."""
+
+    kind = "translation"
+    eval_options = frozenset({"num_beams"})
+    unsupported_options = frozenset({"stateful"})
 
     def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
+        super().__init__(config, corpus)
         assert corpus.languages
-        self.config, self.languages = config, corpus.languages
+        self.languages = corpus.languages
         if config.languages not in (None, "-".join(self.languages)):
             raise ValueError(
                 f"{config.data} was prepared from {' to '.join(self.languages)}: leave out "
                 "--languages, or give the sentence pairs themselves as --data"
             )
-        self.tokenizer = corpus.tokenizer
         if self.tokenizer.unk_token is not None:
             raise ValueError(
                 "translation needs a tokenizer that can encode every word: --tokenizer bpe or bytes"
             )
-        self.fingerprint = corpus.fingerprint
-        self.description = f"{corpus.description}; {' to '.join(self.languages)}"
-        self.splits = list(corpus.splits)
+        self.description += f"; {' to '.join(self.languages)}"
         self.pairs = {
             name: PairSplit(split.tokens, self.tokenizer.eos_token)
             for name, split in corpus.splits.items()
@@ -144,21 +133,10 @@ class Translation(Task):
             if too_long:
                 line += f"; {too_long:,} pairs longer than half a window are left out"
             self.sizes.append(line)
-        self.model_args = {
-            "vocab_size": self.tokenizer.vocab_size,
-            "context_length": config.context_length,
-        }
         if for_training:
-            for name in ("train", "validation"):
-                self._usable_pairs(name)
             self._epoch_batches = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
             self.batches_per_epoch = len(self._epoch_batches(0))
-
-    @classmethod
-    def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
-        """Open the task with its corpus."""
-        corpus = load_corpus(config, tokenizer, for_training, sentence_pairs=True)
-        return cls(config, corpus, for_training)
+            self._usable_pairs("validation")
 
     @classmethod
     def largest_batch(cls, config: TrainingConfig, batch_size: int) -> Batch:
@@ -185,16 +163,9 @@ class Translation(Task):
         random = np.random.default_rng([self.config.seed, epoch])
         pairs, batch_size = self.pairs["train"], self.config.batch_size
         order = random.permutation(self._usable_pairs("train"))
-        groups = np.array_split(
-            order, math.ceil(len(order) / (BATCHES_SORTED_TOGETHER * batch_size))
-        )
-        batches = [
-            batch
-            for group in groups
-            for batch in np.array_split(
-                pairs.sort_by_length(group), math.ceil(len(group) / batch_size)
-            )
-        ]
+        batches: list[Indices] = []
+        for group in _split_evenly(order, BATCHES_SORTED_TOGETHER * batch_size):
+            batches += _split_evenly(pairs.sort_by_length(group), batch_size)
         return [batches[i] for i in random.permutation(len(batches))]
 
     def batch(self, index: int) -> Batch:
@@ -228,14 +199,7 @@ class Translation(Task):
             lines.append(f"{self.languages[1]:>9}: {reference}")
         return "\n".join(lines)
 
-    def score(
-        self,
-        model: Model,
-        split: str,
-        *,
-        final: bool = False,  # noqa: ARG002
-        **options: Any,  # noqa: ANN401
-    ) -> "TranslationScore":
+    def score(self, model: Model, split: str, **options: Any) -> "TranslationScore":  # noqa: ANN401
         """Translate all of a split, compare it with the references, and compute the loss.
 
         Options: `num_beams` of the beam search (default 1), and `limit`, the number of pairs
@@ -256,8 +220,8 @@ class Translation(Task):
         nll, tokens = self._nll(model, pairs, usable)
         return TranslationScore(
             languages="-".join(self.languages),
-            bleu=_corpus_score(bleu, translations, references),
-            chrf=_corpus_score(chrf, translations, references),
+            bleu=bleu.corpus_score(translations, [references]).score,
+            chrf=chrf.corpus_score(translations, [references]).score,
             nll=nll,
             tokens=tokens,
             pairs=len(indices),
@@ -283,17 +247,13 @@ class Translation(Task):
         return nll, count
 
     def _translate(
-        self,
-        model: LanguageModel,
-        sources: Sequence[list[int]],
-        max_tokens: int,
-        num_beams: int = 1,
+        self, model: LanguageModel, sources: list[list[int]], max_tokens: int, num_beams: int = 1
     ) -> list[str]:
         """Translate sources in order of length, so that those of a batch have similar lengths."""
         eos_token = self.tokenizer.eos_token
         order = sorted(range(len(sources)), key=lambda i: -len(sources[i]))
         batch_size = max(1, MAX_BEAMS_AT_ONCE // num_beams)
-        translations: dict[int, str] = {}
+        translations = [""] * len(sources)
         with inference_mode(model):
             for start in range(0, len(order), batch_size):
                 indices = order[start : start + batch_size]
@@ -305,20 +265,18 @@ class Translation(Task):
                     max_tokens=max_tokens,
                     num_beams=num_beams,
                 )
-                texts = map(self.tokenizer.decode, targets)
-                translations |= dict(zip(indices, texts, strict=True))
-        return [translations[i] for i in range(len(sources))]
+                for i, target in zip(indices, targets, strict=True):
+                    translations[i] = self.tokenizer.decode(target)
+        return translations
 
 
 @dataclass(frozen=True)
 class Bucket:
-    """The figures of sentences of similar length."""
+    """The figures of sentences whose sources have from `shortest` to `longest` words."""
 
     name: str
     shortest: int
-    """Words of the shortest source."""
     longest: int
-    """Words of the longest source."""
     pairs: int
     bleu: float
 
@@ -361,6 +319,7 @@ class TranslationScore:
 
     def table(self) -> str:
         """Return the figures as lines of text, with their units and settings."""
+        too_long = f", {self.too_long:,} pairs too long for the window" * bool(self.too_long)
         lines = [f"  BLEU             {self.bleu:.2f}  {self.bleu_signature}"]
         lines += [
             f"    {bucket.name:<15}{bucket.bleu:.2f}  "
@@ -372,9 +331,7 @@ class TranslationScore:
             f"  loss             {self.loss:.4f} nats per token",
             f"  perplexity       {self.perplexity:.3f} per token",
             f"  {self.languages}, beams {self.num_beams}; {self.pairs:,} pairs, "
-            f"{self.tokens:,} tokens"
-            + f", {self.too_long:,} pairs too long for the window"
-            * bool(self.too_long),
+            f"{self.tokens:,} tokens{too_long}",
         ]
         return "\n".join(lines)
 
@@ -382,8 +339,7 @@ class TranslationScore:
 def comparison_table(rows: Sequence[dict[str, Any]]) -> str:
     """Return scores as a Markdown table.
 
-    Args:
-        rows: For each run, `TranslationScore.to_json` with run, split, parameters and seconds.
+    A row is `TranslationScore.to_json` with the run, split, parameters and seconds.
     """
     first = rows[0]
     words = [f"{b['shortest']} to {b['longest']} words" for b in first["buckets"]]
@@ -417,12 +373,6 @@ def _metrics() -> "tuple[Metric, Metric]":
     return BLEU(), CHRF()
 
 
-def _corpus_score(
-    metric: "Metric", translations: Sequence[str], references: Sequence[str]
-) -> float:
-    return float(metric.corpus_score(translations, [references]).score)
-
-
 def _buckets(
     bleu: "Metric", source_words: Indices, translations: Sequence[str], references: Sequence[str]
 ) -> list[Bucket]:
@@ -433,9 +383,8 @@ def _buckets(
     for number, name in enumerate(BUCKETS):
         indices = np.flatnonzero(bucket_of == number).tolist()
         if indices:
-            score = _corpus_score(
-                bleu, [translations[i] for i in indices], [references[i] for i in indices]
-            )
+            outputs, targets = ([texts[i] for i in indices] for texts in (translations, references))
+            score = bleu.corpus_score(outputs, [targets]).score
             words = source_words[indices]
             buckets.append(Bucket(name, int(words.min()), int(words.max()), len(indices), score))
     return buckets
