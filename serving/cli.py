@@ -33,7 +33,8 @@ from serving.engine.autotune import (
     tune_scheduler_steps,
 )
 from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Engine
-from serving.http.limits import STREAM_INTERVAL, Limits, Timeouts, check_minimums
+from serving.engine.sequence import STREAM_INTERVAL
+from serving.http.limits import Limits, Timeouts, check_minimums
 from serving.http.runs import RunBrowser, latest_metrics
 from serving.tokenization import IncrementalDetokenizer, tokenize_prompt, tokenize_source
 from tokenizer import Tokenizer, decode_utf8

@@ -171,9 +171,8 @@ class LanguageModel(Model):
     def features_and_targets(self, *batch: Tensor) -> tuple[Tensor, Tensor]:
         """Return features_BTD and the targets_BT to predict from them.
 
-        Args:
-            batch: Text (tokens_BT, targets_BT) or, for models that translate, pairs
-                (source_BS, lengths_B, tokens_BT, targets_BT) with sources as in `encode_source`.
+        A batch is text (tokens_BT, targets_BT) or, for models that translate, pairs (source_BS,
+        lengths_B, tokens_BT, targets_BT) with sources as in `encode_source`.
         """
         if len(batch) != 2:
             raise ValueError(self._no_translation_message)
@@ -263,11 +262,8 @@ class LanguageModel(Model):
         """Return attention weights, alignments or gate activations for a batch without targets.
 
         They come from a separate forward pass, which computes what `features_and_targets`
-        computes in evaluation mode, so that the usual pass does not have to store them.
-
-        Args:
-            batch: Text (tokens_BT) or, for models that translate, pairs (source_BS, lengths_B,
-                tokens_BT).
+        computes in evaluation mode, so that the usual pass does not have to store them. A batch is
+        text (tokens_BT) or, for models that translate, pairs (source_BS, lengths_B, tokens_BT).
         """
         if len(batch) != 1:
             raise ValueError(self._no_translation_message)

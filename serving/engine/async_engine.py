@@ -25,8 +25,7 @@ from typing import Any, TypeVar
 import torch
 
 from serving.engine.engine import Engine
-from serving.engine.sequence import Request, SequenceOutput
-from serving.http.limits import STREAM_INTERVAL
+from serving.engine.sequence import STREAM_INTERVAL, Request, SequenceOutput
 from serving.metrics import Metrics
 
 logger = logging.getLogger(__name__)
@@ -197,9 +196,7 @@ class AsyncEngine:
     def check_capacity(self, num_sequences: int, num_pending: int = 0) -> None:
         """Check that sequences could be added now; to be called before their prompts are tokenized.
 
-        Args:
-            num_sequences: Number of sequences to be added.
-            num_pending: Number of sequences that were checked before and are not added yet.
+        `num_pending` sequences were checked before and are not added yet.
 
         Raises:
             ValueError: There will never be capacity for so many.
@@ -302,25 +299,21 @@ class AsyncEngine:
     def _deliver(self, outputs: Sequence[tuple[SequenceOutput, float]]) -> None:
         """Put outputs with their times into their streams."""
         for output, now in outputs:
-            request, choice = output.request, output.choice
+            request, choice = key = output.request, output.choice
             stream = self._streams.get(request)
             if stream is None or choice not in stream.unfinished[request]:
                 continue  # aborted during the step
-            self._record(output, stream, now)
+            arrival = stream.arrival_time
+            if output.token is not None:
+                self.metrics.token_generated(arrival, stream.last_token_times.get(key), now)
+                stream.last_token_times[key] = now
             if output.finish_reason:
+                started = request.prefill_started or now
+                self.metrics.sequence_finished(output.finish_reason, arrival, started, now)
                 self._finish_times.append(now)
                 stream.discard(request, choice)
             stream.put(output)
             self._remove_if_ended(request, stream)
-
-    def _record(self, output: SequenceOutput, stream: RequestStream, now: float) -> None:
-        key = output.request, output.choice
-        if output.token is not None:
-            self.metrics.token_generated(stream.arrival_time, stream.last_token_times.get(key), now)
-            stream.last_token_times[key] = now
-        if output.finish_reason:
-            started = output.request.prefill_started or now
-            self.metrics.sequence_finished(output.finish_reason, stream.arrival_time, started, now)
 
     def _end_all(self, reason: str) -> None:
         """Take no more requests, and end all that there are with an error."""

@@ -113,9 +113,7 @@ def _window_nll(model: LanguageModel, windows: Sequence[Tensor], seconds: float)
             break
         window_1T = window_T.unsqueeze(0).to(device)
         tokens_1T, targets_1T = window_1T[:, :-1], window_1T[:, 1:]
-        if (
-            model.supports_chunked_prefill
-        ):  # as the engine does it, with keys and values in their dtype
+        if model.supports_chunked_prefill:  # with cached keys and values in their dtype
             state = model.init_state(1, tokens_1T.shape[1])
             nll_1T = model.token_nll(model.features(tokens_1T, state), targets_1T)
         else:

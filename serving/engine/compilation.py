@@ -28,6 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 
 from gpt.checkpoint import cache_dir
 from gpt.device import cpu_info
@@ -126,15 +127,7 @@ def trace_step(model: LanguageModel, length: int, kind: StepKind) -> torch.expor
         sizes = enumerate(zip(tensor.shape, other.shape, strict=True))
         return {axis: torch.export.Dim.DYNAMIC for axis, (a, b) in sizes if a != b}
 
-    tokens_BT, *states = example
-    other_tokens_BT, *other_states = other_example
-    dynamic_shapes = (
-        dynamic_axes(tokens_BT, other_tokens_BT),
-        *(
-            {name: dynamic_axes(state[name], other[name]) for name in state}
-            for state, other in zip(states, other_states, strict=True)
-        ),
-    )
+    dynamic_shapes = tree_map(dynamic_axes, example, other_example)
     step = eager_step(model, kind)
     with torch.no_grad(), TransposedLinear():
         return torch.export.export(step, example, dynamic_shapes=dynamic_shapes, strict=False)

@@ -39,10 +39,8 @@ class CompiledStep:
 
         call("CreateWithDevice", ctypes.byref(container), ctypes.c_size_t(1), b"cpu", None)
         call("GetNumConstants", container, ctypes.byref(count))
-        tensors = {
-            **dict(step.named_parameters(remove_duplicate=False)),
-            **dict(step.named_buffers(remove_duplicate=False)),
-        }
+        tensors: dict[str, Tensor] = dict(step.named_parameters(remove_duplicate=False))
+        tensors |= step.named_buffers(remove_duplicate=False)
         indices = range(count.value)
         # Aliases: torch never releases the tensor objects themselves.
         weights = [tensors[constant_name("OriginalFQN", i).decode()].detach() for i in indices]

@@ -50,10 +50,7 @@ class GraphRunner:
             self.graphs[key] = self._capture(*key)
         if padded_count > count:
             padding = batch_slice(engine.state, count, padded_count)
-            copy_state(
-                engine.model.prefix_view(padding, 0),
-                engine.model.prefix_view(engine.empty_state, 0),
-            )
+            copy_state(engine.model.prefix_view(padding, 0), engine.empty_state)
         replay, (logits_BV, tokens_B) = self.graphs[key]
         replay()
         return logits_BV[:count], tokens_B[:count]

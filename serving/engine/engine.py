@@ -25,13 +25,14 @@ from gpt.kernels.quantization import has_exact_logits
 from gpt.models.base import LanguageModel, State, batch_slice, copy_state
 from gpt.sampling import NAN_LOGITS, RANDOM_STATE, TIE_MARGIN, Sampler, mask_logits
 from serving.engine.cuda_graphs import GraphRunner
-from serving.engine.logprobs import TokenLogprobs, compute_logprobs
 from serving.engine.sequence import (
     FinishReason,
     Prefill,
     Request,
     RunningSequence,
     SequenceOutput,
+    TokenLogprobs,
+    compute_logprobs,
 )
 from serving.engine.steps import StepKind, eager_step
 
@@ -84,7 +85,7 @@ class Engine:
         self.max_model_len = min(limits, default=None)
         self.cache_length = self.max_model_len or model.context_length
         self.state = model.init_state(max_num_seqs, self.cache_length)
-        self.empty_state = model.init_state(1, 1)
+        self.empty_state = model.prefix_view(model.init_state(1, 1), 0)
         self.prefill_state = model.init_state(1, self.cache_length)
         self.device = next(model.parameters()).device
         self.sampler = Sampler(max_num_seqs, model.vocab_size, self.device)
@@ -121,13 +122,8 @@ class Engine:
     @property
     def memory_bytes(self) -> int:
         """Bytes of weights, states and sampler, all of which are allocated from the start."""
-        tensors = (
-            *self.model.parameters(),
-            *self.model.buffers(),
-            *self.state.values(),
-            *self.prefill_state.values(),
-            *self.sampler.state.values(),
-        )
+        states = [*self.state.values(), *self.prefill_state.values(), *self.sampler.state.values()]
+        tensors = [*self.model.parameters(), *self.model.buffers(), *states]
         return sum(tensor.nbytes for tensor in tensors)
 
     def validate(self, request: Request) -> int:
@@ -136,18 +132,15 @@ class Engine:
         Raises:
             ValueError: The request can never be served; the message says why.
         """
+        start_token, limit = request.decoder_start_token, self.max_model_len
         max_tokens = clamp_max_tokens(
-            self.model,
-            request.prompt,
-            request.max_tokens,
-            self.max_model_len,
-            request.decoder_start_token,
+            self.model, request.prompt, request.max_tokens, limit, start_token
         )
         for token, _ in request.sampling_params.logit_bias:
             if token >= self.model.vocab_size:
                 last = self.model.vocab_size - 1
                 raise ValueError(f"logit_bias has token {token}, the model knows 0 to {last}")
-        translates = request.decoder_start_token is not None
+        translates = start_token is not None
         if request.prompt_logprobs and (translates or not self.model.supports_chunked_prefill):
             raise ValueError(
                 "this model cannot return logprobs of the prompt: its prompt is encoded as a whole, "
@@ -208,12 +201,10 @@ class Engine:
         try:
             if self.graph_runner:
                 outputs = self._decode_with_graphs(self.graph_runner)
-            elif self.deterministic:
-                outputs = []
-                for slot in range(count):
-                    outputs += self._decode_slots(slot, slot + 1)
             else:
-                outputs = self._decode_slots(0, count)
+                size, outputs = 1 if self.deterministic else count, []
+                for slot in range(0, count, size):
+                    outputs += self._decode_slots(slot, slot + size)
         except Exception as error:  # such as out of memory: the waiting requests are not affected
             failures = [_failure(seq.request, seq.choice, error) for seq in self.running]
             self.running = []
@@ -357,15 +348,14 @@ class Engine:
         self, logits_BV: Tensor, sequences: Sequence[RunningSequence], tokens: Sequence[int]
     ) -> list[TokenLogprobs | None]:
         """Return the logprobs of each sequence's token, None where its request wants none."""
-        logprobs: list[TokenLogprobs | None] = [None] * len(sequences)
         rows = [i for i, seq in enumerate(sequences) if seq.request.logprobs is not None]
-        if rows:
-            row_tokens = [max(tokens[i], 0) for i in rows]
-            num_top = [sequences[i].request.logprobs or 0 for i in rows]
-            row_logprobs = compute_logprobs(logits_BV[rows], row_tokens, num_top)
-            for i, token_logprobs in zip(rows, row_logprobs, strict=True):
-                logprobs[i] = token_logprobs
-        return logprobs
+        if not rows:
+            return [None] * len(sequences)
+        row_tokens = [max(tokens[i], 0) for i in rows]
+        num_top = [sequences[i].request.logprobs or 0 for i in rows]
+        logprobs = compute_logprobs(logits_BV[rows], row_tokens, num_top)
+        by_row = dict(zip(rows, logprobs, strict=True))
+        return [by_row.get(i) for i in range(len(sequences))]
 
     def _append_token(
         self,
@@ -399,20 +389,15 @@ class Engine:
 
     def _copy_to_slot(self, state: State, slot: int, length: int) -> None:
         """Copy the first `length` positions of a state with one row to a slot."""
-        slot_state = batch_slice(self.state, slot, slot + 1)
-        copy_state(
-            self.model.prefix_view(slot_state, length), self.model.prefix_view(state, length)
-        )
+        slot_state = self.model.prefix_view(batch_slice(self.state, slot, slot + 1), length)
+        copy_state(slot_state, self.model.prefix_view(state, length))
 
     # Prefill.
 
     def _prefill_chunk(self, request: Request, max_tokens: int) -> int:
         """Prefill up to `max_tokens` tokens of the head of the waiting queue; return their number."""
         if self.prefill is None:
-            copy_state(
-                self.model.prefix_view(self.prefill_state, 0),
-                self.model.prefix_view(self.empty_state, 0),
-            )
+            copy_state(self.model.prefix_view(self.prefill_state, 0), self.empty_state)
             self.prefill = Prefill(request, self.prefill_state)
             request.prefill_started = time.perf_counter()
         progress, prompt = self.prefill, request.prompt

@@ -1,14 +1,17 @@
-"""Requests, the sequences generated for them, and what an engine step outputs."""
+"""Requests, the sequences generated for them, and what an engine step outputs: tokens, logprobs."""
 
 import dataclasses
 from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from gpt.models.base import State
 from gpt.sampling import SamplingParams
-from serving.engine.logprobs import TokenLogprobs
+
+STREAM_INTERVAL = 0.04
+"""Default seconds between two chunks of a stream: at most 25 chunks a second."""
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -46,6 +49,31 @@ class Request:
     """When the engine started the prefill, by `time.perf_counter`."""
 
 
+class TokenLogprobs(NamedTuple):
+    """A token's log-probability under the model alone: before bias, penalties and temperature."""
+
+    token: int
+    logprob: float
+    """In nats."""
+    top_logprobs: Sequence[tuple[int, float]]
+    """The most likely tokens and their log-probabilities, most likely first."""
+
+
+def compute_logprobs(
+    logits_NV: Tensor, tokens: Sequence[int], num_top: Sequence[int]
+) -> list[TokenLogprobs]:
+    """Return the logprobs of each row's token, and of that row's `num_top` most likely tokens."""
+    logprobs_NV = logits_NV.float().log_softmax(dim=-1)
+    tokens_N1 = torch.tensor(tokens, device=logprobs_NV.device).unsqueeze(1)
+    logprobs = logprobs_NV.gather(1, tokens_N1).squeeze(1).tolist()
+    top_NK, top_tokens_NK = logprobs_NV.topk(min(max(num_top), logprobs_NV.shape[-1]), dim=-1)
+    rows = zip(tokens, logprobs, top_tokens_NK.tolist(), top_NK.tolist(), num_top, strict=True)
+    return [
+        TokenLogprobs(token, logprob, list(zip(top_tokens, top, strict=True))[:count])
+        for token, logprob, top_tokens, top, count in rows
+    ]
+
+
 class SequenceOutput(NamedTuple):
     """What one step added to one sequence: a token, its end, or both. The end is the last output."""
 
@@ -72,11 +100,8 @@ class RunningSequence:
     @property
     def length(self) -> int:
         """Number of tokens of prompt and output, including a decoder start token."""
-        return (
-            len(self.request.prompt)
-            + len(self.tokens)
-            + (self.request.decoder_start_token is not None)
-        )
+        has_start_token = self.request.decoder_start_token is not None
+        return len(self.request.prompt) + has_start_token + len(self.tokens)
 
 
 @dataclasses.dataclass(eq=False)

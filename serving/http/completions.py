@@ -15,8 +15,7 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from serving.engine.async_engine import UnavailableError
-from serving.engine.logprobs import TokenLogprobs
-from serving.engine.sequence import Request, SequenceOutput
+from serving.engine.sequence import Request, SequenceOutput, TokenLogprobs
 from serving.http.limits import Limits
 from serving.http.protocol import APIError, CompletionRequest, to_api_error, to_json
 from serving.http.registry import ModelEntry

@@ -4,9 +4,6 @@ from dataclasses import dataclass, fields
 
 from gpt.cli import MaybeInt
 
-STREAM_INTERVAL = 0.04
-"""Default seconds between two chunks of a stream: at most 25 chunks a second."""
-
 
 def check_minimums(options: object, **minimums: int) -> None:
     """Raise a ValueError that names the first option below its minimum."""
