@@ -26,8 +26,8 @@ MAX_CHECKPOINTS = 2
 def list_checkpoints(directory: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first."""
     paths = (directory / "checkpoints").glob("step-*")
-    complete = [path for path in paths if path.name.removeprefix("step-").isdigit()]
-    return sorted(complete, key=lambda path: int(path.name.removeprefix("step-")))
+    steps = {path.name.removeprefix("step-"): path for path in paths}
+    return [steps[step] for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
 def newest_checkpoint(directory: Path) -> Path | None:
@@ -41,12 +41,8 @@ def write_checkpoint(
     """Write a checkpoint of a run and delete old ones.
 
     It is written under a temporary name, flushed and renamed, so that an interrupted write leaves
-    the previous checkpoint intact. Names with a suffix are incomplete or being deleted.
-
-    Args:
-        directory: The run directory.
-        tensors: Contents of the safetensors files, by name without suffix.
-        trainer_state: Contents of trainer_state.json, with the key `step`.
+    the previous checkpoint intact. Names with a suffix are incomplete or being deleted. `tensors`
+    are the contents of the safetensors files, `trainer_state` (with the key `step`) of the JSON.
     """
     path = directory / "checkpoints" / f"step-{trainer_state['step']}"
     for leftover in path.parent.glob("step-*.*"):
@@ -86,16 +82,13 @@ def restore_rng_state(states: dict[str, Tensor], device: torch.device, rank: int
     suffix = f".{rank}" if rank else ""
     if f"cuda{suffix}" in states and device.type == "cuda":
         torch.cuda.set_rng_state(states[f"cuda{suffix}"], device)
-    if f"cpu{suffix}" not in states:
-        return False
-    torch.set_rng_state(states[f"cpu{suffix}"])
-    return True
+    if is_known := f"cpu{suffix}" in states:
+        torch.set_rng_state(states[f"cpu{suffix}"])
+    return is_known
 
 
 def _fsync(directory: Path) -> None:
     """Flush a directory's entries to the disk."""
     descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    os.fsync(descriptor)
+    os.close(descriptor)

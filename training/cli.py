@@ -109,9 +109,11 @@ class Describe:
             return summary.build_gpt3()
         if self.model in MODEL_CLASSES:
             return summary.build_on_meta(MODEL_CLASSES[self.model])
+        if preset := PRESETS.get(self.model):
+            model_args = TASKS[preset.task].expected_model_args(preset)  # may compute a table
+            with torch.device("meta"):
+                return new_model(preset, model_args)
         with torch.device("meta"):
-            if preset := PRESETS.get(self.model):
-                return new_model(preset, TASKS[preset.task].expected_model_args(preset))
             if Path(self.model, "config.json").is_file():
                 return build_model(*read_config(Path(self.model)))
         presets = [name for name in PRESETS if name not in MODEL_CLASSES]

@@ -21,23 +21,21 @@ from gpt.cli import MaybeInt, MaybeText
 PresetOnly: Any = tyro.conf.Suppress
 """Marks a field that a preset sets and that is no command-line option."""
 
-VALID_RANGES: list[tuple[str, Callable[[Any], bool], str]] = [
-    (
+VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "at least 1": (
+        lambda v: v >= 1,
         "steps batch_size context_length gradient_accumulation_steps vocab_size data_limit "
         "eval_interval eval_tokens checkpoint_interval log_interval",
-        lambda v: v >= 1,
-        "at least 1",
     ),
-    (
-        "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
+    "at least 0": (
         lambda v: v >= 0,
-        "at least 0",
+        "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
     ),
-    ("learning_rate embedding_lr unembedding_lr vector_lr", lambda v: 0 < v < math.inf, "above 0"),
-    ("beta1 beta2", lambda v: 0 <= v < 1, "at least 0 and below 1"),
-    ("cooldown_fraction final_lr_fraction", lambda v: 0 <= v <= 1, "between 0 and 1"),
-]
-"""Names of fields, a test of their value, and the valid range in words."""
+    "above 0": (lambda v: 0 < v < math.inf, "learning_rate embedding_lr unembedding_lr vector_lr"),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, "beta1 beta2"),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, "cooldown_fraction final_lr_fraction"),
+}
+"""Ranges in words, as a test, and the names of the fields that have them."""
 
 
 @dataclass(frozen=True)
@@ -136,12 +134,12 @@ class TrainingConfig:
     """Compile the model: a slow start, then faster steps. Needs a C++ compiler on CPU."""
 
     def __post_init__(self) -> None:
-        for names, is_valid, expected in VALID_RANGES:
+        for valid_range, (is_valid, names) in VALID_RANGES.items():
             for name in names.split():
                 value = getattr(self, name)
                 if value is not None and not is_valid(value):
                     option = name.replace("_", "-")
-                    raise ValueError(f"--{option} must be {expected}, not {value}")
+                    raise ValueError(f"--{option} must be {valid_range}, not {value}")
         if self.step_decays and self.final_lr_fraction:
             raise ValueError(
                 "--step-decays determines the final rate: leave out --final-lr-fraction"
@@ -174,9 +172,8 @@ def scale_learning_rates(config: TrainingConfig, preset: TrainingConfig) -> Trai
     """
     if config.optimizer == "sgd":
         return config
-    batch_scale = (
-        config.batch_size * config.context_length / (preset.batch_size * preset.context_length)
-    ) ** 0.5
+    preset_tokens = preset.batch_size * preset.context_length
+    batch_scale = (config.batch_size * config.context_length / preset_tokens) ** 0.5
     width_scale = config.model_args.get("width", 1) / preset.model_args.get("width", 1)
     scales = dict.fromkeys(LEARNING_RATES, batch_scale)
     scales["unembedding_lr"] /= width_scale
@@ -190,12 +187,8 @@ def scale_learning_rates(config: TrainingConfig, preset: TrainingConfig) -> Trai
     return dataclasses.replace(config, **scaled)
 
 
-def resolve_config(
-    config: TrainingConfig,
-    options: Any,  # noqa: ANN401 (an instance of model_options)
-    preset: TrainingConfig,
-) -> TrainingConfig:
-    """Return the config with the model options of a command line and learning rates scaled to them."""
+def resolve_config(config: TrainingConfig, options: Any, preset: TrainingConfig) -> TrainingConfig:  # noqa: ANN401
+    """Return the config with `options`, an instance of `model_options`, and scaled learning rates."""
     defaults = dataclasses.asdict(model_options(preset)())
     complete_preset = dataclasses.replace(preset, model_args=preset.model_args | defaults)
     model_args = preset.model_args | dataclasses.asdict(options)
@@ -215,15 +208,11 @@ def model_options(config: TrainingConfig) -> type:
     task_args = {name: 2 for name in TASK_ARGS if name in parameters}  # any valid value
     defaults = constructor_arguments(config.model, {**task_args, **config.model_args})
     helps = _argument_docs(model)
-    options: list[tuple[str, Any, Any]] = [
-        (
-            name,
-            Annotated[parameter.annotation, tyro.conf.arg(help=helps.get(name, ""))],
-            defaults[name],
-        )
-        for name, parameter in parameters.items()
-        if name not in (*task_args, *PRESET_ARGS)
-    ]
+    options: list[tuple[str, Any, Any]] = []
+    for name, parameter in parameters.items():
+        if name not in (*task_args, *PRESET_ARGS):
+            help_text = tyro.conf.arg(help=helps.get(name, ""))
+            options.append((name, Annotated[parameter.annotation, help_text], defaults[name]))
     return dataclasses.make_dataclass(f"{config.model} options", options, frozen=True)
 
 
@@ -236,13 +225,7 @@ def _argument_docs(model: type) -> dict[str, str]:
 
 
 def model_arguments(config: TrainingConfig, task_args: dict[str, Any]) -> dict[str, Any]:
-    """Return the constructor arguments of the config's model.
-
-    Args:
-        config: Its `model_args` come first.
-        task_args: Arguments that the task sets, such as `vocab_size`; those that the model's
-            constructor does not have are dropped.
-    """
+    """Return `model_args`, and of `task_args`, which the task sets, those that the model takes."""
     parameters = inspect.signature(model_class(config.model)).parameters
     return {k: v for k, v in task_args.items() if k in parameters} | config.model_args
 

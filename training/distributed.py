@@ -58,10 +58,11 @@ class World:
                 f"--device {device} is one device and the processes are {self.size}: "
                 "choose cuda, of which each takes its own, or cpu"
             )
-        if self.local_rank >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        if self.local_rank >= count:
             raise ValueError(
-                f"each process needs its own cuda device, and there are "
-                f"{torch.cuda.device_count()}: choose --nproc-per-node {torch.cuda.device_count()}"
+                f"each process needs its own cuda device, and there are {count}: "
+                f"choose --nproc-per-node {count}"
             )
         return torch.device("cuda", self.local_rank)
 
@@ -71,10 +72,9 @@ class World:
 
     def all_reduce_max(self, number: int) -> int:
         """Return the largest of the processes' numbers."""
-        if self.size == 1:
-            return number
         maximum = torch.tensor(number)
-        dist.all_reduce(maximum, dist.ReduceOp.MAX)
+        if self.size > 1:
+            dist.all_reduce(maximum, dist.ReduceOp.MAX)
         return int(maximum)
 
     def barrier(self) -> None:
@@ -83,28 +83,24 @@ class World:
 
     def all_reduce_mean(self, tensor: Tensor) -> Tensor:
         """Return the mean of the processes' tensors."""
-        if self.size == 1:
-            return tensor
-        total = tensor.clone()
-        dist.all_reduce(total)
-        return total / self.size
+        if self.size > 1:
+            dist.all_reduce(tensor := tensor.clone())
+        return tensor / self.size
 
     def broadcast(self, value: Any) -> Any:  # noqa: ANN401 (anything that can be pickled)
         """Return rank 0's value."""
-        if self.size == 1:
-            return value
         values = [value]
-        dist.broadcast_object_list(values)
+        if self.size > 1:
+            dist.broadcast_object_list(values)
         return values[0]
 
     def gather(self, tensors: dict[str, Tensor]) -> list[dict[str, Tensor]]:
         """Return the tensors of every rank on rank 0, an empty list on the others."""
         if self.size == 1:
             return [tensors]
-        gathered: list[Any] = [None] * self.size if self.is_main_process else []
-        on_cpu = {name: tensor.cpu() for name, tensor in tensors.items()}
-        dist.gather_object(on_cpu, gathered if self.is_main_process else None)
-        return gathered
+        gathered: list[Any] | None = [None] * self.size if self.is_main_process else None
+        dist.gather_object({name: tensor.cpu() for name, tensor in tensors.items()}, gathered)
+        return gathered or []
 
     def gather_full_tensors(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Return the tensors, sharded ones in full, on rank 0, an empty dict on the others."""
@@ -179,11 +175,6 @@ def _rendezvous_store(world: World) -> Store:
         time.sleep(0.05)
 
 
-def is_restartable() -> bool:
-    """Whether torchrun restarts all processes after one is lost."""
-    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
-
-
 def wrap_ddp(objective: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the objective in DDP: its backward pass averages gradients over all processes."""
     assert isinstance(objective, nn.Module)
@@ -203,11 +194,16 @@ def no_sync(objective: Callable[..., Tensor]) -> AbstractContextManager[None]:
     return objective.no_sync() if isinstance(objective, DistributedDataParallel) else nullcontext()
 
 
+def fsdp_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that FSDP gathers one at a time: the elements of every ModuleList."""
+    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList)]
+    return [layer for module_list in lists for layer in module_list]
+
+
 def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> None:
     """Shard every parameter over all processes, in place.
 
-    The elements of a ModuleList (layers) are gathered one at a time; all other parameters stay
-    gathered for the whole step.
+    Layers are gathered one at a time; all other parameters stay gathered for the whole step.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import (
@@ -223,13 +219,7 @@ def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> No
         torch.bfloat16 if in_bfloat16 else None, torch.float32, cast_forward_inputs=False
     )
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
-    layers = [
-        layer
-        for module in objective.modules()
-        if isinstance(module, nn.ModuleList)
-        for layer in module
-    ]
-    for layer in layers:
+    for layer in fsdp_layers(objective):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
         if hasattr(layer, "cross_keys_and_values"):
             register_fsdp_forward_method(layer, "cross_keys_and_values")
@@ -266,11 +256,7 @@ def map_full_tensors(function: Callable[[Tensor], Tensor], stack: Tensor) -> Ten
     from torch.distributed.tensor import DTensor, Shard
 
     full = stack.redistribute(placements=[Shard(0)])
-    results = DTensor.from_local(
-        function(full.to_local()).contiguous(),
-        full.device_mesh,
-        full.placements,
-        shape=full.shape,
-        stride=full.stride(),
-    )
+    local = function(full.to_local()).contiguous()
+    mesh, shape, stride = full.device_mesh, full.shape, full.stride()
+    results = DTensor.from_local(local, mesh, full.placements, shape=shape, stride=stride)
     return results.redistribute(placements=stack.placements)

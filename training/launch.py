@@ -1,6 +1,7 @@
 """Start or resume a training run from the command line, and report its result."""
 
 import dataclasses
+import os
 import sys
 import time
 from pathlib import Path
@@ -19,11 +20,10 @@ from training.trainer import Diverged, Stopped, Trainer
 def start_run(config: TrainingConfig, directory: Path | None) -> None:
     """Create a run, train it and report; after a torchrun restart, resume the same run.
 
-    Args:
-        config: The run's configuration.
-        directory: Run directory; runs/<preset>-<time> if None.
+    The directory is runs/<preset>-<time> if None.
     """
-    if directory is None and distributed.is_restartable():
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0  # after a process is lost
+    if directory is None and restarts:
         raise ValueError(
             "--max-restarts needs --run DIR, so that restarted workers find the run: torchrun … "
             "-m -- training train … --run DIR (without -- torchrun parses --run as its own option)"
@@ -31,7 +31,7 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
     world = distributed.init_process_group(config.device)
     directory = directory or RUNS / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
     directory = world.broadcast(directory)
-    if distributed.is_restartable() and world.broadcast(is_same_run(config, directory)):
+    if restarts and world.broadcast(is_same_run(config, directory)):
         resume(directory, config.device, world)
         return
     processes = f", {world.size} processes" if world.size > 1 else ""
@@ -52,41 +52,32 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
 def resume(directory: Path, device: str, world: distributed.World) -> None:
     """Continue a run from its newest checkpoint, and report."""
     trainer = resume_run(directory, device, world)
-    progress = f"step {trainer.step} of {trainer.config.steps}"
-    print(f"{trainer.directory}: continues at {progress}", flush=True)
+    print(f"{directory}: continues at step {trainer.step} of {trainer.config.steps}", flush=True)
     _train_and_report(trainer)
 
 
 def train_or_exit(trainer: Trainer, advice: str = "continue with the same command") -> None:
     """Train to the last step; after a signal or divergence, exit with its code.
 
-    Args:
-        trainer: The run.
-        advice: How to continue after a signal, for the message.
+    The message about a signal ends with the advice: how to continue.
     """
     try:
         trainer.train()
-    except Stopped as stop:
+    except (Stopped, Diverged) as stop:
         if trainer.world.is_main_process:
-            print(f"\n{stop}; {advice}", file=sys.stderr)
+            message = f"\n{stop}; {advice}" if isinstance(stop, Stopped) else f"\n{stop}"
+            print(message, file=sys.stderr)
         sys.exit(stop.exit_code)
-    except Diverged as divergence:
-        if trainer.world.is_main_process:
-            print(f"\n{divergence}", file=sys.stderr)
-        sys.exit(1)
 
 
 def _train_and_report(trainer: Trainer) -> None:
-    started = time.monotonic()
-    train_or_exit(trainer, f"continue with: tinygpt train --resume {trainer.directory}")
-    print(f"\ntrained in {format_duration(time.monotonic() - started)}")
-    if trainer.world.is_main_process:
-        _print_report(trainer)
-
-
-def _print_report(trainer: Trainer) -> None:
-    """Print the best weights' score on the whole validation split, a sample and the next commands."""
+    """Train; print the best weights' score on the validation split, a sample and the next commands."""
     directory, task = trainer.directory, trainer.task
+    started = time.monotonic()
+    train_or_exit(trainer, f"continue with: tinygpt train --resume {directory}")
+    print(f"\ntrained in {format_duration(time.monotonic() - started)}")
+    if not trainer.world.is_main_process:
+        return
     score = trainer.score()
     print(f"the whole validation split, with the best weights:\n{score.table()}")
     sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))

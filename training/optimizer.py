@@ -7,7 +7,6 @@ embeddings, the unembedding and vectors are left to AdamW (Loshchilov & Hutter 2
 
 import functools
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,9 +28,7 @@ NEWTON_SCHULZ_STEPS = 5
 def orthogonalize(update_NAB: Tensor, dtype: torch.dtype) -> Tensor:
     """Return approximately the nearest orthogonal matrix to each of N: all singular values near 1.
 
-    Args:
-        update_NAB: N matrices of one shape.
-        dtype: Data type to compute in; bfloat16 is precise enough.
+    It is computed in `dtype`; bfloat16 is precise enough.
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = update_NAB.shape[1] > update_NAB.shape[2]
@@ -45,29 +42,20 @@ def orthogonalize(update_NAB: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """`torch.optim.Muon` with all matrices of one shape in a batch.
+    """`torch.optim.Muon` with Nesterov momentum and all matrices of one shape in a batch.
 
     torch's updates one matrix after another and always in bfloat16, which on a CPU without bfloat16
     units takes longer than the rest of a small model's step.
 
     Args:
-        params: Parameter groups; all parameters are matrices.
-        lr: Learning rate; of a matrix with more rows than columns times the root of their ratio.
-        weight_decay: Decoupled weight decay.
-        momentum: Nesterov momentum.
+        params: Groups of matrices with `lr` and decoupled `weight_decay`. The learning rate of a
+            matrix with more rows than columns is `lr` times the root of their ratio.
         dtype: Data type to orthogonalize in.
     """
 
-    def __init__(
-        self,
-        params: list[dict[str, Any]],
-        lr: float = 0.02,
-        weight_decay: float = 0.0,
-        momentum: float = 0.95,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.dtype = dtype
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+    def __init__(self, params: list[dict[str, Any]], dtype: torch.dtype = torch.float32) -> None:
+        super().__init__(params, {"momentum": 0.95})
+        self.orthogonalize = functools.partial(orthogonalize, dtype=dtype)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
@@ -77,25 +65,20 @@ class Muon(torch.optim.Optimizer):
             for matrix in group["params"]:
                 if matrix.grad is not None:
                     by_shape.setdefault(matrix.shape, []).append(matrix)
+                    if not self.state[matrix]:
+                        self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
             for (rows, columns), matrices in by_shape.items():
+                buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
+                gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
+                torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
                 update_NAB = map_full_tensors(
-                    functools.partial(orthogonalize, dtype=self.dtype),
-                    torch.stack(self._nesterov_momentum(matrices, group["momentum"])),
+                    self.orthogonalize,
+                    torch.stack(torch._foreach_lerp(gradients, buffers, group["momentum"])),
                 )
                 lr = group["lr"] * max(1.0, rows / columns) ** 0.5
                 if group["weight_decay"]:
                     torch._foreach_mul_(matrices, 1 - group["lr"] * group["weight_decay"])
                 torch._foreach_add_(matrices, list(update_NAB), alpha=-lr)
-
-    def _nesterov_momentum(self, matrices: list[Tensor], momentum: float) -> tuple[Tensor, ...]:
-        """Update the momentum buffers and return the gradients with Nesterov momentum."""
-        for matrix in matrices:
-            if not self.state[matrix]:
-                self.state[matrix]["momentum_buffer"] = torch.zeros_like(matrix)
-        buffers = [self.state[matrix]["momentum_buffer"] for matrix in matrices]
-        gradients = [matrix.grad for matrix in matrices if matrix.grad is not None]
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        return torch._foreach_lerp(gradients, buffers, momentum)
 
 
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
@@ -108,21 +91,16 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
             groups["embeddings"].append(parameter)
         elif parameter.ndim < 2:
             groups["vectors"].append(parameter)
-        elif name.startswith("unembedding."):
-            groups["unembedding"].append(parameter)
         else:
-            groups["matrices"].append(parameter)
+            is_unembedding = name.startswith("unembedding.")
+            groups["unembedding" if is_unembedding else "matrices"].append(parameter)
     return groups
 
 
 class Optimizers:
     """The optimizers of a run behind one `step`, with the learning-rate schedule and one state dict.
 
-    Args:
-        model: The model to update.
-        config: Optimizer, learning rates, weight decay, schedule and clipping.
-        device: Device of the model.
-        bfloat16: Whether Muon computes in bfloat16; by default where matrix products do.
+    Muon computes in bfloat16 if `bfloat16`, by default where matrix products do.
     """
 
     def __init__(
@@ -132,10 +110,7 @@ class Optimizers:
         device: torch.device,
         bfloat16: bool | None = None,
     ) -> None:
-        if bfloat16 is None:
-            bfloat16 = uses_bfloat16(device, config.precision)
-        self.config = config
-        self.model = model
+        self.model, self.config = model, config
         lr_and_weight_decay = {
             "matrices": (config.learning_rate, config.weight_decay),
             "embeddings": (config.embedding_lr, config.embedding_weight_decay),
@@ -146,41 +121,33 @@ class Optimizers:
         for name, parameters in parameter_groups(model).items():
             lr, weight_decay = lr_and_weight_decay[name]
             if parameters:
-                groups[name] = {"params": parameters, "lr": lr, "weight_decay": weight_decay}
+                rates = {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+                groups[name] = {"params": parameters, **rates}
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon" and "matrices" in groups:
+            if bfloat16 is None:
+                bfloat16 = uses_bfloat16(device, config.precision)
             dtype = torch.bfloat16 if bfloat16 else torch.float32
-            self.optimizers.append(Muon([groups.pop("matrices")], dtype=dtype))
+            self.optimizers.append(Muon([groups.pop("matrices")], dtype))
         if config.optimizer == "sgd":
             self.optimizers.append(torch.optim.SGD(list(groups.values())))
         elif groups:
-            self.optimizers.append(
-                torch.optim.AdamW(
-                    list(groups.values()),
-                    betas=(config.beta1, config.beta2),
-                    eps=1e-10,
-                    fused=device.type in ("cpu", "cuda"),
-                )
-            )
-        for group in self._param_groups():
-            group["peak_lr"] = group["lr"]
-
-    def _param_groups(self) -> Iterator[dict[str, Any]]:
-        for optimizer in self.optimizers:
-            yield from optimizer.param_groups
+            betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
+            adamw = torch.optim.AdamW(list(groups.values()), betas=betas, eps=1e-10, fused=fused)
+            self.optimizers.append(adamw)
 
     def step(self, step: int) -> None:
         """Clip the gradients, set the learning rates of this step, update the weights, clear the gradients."""
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         lr_fraction = lr_schedule(self.config, step)
-        for group in self._param_groups():
-            group["lr"] = group["peak_lr"] * lr_fraction
-            if group.get("momentum"):
-                group["momentum"] = 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP_STEPS)
         for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * lr_fraction
+                if group.get("momentum"):
+                    group["momentum"] = 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP_STEPS)
             optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of all optimizers as flat tensors: <optimizer>.<parameter>.<name>."""
@@ -203,8 +170,7 @@ class Optimizers:
                     parameter = parameters[int(parameter_index)]
                     like = parameter if value.shape == parameter.shape else value
                     state.setdefault(int(parameter_index), {})[name] = shard_like(value, like)
-            param_groups = optimizer.state_dict()["param_groups"]
-            optimizer.load_state_dict({"state": state, "param_groups": param_groups})
+            optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
 
 
 def lr_schedule(config: TrainingConfig, step: int) -> float:
@@ -218,9 +184,8 @@ def lr_schedule(config: TrainingConfig, step: int) -> float:
     if config.cooldown_fraction:
         remaining = (config.steps - step) / (config.steps * config.cooldown_fraction)
     if config.step_decays:
-        if remaining > 1:
-            return warmup
-        return min(warmup, 0.5 ** math.floor(1 + config.step_decays * (1 - remaining)))
+        halvings = max(0, math.floor(1 + config.step_decays * (1 - remaining)))
+        return min(warmup, 0.5**halvings)
     decay = min(remaining, 1.0)
     if config.cosine_decay:
         decay = (1 - math.cos(math.pi * decay)) / 2

@@ -8,8 +8,9 @@ the counts with real steps.
 
 import contextlib
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import finalize
@@ -27,6 +28,7 @@ from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
 from gpt.models.attention import RMSNorm
 from gpt.summary import count_by_kind, count_parameters, describe
 from training.config import TrainingConfig, new_model
+from training.distributed import fsdp_layers
 from training.optimizer import Optimizers
 from training.progress import format_duration
 from training.tasks import TASKS, check_task
@@ -46,14 +48,7 @@ class TensorMemoryTracker(TorchDispatchMode):
         self.current = self.peak = 0
         self._sizes: dict[int, int] = {}
 
-    def __torch_dispatch__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 (whatever the operation returns)
-        """Run the operation and count its outputs."""
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         outputs = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(outputs):
             if isinstance(tensor, Tensor):
@@ -79,14 +74,7 @@ class GPUKernels(TorchFunctionMode):
     The replacements save no more for the backward pass than the GPU's kernels do.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:  # noqa: ANN401 (whatever the operation returns)
-        """Run the operation or its replacement."""
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # noqa: ANN401
         kwargs = kwargs or {}
         if func is F.rms_norm and kwargs["weight"] is not None:
             x, weight = args[0], kwargs["weight"]
@@ -114,7 +102,17 @@ class _FusedRMSNorm(torch.autograd.Function):
         return torch.empty_like(grad), torch.empty_like(weight)
 
 
-@dataclass(frozen=True)
+MEMORY_NOTES = {
+    "all_gather": "parameters and gradients unsharded temporarily",
+    "activations": "saved for the backward pass of a micro-batch",
+    "loss": "logits, and temporary buffers of the backward pass",
+    "optimizer_step": "temporary buffers, after activations are freed",
+    "eval_model": "full weights on rank 0, after activations are freed",
+}
+"""What the kinds of `Memory` are, for the table."""
+
+
+@dataclass
 class Memory:
     """Bytes on one device, by kind."""
 
@@ -122,24 +120,19 @@ class Memory:
     """Parameters and buffers."""
     gradients: int
     optimizer: int
-    """Optimizer state."""
     all_gather: int
-    """FSDP: parameters and gradients that are unsharded temporarily."""
     activations: int
-    """Saved for the backward pass of a micro-batch, up to the logits."""
     loss: int
-    """Logits of one chunk, and temporary buffers of the backward pass."""
+    """Of one chunk of logits."""
     optimizer_step: int
-    """Temporary buffers of the optimizers; activations are freed by then."""
     eval_model: int
-    """FSDP: the full weights on rank 0 for validation; activations are freed by then."""
+    peak: int = dataclasses.field(init=False)
+    """Most bytes allocated at once."""
 
-    @property
-    def peak(self) -> int:
-        """Most bytes allocated at once."""
+    def __post_init__(self) -> None:
         permanent = self.weights + self.gradients + self.optimizer
         forward_backward = self.all_gather + self.activations + self.loss
-        return permanent + max(forward_backward, self.optimizer_step, self.eval_model)
+        self.peak = permanent + max(forward_backward, self.optimizer_step, self.eval_model)
 
 
 @dataclass(frozen=True)
@@ -166,43 +159,43 @@ def resolve_hardware(config: TrainingConfig, num_gpus: int, gpu: str | None) -> 
     if gpu is not None:
         if config.device != "auto":
             raise ValueError("--gpu and --device both choose the device: leave out one of them")
-        bfloat16 = config.precision != "float32"
-        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, bfloat16)
+        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, config.precision != "float32")
     device = resolve_device(config.device)
-    bfloat16 = uses_bfloat16(device, config.precision)
-    if device.type != "cuda":
-        return Hardware(num_gpus, device.type, GPUSpec(None, None), False, bfloat16)
-    name = torch.cuda.get_device_name(device)
-    capacity = torch.cuda.get_device_properties(device).total_memory
-    return Hardware(num_gpus, name, GPUSpec(capacity, find_gpu_spec(name).flops), True, bfloat16)
+    name, spec, is_gpu = device.type, GPUSpec(None, None), device.type == "cuda"
+    if is_gpu:
+        name = torch.cuda.get_device_name(device)
+        capacity = torch.cuda.get_device_properties(device).total_memory
+        spec = GPUSpec(capacity, find_gpu_spec(name).flops)
+    return Hardware(num_gpus, name, spec, is_gpu, uses_bfloat16(device, config.precision))
 
 
 def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hardware) -> Memory:
     """Measure the memory of one training step on each device with fake tensors."""
+    on_gpu, bfloat16 = hardware.is_gpu, hardware.bfloat16
     num_shards = hardware.num_devices if config.fsdp else 1
     task = TASKS[config.task]
     model_args = task.expected_model_args(config)
     arrays = [torch.from_numpy(array) for array in task.largest_batch(config, micro_batch_size)]
-    kernels = GPUKernels() if hardware.is_gpu else contextlib.nullcontext()
+    kernels = GPUKernels() if on_gpu else contextlib.nullcontext()
     with FakeTensorMode() as fake, TensorMemoryTracker() as memory, kernels:
         batch = [fake.from_tensor(array) for array in arrays]
         for tensor in batch:
             memory.count(tensor)
         model = new_model(config, model_args).train()
-        if hardware.is_gpu:
-            _use_fused_norms(model)
+        for module in model.modules():
+            if on_gpu and isinstance(module, RMSNorm):  # norms call what they call on a GPU
+                module.forward = module.fused  # type: ignore[method-assign]
         gradients = _shard_bytes(model.parameters(), num_shards)
         full_weights = _shard_bytes(model.parameters(), 1)
         weights = gradients + _shard_bytes(model.buffers(), 1)
-        optimizers = Optimizers(model, config, torch.device("cpu"), hardware.bfloat16)
-        optimizer_step = 0
+        optimizers = Optimizers(model, config, torch.device("cpu"), bfloat16)
         for index in range(2):  # the first step creates the optimizer state
             _allocate_gradients(model)
             memory.peak = before = memory.current
             optimizers.step(index)
-            optimizer_step = memory.peak - before
+        optimizer_step = memory.peak - before
         optimizer = _shard_bytes(optimizers.state_dict().values(), num_shards)
-        if num_shards > 1 and hardware.bfloat16 and hardware.is_gpu:
+        if num_shards > 1 and bfloat16 and on_gpu:
             _cast_to_bfloat16(model)  # FSDP gathers parameters in bfloat16
         _allocate_gradients(model)
         permanent = memory.current
@@ -210,44 +203,30 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
         if config.stateful:
             assert isinstance(model, LanguageModel)
             state = model.init_state(micro_batch_size, config.context_length)
-        recorded = _record_before_loss(model, lambda: memory.current - permanent)
+        activations: list[int] = []
+        if isinstance(model, LanguageModel):
+            mean_nll = model.mean_nll
+
+            def recording_mean_nll(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+                activations.append(memory.current - permanent)
+                return mean_nll(features_BTD, targets_BT)
+
+            model.mean_nll = recording_mean_nll  # type: ignore[method-assign]
         memory.peak = memory.current
-        with torch.autocast("cpu", torch.bfloat16, enabled=hardware.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
             loss = Objective(model)(*batch, state=state)
-        recorded.append(memory.current - permanent)  # for a model without logits
+        activations.append(memory.current - permanent)  # for a model without logits
         loss.backward()
-    activations = recorded[0]
     return Memory(
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
         all_gather=all_gather_bytes(model) if num_shards > 1 else 0,
-        activations=activations,
-        loss=memory.peak - permanent - activations,
+        activations=activations[0],
+        loss=memory.peak - permanent - activations[0],
         optimizer_step=optimizer_step // num_shards,
         eval_model=full_weights if num_shards > 1 else 0,
     )
-
-
-def _use_fused_norms(model: Model) -> None:
-    """Make norms call the operation that they call on a GPU."""
-    for module in model.modules():
-        if isinstance(module, RMSNorm):
-            module.forward = module.fused  # type: ignore[method-assign]
-
-
-def _record_before_loss(model: Model, measure: Callable[[], int]) -> list[int]:
-    """Return a list that `measure()` is appended to when a language model starts on its logits."""
-    recorded: list[int] = []
-    if isinstance(model, LanguageModel):
-        mean_nll = model.mean_nll
-
-        def recording_mean_nll(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
-            recorded.append(measure())
-            return mean_nll(features_BTD, targets_BT)
-
-        model.mean_nll = recording_mean_nll  # type: ignore[method-assign]
-    return recorded
 
 
 def _allocate_gradients(model: Model) -> None:
@@ -279,12 +258,7 @@ def all_gather_bytes(model: Model) -> int:
     For the largest layer: its weights and gradients, and the prefetched weights of the next layer.
     For parameters outside the layers: weights and gradients. Gradients are reduced in float32.
     """
-    layers = [
-        sum(parameter.numel() for parameter in layer.parameters())
-        for modules in model.modules()
-        if isinstance(modules, nn.ModuleList)
-        for layer in modules
-    ]
+    layers = [count_parameters(layer) for layer in fsdp_layers(model)]
     outside, largest = count_parameters(model) - sum(layers), max(layers, default=0)
     itemsize = next(model.parameters()).itemsize
     return (2 * itemsize + 4) * largest + (itemsize + 4) * outside
@@ -319,24 +293,23 @@ class Plan:
             return None
         return self.hardware.num_devices * self.mfu * peak_flops / flops_per_token
 
-    @property
+    @functools.cached_property
     def suggestion(self) -> str | None:
         """Options that make the run fit; None if it fits already or the memory is unknown."""
-        if self.hardware.fits(self.memory) is not False:
+        config, size, fits = self.config, self.micro_batch_size, self.hardware.fits
+        if fits(self.memory) is not False:
             return None
-        for fsdp in dict.fromkeys((self.config.fsdp, self.hardware.num_devices > 1)):
-            config = dataclasses.replace(self.config, fsdp=fsdp)
-            size = self.micro_batch_size
-            divisors = [n for n in range(1, size + 1) if size % n == 0]
-            if config.stateful:
-                divisors = [1]  # a stateful batch is not split
-            elif not self.hardware.fits(measure_memory(config, 1, self.hardware)):
+        divisors = [n for n in range(1, size + 1) if size % n == 0]
+        splits = [1] if config.stateful else divisors  # a stateful batch is not split
+        for fsdp in dict.fromkeys((config.fsdp, self.hardware.num_devices > 1)):
+            changed = dataclasses.replace(config, fsdp=fsdp)
+            if not fits(measure_memory(changed, size // splits[-1], self.hardware)):
                 continue
-            for n in divisors:
-                if self.hardware.fits(measure_memory(config, size // n, self.hardware)):
+            for n in splits:
+                if fits(measure_memory(changed, size // n, self.hardware)):
                     accumulation = config.gradient_accumulation_steps * n
                     options = [f"--gradient-accumulation-steps {accumulation}"] * (n > 1)
-                    return " ".join(options + ["--fsdp"] * (fsdp and not self.config.fsdp))
+                    return " ".join(options + ["--fsdp"] * (fsdp and not config.fsdp))
         return "more GPUs with --fsdp, or a smaller model"
 
     def to_json(self) -> dict[str, Any]:
@@ -347,9 +320,7 @@ class Plan:
             "preset": config.preset,
             "model": config.model,
             "parameters": parameters,
-            "parameters_by_kind": {
-                kind: count for kind, (_, count) in count_by_kind(model).items()
-            },
+            "parameters_by_kind": {kind: size for kind, (_, size) in count_by_kind(model).items()},
             "num_devices": hardware.num_devices,
             "device": hardware.device,
             "device_memory": hardware.spec.memory,
@@ -358,7 +329,7 @@ class Plan:
             "fsdp": config.fsdp,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "micro_batch_size": self.micro_batch_size,
-            "memory": {**dataclasses.asdict(self.memory), "peak": self.memory.peak},
+            "memory": dataclasses.asdict(self.memory),
             "fits": hardware.fits(self.memory),
             "suggestion": self.suggestion,
             "steps": config.steps,
@@ -372,8 +343,8 @@ class Plan:
 
     def table(self) -> str:
         """Return the estimates as lines of text, with units and settings."""
-        config, hardware, parameters = self.config, self.hardware, count_parameters(self.model)
-        devices = f"{hardware.num_devices} x {hardware.device}"
+        config, hardware, tokens = self.config, self.hardware, self.tokens
+        devices, capacity = f"{hardware.num_devices} x {hardware.device}", hardware.spec.memory
         lines = [
             f"preset {config.preset}: {config.model} on {devices}",
             describe(self.model),
@@ -383,51 +354,36 @@ class Plan:
             f"in {'bfloat16' if hardware.bfloat16 else 'float32'}",
             f"memory per device, GiB{', sharded' if config.fsdp else ''}:",
         ]
-        notes = {
-            "all_gather": "parameters and gradients unsharded temporarily",
-            "activations": "saved for the backward pass of a micro-batch",
-            "loss": "logits, and temporary buffers of the backward pass",
-            "optimizer_step": "temporary buffers, after activations are freed",
-            "eval_model": "full weights on rank 0, after activations are freed",
-        }
+        verdict = "of unknown memory"
+        if capacity is not None:
+            fits = f"too much: {self.suggestion}" if self.suggestion else "fits"
+            verdict = f"of {USABLE_MEMORY:.0%} of {capacity / GIB:.1f}: {fits}"
+        notes = MEMORY_NOTES | {"peak": verdict}
         for name, size in dataclasses.asdict(self.memory).items():
             if size:
                 label = name.replace("_", " ")
                 lines.append(f"  {label:<16}{size / GIB:>9.3f}  {notes.get(name, '')}".rstrip())
-        lines.append(f"  {'peak':<16}{self.memory.peak / GIB:>9.3f}  {self._verdict()}")
         lines.append("time:")
-        if self.tokens is None:
+        if tokens is None:
             return "\n".join([*lines, "  unknown: sequences differ in length"])
         flops, speed = self.model.flops_per_token(config.context_length), self.tokens_per_second
         peak_flops = hardware.spec.flops
         peak = f"{peak_flops / 1e12:,.0f} TFLOP/s" if peak_flops else "an unknown peak"
-        time = "unknown"
-        if speed:
-            time = f"{speed:,.0f} tokens/s, {format_duration(self.tokens / speed)}"
+        time = f"{speed:,.0f} tokens/s, {format_duration(tokens / speed)}" if speed else "unknown"
         lines += [
-            f"  {self.tokens:,} tokens in {config.steps:,} steps, "
-            f"{self.tokens / parameters:,.1f} per parameter",
-            f"  {flops / 1e9:,.3f} GFLOP per token, {flops * self.tokens:.2e} FLOP in total",
+            f"  {tokens:,} tokens in {config.steps:,} steps, "
+            f"{tokens / count_parameters(self.model):,.1f} per parameter",
+            f"  {flops / 1e9:,.3f} GFLOP per token, {flops * tokens:.2e} FLOP in total",
             f"  {devices} at {self.mfu:.0%} of {peak}: {time}",
         ]
         return "\n".join(lines)
 
-    def _verdict(self) -> str:
-        capacity = self.hardware.spec.memory
-        if capacity is None:
-            return "of unknown memory"
-        limit = f"of {USABLE_MEMORY:.0%} of {capacity / GIB:.1f}:"
-        return f"{limit} too much: {self.suggestion}" if self.suggestion else f"{limit} fits"
-
 
 def make_plan(config: TrainingConfig, num_gpus: int, gpu: str | None, mfu: float) -> Plan:
-    """Estimate a run; a ValueError names options that contradict each other.
+    """Estimate a run on GPUs of that name, or on this machine's device if `gpu` is None.
 
-    Args:
-        config: The run.
-        num_gpus: Number of devices.
-        gpu: Name of each; this machine's device if None.
-        mfu: Expected model FLOPs utilization, a share of the GPU's peak.
+    Raises ValueError if options contradict each other. `mfu` is the model FLOPs utilization that
+    is expected, a share of the peak.
     """
     check_task(config)
     if num_gpus < 1:

@@ -1,10 +1,17 @@
 """Presets: named instances of `TrainingConfig`."""
 
-import dataclasses
+from dataclasses import replace
+from typing import Any
 
 from gpt import CHAPTERS
 from gpt.checkpoint import did_you_mean
-from training.config import TrainingConfig
+from training.config import LEARNING_RATES, TrainingConfig
+
+
+def all_rates(learning_rate: float) -> dict[str, Any]:
+    """Return the same rate for all kinds of parameters."""
+    return dict.fromkeys(LEARNING_RATES, learning_rate)
+
 
 LADDER_PRESETS = {
     "sigma-pi": TrainingConfig(),
@@ -23,38 +30,6 @@ LADDER_PRESETS = {
 }
 """The language models before today's GPT, by model name: nano size, the same data and budget."""
 
-WORD_PRESETS = {
-    "word2vec": TrainingConfig(task="word-vectors", tokenizer="words", vocab_size=10_000),
-    # The small model of Zaremba et al. 2014 for the Penn Treebank, to be trained on it with --data:
-    # 13 epochs, the rate halved after each from the fourth on. Their loss is summed over the 20
-    # tokens of a window, ours is their mean: so the rate is 20 times their 1, grad_clip their 5 / 20.
-    "zaremba": TrainingConfig(
-        model="lstm",
-        model_args={"width": 200, "depth": 2, "init_range": 0.1},
-        tokenizer="words",
-        vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
-        steps=13 * 2323,
-        batch_size=20,
-        context_length=20,
-        stateful=True,
-        optimizer="sgd",
-        learning_rate=20.0,
-        embedding_lr=20.0,
-        unembedding_lr=20.0,
-        vector_lr=20.0,
-        warmup_steps=0,
-        cooldown_fraction=9 / 13,
-        step_decays=9,
-        grad_clip=0.25,
-        precision="float32",
-        eval_interval=2323,
-        eval_tokens=1_000_000,
-        checkpoint_interval=2323,
-        log_interval=100,
-    ),
-}
-"""Models of words."""
-
 LINEAR_TABLE = TrainingConfig(
     batch_size=256,  # the whole table
     optimizer="adamw",  # Muon does not suit a matrix of one row
@@ -70,13 +45,13 @@ LINEAR_TABLE = TrainingConfig(
     log_interval=100,
 )
 
-MLP_TABLE = dataclasses.replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
+MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
 """Lower rates for a loss with many local minima, one of which is a linear fit."""
 
-EXPERTS_TABLE = dataclasses.replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
+EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
 
 TABLE_PRESETS = {
-    name: dataclasses.replace(config, model=model, task=task, model_args=model_args)
+    name: replace(config, model=model, task=task, model_args=model_args)
     for name, config, model, task, model_args in [
         ("linear", LINEAR_TABLE, "linear", "basketball", {}),
         ("rice-linear", LINEAR_TABLE, "linear", "rice", {}),
@@ -108,41 +83,12 @@ TRANSLATION = TrainingConfig(
     checkpoint_interval=300,
     sample_tokens=64,
 )
-TRANSLATION_PRESETS = {
-    # Encoding a sentence in one vector takes long to learn, but a step is cheap. Without weight
-    # decay the recurrent matrices grow until their dynamics are chaotic.
-    "translate-seq2seq": dataclasses.replace(
-        TRANSLATION,
-        model="seq2seq",
-        model_args={"width": 256, "depth": 1, "dropout": 0.2, "reverse": True},
-        batch_size=48,
-        steps=5000,
-        weight_decay=0.5,
-        embedding_lr=0.02,
-        unembedding_lr=0.02,
-        eval_interval=500,
-        checkpoint_interval=500,
-    ),
-    **{
-        f"translate-{model}": dataclasses.replace(TRANSLATION, model=model, model_args=model_args)
-        for model, model_args in {
-            "attention": {"width": 256, "dropout": 0.2},
-            "transformer": {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
-            "gpt2": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
-            "gpt": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
-        }.items()
-    },
-}
-"""Every model that translates, sized for the 29,000 sentence pairs of Multi30k."""
 
 NANOGPT = TrainingConfig(
     model="gpt2",
     tokenizer="characters",
     optimizer="adamw",
-    learning_rate=1e-3,
-    embedding_lr=1e-3,
-    unembedding_lr=1e-3,
-    vector_lr=1e-3,
+    **all_rates(1e-3),
     weight_decay=0.1,
     embedding_weight_decay=0.1,
     beta2=0.99,
@@ -153,87 +99,128 @@ NANOGPT = TrainingConfig(
     eval_tokens=120_000,
     checkpoint_interval=250,
 )
-REFERENCE_PRESETS = {
-    # nanoGPT's two recipes for tinyshakespeare by characters (Karpathy). Two things differ: nanoGPT
-    # draws windows at random, we go through shuffled epochs; its AdamW epsilon is 1e-8, ours 1e-10.
-    "nanogpt-cpu": dataclasses.replace(
-        NANOGPT,
-        model_args={"width": 128, "depth": 4, "heads": 4, "bias": False},
-        steps=2000,
-        batch_size=12,
-        context_length=64,
-        cooldown_fraction=1900 / 2000,
-        precision="float32",
-    ),
-    "nanogpt-gpu": dataclasses.replace(
-        NANOGPT,
-        model_args={"width": 384, "depth": 6, "heads": 6, "bias": False, "dropout": 0.2},
-        steps=5000,
-        batch_size=64,
-        context_length=256,
-        cooldown_fraction=4900 / 5000,
-        compile=True,
-    ),
-    # OpenAI's GPT-2 with nanoGPT's hyperparameters. nanoGPT pads the vocabulary of 50,257 to 50,304,
-    # a multiple of 128, which is faster.
-    "gpt2-124m": dataclasses.replace(
-        NANOGPT,
-        model_args={"width": 768, "depth": 12, "heads": 12},
-        tokenizer="bpe",
-        vocab_size=50_304,
-        learning_rate=6e-4,
-        embedding_lr=6e-4,
-        unembedding_lr=6e-4,
-        vector_lr=6e-4,
-        beta2=0.95,
-        steps=600_000,
-        batch_size=480,
-        context_length=1024,
-        gradient_accumulation_steps=15,
-        warmup_steps=2000,
-        cooldown_fraction=598 / 600,
-        compile=True,
-        precision="bfloat16",
-        eval_interval=1000,
-        eval_tokens=1_048_576,
-        checkpoint_interval=1000,
-    ),
-}
-"""Published recipes with their own hyperparameters, for comparison."""
 
 SHAKESPEARE = TrainingConfig(tokenizer="characters", eval_tokens=120_000)
-SHAKESPEARE_PRESETS = {
-    # Tuned for the first minute of training; docs/experiments.md measures every choice.
-    "shakespeare": dataclasses.replace(
-        SHAKESPEARE,
-        model_args={"width": 128, "depth": 4, "heads": 4, "ngrams": 16_384},
-        steps=720,
-        batch_size=12,
-        context_length=128,
-        embedding_lr=0.05,
-        cooldown_fraction=0.9,
-        precision="float32",
-    ),
-    "shakespeare-gpu": dataclasses.replace(
-        SHAKESPEARE,
-        model_args={"width": 384, "depth": 6, "heads": 6, "dropout": 0.1},
-        steps=1000,
-        batch_size=64,
-        context_length=256,
-        compile=True,
-    ),
-}
-"""Today's GPT at the sizes of nanoGPT's two recipes for tinyshakespeare."""
 
 PRESETS: dict[str, TrainingConfig] = {
-    name: dataclasses.replace(config, preset=name, model=name if name in CHAPTERS else config.model)
+    name: replace(config, preset=name, model=name if name in CHAPTERS else config.model)
     for name, config in {
         **LADDER_PRESETS,
-        **WORD_PRESETS,
+        # Models of words.
+        "word2vec": TrainingConfig(task="word-vectors", tokenizer="words", vocab_size=10_000),
+        # The small model of Zaremba et al. 2014 for the Penn Treebank, to be trained on it with
+        # --data: 13 epochs, the rate halved after each from the fourth on. Their loss is summed
+        # over the 20 tokens of a window, ours is their mean: so the rate is 20 times their 1,
+        # grad_clip their 5 / 20.
+        "zaremba": TrainingConfig(
+            model="lstm",
+            model_args={"width": 200, "depth": 2, "init_range": 0.1},
+            tokenizer="words",
+            vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
+            steps=13 * 2323,
+            batch_size=20,
+            context_length=20,
+            stateful=True,
+            optimizer="sgd",
+            **all_rates(20.0),
+            warmup_steps=0,
+            cooldown_fraction=9 / 13,
+            step_decays=9,
+            grad_clip=0.25,
+            precision="float32",
+            eval_interval=2323,
+            eval_tokens=1_000_000,
+            checkpoint_interval=2323,
+            log_interval=100,
+        ),
         **TABLE_PRESETS,
-        **TRANSLATION_PRESETS,
-        **REFERENCE_PRESETS,
-        **SHAKESPEARE_PRESETS,
+        # Every model that translates, sized for the 29,000 sentence pairs of Multi30k.
+        # Encoding a sentence in one vector takes long to learn, but a step is cheap. Without weight
+        # decay the recurrent matrices grow until their dynamics are chaotic.
+        "translate-seq2seq": replace(
+            TRANSLATION,
+            model="seq2seq",
+            model_args={"width": 256, "depth": 1, "dropout": 0.2, "reverse": True},
+            batch_size=48,
+            steps=5000,
+            weight_decay=0.5,
+            embedding_lr=0.02,
+            unembedding_lr=0.02,
+            eval_interval=500,
+            checkpoint_interval=500,
+        ),
+        **{
+            f"translate-{model}": replace(TRANSLATION, model=model, model_args=model_args)
+            for model, model_args in {
+                "attention": {"width": 256, "dropout": 0.2},
+                "transformer": {"width": 192, "depth": 3, "heads": 3, "dropout": 0.1},
+                "gpt2": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
+                "gpt": {"width": 192, "depth": 4, "heads": 3, "dropout": 0.1},
+            }.items()
+        },
+        # Published recipes with their own hyperparameters, for comparison.
+        # nanoGPT's two recipes for tinyshakespeare by characters (Karpathy). Two things differ:
+        # nanoGPT draws windows at random, we go through shuffled epochs; its AdamW epsilon is 1e-8,
+        # ours 1e-10.
+        "nanogpt-cpu": replace(
+            NANOGPT,
+            model_args={"width": 128, "depth": 4, "heads": 4, "bias": False},
+            steps=2000,
+            batch_size=12,
+            context_length=64,
+            cooldown_fraction=1900 / 2000,
+            precision="float32",
+        ),
+        "nanogpt-gpu": replace(
+            NANOGPT,
+            model_args={"width": 384, "depth": 6, "heads": 6, "bias": False, "dropout": 0.2},
+            steps=5000,
+            batch_size=64,
+            context_length=256,
+            cooldown_fraction=4900 / 5000,
+            compile=True,
+        ),
+        # OpenAI's GPT-2 with nanoGPT's hyperparameters. nanoGPT pads the vocabulary of 50,257 to
+        # 50,304, a multiple of 128, which is faster.
+        "gpt2-124m": replace(
+            NANOGPT,
+            model_args={"width": 768, "depth": 12, "heads": 12},
+            tokenizer="bpe",
+            vocab_size=50_304,
+            **all_rates(6e-4),
+            beta2=0.95,
+            steps=600_000,
+            batch_size=480,
+            context_length=1024,
+            gradient_accumulation_steps=15,
+            warmup_steps=2000,
+            cooldown_fraction=598 / 600,
+            compile=True,
+            precision="bfloat16",
+            eval_interval=1000,
+            eval_tokens=1_048_576,
+            checkpoint_interval=1000,
+        ),
+        # Today's GPT at the sizes of nanoGPT's two recipes for tinyshakespeare.
+        # Tuned for the first minute of training; docs/experiments.md measures every choice.
+        "shakespeare": replace(
+            SHAKESPEARE,
+            model_args={"width": 128, "depth": 4, "heads": 4, "ngrams": 16_384},
+            steps=720,
+            batch_size=12,
+            context_length=128,
+            embedding_lr=0.05,
+            cooldown_fraction=0.9,
+            precision="float32",
+        ),
+        "shakespeare-gpu": replace(
+            SHAKESPEARE,
+            model_args={"width": 384, "depth": 6, "heads": 6, "dropout": 0.1},
+            steps=1000,
+            batch_size=64,
+            context_length=256,
+            compile=True,
+        ),
         "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": TrainingConfig(
             model_args={"width": 384, "depth": 6, "heads": 6},

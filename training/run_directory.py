@@ -2,25 +2,16 @@
 
 import dataclasses
 import json
+import platform
 import subprocess
-import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from gpt import LanguageModel
-from gpt.checkpoint import (
-    FORMAT,
-    check_format,
-    find_run,
-    load_tensors,
-    read_json,
-    save_config,
-    save_tensors,
-    write_atomically,
-)
+from gpt import LanguageModel, checkpoint
+from gpt.checkpoint import find_run, load_tensors, read_json
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
@@ -67,8 +58,8 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         task.tokenizer.save(directory / "tokenizer.json")
     if task.calibration_tokens is not None:
         tokens = torch.from_numpy(task.calibration_tokens.astype("int32"))
-        save_tensors(directory / "validation.safetensors", {"tokens": tokens})
-    save_config(directory, config.model, model_arguments(config, task.model_args))
+        checkpoint.save_tensors(directory / "validation.safetensors", {"tokens": tokens})
+    checkpoint.save_config(directory, config.model, model_arguments(config, task.model_args))
     save_training_config(config, directory, environment_info(trainer))
     return trainer
 
@@ -80,8 +71,8 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
     with world.local_main_process_first():
         task = open_task(config, load_run_tokenizer(directory))
     trainer = Trainer(config, directory, task, world.device(device), world)
-    if checkpoint := newest_checkpoint(directory):
-        trainer.load_checkpoint(checkpoint)
+    if newest := newest_checkpoint(directory):
+        trainer.load_checkpoint(newest)
     else:
         load_init_embedding(trainer)
     return trainer
@@ -89,10 +80,9 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
 
 def is_same_run(config: TrainingConfig, directory: Path) -> bool:
     """Whether the directory contains a run of this config."""
-    if not (directory / "run.json").exists():
-        return False
+    exists = (directory / "run.json").exists()
     as_json = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return bool(dataclasses.asdict(load_training_config(directory)) == as_json)
+    return exists and dataclasses.asdict(load_training_config(directory)) == as_json
 
 
 def check_batch_size(config: TrainingConfig, world: World) -> None:
@@ -107,10 +97,7 @@ def check_batch_size(config: TrainingConfig, world: World) -> None:
 
 
 def load_init_embedding(trainer: Trainer) -> None:
-    """Copy the embedding of the run named by `init_embedding`, if any, into the trainer's model.
-
-    Raises ValueError if the tokenizers or the shapes differ.
-    """
+    """Copy the embedding of `--init-embedding` to the model; ValueError if tokenizers or shapes differ."""
     if trainer.config.init_embedding is None:
         return
     source = Path(trainer.config.init_embedding)
@@ -124,7 +111,7 @@ def load_init_embedding(trainer: Trainer) -> None:
             f"with --tokenizer {source}"
         )
     if source_embedding is None or source_embedding.shape != embedding.shape:
-        shape = "none" if source_embedding is None else f"{list(source_embedding.shape)}"
+        shape = "none" if source_embedding is None else list(source_embedding.shape)
         raise ValueError(
             f"--init-embedding {source}: its embedding has the shape {shape}, this model's "
             f"{list(embedding.shape)}: choose the same width"
@@ -135,8 +122,8 @@ def load_init_embedding(trainer: Trainer) -> None:
 
 def save_training_config(config: TrainingConfig, directory: Path, facts: dict[str, Any]) -> None:
     """Write run.json: the config, and facts such as versions. With this file a run exists."""
-    content = {"format": FORMAT, "config": dataclasses.asdict(config), **facts}
-    write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
+    content = {"format": checkpoint.FORMAT, "config": dataclasses.asdict(config), **facts}
+    checkpoint.write_atomically(directory / "run.json", json.dumps(content, indent=2) + "\n")
 
 
 def load_training_config(directory: Path) -> TrainingConfig:
@@ -145,7 +132,7 @@ def load_training_config(directory: Path) -> TrainingConfig:
     if not path.is_file():
         raise ValueError(f"{directory}: not a training run: it has no run.json")
     content = read_json(path)
-    check_format(path, content)
+    checkpoint.check_format(path, content)
     try:
         return TrainingConfig(**content["config"])
     except (KeyError, TypeError) as error:
@@ -161,28 +148,23 @@ def load_run_tokenizer(directory: Path) -> Tokenizer | None:
 def environment_info(trainer: Trainer) -> dict[str, Any]:
     """Return what run.json records besides the config: data, device, versions, commit."""
     task = trainer.task
-    packages = ("tinygpt", "torch", "tokenizers", "datasets")
+    versions: dict[str, str | None] = {}
+    for package in ("tinygpt", "torch", "tokenizers", "datasets"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            versions[package] = None
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        commit = result.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):  # outside a checkout
+        commit = None
     return {
         "data": {"fingerprint": task.fingerprint, "description": task.description},
         "parameters": count_parameters(trainer.model),
         "device": device_name(trainer.device),
-        "python": sys.version.split()[0],
-        "versions": {name: _version(name) for name in packages},
-        "commit": _commit(),
+        "python": platform.python_version(),
+        "versions": versions,
+        "commit": commit,
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _commit() -> str | None:
-    """Return the git commit of this code, or None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return None

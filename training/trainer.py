@@ -10,39 +10,24 @@ import dataclasses
 import math
 import signal
 import time
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
 from gpt.checkpoint import load_tensors, load_weights, read_json, save_tensors, unique_state_dict
 from gpt.device import autocast, peak_flops, retain_freed_memory
-from training.checkpointing import (
-    newest_checkpoint,
-    restore_rng_state,
-    rng_state,
-    write_checkpoint,
-)
+from training import checkpointing, distributed
 from training.config import TrainingConfig, new_model
-from training.distributed import (
-    SINGLE_PROCESS,
-    World,
-    apply_fsdp,
-    full_tensor,
-    no_sync,
-    shard_like,
-    wrap_ddp,
-)
-from training.metrics_logger import MetricsLogger
+from training.distributed import SINGLE_PROCESS, World, full_tensor, shard_like
 from training.optimizer import Optimizers, lr_schedule
-from training.progress import Progress
-from training.signals import SignalHandler
+from training.progress import MetricsLogger, Progress
 from training.tasks.base import Prefetcher, Report, Task
 
 
@@ -57,6 +42,27 @@ class Stopped(Exception):
 class Diverged(Exception):
     """A loss is infinite or not a number."""
 
+    exit_code = 1
+
+
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Within this context, append SIGINT and SIGTERM to a list; a second SIGINT interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received[-1:] == [signal.SIGINT] == [number]:
+            raise KeyboardInterrupt
+        received.append(number)
+
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous_handlers = {number: signal.signal(number, handle) for number in numbers}
+    try:
+        yield received
+    finally:
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
+
 
 class Objective(nn.Module):
     """A module whose forward pass is the model's loss. It is compiled and wrapped; the model is saved."""
@@ -66,11 +72,15 @@ class Objective(nn.Module):
         self.model = model
 
     def forward(self, *batch: Tensor, state: State | None = None) -> Tensor:
-        """Return the scalar to minimize; with a state, of a batch that continues from it."""
+        """Return the loss; with a state, of a batch that continues from it."""
         if state is None:
             return self.model.loss(*batch)
         assert isinstance(self.model, LanguageModel)
         return self.model.stateful_loss(state, *batch)
+
+
+COUNTERS = ("step", "best_validation_loss", "unlogged_losses", "tokens_seen", "seconds")
+"""Attributes of `Trainer` that trainer_state.json holds."""
 
 
 class Trainer:
@@ -99,7 +109,7 @@ class Trainer:
         self.sharded = config.fsdp and world.size > 1
         if self.sharded:
             self.eval_model = copy.deepcopy(self.model) if world.is_main_process else self.model
-            apply_fsdp(self.objective, device, config.precision)
+            distributed.apply_fsdp(self.objective, device, config.precision)
         else:
             self.model.to(device)
         # On a CPU a prefetching thread would take its time from the training step.
@@ -108,13 +118,12 @@ class Trainer:
         self.flops_per_token = self.model.flops_per_token(task.sequence_length or 1)
         peak = peak_flops(device) if task.sequence_length else None
         self.progress = Progress(config.steps, peak, task.unit)
-        self.signals = SignalHandler()
         self.step = 0
         self.tokens_seen = 0
         """Targets trained on so far."""
         self.seconds = 0.0
         """Training time up to the last line of the log."""
-        self.best_validation_loss = math.inf
+        self.best_validation_loss: float | None = None
         self.state: State | None = None
         """The model's state of each batch row, in stateful training."""
         self.unlogged_losses: list[float] = []
@@ -123,22 +132,21 @@ class Trainer:
             self._seed_rank()
 
     def _seed_rank(self) -> None:
-        """Seed the random numbers of this process, differently for each rank and step."""
+        """Seed the random numbers, differently for each rank and step."""
         words = np.random.SeedSequence([self.config.seed, self.world.rank, self.step])
         torch.manual_seed(int(words.generate_state(1)[0]))
 
     def train(self) -> None:
         """Train from the current step to the last.
 
-        Raises:
-            Stopped: After SIGINT or SIGTERM, when a checkpoint has been saved.
-            Diverged: If a loss is not finite.
+        Raises Stopped after SIGINT or SIGTERM, when a checkpoint has been saved, and Diverged if a
+        loss is not finite.
         """
         objective: Callable[..., Tensor] = self.objective
         if self.config.compile:
             objective = torch.compile(objective)
         if self.world.size > 1 and not self.sharded:
-            objective = wrap_ddp(objective)
+            objective = distributed.wrap_ddp(objective)
         if self.world.is_main_process:
             self.metrics = MetricsLogger(self.directory, self.config.tensorboard, self.step)
         self.model.train()
@@ -146,14 +154,15 @@ class Trainer:
         first_step, first_tokens, previous_seconds = self.step, self.tokens_seen, self.seconds
         start = time.monotonic()
         try:
-            with self.signals.installed():
+            with deferred_signals() as signals:
                 while self.step < self.config.steps:
                     losses.append(self.train_step(objective))
                     self.step += 1
-                    should_log = self._is_due(self.config.log_interval)
-                    should_validate = self._is_due(self.config.eval_interval)
-                    should_save = self._is_due(self.config.checkpoint_interval)
-                    stop_signal = self.world.all_reduce_max(self.signals.received or 0)
+                    is_last = self.step == self.config.steps
+                    should_log = is_last or self.step % self.config.log_interval == 0
+                    should_validate = is_last or self.step % self.config.eval_interval == 0
+                    should_save = is_last or self.step % self.config.checkpoint_interval == 0
+                    stop_signal = self.world.all_reduce_max(signals[-1] if signals else 0)
                     if should_log or should_validate or should_save or stop_signal:
                         # Reading a loss waits for the device: only where it is needed.
                         mean_losses = self.world.all_reduce_mean(torch.stack(losses))
@@ -172,16 +181,12 @@ class Trainer:
                         self._validate()
                     if should_save or stop_signal:
                         checkpoint = self.save_checkpoint()
-                        if stop_signal and self.step < self.config.steps:
+                        if stop_signal and not is_last:
                             raise Stopped(stop_signal, checkpoint)
         finally:
             self.prefetcher.close()
             if self.world.is_main_process:
                 self.metrics.close()
-
-    def _is_due(self, interval: int) -> bool:
-        """Whether this step is the last or a multiple of `interval`."""
-        return self.step % interval == 0 or self.step == self.config.steps
 
     def train_step(self, objective: Callable[..., Tensor]) -> Tensor:
         """Take one optimizer step and return its loss; the mean over processes is the batch's loss.
@@ -193,8 +198,10 @@ class Trainer:
         self.tokens_seen += num_targets
         local_rows = self.world.local_slice(len(batch[0]))
         batch = tuple(array[local_rows] for array in batch)
-        if not self.task.continues_previous(self.step):
-            self.state = self._init_state(len(batch[0]))
+        if self.config.stateful and not self.task.continues_previous(self.step):
+            assert isinstance(self.model, LanguageModel)
+            state = self.model.init_state(len(batch[0]), self.config.context_length)
+            self.state = {name: full_tensor(tensor) for name, tensor in state.items()}
         num_micro_batches = self.config.gradient_accumulation_steps
         # Weighted by their share of the targets, micro-batch means add up to the batch's mean.
         # The world's size cancels the averaging over processes.
@@ -202,13 +209,17 @@ class Trainer:
             (targets != -100).sum() / num_targets * self.world.size
             for targets in np.array_split(batch[-1], num_micro_batches)
         ]
-        tensors = [_to_device(array, self.device) for array in batch]
-        micro_batches = zip(
-            *(tensor.tensor_split(num_micro_batches) for tensor in tensors), strict=True
-        )
+        tensors = [torch.from_numpy(array) for array in batch]
+        is_cuda = self.device.type == "cuda"
+        if is_cuda:  # copies from pinned memory do not wait for the device
+            tensors = [tensor.pin_memory() for tensor in tensors]
+        splits = [
+            tensor.to(self.device, non_blocking=is_cuda).tensor_split(num_micro_batches)
+            for tensor in tensors
+        ]
         total_loss = torch.zeros((), device=self.device)
-        for i, (weight, micro_batch) in enumerate(zip(weights, micro_batches, strict=True), 1):
-            with nullcontext() if i == num_micro_batches else no_sync(objective):
+        for i, (weight, *micro_batch) in enumerate(zip(weights, *splits, strict=True), 1):
+            with nullcontext() if i == num_micro_batches else distributed.no_sync(objective):
                 with autocast(self.device, self.config.precision):
                     loss = objective(*micro_batch, state=self.state) * weight
                 loss.backward()
@@ -216,23 +227,15 @@ class Trainer:
         self.optimizers.step(self.step)
         return total_loss
 
-    def _init_state(self, batch_size: int) -> State | None:
-        """Return an empty model state in stateful training, otherwise None."""
-        if not self.config.stateful:
-            return None
-        assert isinstance(self.model, LanguageModel)
-        state = self.model.init_state(batch_size, self.config.context_length)
-        return {name: full_tensor(tensor) for name, tensor in state.items()}
-
     def _check_finite(self) -> None:
-        """Raise Diverged for the first step whose loss is not finite."""
+        """Raise Diverged if the loss of a step since the last line of the log is not finite."""
         first_step = self.step - len(self.unlogged_losses) + 1
         for step, loss in enumerate(self.unlogged_losses, first_step):
             if not math.isfinite(loss):
-                checkpoint = newest_checkpoint(self.directory)
+                checkpoint = checkpointing.newest_checkpoint(self.directory) or "none yet"
                 raise Diverged(
                     f"the loss of step {step} is not finite; the last good checkpoint is "
-                    f"{checkpoint or 'none yet'}: try a lower --learning-rate"
+                    f"{checkpoint}: try a lower --learning-rate"
                 )
 
     def _log(self, tokens_per_second: float, seconds_left: float) -> None:
@@ -241,14 +244,10 @@ class Trainer:
         self.unlogged_losses.clear()
         if not self.world.is_main_process:
             return
-        unit = self.task.unit
-        self.metrics.log(
-            self.step,
-            loss=loss,
-            lr_fraction=lr_schedule(self.config, self.step - 1),
-            **{unit: self.tokens_seen, f"{unit}_per_second": round(tokens_per_second, 1)},
-            seconds=round(self.seconds, 2),
-        )
+        unit, lr_fraction = self.task.unit, lr_schedule(self.config, self.step - 1)
+        tokens = {unit: self.tokens_seen, f"{unit}_per_second": round(tokens_per_second, 1)}
+        seconds = round(self.seconds, 2)
+        self.metrics.log(self.step, loss=loss, lr_fraction=lr_fraction, **tokens, seconds=seconds)
         flops = tokens_per_second * self.flops_per_token
         self.progress.update(self.step, loss, tokens_per_second, flops, seconds_left)
 
@@ -261,7 +260,8 @@ class Trainer:
             self.eval_model.load_state_dict(weights, strict=False)
             self.eval_model.to(self.device)
         loss = self.task.validate(self.eval_model)
-        if loss < self.best_validation_loss:
+        best = math.inf if self.best_validation_loss is None else self.best_validation_loss
+        if loss < best:
             self.best_validation_loss = loss
             save_tensors(self.directory / "model.safetensors", weights)
         sample = self.task.sample(self.eval_model, self.config.sample_tokens)
@@ -269,10 +269,11 @@ class Trainer:
             self.eval_model.cpu()
         self.metrics.log(self.step, validation_loss=loss, sample=sample)
         self.progress.validation_loss = loss
-        self.progress.print(
-            f"\nstep {self.step}: {self.task.format_loss(loss)}"
-            + (f"; a sample:\n{_indent(sample)}\n" if sample else "")
-        )
+        message = f"\nstep {self.step}: {self.task.format_loss(loss)}"
+        if sample:
+            lines = "\n".join(f"  │ {line}" for line in sample.splitlines())
+            message += f"; a sample:\n{lines}\n"
+        self.progress.print(message)
 
     def score(self, **options: Any) -> Report:  # noqa: ANN401 (options of Task.score)
         """Load the best weights into `eval_model`, score the whole validation split, log the score."""
@@ -283,31 +284,25 @@ class Trainer:
         # In float32, as `tinygpt eval`: the same on every machine.
         self.task.config = dataclasses.replace(self.task.config, precision="float32")
         report = self.task.score(model, "validation", **options)
-        self.metrics.log(
-            self.step, **{f"final_{name}": value for name, value in report.to_json().items()}
-        )
+        final = {f"final_{name}": value for name, value in report.to_json().items()}
+        self.metrics.log(self.step, **final)
         return report
 
     def save_checkpoint(self) -> Path:
         """Let rank 0 write a checkpoint; all wait for it. It can be loaded by any number of processes."""
-        rng_states = self.world.gather(rng_state(self.device, self.world.rank))
+        rng_states = self.world.gather(checkpointing.rng_state(self.device, self.world.rank))
+        states = self.world.gather(self.state or {})
         tensors = {
             "model": self.world.gather_full_tensors(unique_state_dict(self.model)),
             "optimizer": self.world.gather_full_tensors(self.optimizers.state_dict()),
-            "rng_state": {name: state for states in rng_states for name, state in states.items()},
-            "sequence_state": _concatenate(self.world.gather(self.state or {})),
-        }
-        best = self.best_validation_loss
-        trainer_state = {
-            "step": self.step,
-            "best_validation_loss": None if math.isinf(best) else best,
-            "unlogged_losses": self.unlogged_losses,
-            "tokens_seen": self.tokens_seen,
-            "seconds": self.seconds,
-            "data_fingerprint": self.task.fingerprint,
         }
         if self.world.is_main_process:
-            write_checkpoint(self.directory, tensors, trainer_state)
+            tensors["rng_state"] = {k: v for rng_state in rng_states for k, v in rng_state.items()}
+            joined = {name: torch.cat([state[name] for state in states]) for name in states[0]}
+            tensors["sequence_state"] = joined
+            trainer_state = {name: getattr(self, name) for name in COUNTERS}
+            trainer_state["data_fingerprint"] = self.task.fingerprint
+            checkpointing.write_checkpoint(self.directory, tensors, trainer_state)
         self.world.barrier()
         return self.directory / "checkpoints" / f"step-{self.step}"
 
@@ -320,41 +315,15 @@ class Trainer:
                 f"{path}: was trained on another corpus than {self.config.data} contains now "
                 f"({fingerprint[:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
-        own = unique_state_dict(self.model)
-        weights = {
-            name: shard_like(tensor, own.get(name, tensor))
-            for name, tensor in load_tensors(path / "model.safetensors").items()
-        }
+        weights, own = load_tensors(path / "model.safetensors"), unique_state_dict(self.model)
+        weights = {name: shard_like(value, own.get(name, value)) for name, value in weights.items()}
         load_weights(self.model, weights, path / "model.safetensors")
         self.optimizers.load_state_dict(load_tensors(path / "optimizer.safetensors"))
-        self.step = trainer_state["step"]
-        self.unlogged_losses = trainer_state["unlogged_losses"]
-        self.tokens_seen, self.seconds = trainer_state["tokens_seen"], trainer_state["seconds"]
-        best = trainer_state["best_validation_loss"]
-        self.best_validation_loss = math.inf if best is None else best
+        for name in COUNTERS:
+            setattr(self, name, trainer_state[name])
         rng_states = load_tensors(path / "rng_state.safetensors")
-        if not restore_rng_state(rng_states, self.device, self.world.rank):
+        if not checkpointing.restore_rng_state(rng_states, self.device, self.world.rank):
             self._seed_rank()  # the checkpoint was written by fewer processes
-        sequence_state = load_tensors(path / "sequence_state.safetensors", self.device)
-        self.state = {
-            name: tensor[self.world.local_slice(len(tensor))]
-            for name, tensor in sequence_state.items()
-        } or None
-
-
-def _to_device(array: NDArray[Any], device: torch.device) -> Tensor:
-    """Copy an array to the device; to a GPU without waiting, from pinned memory."""
-    tensor = torch.from_numpy(array)
-    if device.type == "cuda":
-        return tensor.pin_memory().to(device, non_blocking=True)
-    return tensor.to(device)
-
-
-def _concatenate(states: list[State]) -> State:
-    """Join the states of the processes along the batch axis; an empty list gives an empty state."""
-    names = states[0] if states else {}
-    return {name: torch.cat([state[name] for state in states]) for name in names}
-
-
-def _indent(text: str) -> str:
-    return "\n".join(f"  │ {line}" for line in text.splitlines())
+        state = load_tensors(path / "sequence_state.safetensors", self.device)
+        rows = self.world.local_slice(self.config.batch_size)
+        self.state = {name: tensor[rows] for name, tensor in state.items()} or None

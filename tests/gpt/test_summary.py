@@ -97,6 +97,7 @@ def test_describe_uses_the_size_of_a_preset():
     with torch.device("meta"):
         expected = f"{summary.count_parameters(build_model('gpt', size)):,}"
     assert expected in tinygpt("describe", "gpt-micro").stdout
+    assert "norms, positions: 129" in tinygpt("describe", "rice-mlp").stdout
 
 
 def test_a_mistyped_name_is_a_one_line_error():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import signal
 
 import pytest
@@ -72,7 +73,7 @@ def test_interrupted_rung_is_resumed(config_fields, tmp_path):
         train_step = trainer.train_step
 
         def interrupted_step(objective):
-            trainer.signals.received = signal.SIGTERM
+            os.kill(os.getpid(), signal.SIGTERM)
             return train_step(objective)
 
         trainer.train_step = interrupted_step
