@@ -75,7 +75,18 @@ def beam_search(
     state = model.encode_source(source_BS.to(device), torch.tensor(lengths, device=device))
     state = {name: tensor.repeat_interleave(num_beams, dim=0) for name, tensor in state.items()}
     max_lengths = [_max_target_length(model, length, max_tokens) for length in lengths]
-    beams = _init_beams(max_lengths, decoder_start_token, num_beams, device)
+    log_probs_BN = torch.full((len(sources), num_beams), -torch.inf, device=device)
+    log_probs_BN[:, 0] = 0.0
+    start_B1 = torch.full((len(sources), 1), decoder_start_token, device=device)
+    beams = {  # the first axis of each tensor is the sentence
+        "sentence": torch.arange(len(sources), device=device),  # its number
+        "max_length": torch.tensor(max_lengths, device=device).unsqueeze(1),  # of its target
+        "targets": start_B1.unsqueeze(1).repeat(1, num_beams, 1),  # unfinished, N beams: BNT
+        "log_probs": log_probs_BN,  # of each target; minus infinity for a beam not in use
+        "free_beams": torch.full_like(start_B1, num_beams),  # that no finished target occupies
+        "best_score": torch.full((len(sources), 1), -torch.inf, device=device),
+        "best": start_B1,  # the best finished target, with this score: BT
+    }
 
     for length in range(1, max(max_lengths) + 1):
         yield
@@ -113,30 +124,6 @@ def _max_target_length(model: LanguageModel, source_length: int, max_tokens: int
             f"{model.context_length} has no room for a target after it"
         )
     return min(max_tokens, max_length)
-
-
-def _init_beams(
-    max_lengths: list[int], decoder_start_token: int, num_beams: int, device: torch.device
-) -> State:
-    """Return the state of the search; the first axis of each tensor is the sentence.
-
-    sentence_B is its number and max_length_B1 its longest target. targets_BNT are the unfinished
-    targets of N beams, and log_probs_BN the log probability of each, minus infinity for a beam not
-    in use. free_beams_B1 counts the beams that no finished target occupies; best_BT is the best
-    finished target, and best_score_B1 its score.
-    """
-    sentences = len(max_lengths)
-    log_probs_BN = torch.full((sentences, num_beams), -torch.inf, device=device)
-    log_probs_BN[:, 0] = 0.0
-    return {
-        "sentence": torch.arange(sentences, device=device),
-        "max_length": torch.tensor(max_lengths, device=device).unsqueeze(1),
-        "targets": torch.full((sentences, num_beams, 1), decoder_start_token, device=device),
-        "log_probs": log_probs_BN,
-        "free_beams": torch.full((sentences, 1), num_beams, device=device),
-        "best_score": torch.full((sentences, 1), -torch.inf, device=device),
-        "best": torch.full((sentences, 1), decoder_start_token, device=device),
-    }
 
 
 def _extend(

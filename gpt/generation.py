@@ -102,12 +102,11 @@ def recompute_logits(
     decoder_start_token: int | None = None,
 ) -> Tensor:
     """Return logits_V of the token after `prompt` and `output`, from scratch in a batch of one."""
-    device = next(model.parameters()).device
-    prompt_1T = torch.tensor([list(prompt)], device=device)
+    prompt_1T = torch.tensor([list(prompt)], device=next(model.parameters()).device)
     length = len(prompt) + len(output)
     state, features_1D = prefill(model, prompt_1T, length, decoder_start_token)
     if output:
-        output_1T = torch.tensor([list(output)], device=device)
+        output_1T = prompt_1T.new_tensor([list(output)])
         features_1D = model.features(output_1T, model.prefix_view(state, length + 1))[:, -1]
     return model.logits(features_1D)[0]
 
@@ -137,18 +136,17 @@ def clamp_max_tokens(
             f"the prompt has token {unknown}, the model knows 0 to {model.vocab_size - 1}"
         )
     if decoder_start_token is not None:
-        max_target_length = model.max_target_length(len(prompt))
-        has_room = max_target_length is None or max_target_length >= 1
-        if len(prompt) > model.context_length or not has_room:
+        room = model.max_target_length(len(prompt))
+        if len(prompt) > model.context_length or (room is not None and room < 1):
             raise ValueError(
                 f"the source sentence is {len(prompt)} tokens long: the model's context of "
                 f"{model.context_length} has no room for it and a translation"
             )
-        if max_target_length is None:
+        if room is None:
             return max_tokens
         if max_length is not None and model.max_length is not None:
-            max_target_length -= model.max_length - max_length
-        return max(0, min(max_tokens, max_target_length))
+            room -= model.max_length - max_length
+        return max(0, min(max_tokens, room))
     if max_length is None:
         return max_tokens
     if len(prompt) > max_length:

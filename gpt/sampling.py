@@ -25,6 +25,8 @@ from gpt.models.base import State, batch_slice
 TIE_MARGIN = 2e-4
 """Two logits (nats) closer than this may swap by rounding, which moves a logit by about 1e-5."""
 
+PENALTIES = ("repetition_penalty", "presence_penalty", "frequency_penalty")
+
 NAN_LOGITS = "the model's logits are not numbers: its weights may be damaged"
 
 
@@ -130,11 +132,7 @@ class Sampler:
             "needs_sort": column(torch.bool),
             "temperature": column(torch.float, 1),
             "top_k": column(torch.long, 1),
-            "top_p": column(torch.float),
-            "log_min_p": column(torch.float),
-            "repetition_penalty": column(torch.float),
-            "presence_penalty": column(torch.float),
-            "frequency_penalty": column(torch.float),
+            **{name: column(torch.float) for name in ("top_p", "log_min_p", *PENALTIES)},
             "logit_bias": torch.zeros(max_num_seqs, vocab_size, device=device),
             "in_prompt": torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device),
             "output_counts": torch.zeros(max_num_seqs, vocab_size, dtype=torch.int, device=device),
@@ -163,9 +161,7 @@ class Sampler:
             ("top_k", params.top_k or self.vocab_size),
             ("top_p", params.top_p if params.top_p < 1 else math.inf),
             ("log_min_p", math.log(params.min_p) if params.min_p else -math.inf),
-            ("repetition_penalty", params.repetition_penalty),
-            ("presence_penalty", params.presence_penalty),
-            ("frequency_penalty", params.frequency_penalty),
+            *((name, getattr(params, name)) for name in PENALTIES),
         ):
             self.state[name][slot] = value
         self.state["logit_bias"][slot] = 0
@@ -211,9 +207,9 @@ class Sampler:
                     logits_BV[slot - first] = logits_1V
             return logits_BV
 
-        has_ties = recompute and any(params.greedy for params in self.params[first:last])
+        greedy = any(params.greedy for params in self.params[first:last])
         state, flags = batch_slice(self.state, first, last), self.flags(first, last)
-        return sample(logits_BV, state, flags, break_ties if has_ties else None)
+        return sample(logits_BV, state, flags, break_ties if greedy and recompute else None)
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """Return probabilities_BV of each token for slots 0, 1, ...; the state does not change.

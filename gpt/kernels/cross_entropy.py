@@ -25,13 +25,8 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Return the sum of the cross-entropies in nats; targets of -100 are ignored.
 
-    Args:
-        features_ND: Input of the unembedding. Under autocast, products are computed in its
-            precision, and the softmax in float32.
-        weight_VD: The unembedding.
-        bias_V: Its bias, if it has one.
-        targets_N: The tokens to predict.
-        chunk_size: Positions per chunk.
+    Weight and bias are the unembedding's, and `chunk_size` is in positions. Under autocast,
+    products are computed in its precision, and the softmax in float32.
     """
     return _LinearCrossEntropy.apply(features_ND, weight_VD, bias_V, targets_N, chunk_size)  # type: ignore[no-untyped-call]
 
@@ -60,8 +55,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         chunk_size: int,
     ) -> Tensor:
-        device_type = features_ND.device.type
-        dtype = weight_VD.dtype
+        device_type, dtype = features_ND.device.type, weight_VD.dtype
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         sum_dtype = torch.promote_types(dtype, torch.float32)
@@ -74,9 +68,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         chunks = zip(features_ND.split(chunk_size), targets_N.split(chunk_size), strict=True)
         for chunk_ND, chunk_targets_N in chunks:
             x_ND = chunk_ND.to(dtype)
-            loss, grad_NV = _loss_and_gradient(
-                F.linear(x_ND, cast_weight_VD, cast_bias_V), chunk_targets_N, sum_dtype
-            )
+            logits_NV = F.linear(x_ND, cast_weight_VD, cast_bias_V)
+            loss, grad_NV = _loss_and_gradient(logits_NV, chunk_targets_N, sum_dtype)
             total += loss
             grad_features.append((grad_NV @ cast_weight_VD).to(features_ND.dtype))
             grad_weight_VD += grad_NV.mT @ x_ND

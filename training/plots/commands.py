@@ -10,9 +10,9 @@ from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.beam_search import translate
-from gpt.checkpoint import find_run, is_translation_run, load_language_model
+from gpt.checkpoint import find_run, is_translation_run, load_language_model, lookup
 from tokenizer import Tokenizer
-from training.plots.figures import select_figures
+from training.plots.figures import FIGURES
 
 MAX_XRAY_TOKENS = 1000
 """Longest text that `xray` draws."""
@@ -50,10 +50,13 @@ class Figures:
         """Compute, draw, and print each file's name."""
         from training.plots.panels import draw_figure
 
-        for name, make_panels in select_figures(self.name).items():
-            path = self.output / f"{name}.svg"
-            draw_figure(make_panels(), path)
-            print(path, flush=True)
+        for name in self.name:
+            lookup("figure", name, FIGURES)
+        for name, make_panels in FIGURES.items():
+            if name in self.name or not self.name:
+                path = self.output / f"{name}.svg"
+                draw_figure(make_panels(), path)
+                print(path, flush=True)
 
 
 @dataclass(frozen=True)

@@ -13,10 +13,9 @@ from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from gpt import summary
-from gpt.checkpoint import lookup
 from gpt.models.attention import attention_weights
 from gpt.models.base import Model
 from gpt.models.linear import Linear, Logistic, SigmaPi, gradient_step, softmax
@@ -135,8 +134,7 @@ def line() -> Sequence[Panel]:
     """Chapter 1: a fitted line after 0 to 3,000 steps of gradient descent."""
     metres_BD, power_B = REGRESSION_TABLES["basketball"](0).splits["train"]
     model = Linear(1)
-    with torch.no_grad():
-        model.weight.zero_()
+    nn.init.zeros_(model.weight)
     ends = torch.tensor([0.0, 9.0])
     labels = {0: "before", 1: "1 step", 2: "2 steps", 4: "4 steps", 3000: "3,000 steps"}
     series: list[Series] = []
@@ -299,10 +297,9 @@ def powers() -> Sequence[Panel]:
     weights = {1.5: ORANGE, 1.0: GREY, 0.9: BLUE, 0.5: PURPLE, 0.2: GREEN}
     for weight, color in weights.items():
         cell = RNNCell(1, 1).double()
-        with torch.no_grad():
-            for parameter in cell.parameters():
-                parameter.zero_()
-            cell.hidden.weight.fill_(weight)
+        for parameter in cell.parameters():
+            nn.init.zeros_(parameter)
+        nn.init.constant_(cell.hidden.weight, weight)
         norms = gradient_by_distance(cell, torch.zeros(41, 1, 1, dtype=torch.float64))
         series.append(Series(torch.arange(41), norms, color, f"w = {weight:g}"))
     return [LinePlot("steps back", "gradient that is left", series, log_y=True)]
@@ -350,24 +347,6 @@ def gpt3() -> Sequence[Panel]:
     return [BarChart("billion weights", list(kinds), billions, labels, f"GPT-3: {total:,} weights")]
 
 
-FIGURES: dict[str, Callable[[], Sequence[Panel]]] = {
-    "line": line,
-    "rice": rice,
-    "border": border,
-    "temperature": temperature,
-    "curves": curves,
-    "experts": experts,
-    "words": words,
-    "powers": powers,
-    "memory": memory,
-    "mask": mask,
-    "gpt3": gpt3,
-}
+_FIGURES = (line, rice, border, temperature, curves, experts, words, powers, memory, mask, gpt3)
+FIGURES: dict[str, Callable[[], Sequence[Panel]]] = {figure.__name__: figure for figure in _FIGURES}
 """Functions that compute a figure's panels, in the order of the chapters."""
-
-
-def select_figures(names: Sequence[str]) -> dict[str, Callable[[], Sequence[Panel]]]:
-    """Return the named figures in the order of the chapters, or all if there are no names."""
-    for name in names:
-        lookup("figure", name, FIGURES)
-    return {name: panels for name, panels in FIGURES.items() if not names or name in names}

@@ -65,9 +65,7 @@ class MapGrid:
         if isinstance(first.columns, Tensor):
             self.column_labels = token_labels(first.columns[0].tolist(), tokenizer)
         self.layers = first.weights.shape[1]
-        self.heads = [
-            (activation, head) for activation in maps for head in range(activation.weights.shape[2])
-        ]
+        self.heads = [(each, head) for each in maps for head in range(each.weights.shape[2])]
         self.left = 2 * GAP + LETTER_WIDTH * max(map(len, self.row_labels))
         bottom = 3 * GAP
         if self.column_labels:
