@@ -43,19 +43,11 @@ def beam_search(
 ) -> Generator[None, None, list[list[int]]]:
     """Return the best target of each source, without start and EOS token; yield before each step.
 
-    A step extends every hypothesis by one token. No result depends on the other sources.
-
-    Args:
-        model: A model that translates, in evaluation mode.
-        sources: Token ids of each sentence.
-        decoder_start_token: Starts every target.
-        eos_token: Ends a target.
-        max_tokens: Longest target, EOS token included; less where the model's context is shorter.
-        num_beams: Hypotheses per sentence; 1 always takes the likeliest token.
-        length_penalty: Power of the length that divides a score: 0 gives the sum, 1 the mean.
-
-    Raises:
-        ValueError: An option is out of range, or a source is empty or leaves no room for a target.
+    A step extends every hypothesis by one token. No result depends on the other sources. The model
+    must translate, and be in evaluation mode. A target has at most `max_tokens`, EOS token included;
+    less where the model's context is shorter. One beam always takes the likeliest token.
+    `length_penalty` is the power of the length that divides a score: 0 gives the sum, 1 the mean.
+    An option out of range and a source that is empty or leaves no room for a target are ValueErrors.
     """
     if num_beams < 1 or max_tokens < 1 or length_penalty < 0:
         raise ValueError(

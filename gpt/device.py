@@ -81,11 +81,9 @@ def resolve_device(name: str) -> torch.device:
 @functools.cache
 def cpu_info() -> dict[str, str]:
     """Return the CPU's `model name`; on Linux also its `vendor_id` and `flags`, if reported."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text("utf-8").split("\n\n")[0].splitlines()
-    except OSError:  # not Linux
-        lines = []
-    pairs = (line.partition(":") for line in lines)
+    path = Path("/proc/cpuinfo")
+    text = path.read_text("utf-8") if path.exists() else ""  # Linux only
+    pairs = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
     info = {name.strip(): value.strip() for name, _, value in pairs}
     info.setdefault("model name", platform.processor() or platform.machine())
     return {name: info[name] for name in ("vendor_id", "model name", "flags") if name in info}

@@ -22,6 +22,7 @@ def generate(
     """Generate the tokens that follow `prompt`, one at a time.
 
     Generation ends after `max_tokens`, when the model's context is full, or at a token in `stop`.
+    A prompt that is empty, too long, or has a token outside the vocabulary is a ValueError.
 
     Args:
         model: A model in evaluation mode.
@@ -34,9 +35,6 @@ def generate(
         allowed_first_tokens: If there are any, the output starts with one of them.
         decoder_start_token: If not None, the prompt is a source sentence, and this token starts
             its translation.
-
-    Raises:
-        ValueError: The prompt is empty, too long, or has a token outside the vocabulary.
     """
     # Checked at the call; a generator would check at its first token.
     max_tokens = clamp_max_tokens(model, prompt, max_tokens, model.max_length, decoder_start_token)
@@ -122,9 +120,7 @@ def clamp_max_tokens(
 
     The last token is predicted but never fed back: it takes no position. With a
     `decoder_start_token`, the prompt is a source sentence, and the model limits its translation.
-
-    Raises:
-        ValueError: The prompt is empty, too long, or has a token outside the vocabulary.
+    A prompt that is empty, too long, or has a token outside the vocabulary is a ValueError.
     """
     if max_tokens < 0:
         raise ValueError(f"max_tokens must be at least 0, not {max_tokens}")

@@ -59,14 +59,9 @@ BATCH_SIZE = 2**19
 _SAFE_CUT = re.compile(r"(?<=[^\W_])(?=\s)|(?<=\S\n)(?=\S)")
 
 
-def _bytes_to_unicode() -> list[str]:
-    """Return the library's character for each byte: itself if printable, else one from 256 on."""
-    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
-    others = itertools.count(256)
-    return [chr(byte if byte in printable else next(others)) for byte in range(256)]
-
-
-BYTE_TO_UNICODE = _bytes_to_unicode()
+_PRINTABLE, _OTHERS = {*range(33, 127), *range(161, 173), *range(174, 256)}, itertools.count(256)
+BYTE_TO_UNICODE = [chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte in range(256)]
+"""The library's character for each byte: itself if printable, else one from 256 on."""
 UNICODE_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_UNICODE)}
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
 
@@ -83,19 +78,6 @@ def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
         yield text[start:end]
         start = end
     yield text[start:]
-
-
-def _batches(texts: Iterable[str]) -> Iterator[list[str]]:
-    """Group texts into batches of about BATCH_SIZE characters."""
-    batch, characters = [], 0
-    for text in texts:
-        batch.append(text)
-        characters += len(text)
-        if characters >= BATCH_SIZE:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
 
 
 def decode_utf8(data: bytes, name: str, line: int = 1) -> str:
@@ -162,9 +144,13 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the ids of each text, computed on all cores."""
         chunks = [list(split_text(text)) for text in texts]
+        flat = list(itertools.chain.from_iterable(chunks))
+        ends = itertools.accumulate(map(len, flat))
+        batches = itertools.groupby(zip(flat, ends, strict=True), lambda x: x[1] // BATCH_SIZE)
         encoded: list[list[int]] = []
         try:
-            for batch in _batches(itertools.chain.from_iterable(chunks)):
+            for _, group in batches:
+                batch = [chunk for chunk, _ in group]
                 encodings = self._library.encode_batch_fast(batch, add_special_tokens=False)
                 encoded += [encoding.ids for encoding in encodings]
         except TypeError:
@@ -275,9 +261,7 @@ def train_characters(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a character tokenizer: ` <unk>`, the most frequent characters, EOS; at most `vocab_size` ids."""
     if vocab_size < 3:
         raise ValueError(f"a vocabulary of characters needs at least 3 ids, not {vocab_size}")
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(text)
+    counts = Counter(itertools.chain.from_iterable(texts))
     characters = [character for character, _ in counts.most_common(vocab_size - 2)]
     try:
         return _byte_level(_word_level(CHARACTER_PATTERN, list(map(_to_unicode, characters))))

@@ -17,9 +17,6 @@ from gpt.models.base import LanguageModel
 
 DType = Literal["float32", "bfloat16", "int8"]
 
-MIN_SCALE = 1e-12
-"""Smallest scale; a row of zeros has none of its own."""
-
 
 class Int8Linear(nn.Module):
     """`nn.Linear` with weights and inputs rounded to 8 bits, for inference only."""
@@ -50,15 +47,15 @@ class Int8Linear(nn.Module):
 
 def _quantize_rows(x_BK: Tensor) -> tuple[Tensor, Tensor]:
     """Return each row as 8-bit integers, and scale_B1 by which to multiply them."""
-    scale_B1 = x_BK.abs().amax(dim=1, keepdim=True).clamp(min=MIN_SCALE * 127) / 127
+    # A row of zeros has no scale of its own.
+    scale_B1 = x_BK.abs().amax(dim=1, keepdim=True).clamp(min=1e-12 * 127) / 127
     return (x_BK / scale_B1).round().to(torch.int8), scale_B1
 
 
 def quantize(model: LanguageModel, dtype: DType) -> LanguageModel:
     """Change the model in place to compute in `dtype`, in evaluation mode, and return it.
 
-    Raises:
-        ValueError: int8 was requested on a device other than a CPU.
+    int8 on a device other than a CPU is a ValueError.
     """
     model.eval().requires_grad_(False)
     if dtype == "bfloat16":

@@ -71,10 +71,8 @@ class Eval:
         split = self.split or next(name for name in preferred if name in task.splits)
         if split not in task.splits:
             raise ValueError(f"no split is named {split!r}; there are {', '.join(task.splits)}")
-        eval_options = {
-            name: getattr(self, name) for name in ("stride", "context_length", "num_beams")
-        }
-        options = {name: value for name, value in eval_options.items() if value is not None}
+        eval_names = ("stride", "context_length", "num_beams")
+        options = {name: value for name in eval_names if (value := getattr(self, name)) is not None}
         for name in options.keys() - task.eval_options:
             option = name.replace("_", "-")
             raise ValueError(f"--{option} has no meaning in the task {config.task}: leave it out")
@@ -122,13 +120,12 @@ class Translators:
                 )
             model = load_model(directory, resolve_device(self.device))
             score = task.score(model, self.split, num_beams=self.num_beams)
-            metrics = curves.read_metrics(directory)
             row = {
                 "run": directory.name,
                 "model": config.model,
                 "split": self.split,
                 "parameters": count_parameters(model),
-                "seconds": max(line.get("seconds", 0.0) for line in metrics),
+                "seconds": max(line.get("seconds", 0.0) for line in curves.read_metrics(directory)),
                 **score.to_json(),
             }
             rows.append(row)

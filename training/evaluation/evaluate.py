@@ -133,18 +133,12 @@ def evaluate(
     precision: str = "auto",
     stateful: bool = False,
 ) -> Score:
-    """Score a sequence of token ids; the first token is context only.
+    """Score token ids of shape (N,), of which the first is context only, on the model's device.
 
-    Args:
-        model: A model, on its device.
-        tokens: Token ids, of shape (N,).
-        words: Words and line ends of the text.
-        bytes: Bytes of the text in UTF-8; 0 if the tokens do not encode all of it.
-        stride: Tokens that each window after the first scores; if None, as many as the model is
-            trained to predict.
-        context_length: Length of a window; the model's own if None.
-        precision: Precision of matrix products, as in `TrainingConfig`.
-        stateful: Carry one state through the whole text, whatever the context length.
+    `words` and `bytes` are those of `Score`, `precision` is that of `TrainingConfig`. The default
+    `context_length` of a window is the model's own, and the default `stride`, which is how many
+    tokens each window after the first scores, is as many as the model is trained to predict. If
+    `stateful`, one state is carried through the whole text, whatever the context length.
     """
     if stateful:
         if (stride, context_length) != (None, None):

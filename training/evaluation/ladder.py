@@ -53,18 +53,11 @@ def run_ladder(
     seconds: float | None,
     train: Callable[[Trainer], None],
 ) -> list[Row]:
-    """Train and score the rungs that are not finished yet.
+    """Train the named rungs, or all, that are not finished yet; return a row for each finished one.
 
-    Args:
-        directory: Folder of the rungs' runs.
-        names: Rungs to train; all if empty.
-        config_fields: Fields of every rung's config, such as `data`.
-        tokens: Token budget of each rung.
-        seconds: Training time of each rung, instead of `tokens`.
-        train: Trains to the end, or exits.
-
-    Returns:
-        A row for each finished rung of the directory, in historical order.
+    Their runs are in `directory`, and the rows of all its rungs are in historical order. The fields
+    of every rung's config include `config_fields`, such as `data`. The budget of each rung is
+    `tokens` or, if given, `seconds` of training. `train` trains to the end, or exits.
     """
     presets = select_rungs(names)
     settings = {**config_fields, **({"seconds": seconds} if seconds else {"tokens": tokens})}

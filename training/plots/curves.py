@@ -31,18 +31,14 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
             metrics, color = read_metrics(run), f"C{number}"
-            million_tokens = {
-                line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line
-            }
+            millions = {line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line}
             for split, key, style in (
                 ("training", "loss", {"alpha": 0.45, "linewidth": 1.2}),
                 ("validation", "validation_loss", {"marker": "o", "markersize": 4}),
             ):
                 lines = [line for line in metrics if key in line]
-                x, y = (
-                    [million_tokens[line["step"]] for line in lines],
-                    [line[key] for line in lines],
-                )
+                x = [millions[line["step"]] for line in lines]
+                y = [line[key] for line in lines]
                 axes.plot(x, y, color=color, label=f"{run.name}: {split}", **style)
         axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel("loss (nats per token)")
@@ -100,10 +96,8 @@ def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
         for number, row in enumerate(rows):
             scores = [bucket["bleu"] for bucket in row["buckets"]]
             axes.plot(range(len(scores)), scores, "o-", color=f"C{number}", label=row["run"])
-        axes.set_xticks(
-            range(len(buckets)),
-            [f"{b['name']}\n{b['shortest']} to {b['longest']} words" for b in buckets],
-        )
+        names = [f"{b['name']}\n{b['shortest']} to {b['longest']} words" for b in buckets]
+        axes.set_xticks(range(len(names)), names)
         axes.set_ylabel("BLEU")
         axes.legend()
         save_figure(figure, output)
