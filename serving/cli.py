@@ -164,7 +164,6 @@ class Serve:
         # Imported here since FastAPI takes longer to import than `sample` takes with a small model.
         from serving.engine.compilation import Compiler
         from serving.http.app import create_app
-        from serving.http.early_refusal import early_refusal_protocol
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
@@ -215,9 +214,10 @@ class Serve:
                             logging.getLogger(__name__).error("%s", error)
                     await asyncio.sleep(WATCH_INTERVAL)
 
-            origins, protocol = self.allowed_origins, early_refusal_protocol(registry, key)
-            app = create_app(registry, self.limits, key=key, allowed_origins=origins, runs=runs)
-            server = Server(app, registry, load_all, self.timeouts, protocol)
+            app = create_app(
+                registry, self.limits, key=key, allowed_origins=self.allowed_origins, runs=runs
+            )
+            server = Server(app, registry, load_all, self.timeouts)
             server.run([listener])
             if server.load_error:
                 raise server.load_error

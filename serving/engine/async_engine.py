@@ -193,10 +193,8 @@ class AsyncEngine:
             self._calls.put(None)
             await asyncio.to_thread(self._thread.join)
 
-    def check_capacity(self, num_sequences: int, num_pending: int = 0) -> None:
+    def check_capacity(self, num_sequences: int) -> None:
         """Check that sequences could be added now; to be called before their prompts are tokenized.
-
-        `num_pending` sequences were checked before and are not added yet.
 
         Raises:
             ValueError: There will never be capacity for so many.
@@ -210,7 +208,7 @@ class AsyncEngine:
             raise ValueError(
                 f"the request needs {num_sequences} sequences, this server has capacity for {capacity}"
             )
-        if self.num_unfinished + num_pending + num_sequences > capacity:
+        if self.num_unfinished + num_sequences > capacity:
             self.metrics.refused.inc()
             raise QueueFullError(
                 f"{self.num_running} sequences are running and {self.num_waiting} are waiting: "

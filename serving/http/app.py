@@ -86,16 +86,12 @@ def create_app(
         def encode() -> list[PromptTokens]:
             return [encode_prompt(entry, prompt, limits, echo=body.echo) for prompt in body.prompt]
 
-        try:
-            with bad_request("prompt"):
-                entry.engine.check_capacity(len(body.prompt) * body.n)
-                # Megabytes of text would block the event loop, and so the other streams.
-                is_short = sum(map(len, body.prompt)) < TOKENIZE_INLINE
-                prompts = encode() if is_short else await asyncio.to_thread(encode)
-                completion = CompletionStream(entry, body, prompts)
-        finally:
-            if early_admission_done := getattr(request.state, "early_admission_done", None):
-                early_admission_done()
+        with bad_request("prompt"):
+            entry.engine.check_capacity(len(body.prompt) * body.n)
+            # Megabytes of text would block the event loop, and so the other streams.
+            is_short = sum(map(len, body.prompt)) < TOKENIZE_INLINE
+            prompts = encode() if is_short else await asyncio.to_thread(encode)
+            completion = CompletionStream(entry, body, prompts)
         if body.stream:
             return EventStreamResponse(completion)
         try:

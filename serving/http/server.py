@@ -27,7 +27,6 @@ FLUSH_TIMEOUT = 5
 """Seconds that a server shutting down gives slow clients to receive what was already sent."""
 
 
-@functools.lru_cache(maxsize=1)
 def _raw_response(error: APIError) -> bytes:
     """Return the bytes of an HTTP response that bypasses the application."""
     status, body = HTTPStatus(error.status), error.body()
@@ -110,8 +109,7 @@ class TimeoutProtocol(H11Protocol):
 class Server(uvicorn.Server):
     """uvicorn's server, which also loads the models and shuts down their engines.
 
-    `load` fills the registry while the server already responds, for ever with `--watch`; `protocol`
-    makes the protocol of a connection.
+    `load` fills the registry while the server already responds, for ever with `--watch`.
     """
 
     def __init__(
@@ -120,11 +118,10 @@ class Server(uvicorn.Server):
         registry: ModelRegistry,
         load: Callable[[], Awaitable[None]],
         timeouts: Timeouts,
-        protocol: Callable[..., TimeoutProtocol],
     ) -> None:
         config = uvicorn.Config(
             app,
-            http=functools.partial(protocol, timeouts=timeouts),  # type: ignore[arg-type]
+            http=functools.partial(TimeoutProtocol, timeouts=timeouts),  # type: ignore[arg-type]
             log_config=None,
             ws="none",
             server_header=False,

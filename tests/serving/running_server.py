@@ -11,7 +11,6 @@ from gpt.generation import generate
 from serving.engine.async_engine import AsyncEngine
 from serving.engine.engine import Engine
 from serving.http.app import create_app
-from serving.http.early_refusal import early_refusal_protocol
 from serving.http.limits import Timeouts
 from serving.http.registry import ModelEntry, ModelRegistry
 from serving.http.server import Server
@@ -59,7 +58,6 @@ class RunningServer:
             self.registry,
             load,
             timeouts or Timeouts(shutdown_timeout=0),
-            early_refusal_protocol(self.registry, key),
         )
         self.thread = threading.Thread(target=self.server.run, args=([self.listener],))
         self.thread.start()
