@@ -25,7 +25,6 @@ from torch.utils._pytree import tree_leaves
 
 from gpt import LanguageModel, Model
 from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
-from gpt.models.attention import RMSNorm
 from gpt.summary import count_by_kind, count_parameters, describe
 from training.config import TrainingConfig, new_model
 from training.distributed import fsdp_layers
@@ -182,9 +181,6 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
         for tensor in batch:
             memory.count(tensor)
         model = new_model(config, model_args).train()
-        for module in model.modules():
-            if on_gpu and isinstance(module, RMSNorm):  # norms call what they call on a GPU
-                module.forward = module.fused  # type: ignore[method-assign]
         gradients = _shard_bytes(model.parameters(), num_shards)
         full_weights = _shard_bytes(model.parameters(), 1)
         weights = gradients + _shard_bytes(model.buffers(), 1)

@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gpt.kernels.rms_norm import rms_norm_cpu
-from gpt.kernels.rotary import rotate_pairs
 from gpt.models.base import State
 
 
@@ -50,22 +48,21 @@ def rotary_table(positions: int, width: int, base: float) -> tuple[Tensor, Tenso
     return angles_SK.cos().float(), angles_SK.sin().float()
 
 
+def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    """Rotate each pair (x_i, x_{i + K/2}) by its position's angle, given as its cosine and sine."""
+    first_BHTJ, second_BHTJ = x_BHTK.chunk(2, dim=-1)
+    turned_BHTK = torch.cat([-second_BHTJ, first_BHTJ], dim=-1)
+    return x_BHTK * cos_BTK.unsqueeze(-3) + turned_BHTK * sin_BTK.unsqueeze(-3)
+
+
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
-
-    eps: float
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis of x."""
-        if x.device.type == "cpu" and not torch.compiler.is_compiling():
-            return rms_norm_cpu(x, self.weight.type_as(x), self.eps)
-        return self.fused(x)
-
-    def fused(self, x: Tensor) -> Tensor:
-        """Normalize the last axis of x with torch's kernel, which on a CPU is not fused."""
         # Under autocast x can be bfloat16 and the weight float32; no fused kernel takes both.
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
@@ -216,5 +213,5 @@ class RotarySelfAttention(CausalSelfAttention):
         """Return queries_BHTK and keys_BHTK."""
         queries_BHTK, keys_BHTK = super().queries_and_keys(x_BTD, positions)
         angles = positions.cos_BTK, positions.sin_BTK
-        queries_BHTK = rotate_pairs(self.query_norm(queries_BHTK), *angles)
-        return queries_BHTK, rotate_pairs(self.key_norm(keys_BHTK), *angles)
+        queries_BHTK = rotate(self.query_norm(queries_BHTK), *angles)
+        return queries_BHTK, rotate(self.key_norm(keys_BHTK), *angles)
