@@ -7,16 +7,12 @@ emptied before each step, and their outputs are dropped.
 """
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from gpt.models.base import State, batch_slice, copy_state
+from gpt.models.base import LanguageModel, State, batch_slice, copy_state
 from gpt.sampling import SamplingFlags, sample
-
-if TYPE_CHECKING:
-    from serving.engine.engine import Engine
 
 MIN_LENGTH = 128
 """The shortest sequence length that a graph is captured for."""
@@ -26,15 +22,33 @@ CapturedGraph = tuple[Callable[[], None], tuple[Tensor, Tensor]]
 
 
 class GraphRunner:
-    """Runs an engine's decode steps.
+    """Runs an engine's decode steps on the engine's own tensors, whose addresses must not change.
 
     On a device without CUDA graphs each step is computed eagerly, at the same addresses and sizes.
+
+    Args:
+        model: The model.
+        state: Its state for all slots, of `cache_length` positions.
+        empty_state: The prefix view of an empty state of one slot.
+        sampler_state: State of the sampler for all slots.
+        last_tokens_B1: The tokens that a step feeds, and overwrites with those it samples.
+        cache_length: Positions of a slot.
     """
 
-    def __init__(self, engine: "Engine") -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        model: LanguageModel,
+        state: State,
+        empty_state: State,
+        sampler_state: State,
+        last_tokens_B1: Tensor,
+        cache_length: int,
+    ) -> None:
+        self.model, self.state, self.empty_state = model, state, empty_state
+        self.sampler_state, self.last_tokens_B1 = sampler_state, last_tokens_B1
+        self.cache_length = cache_length
         self.graphs: dict[tuple[int, int, SamplingFlags], CapturedGraph] = {}
-        self.is_cuda = engine.device.type == "cuda"
+        self.is_cuda = last_tokens_B1.device.type == "cuda"
         self.pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
 
     def __call__(self, count: int, length: int, flags: SamplingFlags) -> tuple[Tensor, Tensor]:
@@ -42,24 +56,22 @@ class GraphRunner:
 
         The tokens become the input of the next step, which can be run without reading them back.
         """
-        engine = self.engine
-        padded_count = min(1 << (count - 1).bit_length(), engine.max_num_seqs)
-        padded_length = min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), engine.cache_length)
+        padded_count = min(1 << (count - 1).bit_length(), len(self.last_tokens_B1))
+        padded_length = min(max(MIN_LENGTH, 1 << (length - 1).bit_length()), self.cache_length)
         key = padded_count, padded_length, flags
         if key not in self.graphs:
             self.graphs[key] = self._capture(*key)
         if padded_count > count:
-            padding = batch_slice(engine.state, count, padded_count)
-            copy_state(engine.model.prefix_view(padding, 0), engine.empty_state)
+            padding = batch_slice(self.state, count, padded_count)
+            copy_state(self.model.prefix_view(padding, 0), self.empty_state)
         replay, (logits_BV, tokens_B) = self.graphs[key]
         replay()
         return logits_BV[:count], tokens_B[:count]
 
     def _capture(self, count: int, length: int, flags: SamplingFlags) -> CapturedGraph:
-        model = self.engine.model
-        last_tokens_B1 = self.engine.last_tokens_B1[:count]
-        state = model.prefix_view(batch_slice(self.engine.state, 0, count), length)
-        sampler_state = batch_slice(self.engine.sampler.state, 0, count)
+        model, last_tokens_B1 = self.model, self.last_tokens_B1[:count]
+        state = model.prefix_view(batch_slice(self.state, 0, count), length)
+        sampler_state = batch_slice(self.sampler_state, 0, count)
 
         def step(
             last_tokens_B1: Tensor, state: State, sampler_state: State

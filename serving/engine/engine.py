@@ -98,7 +98,16 @@ class Engine:
             kind: eager_step(model, kind) for kind in get_args(StepKind)
         }
         """Runs each kind of step. Any thread may replace one by a compiled one at any time."""
-        self.graph_runner = None if deterministic or not cuda_graphs else GraphRunner(self)
+        self.graph_runner = None
+        if cuda_graphs and not deterministic:
+            self.graph_runner = GraphRunner(
+                model,
+                self.state,
+                self.empty_state,
+                self.sampler.state,
+                self.last_tokens_B1,
+                self.cache_length,
+            )
         # Otherwise the batch changes logits less than the GPU or the number format does.
         self.breaks_ties = has_exact_logits(model)
         self._views: tuple[tuple[int, int, int], State, State] = ((0, 0, 0), {}, {})
