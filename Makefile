@@ -40,7 +40,7 @@ bench: .venv/.developed  ## benchmarks of serving, or with DATA=input.txt of tra
 	$(PY) -m benchmarks.$(if $(DATA),train --data '$(DATA)',serve) $(ARGS)
 
 test: .venv/.developed  ## all tests except the long ones: make test [ARGS=]
-	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile $(ARGS)
+	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 check: .venv/.developed  ## formatter, linter, types
 	$(PY) -m ruff format --check .

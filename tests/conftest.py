@@ -14,6 +14,12 @@ settings.load_profile("fixed")
 SHARED = Path(os.environ.get("TINYGPT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+def pytest_collection_modifyitems(items):
+    """Start the files with long tests first, so that parallel processes end together."""
+    long_files = {item.path for item in items if item.get_closest_marker("long")}
+    items.sort(key=lambda item: item.path not in long_files)
+
+
 @pytest.fixture
 def real_data():
     """The folder of real corpora, which are too large to be part of the project."""
