@@ -8,22 +8,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.http.protocol import APIError
 
 
-def authorized(headers: dict[bytes, bytes], key: str) -> bool:
-    """Whether the Authorization header has the key; compared in constant time, which leaks nothing."""
-    return hmac.compare_digest(headers.get(b"authorization", b""), f"Bearer {key}".encode())
-
-
 class APIKeyMiddleware:
     """Responds with 401 without the API key, except for `/health` and the page, which asks for it."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self.app, self.key = app, key
+        self.app, self.expected = app, f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass on authorized requests."""
+        """Pass on requests with the key. It is compared in constant time, which leaks nothing."""
         path = scope.get("path", "/")  # there is none while the server starts and shuts down
         public = path in ("/", "/health") or path.startswith("/page/")
-        if public or authorized(dict(scope["headers"]), self.key):
+        given = dict(scope.get("headers", ())).get(b"authorization", b"")
+        if public or hmac.compare_digest(given, self.expected):
             await self.app(scope, receive, send)
         else:
             message = "expected the server's API key: Authorization: Bearer KEY"

@@ -85,15 +85,10 @@ class TimeoutProtocol(H11Protocol):
         """Send an error, unless a response has started, and close the connection."""
         self._clear_deadline()
         if not (self.cycle and self.cycle.response_started and not self.cycle.response_complete):
-            self.write_error(error)
+            self.transport.write(_raw_response(error))
+            if self.client:
+                self.access_logger.info("%s:%d - refused: %s", *self.client, error)
         self.transport.close()
-
-    def write_error(self, error: APIError, *, log: bool = True) -> None:
-        """Send an error that closes the connection."""
-        self._clear_deadline()
-        self.transport.write(_raw_response(error))
-        if self.client and log:
-            self.access_logger.info("%s:%d - refused: %s", *self.client, error)
 
     def _set_deadline(self, part: str, seconds: float) -> None:
         self._clear_deadline()
