@@ -113,9 +113,10 @@ class Describe:
             model_args = TASKS[preset.task].expected_model_args(preset)  # may compute a table
             with torch.device("meta"):
                 return new_model(preset, model_args)
-        with torch.device("meta"):
-            if Path(self.model, "config.json").is_file():
-                return build_model(*read_config(Path(self.model)))
+        if Path(self.model, "config.json").is_file():
+            config = read_config(Path(self.model))
+            with torch.device("meta"):
+                return build_model(*config)
         presets = [name for name in PRESETS if name not in MODEL_CLASSES]
         raise ValueError(
             f"{self.model!r} is neither a model nor a preset"
