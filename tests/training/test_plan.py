@@ -21,7 +21,13 @@ from gpt.device import GPUSpec, find_gpu_spec
 from tests.training.test_cli import training
 from training.config import new_model
 from training.optimizer import Optimizers
-from training.plan import Hardware, all_gather_bytes, make_plan, measure_memory
+from training.plan import (
+    Hardware,
+    _FusedRMSNorm,
+    all_gather_bytes,
+    make_plan,
+    measure_memory,
+)
 from training.presets import PRESETS
 from training.tasks import TASKS
 from training.trainer import Objective
@@ -185,6 +191,18 @@ def test_dropout_mask_takes_one_byte_on_a_gpu_and_four_on_a_cpu(is_gpu, itemsize
     rows, width, layers = ROWS * 32, 32, 2
     # Two branches of each layer, and the embedding.
     assert after - before == itemsize * rows * width * (2 * layers + 1)
+
+
+def test_norms_are_in_float32_on_a_gpu_under_autocast(monkeypatch):
+    dtypes, apply = set(), _FusedRMSNorm.apply
+
+    def record(x, weight):
+        dtypes.update((x.dtype, weight.dtype))
+        return apply(x, weight)
+
+    monkeypatch.setattr(_FusedRMSNorm, "apply", record)
+    measure(CONFIGS["gpt"], bfloat16=True, is_gpu=True)
+    assert dtypes == {torch.float32}
 
 
 def test_fsdp_divides_memory_and_gathers_the_largest_layer():
