@@ -8,14 +8,40 @@ This is the plain form of LLM.int8() (Dettmers et al. 2022); small models do not
 path for outliers. Embeddings are looked up, not multiplied, and are not quantized.
 """
 
+import functools
 from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 from gpt.models.base import LanguageModel
 
 DType = Literal["float32", "bfloat16", "int8"]
+
+library.define("tinygpt::int8_mm", "(Tensor x_BK, Tensor weight_NK) -> Tensor")
+
+
+@library.impl("tinygpt::int8_mm", "cpu")
+def _int8_mm(x_BK: Tensor, weight_NK: Tensor) -> Tensor:
+    """Return products of 8-bit integers in int32; `serving/engine/int8_kernel.h` is faster."""
+    if is_int_mm_exact():
+        return torch._int_mm(x_BK, weight_NK.T)
+    return (x_BK.float() @ weight_NK.float().T).round().to(torch.int32)
+
+
+@library.register_fake("tinygpt::int8_mm")
+def _(x_BK: Tensor, weight_NK: Tensor) -> Tensor:
+    return x_BK.new_empty((x_BK.shape[0], weight_NK.shape[0]), dtype=torch.int32)
+
+
+@functools.cache
+def is_int_mm_exact() -> bool:
+    """Return whether `torch._int_mm` is exact here.
+
+    On processors without VNNI it adds pairs of products in 16 bits, which overflow.
+    """
+    largest = [torch.full((rows, 64), 127, dtype=torch.int8) for rows in (1, 17)]
+    return all((torch._int_mm(x_BK, largest[1].T) == 64 * 127**2).all() for x_BK in largest)
 
 
 class Int8Linear(nn.Module):
@@ -39,7 +65,7 @@ class Int8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map x of shape (..., K) to y of shape (..., N), in float32."""
         p_BK, scale_B1 = _quantize_rows(x.flatten(0, -2))
-        y_BN = torch._int_mm(p_BK, self.quantized.T) * (scale_B1 * self.scale)
+        y_BN = torch.ops.tinygpt.int8_mm(p_BK, self.quantized) * (scale_B1 * self.scale)
         if self.bias is not None:
             y_BN = y_BN + self.bias
         return y_BN.unflatten(0, x.shape[:-1])

@@ -1,4 +1,4 @@
-// Attention of a single query over a KV cache, which `attention_kernel.py` puts into compiled decode
+// Attention of a single query over a KV cache, which `cpu_kernels.py` puts into compiled decode
 // steps. It reads each key and value once, at the speed of memory, in the dtype of the cache.
 //
 // The positions of a head are split into chunks, each with a softmax of its own, which are combined at

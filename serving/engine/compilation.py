@@ -34,9 +34,9 @@ from gpt.checkpoint import cache_dir
 from gpt.device import cpu_info
 from gpt.models.base import LanguageModel, batch_slice
 from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
-from serving.engine.attention_kernel import KERNEL, inductor_config, substitute_kernel
 from serving.engine.autotune import run_in_own_thread
 from serving.engine.compiled_step import CompiledStep
+from serving.engine.cpu_kernels import HEADERS, inductor_config, substitute_attention
 from serving.engine.engine import Engine
 from serving.engine.steps import StepKind, eager_step
 
@@ -135,7 +135,7 @@ def trace_step(model: LanguageModel, length: int, kind: StepKind) -> torch.expor
 
 def compile_step(program: torch.export.ExportedProgram, path: Path) -> None:
     """Compile a traced step to a file of machine code without weights."""
-    substitute_kernel(program)
+    substitute_attention(program)
     torch._inductor.aoti_compile_and_package(
         program,
         package_path=str(path),
@@ -160,7 +160,7 @@ class CompileJob:
         self.payload = pickle.dumps((skeleton, inlined, engine.cache_length, kind, num_threads))
         """What the compiling process reads."""
         root = Path(__file__).parents[2]
-        sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), KERNEL])
+        sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), *HEADERS])
         environment = (torch.__version__, platform.system(), cpu_info())
         parts = [self.payload, repr(environment).encode()]
         parts += [source.read_bytes() for source in sources]

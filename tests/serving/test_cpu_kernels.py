@@ -6,8 +6,11 @@ import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim
 
-from serving.engine.attention_kernel import substitute_kernel
+from gpt.kernels.quantization import is_int_mm_exact
+from serving.engine import cpu_kernels
 from serving.engine.compilation import compile_step, find_cpp_compiler
+from serving.engine.compiled_step import CompiledStep
+from serving.engine.cpu_kernels import substitute_attention
 
 CACHE_LENGTH, LAYER = 300, 1
 
@@ -96,5 +99,43 @@ def test_unsupported_attention_is_not_replaced(width, queries, masked):
     mask = [torch.ones(1, 1, queries, 5, dtype=torch.bool)] * masked
     program = torch.export.export(Other(), (*tensors, *mask))
     before = str(program.graph)
-    substitute_kernel(program)
+    substitute_attention(program)
     assert str(program.graph) == before
+
+
+class Products(nn.Module):
+    """8-bit products of one input with weights of various shapes."""
+
+    def __init__(self):
+        super().__init__()
+        rng = torch.Generator().manual_seed(0)
+        for n, (out_features, in_features) in enumerate(((3, 2), (7, 64), (65, 77), (130, 320))):
+            weight = torch.randint(-128, 128, (out_features, in_features), generator=rng)
+            self.register_buffer(f"weight{n}", weight.to(torch.int8))
+
+    def forward(self, x_BK):
+        return tuple(
+            torch.ops.tinygpt.int8_mm(x_BK[:, : weight_NK.shape[1]].contiguous(), weight_NK)
+            for weight_NK in self.buffers()
+        )
+
+
+@pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch warns about itself
+@pytest.mark.parametrize("is_exact", [True, False])
+def test_int8_kernel_is_exact(tmp_path, is_exact, monkeypatch):
+    if is_exact and not is_int_mm_exact():
+        pytest.skip("torch._int_mm is not exact on this processor")
+    monkeypatch.setattr(cpu_kernels, "is_int_mm_exact", lambda: is_exact)
+    products = Products()
+    examples = torch.full((3, 320), -128, dtype=torch.int8)
+    program = torch.export.export(products, (examples,), dynamic_shapes=({0: Dim.DYNAMIC},))
+    compile_step(program, tmp_path / "step.pt2")
+    step = CompiledStep(tmp_path / "step.pt2", products)
+    rng = torch.Generator().manual_seed(1)
+    for rows in (1, 2, 5, 8, 9, 33):
+        x_BK = torch.randint(-128, 128, (rows, 320), generator=rng).to(torch.int8)
+        x_BK[0], x_BK[-1] = 127, -128
+        for actual, weight_NK in zip(step(x_BK), products.buffers(), strict=True):
+            expected = x_BK[:, : weight_NK.shape[1]].long() @ weight_NK.long().T
+            assert torch.equal(actual.long(), expected)

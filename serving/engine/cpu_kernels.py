@@ -1,9 +1,12 @@
-"""A C++ kernel for the attention of one query in compiled decode steps.
+"""C++ kernels in compiled steps, where TorchInductor's code or torch's product is slow.
 
-The code that TorchInductor generates for it reads keys and values at about half the speed of
-memory, and gives whole heads to threads; in a long sequence nothing else of a step takes longer.
-So the attention of a traced step becomes the operator `tinygpt::attend`, and
-`attention_kernel.h`, which implements it, becomes a part of the step's generated code.
+- The attention of one query: the generated code reads keys and values at about half the speed of
+  memory, and gives whole heads to threads; in a long sequence nothing else of a step takes longer.
+- The 8-bit product of few rows: oneDNN repacks the weights at every call, or pads one row to the
+  sixteen of an AMX tile.
+
+In a traced step both are operators, which the headers beside this file implement as a part of the
+step's generated code.
 """
 
 from pathlib import Path
@@ -13,11 +16,15 @@ import torch
 from torch import library
 from torch.export import ExportedProgram
 
-KERNEL = Path(__file__).with_name("attention_kernel.h")
+from gpt.kernels.quantization import is_int_mm_exact
+
+HEADERS = tuple(Path(__file__).with_name(f"{name}_kernel.h") for name in ("attention", "int8"))
 CACHE_DTYPES = {torch.float32, torch.bfloat16}
-"""Dtypes of keys and values that the kernel supports."""
+"""Dtypes of keys and values that the attention kernel supports."""
 LANES = 16
 """Floats in the widest vector registers: the width of a head must be a multiple of it."""
+MAX_INT8_ROWS = 8
+"""With more rows `torch._int_mm` is faster than the int8 kernel, where it is exact."""
 
 library.define(
     "tinygpt::attend",
@@ -32,7 +39,7 @@ library.register_fake(
 )
 
 
-def substitute_kernel(program: ExportedProgram) -> None:
+def substitute_attention(program: ExportedProgram) -> None:
     """Replace the attention of one query by the operator, in place, wherever the kernel supports it."""
     aten, graph = torch.ops.aten, program.graph
     attention = aten.scaled_dot_product_attention.default
@@ -61,10 +68,17 @@ def substitute_kernel(program: ExportedProgram) -> None:
 
 
 def inductor_config(num_threads: int) -> dict[str, Any]:
-    """Return TorchInductor options that include the kernel in a step's code, for `num_threads`."""
-    # Torch puts `extern` before and a semicolon after what should declare the operator's C function.
-    code = f'"C++" {{\n#define THREADS {num_threads}\n#include "{KERNEL}"\n}}'
+    """Return TorchInductor options that include the kernels in a step's code, for `num_threads`."""
+    max_int8_rows = MAX_INT8_ROWS if is_int_mm_exact() else torch.iinfo(torch.int64).max
+    operators = (torch.ops.tinygpt.attend.default, torch.ops.tinygpt.int8_mm.default)
     return {
-        "aot_inductor.custom_ops_to_c_shims": {torch.ops.tinygpt.attend.default: [code]},
+        "aot_inductor.custom_ops_to_c_shims": {
+            # Torch puts `extern` before and a semicolon after what should declare the C function.
+            operator: [
+                f'"C++" {{\n#define THREADS {num_threads}\n#define MAX_INT8_ROWS {max_int8_rows}\n'
+                f'#include "{header}"\n}}'
+            ]
+            for operator, header in zip(operators, HEADERS, strict=True)
+        },
         "aot_inductor.compile_wrapper_opt_level": "O3",  # as the code of kernels
     }
