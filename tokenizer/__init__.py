@@ -8,6 +8,9 @@ language models: a word that is not among the most frequent becomes ` <unk>` and
 Characters are learned in the same way; a small alphabet makes a small vocabulary. In all of them
 `<|endoftext|>` is the last id; text that contains these letters is never encoded as it.
 
+A tokenizer.json that was made elsewhere may lose text: it may write everything in lower case, drop
+spaces, or not know every byte. `Tokenizer.lost_text` and `find_loss` tell what.
+
 This is the only file that imports the `tokenizers` library. Its tokenizer.json is our file format.
 """
 
@@ -41,8 +44,8 @@ BPE_PATTERN = (
 space, and between a letter or digit and white space, without changing its tokens. The limit of 64
 keeps time and memory linear for text without spaces."""
 
-WORD_PATTERN = r" ?\S+| ?\n|\s"
-"""A word or a line end, with the space before it."""
+WORD_PATTERN = rf"<(?={re.escape(END_OF_TEXT[1:])}(?!\S))| ?\S+| ?\n|\s"
+"""A word or a line end, with the space before it. A word that spells the EOS token is cut in two."""
 
 CHARACTER_PATTERN = r"[\s\S]"
 """Any one character."""
@@ -64,6 +67,25 @@ BYTE_TO_UNICODE = [chr(byte if byte in _PRINTABLE else next(_OTHERS)) for byte i
 """The library's character for each byte: itself if printable, else one from 256 on."""
 UNICODE_TO_BYTE = {character: byte for byte, character in enumerate(BYTE_TO_UNICODE)}
 BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+
+PROBES = {
+    "plain words": "hello",
+    "capital letters": "HELLO",
+    "spaces": "hello world",
+    "spaces at the ends": " hello ",
+    "white space": "a  b\tc\n\n    d\r\n",
+    "digits and signs": "0123456789!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~",
+    "accents": "naïve cafe\u0301",
+    "other scripts": "привет東京👍",
+    "character variants": "ﬁ½①ＡÅ\u200d\u00ad",
+    "control characters": "".join(map(chr, [*range(32), 127])),
+    # Every byte that UTF-8 can contain is in one of these characters.
+    "other characters": "".join(
+        map(chr, [*range(256), *range(256, 2048, 64), *range(2048, 0xD800, 4096)])
+    )
+    + "\ud000\ue000\uf000\U00010000\U00040000\U00080000\U000c0000\U00100000",
+}
+"""What a tokenizer may lose, and text with which it shows; the first are the simplest."""
 
 
 def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
@@ -95,6 +117,14 @@ def decode_utf8(data: bytes, name: str, line: int = 1) -> str:
         ) from None
 
 
+def describe_change(before: str, after: str) -> str:
+    """Return "'Hello' becomes 'hello'": the first difference of two texts, with what is around it."""
+    pairs = enumerate(zip(before, after, strict=False))
+    same = next((i for i, (a, b) in pairs if a != b), min(len(before), len(after)))
+    start = max(0, same - 10)
+    return f"{before[start : start + 24]!r} becomes {after[start : start + 24]!r}"
+
+
 class Tokenizer:
     """A byte-level tokenizer, made by `train_...`, `byte_tokenizer` or `Tokenizer.load`."""
 
@@ -106,38 +136,106 @@ class Tokenizer:
     """The id of all unknown words or characters; None if any text can be encoded."""
     fingerprint: str
     """A hash of tokenizer.json."""
+    lost_text: str
+    """What does not survive `encode` and `decode`, with examples; "" if all text does.
+
+    Unknown words and characters are not meant: `unk_token` stands for them.
+    """
 
     def __init__(self, library: tokenizers.Tokenizer) -> None:
         eos_token = library.token_to_id(END_OF_TEXT)
         if eos_token is None:
             raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
         vocabulary = library.get_vocab(with_added_tokens=True)
-        added = library.get_added_tokens_decoder()
         self.vocab_size = 1 + max(vocabulary.values())
         self.eos_token = eos_token
-        is_word_level = isinstance(library.model, models.WordLevel)
-        self.unk_token = library.token_to_id(library.model.unk_token) if is_word_level else None
-        self.fingerprint = hashlib.sha256(library.to_str().encode()).hexdigest()
-        self._token_bytes = [b""] * self.vocab_size
-        for token, index in vocabulary.items():
-            if index in added:
-                self._token_bytes[index] = b"" if added[index].special else token.encode()
-                continue
-            if not UNICODE_TO_BYTE.keys() >= set(token):
-                raise ValueError(f"not a byte-level tokenizer: token {index} is {token!r}")
-            self._token_bytes[index] = bytes(UNICODE_TO_BYTE[character] for character in token)
         # Not saved in tokenizer.json: user input is text, even if it spells a special token.
         library.encode_special_tokens = True
         library.no_padding()
         library.no_truncation()
+        if isinstance(library.model, models.BPE):
+            library.model.dropout = None  # else each call would return other ids
+        self.fingerprint = hashlib.sha256(library.to_str().encode()).hexdigest()
         self._library = library
+        self._special_tokens = {
+            index: token.content
+            for index, token in library.get_added_tokens_decoder().items()
+            if token.special
+        } | {eos_token: END_OF_TEXT}
+        self._token_bytes = self._bytes_of_tokens(vocabulary)
+        self._probe()
+
+    def _bytes_of_tokens(self, vocabulary: dict[str, int]) -> list[bytes]:
+        """Return the bytes of each id. A ValueError if tokens are not written as bytes."""
+        model, added = self._library.model, self._library.get_added_tokens_decoder()
+        prefix = getattr(model, "continuing_subword_prefix", None) or ""
+        suffix = getattr(model, "end_of_word_suffix", None) or ""
+        before = self._library.pre_tokenizer
+        pieces = before.pre_tokenize_str("a b") if before else [("a b", (0, 3))]
+        # The suffix of a word stands for the space after it where the pre-tokenizer drops spaces.
+        keeps_spaces = len("".join(piece for piece, _ in pieces)) > len("ab")
+        word_end = b"" if keeps_spaces else b" "
+        token_bytes = [b""] * self.vocab_size
+        for token, index in vocabulary.items():
+            if index in self._special_tokens:
+                continue
+            if index in added:
+                token_bytes[index] = token.encode()
+                continue
+            text = token.removeprefix(prefix).removesuffix(suffix)
+            if not UNICODE_TO_BYTE.keys() >= set(text):
+                raise ValueError(f"not a byte-level tokenizer: token {index} is {token!r}")
+            token_bytes[index] = bytes(UNICODE_TO_BYTE[character] for character in text)
+            if suffix and token.endswith(suffix):
+                token_bytes[index] += word_end
+        return token_bytes
+
+    def _probe(self) -> None:
+        """Encode and decode a few texts: learn what is lost, and which ids need a detour.
+
+        A ValueError if the tokenizer cannot be used at all.
+        """
+        self._detours: dict[int, list[int]] = {}
+        model = self._library.model
+        try:
+            probes = {name: self.encode(text) for name, text in PROBES.items()}
+        except Exception as error:  # The library raises nothing narrower.
+            raise ValueError(f"it cannot encode every text: {error}") from error
+        if not any(probes.values()):
+            raise ValueError("it encodes no text at all: its vocabulary does not fit")
+        if any(self.eos_token in ids for ids in probes.values()):
+            raise ValueError(
+                f"it encodes what it does not know as {END_OF_TEXT}, which ends a document: train "
+                "it with all 256 bytes, or with another unknown token"
+            )
+        unk_name = getattr(model, "unk_token", None)
+        unk_token = self._library.token_to_id(unk_name) if unk_name else None
+        is_used = isinstance(model, models.WordLevel) or any(
+            unk_token in ids for ids in probes.values()
+        )
+        self.unk_token = unk_token if is_used and unk_token != self.eos_token else None
+        # The library's own protection fails where a special token is also a word of the model.
+        for index, token in self._special_tokens.items():
+            if index != self.unk_token and index in self.encode(token):
+                pieces = self.encode(token[:1]) + self.encode(token[1:])
+                self._detours[index] = [piece for piece in pieces if piece != index]
+        losses = []
+        for name, text in PROBES.items():
+            ids = probes[name]
+            change = "" if self.unk_token in ids else self.find_loss(text, ids)
+            if change:
+                losses.append(f"{name} ({change})")
+        # If not even plain words survive, nothing does, and a second example tells no more.
+        self.lost_text = ", ".join(
+            losses[: 1 if losses[:1] and losses[0].startswith("plain") else 2]
+        )
 
     def encode(self, text: str) -> list[int]:
         """Return the ids of a text; a lone surrogate, which UTF-8 cannot hold, is a ValueError."""
         if len(text) > 2 * CHUNK_SIZE:
             return self.encode_batch([text])[0]
         try:
-            return list(self._library.encode(text, add_special_tokens=False).ids)
+            return self._as_text(self._library.encode(text, add_special_tokens=False).ids)
         except TypeError:
             raise _surrogate_error([text]) from None
 
@@ -152,11 +250,24 @@ class Tokenizer:
             for _, group in batches:
                 batch = [chunk for chunk, _ in group]
                 encodings = self._library.encode_batch_fast(batch, add_special_tokens=False)
-                encoded += [encoding.ids for encoding in encodings]
+                encoded += [self._as_text(encoding.ids) for encoding in encodings]
         except TypeError:
             raise _surrogate_error(texts) from None
         ids = iter(encoded)
         return [list(itertools.chain.from_iterable(itertools.islice(ids, len(c)))) for c in chunks]
+
+    def _as_text(self, ids: list[int]) -> list[int]:
+        """Replace the ids of special tokens, which the text only spelled, with ids of their letters."""
+        if not self._detours or self._detours.keys().isdisjoint(ids):
+            return ids
+        return [piece for token in ids for piece in self._detours.get(token, [token])]
+
+    def find_loss(self, text: str, ids: Iterable[int]) -> str:
+        """Return an example of what `decode(ids)` changes in the text that was encoded, or ""."""
+        decoded = b"".join([self._token_bytes[token] for token in ids])
+        if decoded == text.encode():
+            return ""
+        return describe_change(text, decoded.decode(errors="replace"))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids: U+FFFD for invalid UTF-8, nothing for special tokens."""

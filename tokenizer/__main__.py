@@ -80,7 +80,11 @@ def _train(options: argparse.Namespace) -> None:
 
 def _encode(options: argparse.Namespace) -> None:
     text = _stdin() if options.text is None else options.text
-    print(*_load(options.tokenizer).encode(text))
+    tokenizer = _load(options.tokenizer)
+    ids = tokenizer.encode(text)
+    print(*ids)
+    if loss := tokenizer.find_loss(text, ids):
+        print(f"the ids do not hold the whole text: {loss}", file=sys.stderr)
 
 
 def _decode(options: argparse.Namespace) -> None:

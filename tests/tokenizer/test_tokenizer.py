@@ -5,10 +5,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
 from tokenizer import (
+    BYTE_TO_UNICODE,
     CHUNK_SIZE,
     END_OF_TEXT,
     Tokenizer,
@@ -97,6 +100,24 @@ def test_eos_token_is_the_last_id_and_no_text_is_encoded_as_it(tokenizer):
     assert tokenizer.decode(ids) == f"a{END_OF_TEXT}b"
     assert tokenizer.decode([*ids, tokenizer.eos_token]) == f"a{END_OF_TEXT}b"
     assert tokenizer.token_bytes(tokenizer.eos_token) == b""
+
+
+SPELLED = f"{END_OF_TEXT}\n {END_OF_TEXT} a{END_OF_TEXT}b {END_OF_TEXT}{END_OF_TEXT} <|\n"
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [BPE, BYTES, train_bpe([SPELLED * 99], 300), train_words([SPELLED], 100), train_characters([SPELLED], 100)],
+    ids=["bpe", "bytes", "bpe of it", "words of it", "characters of it"],
+)  # fmt: skip
+def test_text_that_spells_the_eos_token_is_text(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer.json")
+    for same in (tokenizer, Tokenizer.load(tmp_path)):
+        ids = same.encode(SPELLED)
+        assert not {same.eos_token, same.unk_token} & set(ids)
+        assert same.decode(ids) == SPELLED
+        assert same.encode_batch([SPELLED]) == [ids]
+        assert same.decode([same.eos_token]) == ""
 
 
 def test_training_on_the_eos_string_does_not_learn_it():
@@ -199,6 +220,131 @@ def test_a_damaged_file_is_refused(tmp_path):
         Tokenizer.load(path)
 
 
+def byte_level(split=None, normalizer=None, alphabet=BYTE_TO_UNICODE, **model):
+    """A BPE tokenizer of the library, as others train them; `split` comes before the bytes."""
+    library = tokenizers.Tokenizer(models.BPE(**model))
+    to_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.pre_tokenizer = pre_tokenizers.Sequence([split, to_bytes]) if split else to_bytes
+    if normalizer:
+        library.normalizer = normalizer
+    unk_token = model.get("unk_token", END_OF_TEXT)
+    affixes = {k: v for k, v in model.items() if k not in ("unk_token", "dropout")}
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        initial_alphabet=alphabet,
+        special_tokens=list(dict.fromkeys([END_OF_TEXT, unk_token])),
+        show_progress=False,
+        **affixes,
+    )
+    library.train_from_iterator(["hello world, the cat sat on the mat"] * 9, trainer)
+    library.decoder = decoders.ByteLevel()
+    return library
+
+
+@pytest.mark.parametrize(
+    ("options", "loss"),
+    [
+        ({}, ""),
+        ({"unk_token": END_OF_TEXT}, ""),  # as CLIP; never used, since all bytes are known
+        ({"alphabet": []}, "capital letters ('HELLO' becomes '')"),
+        ({"normalizer": normalizers.Lowercase()}, "capital letters ('HELLO' becomes 'hello')"),
+        ({"normalizer": normalizers.Strip()}, "spaces at the ends (' hello ' becomes 'hello')"),
+        ({"normalizer": normalizers.NFC()}, "accents ('naïve café' becomes 'naïve café')"),
+        ({"normalizer": normalizers.NFKC()}, "accents"),
+        ({"normalizer": normalizers.StripAccents()}, "accents"),
+        ({"normalizer": normalizers.Prepend("_")}, "plain words ('hello' becomes '_hello')"),
+        ({"normalizer": normalizers.Replace("\n", " ")}, "white space"),
+        ({"split": pre_tokenizers.WhitespaceSplit()}, "spaces ('hello world' becomes 'helloworld')"),
+        ({"split": pre_tokenizers.ByteLevel(add_prefix_space=True)}, "plain words ('hello' becomes"),
+        ({"end_of_word_suffix": "</w>", "alphabet": []}, "capital letters"),
+    ],
+)  # fmt: skip
+def test_what_an_imported_tokenizer_loses_is_named(tmp_path, options, loss):
+    byte_level(**options).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.lost_text.startswith(loss)
+    assert bool(tokenizer.lost_text) == bool(loss)
+    ids = tokenizer.encode("hello world, the cat sat on the mat")
+    assert bool(tokenizer.find_loss("hello world, the cat sat on the mat", ids)) == (
+        loss.startswith(("plain words", "spaces ("))
+    )
+
+
+def test_own_tokenizers_lose_no_text():
+    for tokenizer in (BPE, BYTES, train_words([CODE], 1000), train_characters([CODE], 1000)):
+        assert tokenizer.lost_text == ""
+
+
+def test_the_mark_of_a_word_end_is_not_part_of_the_text(tmp_path):
+    for options, text in (
+        ({}, "hello the cat"),
+        ({"split": pre_tokenizers.WhitespaceSplit()}, "hello the cat "),
+    ):
+        byte_level(end_of_word_suffix="</w>", **options).save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.decode(tokenizer.encode("hello the cat")) == text
+
+
+def test_an_imported_tokenizer_encodes_the_spelled_eos_token_as_text(tmp_path):
+    not_special = byte_level()
+    not_special.add_tokens([AddedToken(END_OF_TEXT, special=False)])
+    words = {"[UNK]": 0, END_OF_TEXT: 1, "Ġ": 2, "<": 3, END_OF_TEXT[1:]: 4, "a": 5}
+    word_level = tokenizers.Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    word_level.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(" ", "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    word_level.decoder = decoders.ByteLevel()
+    merged = byte_level(normalizer=normalizers.Lowercase())
+    for library in (byte_level(), not_special, word_level, merged):
+        library.save(str(tmp_path / "tokenizer.json"))
+        tokenizer = Tokenizer.load(tmp_path)
+        text = f"a {END_OF_TEXT} a"
+        ids = tokenizer.encode(text)
+        assert tokenizer.eos_token not in ids
+        assert tokenizer.decode(ids) == text
+        assert tokenizer.decode([tokenizer.eos_token]) == ""
+    assert tokenizer.eos_token not in tokenizer.encode(END_OF_TEXT.upper())
+
+
+def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path):
+    no_unknown_word = tokenizers.Tokenizer(models.WordLevel({"a": 0, END_OF_TEXT: 1}))
+    no_unknown_word.decoder = decoders.ByteLevel()
+    nothing = tokenizers.Tokenizer(models.BPE({"a": 0, END_OF_TEXT: 1}, []))
+    nothing.pre_tokenizer = pre_tokenizers.Split("a", "removed")
+    nothing.decoder = decoders.ByteLevel()
+    for library, message in (
+        (byte_level(alphabet=[], unk_token=END_OF_TEXT), "encodes what it does not know as <|end"),
+        (no_unknown_word, "it cannot encode every text: .*UNK"),
+        (nothing, "it encodes no text at all"),
+    ):
+        library.save(str(tmp_path / "tokenizer.json"))
+        with pytest.raises(ValueError, match=message) as error:
+            Tokenizer.load(tmp_path)
+        assert str(tmp_path) in str(error.value)
+
+
+def test_padding_truncation_and_dropout_of_an_imported_tokenizer_are_off(tmp_path):
+    library = byte_level(dropout=0.9)
+    library.enable_padding(length=100)
+    library.enable_truncation(5)
+    library.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.encode("hello world, hello cat") == tokenizer.encode("hello world, hello cat")
+    assert tokenizer.decode(tokenizer.encode("hello world, hello cat")) == "hello world, hello cat"
+    tokenizer.save(tmp_path / "tokenizer.json")
+    assert Tokenizer.load(tmp_path).fingerprint == tokenizer.fingerprint
+
+
+def test_tokens_of_what_is_unknown_are_counted_as_unknown(tmp_path):
+    byte_level(alphabet=[], unk_token="<unk>").save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.unk_token is not None
+    assert tokenizer.unk_token in tokenizer.encode("Hello")
+
+
 def run(*arguments, stdin=b""):
     command = [sys.executable, "-m", "tokenizer", *map(str, arguments)]
     return subprocess.run(command, input=stdin, capture_output=True, timeout=60)
@@ -215,6 +361,16 @@ def test_command_line_round_trip(tmp_path):
         assert run("decode", tokenizer, stdin=encoded.stdout).stdout == text
     assert run("encode", "bytes", "hi").stdout == b"104 105\n"
     assert run("decode", "bytes", "104", "105").stdout == b"hi"
+
+
+def test_command_line_tells_what_the_ids_do_not_hold(tmp_path):
+    byte_level(normalizer=normalizers.Lowercase()).save(str(tmp_path / "t.json"))
+    encoded = run("encode", tmp_path / "t.json", "Hello")
+    assert encoded.returncode == 0
+    assert encoded.stderr.decode() == (
+        "the ids do not hold the whole text: 'Hello' becomes 'hello'\n"
+    )
+    assert run("encode", tmp_path / "t.json", "hello").stderr == b""
 
 
 def test_command_line_mistakes_are_one_line(tmp_path):
