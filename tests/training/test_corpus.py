@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from benchmarks.growth import memory_of
-from tokenizer import byte_tokenizer
+from tokenizer import byte_tokenizer, train_words
 from training.data.corpus import CorpusWriter, ShuffledWindows, TextChunk, open_corpus
 
 TOKENIZER = byte_tokenizer()
@@ -62,6 +62,25 @@ def test_reading_a_corpus_does_not_fill_memory(tmp_path):
     assert nonzero > 3000
 
 
+def test_unknown_tokens_and_lost_text_are_recorded(tmp_path):
+    writer = CorpusWriter(tmp_path, train_words([" the cat\n"], 10))
+    writer.write("train", [TextChunk(" the cat\n", True), TextChunk(" the dog\n", True)])
+    writer.write("validation", [TextChunk(" the cat\n", True)])
+    writer.close("a corpus")
+    splits = open_corpus(tmp_path).splits
+    assert (splits["train"].unknown, splits["validation"].unknown) == (1, 0)
+    assert splits["train"].lost == "' the dog\\n' becomes ' the <unk>\\n'"
+    assert splits["validation"].lost == ""
+
+
+def test_tokens_of_another_tokenizer_are_refused(folder):
+    assert open_corpus(folder, tokenizer=TOKENIZER).splits.keys() == {"train", "validation"}
+    with pytest.raises(
+        ValueError, match=r"another tokenizer than the one given \(257 ids, not 5\)"
+    ):
+        open_corpus(folder, tokenizer=train_words(["the cat\n"], 10))
+
+
 def test_fingerprint_depends_on_the_content_only(folder, tmp_path_factory):
     fingerprints = []
     for text in ("c", "c", "d"):
@@ -86,6 +105,13 @@ def test_damaged_corpus_is_rejected(folder):
         ("[]", "damaged"),
         ("{}", "damaged"),
         (json.dumps(manifest | {"format": 99}), "format 99 is newer"),
+        (json.dumps(manifest | {"format": 1}), "format 1 is of an older tinygpt; delete"),
+        (
+            json.dumps(
+                manifest | {"splits": {"train": manifest["splits"]["train"] | {"tokens": 0}}}
+            ),
+            "the train split is empty",
+        ),
     ):
         (folder / "corpus.json").write_text(content)
         with pytest.raises(ValueError, match=message):

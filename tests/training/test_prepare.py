@@ -1,5 +1,6 @@
 import bz2
 import csv
+import dataclasses
 import gzip
 import itertools
 import json
@@ -12,10 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.corpora import ROWS, STORY, run_python, text_lines
-from tokenizer import byte_tokenizer, train_bpe
+from tokenizer import Tokenizer, byte_tokenizer, train_bpe
+from training.config import TrainingConfig
 from training.data import prepare
 from training.data.prepare import prepare_corpus
 from training.data.sources import Source
+from training.tasks.text import load_corpus
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -286,18 +289,56 @@ def test_prepared_tokens_are_used_unchanged(tmp_path):
 def test_cache_is_used_until_data_or_options_change(tmp_path, monkeypatch, cache):
     path = tmp_path / "a.jsonl"
     path.write_text(text_lines(ROWS))
-    first = prepare_corpus(Source(str(path)), "bpe", 300)
+    first = prepare_corpus(Source(str(path)), "bpe", 260)
     monkeypatch.setattr(prepare, "_tokenize", lambda *_: pytest.fail("tokenized again"))
-    assert prepare_corpus(Source(str(path)), "bpe", 300).directory == first.directory
+    assert prepare_corpus(Source(str(path)), "bpe", 260).directory == first.directory
     monkeypatch.undo()
     monkeypatch.setenv("TINYGPT_CACHE", str(cache))
-    assert prepare_corpus(Source(str(path)), "bpe", 301).directory != first.directory
-    assert prepare_corpus(Source(str(path)), "bytes", 300).directory != first.directory
-    assert prepare_corpus(Source(str(path), limit=500), "bpe", 300).directory != first.directory
+    assert prepare_corpus(Source(str(path)), "bpe", 261).directory != first.directory
+    assert prepare_corpus(Source(str(path)), "bytes", 260).directory != first.directory
+    assert prepare_corpus(Source(str(path), limit=500), "bpe", 260).directory != first.directory
     os.utime(path, ns=(1, 1))
-    touched = prepare_corpus(Source(str(path)), "bpe", 300)
+    touched = prepare_corpus(Source(str(path)), "bpe", 260)
     assert touched.directory != first.directory
     assert touched.fingerprint == first.fingerprint
+
+
+@pytest.mark.parametrize("name", ["bpe", "words", "characters", "bytes"])
+def test_a_run_with_its_tokenizer_shares_the_tokens_it_was_trained_on(tmp_path, cache, name):
+    """`train`, then `eval` and `train --resume`, then `train --tokenizer RUN`."""
+    (tmp_path / "a.txt").write_text(STORY)
+    config = TrainingConfig(data=str(tmp_path / "a.txt"), tokenizer=name, vocab_size=290)
+    with pytest.MonkeyPatch.context() as patch:
+        calls, tokenize = [], prepare._tokenize
+        patch.setattr(prepare, "_tokenize", lambda *args: (calls.append(args), tokenize(*args)))
+        trained = load_corpus(config, None, True)
+        trained.tokenizer.save(tmp_path / "tokenizer.json")
+        loaded = load_corpus(config, Tokenizer.load(tmp_path), True)
+        again = load_corpus(dataclasses.replace(config, tokenizer=str(tmp_path)), None, True)
+    assert len(calls) == 1
+    assert trained.directory == loaded.directory == again.directory
+    assert [path for path in cache.iterdir() if path.is_dir()] == [trained.directory]
+
+
+def test_a_folder_without_corpus_json_is_completed(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY)
+    first = prepare_bytes(tmp_path / "a.txt")
+    expected = first.splits["train"].tokens.tolist()
+    (first.directory / "corpus.json").unlink()
+    (first.directory / "train.bin").write_bytes(b"cut")
+    again = prepare_bytes(tmp_path / "a.txt")
+    assert again.directory == first.directory
+    assert again.splits["train"].tokens.tolist() == expected
+
+
+def test_text_that_spells_the_eos_token_ends_no_document(tmp_path):
+    text = "one <|endoftext|>\n<|endoftext|> two<|endoftext|>\n" * 9
+    (tmp_path / "a.txt").write_text(text)
+    for name in ("words", "characters", "bpe", "bytes"):
+        corpus = prepare_corpus(Source(str(tmp_path / "a.txt")), name, 300)
+        tokens = [split.tokens.tolist() for split in corpus.splits.values()]
+        assert [ids.count(corpus.tokenizer.eos_token) for ids in tokens] == [1, 1]
+        assert "".join(map(corpus.tokenizer.decode, tokens)) == text
 
 
 @pytest.mark.parametrize(
@@ -330,8 +371,13 @@ except OSError as error: print(error)
     assert list((tmp_path / "cache").iterdir()) == []
 
 
-def test_concurrent_preparation_of_the_same_corpus(tmp_path):
+@pytest.mark.parametrize("name", ["bytes", "bpe"])
+@pytest.mark.parametrize("leftover", [False, True])
+def test_concurrent_preparation_of_the_same_corpus(tmp_path, leftover, name):
     (tmp_path / "a.txt").write_text(STORY)
+    if leftover:
+        first = prepare_corpus(Source(str(tmp_path / "a.txt")), name, 300)
+        (first.directory / "corpus.json").unlink()
     barrier = threading.Barrier(2)
     tokenize, corpora = prepare._tokenize, []
 
@@ -342,7 +388,11 @@ def test_concurrent_preparation_of_the_same_corpus(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare, "_tokenize", tokenize_together)
         threads = [
-            threading.Thread(target=lambda: corpora.append(prepare_bytes(tmp_path / "a.txt")))
+            threading.Thread(
+                target=lambda: corpora.append(
+                    prepare_corpus(Source(str(tmp_path / "a.txt")), name, 300)
+                )
+            )
             for _ in range(2)
         ]
         for thread in threads:
@@ -350,7 +400,8 @@ def test_concurrent_preparation_of_the_same_corpus(tmp_path):
         for thread in threads:
             thread.join()
     assert corpora[0].directory == corpora[1].directory
-    assert [path.name for path in (tmp_path / "cache").iterdir()] == [corpora[0].directory.name]
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert folders == [corpora[0].directory]
 
 
 @pytest.mark.parametrize("text", [STORY, STORY.replace("\n", " ")], ids=["lines", "one line"])

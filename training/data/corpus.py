@@ -25,8 +25,8 @@ from numpy.typing import NDArray
 
 from tokenizer import Tokenizer
 
-FORMAT = 1
-"""Version of corpus.json; higher ones are refused."""
+FORMAT = 2
+"""Version of corpus.json; others are refused."""
 
 MANIFEST = "corpus.json"
 
@@ -48,6 +48,10 @@ class Split:
     words: int
     """Words between white space; line ends count as words (as Mikolov counted the Penn Treebank)."""
     documents: int
+    unknown: int
+    """Unknown tokens: words or characters that are not in the vocabulary."""
+    lost: str
+    """An example of text that the tokens do not hold; empty if they hold all of it."""
 
 
 @dataclass(frozen=True)
@@ -69,24 +73,36 @@ class Corpus:
         return Tokenizer.load(self.directory)
 
 
-def open_corpus(directory: Path | str, sentence_pairs: bool = False) -> Corpus:
+def is_prepared(data: str) -> bool:
+    """Return whether `--data` is a directory of prepared tokens."""
+    return (Path(data).expanduser() / MANIFEST).is_file()
+
+
+def open_corpus(
+    directory: Path | str, sentence_pairs: bool = False, tokenizer: Tokenizer | None = None
+) -> Corpus:
     """Open prepared tokens of text or of sentence pairs.
 
     Raises:
-        ValueError: A file is missing or damaged, or the data is not of the expected kind.
+        ValueError: A file is missing or damaged, or the data is not of the expected kind or not
+            made by `tokenizer`.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     file = directory / MANIFEST
     advice = f"delete {directory} and prepare it again"
     try:
         meta = json.loads(file.read_text("utf-8"))
         if (version := meta["format"]) > FORMAT:
             raise ValueError(f"{file}: format {version} is newer than this tinygpt reads")
+        if version < FORMAT:
+            raise ValueError(f"{file}: format {version} is of an older tinygpt; {advice}")
         dtype = np.dtype(meta["dtype"])
         splits = {}
         for name, counts in meta["splits"].items():
             path = directory / f"{name}.bin"
             length = counts.pop("tokens")
+            if not length:
+                raise ValueError(f"{file}: the {name} split is empty; {advice}")
             size = path.stat().st_size if path.is_file() else 0
             if size != (expected := length * dtype.itemsize):
                 raise ValueError(f"{path}: {size} bytes, expected {expected}; {advice}")
@@ -103,6 +119,12 @@ def open_corpus(directory: Path | str, sentence_pairs: bool = False) -> Corpus:
         raise ValueError(
             f"{directory} holds sentence pairs ({'-'.join(languages)}), not text: "
             "choose another --data, or --task translation"
+        )
+    if tokenizer and tokenizer.fingerprint != corpus.tokenizer.fingerprint:
+        raise ValueError(
+            f"{directory} was tokenized by another tokenizer than the one given "
+            f"({corpus.tokenizer.vocab_size:,} ids, not {tokenizer.vocab_size:,}): give the text "
+            "itself as --data"
         )
     return corpus
 
@@ -130,6 +152,7 @@ class CorpusWriter:
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.digests: dict[str, Any] = defaultdict(hashlib.sha256)
+        self.lost: dict[str, str] = defaultdict(str)
 
     def write(self, split: str, chunks: Sequence[TextChunk]) -> None:
         """Append text to a split."""
@@ -140,11 +163,14 @@ class CorpusWriter:
             if document.starts_document:
                 ids.append(self.tokenizer.eos_token)
             ids += text_ids
+            self.lost[split] = self.lost[split] or self.tokenizer.find_loss(document.text, text_ids)
+        unk_token = self.tokenizer.unk_token
         self.counts[split].update(
             tokens=len(ids),
             bytes=sum(len(text.encode()) for text in texts),
             words=sum(len(text.split()) + text.count("\n") for text in texts),
             documents=sum(document.starts_document for document in documents),
+            unknown=0 if unk_token is None else ids.count(unk_token),
         )
         raw = np.array(ids, self.dtype).tobytes()
         self.digests[split].update(raw)
@@ -169,7 +195,10 @@ class CorpusWriter:
             "description": description,
             "fingerprint": fingerprint.hexdigest(),
             "dtype": self.dtype.str,
-            "splits": dict(sorted(self.counts.items())),
+            "splits": {
+                name: {**counts, "lost": self.lost[name]}
+                for name, counts in sorted(self.counts.items())
+            },
         }
         if languages:
             manifest["languages"] = languages

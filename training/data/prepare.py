@@ -2,6 +2,10 @@
 
 `prepare_corpus` finds the dataset, makes a validation split if there is none, trains the
 tokenizer if requested, and writes the tokens. Nothing grows with the corpus but its file.
+
+    <name>-<key>.json   a trained tokenizer; the key is of the data and of what it was trained with
+    <name>-<key>/       prepared tokens; the key is of the data and of the tokenizer itself, so that
+                        a run that trained its tokenizer and later ones that load it share them
 """
 
 import contextlib
@@ -11,7 +15,6 @@ import itertools
 import json
 import platform
 import re
-import shutil
 import sysconfig
 import tempfile
 from collections import defaultdict
@@ -22,9 +25,17 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt.checkpoint import cache_dir
-from tokenizer import BPE_PATTERN, Tokenizer
+from tokenizer import BPE_PATTERN, WORD_PATTERN, Tokenizer
 from training.data import files, hub
-from training.data.corpus import FORMAT, MANIFEST, Corpus, CorpusWriter, TextChunk, open_corpus
+from training.data.corpus import (
+    FORMAT,
+    MANIFEST,
+    Corpus,
+    CorpusWriter,
+    TextChunk,
+    is_prepared,
+    open_corpus,
+)
 from training.data.sources import (
     HOLD_OUT_EVERY,
     TOKENIZER_TRAINERS,
@@ -64,22 +75,14 @@ def prepare_corpus(
         ValueError: The data is missing, unreachable, unreadable, or holds no text or no sentence pairs.
         OSError: The cache cannot be written, for example because the disk is full.
     """
-    existing = resolve_tokenizer(tokenizer)
-    path = Path(source.data).expanduser()
-    if source.data and (path / MANIFEST).is_file():
+    used = resolve_tokenizer(tokenizer)
+    if source.data and is_prepared(source.data):
         if source != Source(source.data):
             raise ValueError(
                 f"{source.data} holds prepared tokens, which are used as they are: only --data and "
                 "--tokenizer go with them"
             )
-        corpus = open_corpus(path, sentence_pairs)
-        if existing and existing.fingerprint != corpus.tokenizer.fingerprint:
-            raise ValueError(
-                f"{source.data} was tokenized by another tokenizer than the one given: leave out "
-                "--tokenizer, or give the text itself as --data"
-            )
-        return corpus
-
+        return open_corpus(source.data, sentence_pairs, used)
     pairs = files.SentencePairs(source) if sentence_pairs else None
     rows = pairs or functools.partial(files.read_texts, source.column)
     dataset = find_dataset(source, rows)
@@ -87,17 +90,29 @@ def prepare_corpus(
     options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
     if not sentence_pairs:
         del options["languages"]
-    training = [tokenizer, vocab_size, BPE_PATTERN, MAX_TOKENIZER_BYTES]
-    recipe = existing.fingerprint if existing else training
-    key = hashlib.sha256(json.dumps([FORMAT, options, recipe]).encode()).hexdigest()[:16]
-    name = re.sub(r"[^\w.-]+", "-", path.name)[:40]
-    directory = cache_dir() / f"{name}-{key}"
+
+    def cached(recipe: object) -> Path:
+        key = hashlib.sha256(json.dumps([FORMAT, options, recipe]).encode()).hexdigest()[:16]
+        name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
+        return cache_dir() / f"{name}-{key}"
+
+    splits = functools.cache(lambda: assign_splits(source, dataset, hold_out))  # reads the data
+    if is_trained := used is None:
+        patterns = BPE_PATTERN, WORD_PATTERN
+        file = cached([tokenizer, vocab_size, patterns, MAX_TOKENIZER_BYTES])
+        file = file.with_name(f"{file.name}.json")
+        if not file.is_file():
+            with _cache_writes() as temporary:
+                trained = _train_tokenizer(source, splits()[0](), str(tokenizer), vocab_size)
+                trained.save(temporary / file.name)
+                (temporary / file.name).replace(file)
+        used = Tokenizer.load(file)
+    directory = cached(used.fingerprint)
     if (directory / MANIFEST).is_file():
         return open_corpus(directory, sentence_pairs)
 
-    read_splits, validation_rule = assign_splits(source, dataset, hold_out)
-    with _atomic_directory(directory) as temporary:
-        used = existing or _train_tokenizer(source, read_splits(), str(tokenizer), vocab_size)
+    read_splits, validation_rule = splits()
+    with _cache_writes() as temporary:
         writer = CorpusWriter(temporary, used)
         _tokenize(read_splits(), writer, dataset.size)
         for split in ("train", "validation") if hold_out else ():
@@ -110,9 +125,14 @@ def prepare_corpus(
             description += f", split {source.split}"
         if validation_rule:
             description += f"; validation: {validation_rule}"
-        if not existing and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
+        if is_trained and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
             description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
         writer.close(description, pairs.languages if pairs else None)
+        # One by one, corpus.json last: the folder may hold files of an earlier tinygpt that was
+        # interrupted, or another process may write the same tokens at the same time.
+        directory.mkdir(exist_ok=True)
+        for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+            path.replace(directory / path.name)
     return open_corpus(directory, sentence_pairs)
 
 
@@ -216,17 +236,8 @@ def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None)
 
 
 @contextlib.contextmanager
-def _atomic_directory(directory: Path) -> Iterator[Path]:
-    """Yield a temporary directory that replaces `directory` on success and is removed on failure."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f"{directory.name}.part-", dir=directory.parent))
-    try:
-        yield temporary
-        try:
-            temporary.rename(directory)
-        except OSError:
-            # The target is not empty: another process was faster, and its tokens are the same.
-            if not (directory / MANIFEST).is_file():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _cache_writes() -> Iterator[Path]:
+    """Yield a temporary directory in the cache; what is not moved out of it is removed."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="part-", dir=cache_dir()) as temporary:
+        yield Path(temporary)
