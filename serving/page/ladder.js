@@ -14,12 +14,15 @@ export function ladder() {
   function draw() {
     const x = axis.value;
     const rows = data.rows.filter((row) => row[x] > 0);
+    // Without bits per byte, because the tokenizer loses text, the loss still compares models.
+    const hasBits = rows.every((row) => row.bits_per_byte != null);
+    const y = (row) => (hasBits ? row.bits_per_byte : row.loss), yLabel = hasBits ? "bits per byte" : "nats per token";
     chart.show({
       x: { label: X_LABELS[x], log: true },
-      y: { label: "bits per byte" },
+      y: { label: yLabel },
       dots: rows.map((row) => ({
-        x: row[x], y: row.bits_per_byte, name: row.rung, color: seriesColor(row.rung === selected ? 1 : 0), pressed: row.rung === selected,
-        description: `${row.rung}: ${row.bits_per_byte.toFixed(3)} bits per byte, ${integer(row[x])} ${X_LABELS[x]}`,
+        x: row[x], y: y(row), name: row.rung, color: seriesColor(row.rung === selected ? 1 : 0), pressed: row.rung === selected,
+        description: `${row.rung}: ${y(row).toFixed(3)} ${yLabel}, ${integer(row[x])} ${X_LABELS[x]}`,
         onClick: () => select(row.rung),
       })),
     });
@@ -35,7 +38,7 @@ export function ladder() {
       el("p", {}, rung.idea),
       el("p", { class: "hint" }, rung.paper),
       ...(row ? [el("dl", {},
-        ...fact("bits per byte", row.bits_per_byte.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
+        ...fact("bits per byte", row.bits_per_byte?.toFixed(4)), ...fact("perplexity", row.perplexity?.toFixed(2)),
         ...fact("parameters", integer(row.parameters)), ...fact("training", `${duration(row.seconds)}, ${integer(row.tokens)} tokens`))] : []),
       ...(rung.description ? prose(rung.description) : []),
       ...(row?.sample ? [el("h3", {}, "Sample without a prompt"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "Sample" }, row.sample)] : []),

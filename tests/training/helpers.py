@@ -25,6 +25,13 @@ def write_corpus(folder):
     return open_corpus(folder)
 
 
+def save_lower_case_tokenizer(path):
+    """Write the tokenizer.json of a byte tokenizer that loses capital letters."""
+    byte_tokenizer().save(path)
+    content = json.loads(path.read_text("utf-8"))
+    path.write_text(json.dumps(content | {"normalizer": {"type": "Lowercase"}}), "utf-8")
+
+
 def make_trainer(config, directory, corpus, task_class=Text, world=SINGLE_PROCESS):
     if world.is_main_process:
         directory.mkdir(parents=True, exist_ok=True)

@@ -7,6 +7,7 @@ import os
 import re
 import runpy
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,10 @@ import sys
 import pytest
 
 from gpt.checkpoint import find_run, load_tensors
+from tests.training.helpers import save_lower_case_tokenizer
+from tokenizer import train_words
 from training.checkpointing import newest_checkpoint
+from training.data.corpus import CorpusWriter, TextChunk
 
 TINY = shlex.split("""
     --tokenizer bytes --steps 6 --batch-size 4 --context-length 32 --width 16 --depth 1 --heads 1
@@ -119,6 +123,22 @@ def test_eval_scores_all_of_another_text(run, workdir):
     code, printed, _ = training("eval", run[0], "--data", other, "--json")
     assert code == 0
     assert json.loads(printed)["bytes"] == 15
+
+
+def test_bits_per_byte_are_not_printed_for_text_that_was_lost(workdir):
+    save_lower_case_tokenizer(workdir / "lower.json")
+    (workdir / "capitals.txt").write_text("The Cat Sat\n" * 200)
+    directory = workdir / "runs" / "lower"
+    options = ("--tokenizer", "lower.json", "--data", "capitals.txt", "--run", directory)
+    code, out, err = training("train", *TINY, *options)
+    assert code == 0, err
+    assert out.count("no bits per byte of train, validation: the tokenizer loses text: 'The") == 1
+    assert "\n  bits per byte" not in out
+    assert "final_bits_per_byte" not in (directory / "metrics.jsonl").read_text()
+    assert "bits_per_byte" not in json.loads(training("eval", directory, "--json")[1])
+    (workdir / "small.txt").write_text("the cat sat\n")
+    _, printed, _ = training("eval", directory, "--data", "small.txt", "--json")
+    assert json.loads(printed)["bits_per_byte"] > 0
 
 
 def test_eval_prefers_the_test_split(run, workdir):
@@ -236,6 +256,22 @@ INVALID = {
     ),
     "an unknown split": (["eval", "runs/done", "--split", "dev"], "no split is named 'dev'"),
     "data options without data": (["eval", "runs/done", "--text-column", "a"], "need --data"),
+    "tokens of another tokenizer": (
+        ["eval", "runs/done", "--data", "words"],
+        "words was tokenized by another tokenizer than the one given (5 ids, not 257)",
+    ),
+    "a limit of prepared tokens": (
+        ["eval", "runs/done", "--data", "words", "--data-limit", "9"],
+        "words holds prepared tokens, which are used as they are: leave out --data-limit",
+    ),
+    "a tokenizer for prepared tokens": (
+        ["train", "--data", "words", "--tokenizer", "bytes"],
+        "words holds prepared tokens, which are used as they are: leave out --tokenizer",
+    ),
+    "data that has changed": (
+        ["eval", "runs/changed"],
+        "text.txt has changed since runs/changed was trained on it",
+    ),
     "weights cut short": (["eval", "runs/cut"], "model.safetensors: damaged"),
     "weights of another shape": (["eval", "runs/other"], "has shape"),
     "a newer format": (["eval", "runs/newer"], "format 99, this tinygpt reads format 2: upgrade"),
@@ -260,6 +296,14 @@ def broken_inputs(run, workdir):
     (workdir / "mixed").mkdir()
     (workdir / "mixed" / "a.txt").write_text("a")
     (workdir / "mixed" / "b.jsonl").write_text('{"text": "b"}')
+    (workdir / "words").mkdir()
+    writer = CorpusWriter(workdir / "words", train_words(["a word\n"], 10))
+    writer.write("train", [TextChunk("a word\n", True)])
+    writer.close("words")
+    shutil.copytree(run[0], workdir / "runs" / "changed")
+    info = json.loads((run[0] / "run.json").read_text())
+    info["data"]["fingerprint"] = "0"
+    (workdir / "runs" / "changed" / "run.json").write_text(json.dumps(info))
     config = json.loads((run[0] / "config.json").read_text())
     weights = (run[0] / "model.safetensors").read_bytes()
     model_args = config["model_args"]

@@ -1,5 +1,6 @@
 """Every token is scored once, and every metric equals a second computation."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -117,6 +118,24 @@ def test_stride_outside_the_context_is_rejected(model: GPT) -> None:
 def test_perplexity_of_a_huge_loss_is_infinite() -> None:
     assert Score(1e6, 10, 1, 1, 1, 1).perplexity == math.inf
     assert math.isnan(Score(1.0, 1, 0, 1, 1, 1).word_perplexity)
+
+
+def test_no_figure_per_byte_or_word_of_a_text_that_was_not_scored() -> None:
+    lossless = Score(10.0, 10, 3, 20, 1, 1)
+    assert {"bits_per_byte", "word_perplexity"} <= lossless.to_json().keys()
+    assert "lost" not in lossless.to_json()
+    lossy = dataclasses.replace(lossless, lost="'The' becomes 'the'")
+    assert not {"bits_per_byte", "word_perplexity"} & lossy.to_json().keys()
+    assert lossy.to_json()["lost"] == "'The' becomes 'the'"
+    assert "'The' becomes 'the'" in lossy.table()
+    assert "bits per byte" not in lossy.table()
+
+
+def test_unknown_words_are_counted() -> None:
+    score = Score(10.0, 1234, 1100, 5000, 1, 1, unknown_tokens=56, lost="' x' becomes ' <unk>'")
+    assert "1,234 tokens (56 unknown)" in score.table()
+    assert score.to_json()["unknown_tokens"] == 56
+    assert "word_perplexity" in score.to_json()
 
 
 def test_compression_baselines_are_bits_per_byte() -> None:

@@ -8,6 +8,7 @@ import signal
 import pytest
 
 from gpt import MODELS
+from tests.training.helpers import save_lower_case_tokenizer
 from training.evaluation import ladder
 from training.plots.curves import plot_ladder
 from training.trainer import Stopped, Trainer
@@ -66,6 +67,25 @@ def test_rungs_are_scored_on_the_same_tokens_and_trained_once(config_fields, tmp
     svg = (tmp_path / "ladder.svg").read_text()
     assert "seq2seq" in svg
     assert "bits per byte" in svg
+
+
+def test_rungs_of_a_tokenizer_that_loses_text_are_compared_by_loss(config_fields, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("The Cat saw the Dog\n" * 99)
+    save_lower_case_tokenizer(tmp_path / "tokenizer.json")
+    config_fields["tokenizer"] = str(tmp_path / "tokenizer.json")
+    (row,) = run(config_fields, tmp_path, "softmax")
+    assert row["bits_per_byte"] is None
+    assert f"loss {row['loss']:.4f}\n" in capsys.readouterr().out
+    table = ladder.format_table([row])
+    assert f"| {row['loss']:.4f} |  |" in table
+    assert "No bits per byte: the tokenizer loses text: '" in table
+    plot_ladder([row], tmp_path / "ladder.svg")
+    svg = (tmp_path / "ladder.svg").read_text()
+    assert "nats per token" in svg
+    assert "bits per byte" not in svg
+    last = (tmp_path / "ladder" / "softmax" / "metrics.jsonl").read_text().splitlines()[-1]
+    assert "final_loss" in last
+    assert "final_bits_per_byte" not in last
 
 
 def test_interrupted_rung_is_resumed(config_fields, tmp_path):

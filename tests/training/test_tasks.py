@@ -8,7 +8,8 @@ import torch
 
 from gpt.checkpoint import MODEL_CLASSES, build_model
 from gpt.models.word2vec import Word2Vec
-from tokenizer import train_words
+from tests.training.helpers import save_lower_case_tokenizer
+from tokenizer import Tokenizer, byte_tokenizer, train_words
 from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.presets import PRESETS
@@ -106,6 +107,63 @@ def test_word_vectors_learn_from_neighboring_words(corpus):
     assert f"{score.adjacent_cosine:.4f}" in score.table()
 
 
+def test_prepared_tokens_refuse_options_about_text(corpus):
+    data = str(corpus.directory)
+    config = TrainingConfig(data=data)
+    assert Text.expected_model_args(config)["vocab_size"] == corpus.tokenizer.vocab_size
+    assert Text.expected_model_args(dataclasses.replace(config, tokenizer=data, vocab_size=corpus.tokenizer.vocab_size))  # fmt: skip
+    # The preset's tokenizer was not asked for.
+    assert Text.expected_model_args(dataclasses.replace(PRESETS["shakespeare"], data=data))
+    for name, value in {
+        "tokenizer": "bytes",
+        "vocab_size": 100,
+        "data_limit": 5,
+        "text_column": "text",
+        "data_split": "train",
+        "data_config": "en",
+        "streaming": True,
+    }.items():
+        option = name.replace("_", "-")
+        with pytest.raises(ValueError, match=f"prepared tokens.*: leave out --{option}, or"):
+            Text.expected_model_args(dataclasses.replace(config, **{name: value}))
+    with pytest.raises(ValueError, match="leave out --tokenizer"):
+        Text.expected_model_args(dataclasses.replace(config, tokenizer="words"))
+
+
+def test_the_tokenizer_of_prepared_tokens_and_what_it_loses_are_told(corpus, tmp_path_factory):
+    config = dataclasses.replace(CONFIG, task="text", data=str(corpus.directory))
+    notes = Text(config, corpus).sizes
+    assert f"tokenizer: that of the data, {corpus.tokenizer.vocab_size} ids" in notes
+    assert "unknown" not in "".join(notes)
+    save_lower_case_tokenizer(tmp_path_factory.getbasetemp() / "tokenizer.json")
+    tokenizer = Tokenizer.load(tmp_path_factory.getbasetemp() / "tokenizer.json")
+    for text, note in (
+        ("A cat", "no bits per byte of validation: the tokenizer loses text: 'A cat' becomes"),
+        ("a cat", "the tokenizer loses other text than this: capital letters ('HELLO' becomes"),
+    ):
+        writer = CorpusWriter(folder := tmp_path_factory.mktemp("lossy"), tokenizer)
+        writer.write("train", [TextChunk("a cat\n" * 99, True)])
+        writer.write("validation", [TextChunk(text, True)])
+        writer.close("a cat")
+        assert note in Text(CONFIG, open_corpus(folder)).sizes[-1]
+
+
+def test_a_split_without_a_token_to_predict_is_refused(tmp_path):
+    writer = CorpusWriter(tmp_path, byte_tokenizer())
+    writer.write("train", [TextChunk("a cat\n" * 99, True)])
+    writer.write("validation", [TextChunk("", True)])
+    writer.close("nothing to validate on")
+    message = "the validation split has no token to predict"
+    with pytest.raises(ValueError, match=message):
+        Text(CONFIG, open_corpus(tmp_path))
+    model = build_model("softmax", {"vocab_size": 257, "context_length": 32})
+    config = dataclasses.replace(CONFIG, task="text", model="softmax")
+    for stateful in (False, True):
+        config = dataclasses.replace(config, stateful=stateful)
+        with pytest.raises(ValueError, match=message):
+            Text(config, open_corpus(tmp_path), for_training=False).score(model, "validation")
+
+
 def test_no_bits_per_byte_if_words_were_replaced_by_unk(corpus, tmp_path_factory):
     config = dataclasses.replace(CONFIG, task="text", model="softmax")
     model = build_model(
@@ -122,3 +180,6 @@ def test_no_bits_per_byte_if_words_were_replaced_by_unk(corpus, tmp_path_factory
     assert "bits_per_byte" not in lossy.to_json()
     assert "bits per byte" not in lossy.table()
     assert lossy.to_json()["word_perplexity"] > 1
+    assert lossy.to_json()["unknown_tokens"] == 1
+    assert "5 tokens (1 unknown)" in lossy.table()
+    assert "' crocodile" in lossy.table() or "the crocodile" in lossy.table()

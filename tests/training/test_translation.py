@@ -10,7 +10,8 @@ from torch import Tensor
 
 from gpt import GPT, LanguageModel
 from gpt.models.seq2seq import Seq2SeqAttention
-from tokenizer import byte_tokenizer, train_bpe, train_words
+from tests.training.helpers import save_lower_case_tokenizer
+from tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_words
 from training.config import TrainingConfig
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.tasks.translation import Translation, TranslationScore
@@ -31,6 +32,16 @@ def corpus_of(folder, tokenizer=TOKENIZER, **splits):
         writer.write(name, [TextChunk(source, True, target) for source, target in pairs])
     writer.close("pairs", ("en", "fr"))
     return open_corpus(folder, sentence_pairs=True)
+
+
+def test_a_tokenizer_that_loses_text_is_refused(tmp_path):
+    save_lower_case_tokenizer(tmp_path / "tokenizer.json")
+    pairs = [("A dog", "Un chien")]
+    corpus = corpus_of(
+        tmp_path / "pairs", Tokenizer.load(tmp_path), train=pairs * 9, validation=pairs
+    )
+    with pytest.raises(ValueError, match="loses no text: 'A dog' becomes 'a dog'"):
+        Translation(TrainingConfig(task="translation"), corpus)
 
 
 @pytest.fixture

@@ -10,15 +10,17 @@ from typing import Annotated, Literal
 from tyro.conf import Positional, arg
 
 from gpt import cli
-from gpt.checkpoint import RUNS, find_run, load_model, write_atomically
+from gpt.checkpoint import RUNS, find_run, load_model, read_json, write_atomically
 from gpt.cli import MaybeInt, MaybeText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
+from training.data.corpus import is_prepared
 from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
 from training.run_directory import load_run_tokenizer, load_training_config
 from training.tasks import TASKS, open_task
+from training.tasks.base import Task, refuse_text_option
 from training.tasks.translation import comparison_table
 
 
@@ -66,9 +68,14 @@ class Eval:
             raise ValueError(
                 "options about the data need --data: without it, the run's own corpus is scored"
             )
+        if self.data is not None and is_prepared(self.data):
+            for name in filter(data_options.get, names):
+                refuse_text_option(self.data, name)
         task = open_task(config, load_run_tokenizer(directory), for_training=self.data is None)
+        if self.data is None and task.tokenizer:
+            _check_same_data(directory, config, task)
         preferred = ("test", "validation", "train") if self.data else ("validation",)
-        split = self.split or next(name for name in preferred if name in task.splits)
+        split = self.split or next((s for s in preferred if s in task.splits), task.splits[0])
         if split not in task.splits:
             raise ValueError(f"no split is named {split!r}; there are {', '.join(task.splits)}")
         eval_names = ("stride", "context_length", "num_beams")
@@ -83,6 +90,16 @@ class Eval:
             return
         print(f"{directory} on the {split} split of {task.description}")
         print(report.table())
+
+
+def _check_same_data(directory: Path, config: TrainingConfig, task: Task) -> None:
+    """Raise a ValueError if a run's corpus is not what it was when the run was trained on it."""
+    trained_on = read_json(directory / "run.json").get("data", {}).get("fingerprint")
+    if trained_on != task.fingerprint:
+        raise ValueError(
+            f"{config.data} has changed since {directory} was trained on it, and its validation "
+            f"split may now hold text of the training: to score it all the same, add --data {config.data}"
+        )
 
 
 @dataclass(frozen=True)

@@ -49,9 +49,13 @@ class Score:
     words: int
     """Words and line ends of the text."""
     bytes: int
-    """Bytes of the text in UTF-8; 0 if the tokens do not encode all of it."""
+    """Bytes of the text in UTF-8."""
     context_length: int
     stride: int
+    unknown_tokens: int = 0
+    """Words or characters, among the tokens, that are not in the vocabulary."""
+    lost: str = ""
+    """An example of text that the tokens do not hold; empty if they hold all of it."""
     compressors: dict[str, float] = dataclasses.field(default_factory=dict)
     """Bits per byte of general-purpose compressors on the same text."""
 
@@ -67,13 +71,18 @@ class Score:
 
     @property
     def word_perplexity(self) -> float:
-        """Perplexity per word or line end; NaN for a text with neither."""
-        return _exp(self.nll / self.words) if self.words else math.nan
+        """Perplexity per word or line end; NaN for a text with neither, or if words were lost.
+
+        Words that became `<unk>` count, as is usual for vocabularies of words.
+        """
+        is_defined = self.words and (self.unknown_tokens or not self.lost)
+        return _exp(self.nll / self.words) if is_defined else math.nan
 
     @property
     def bits_per_byte(self) -> float:
-        """Bits per byte of the text in UTF-8; NaN if the tokens do not encode all of it."""
-        return self.nll / (math.log(2) * self.bytes) if self.bytes else math.nan
+        """Bits per byte of the text in UTF-8; NaN if the tokens do not hold all of it."""
+        is_defined = self.bytes and not self.lost
+        return self.nll / (math.log(2) * self.bytes) if is_defined else math.nan
 
     def to_json(self) -> dict[str, float]:
         """Return all metrics and counts by name, without those that are undefined."""
@@ -81,8 +90,9 @@ class Score:
         metrics = {name: getattr(self, name) for name in names}
         defined = {name: value for name, value in metrics.items() if not math.isnan(value)}
         counts = dataclasses.asdict(self)
-        if not self.compressors:
-            del counts["compressors"]
+        for name in ("compressors", "lost"):
+            if not counts[name]:
+                del counts[name]
         return defined | counts
 
     def table(self) -> str:
@@ -93,11 +103,13 @@ class Score:
             lines.append(f"  word perplexity  {self.word_perplexity:.2f}")
         if not math.isnan(self.bits_per_byte):
             lines.append(f"  bits per byte    {self.bits_per_byte:.4f}")
+        if self.lost:
+            lines.append(f"  text lost        {self.lost}: no figure per byte")
         lines += [f"    {name:<15}{bits:.4f}" for name, bits in self.compressors.items()]
-        size = f", {self.bytes:,} bytes" * bool(self.bytes)
+        unknown = f" ({self.unknown_tokens:,} unknown)" * bool(self.unknown_tokens)
         lines.append(
             f"  context {self.context_length}, stride {self.stride}; "
-            f"{self.tokens:,} tokens, {self.words:,} words{size}"
+            f"{self.tokens:,} tokens{unknown}, {self.words:,} words, {self.bytes:,} bytes"
         )
         return "\n".join(lines)
 
@@ -159,8 +171,6 @@ def evaluate(
             f"--stride must be between 1 and {max_stride}, which is what the model is trained "
             f"to predict of a window of {context_length}, not {stride}"
         )
-    if len(tokens) < 2:
-        raise ValueError("a text of no tokens cannot be scored")
     spans = windows(len(tokens), context_length, stride)
     nll, count = _windowed_nll(model, tokens, spans, precision)
     return Score(nll, count, words, bytes, context_length, stride)

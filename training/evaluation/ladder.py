@@ -92,7 +92,9 @@ def run_ladder(
         train(trainer)
         row = score_rung(name, trainer)
         write_atomically(run / "rung.json", json.dumps(row, indent=2) + "\n")
-        print(f"  {row['bits_per_byte']:.4f} bits per byte", flush=True)
+        bits = row["bits_per_byte"]
+        shown = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
+        print(f"  {shown}", flush=True)
     results = (directory / name / "rung.json" for name in RUNG_PRESETS)
     return [read_json(path) for path in results if path.exists()]
 
@@ -123,7 +125,8 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         "steps": config.steps,
         "tokens": config.steps * config.batch_size * config.context_length,
         "seconds": trainer.seconds,
-        **{name: score[name] for name in ("loss", "perplexity", "bits_per_byte")},
+        **{name: score.get(name) for name in ("loss", "perplexity", "bits_per_byte")},
+        "lost": score.get("lost", ""),
         "tokens_scored": score["tokens"],
         **{name: score[name] for name in ("context_length", "stride")},
         "data": task.description,
@@ -144,15 +147,17 @@ def format_table(rows: Sequence[Row]) -> str:
     lines += [
         f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
         f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-        f"| {row['loss']:.4f} | {row['bits_per_byte']:.4f} |"
+        f"| {row['loss']:.4f} | {_bits(row)} |"
         for row in rows
     ]
     context_length, stride = first["context_length"], first["stride"]
+    lost = f"No bits per byte: the tokenizer loses text: {first['lost']}. "
+    note = lost if first["bits_per_byte"] is None else ""
     lines += [
         "",
         f"{first['data']}; {first['tokens']:,} training tokens each, windows of {context_length}; "
         f"{first['tokens_scored']:,} tokens scored, each given the {context_length - stride} to "
-        f"{context_length - 1} preceding tokens of its window. "
+        f"{context_length - 1} preceding tokens of its window. {note}"
         f"{first['device']}, torch {first['versions']['torch']}, {first['date']}.",
         "",
         "Samples without a prompt at temperature 0.8:",
@@ -160,3 +165,7 @@ def format_table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines += ["", row["rung"], "", "```text", row["sample"].replace("```", "` ` `"), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _bits(row: Row) -> str:
+    return "" if row["bits_per_byte"] is None else f"{row['bits_per_byte']:.4f}"

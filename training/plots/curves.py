@@ -47,24 +47,29 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
 
 
 def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
-    """Plot each rung's bits per byte against its parameters, and against its training time."""
+    """Plot each rung's bits per byte against its parameters, and against its training time.
+
+    Where the tokenizer loses text, so that there are no bits per byte, plot the loss.
+    """
+    has_bits = all(row["bits_per_byte"] is not None for row in rows)
+    y, y_label = ("bits_per_byte", "bits per byte") if has_bits else ("loss", "nats per token")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(10, 4.8), layout="constrained")
         panels = figure.subplots(1, 2, sharey=True)
         x_labels = {"parameters": "parameters", "seconds": "seconds of training"}
         for axes, (key, label) in zip(panels, x_labels.items(), strict=True):
-            axes.plot([row[key] for row in rows], [row["bits_per_byte"] for row in rows], "o")
+            axes.plot([row[key] for row in rows], [row[y] for row in rows], "o")
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
             axes.margins(x=0.25)
-        panels[0].set_ylabel("bits per byte")
+        panels[0].set_ylabel(y_label)
         figure.draw_without_rendering()  # fixes the layout, which the labels' places depend on
         figure.set_layout_engine("none")
         for axes, key in zip(panels, x_labels, strict=True):
-            _label_points(axes, {row["rung"]: (row[key], row["bits_per_byte"]) for row in rows})
+            _label_points(axes, {row["rung"]: (row[key], row[y]) for row in rows})
         save_figure(figure, output)
 
 

@@ -3,7 +3,7 @@
 import math
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, NoReturn, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,11 +11,43 @@ from numpy.typing import NDArray
 from gpt import Model
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
-from training.data.corpus import MANIFEST
+from training.data.corpus import is_prepared
 from training.data.sources import resolve_tokenizer
+from training.presets import PRESETS
 
 Batch = tuple[NDArray[Any], ...]
 """The arguments of `Model.loss`: axis 0 of every array is the row, the last array holds the targets."""
+
+
+TEXT_OPTIONS = (
+    *("data_config", "data_split", "text_column", "streaming", "data_limit"),
+    *("tokenizer", "vocab_size"),
+)
+"""Options about text and how to tokenize it: none of them applies to prepared tokens."""
+
+
+def refuse_text_option(data: str, name: str) -> NoReturn:
+    """Raise the ValueError for one of `TEXT_OPTIONS` that was given with prepared tokens."""
+    option = name.replace("_", "-")
+    raise ValueError(
+        f"{data} holds prepared tokens, which are used as they are: leave out --{option}, or give "
+        "the text itself as --data"
+    )
+
+
+def check_text_options(config: TrainingConfig, tokenizer: Tokenizer) -> None:
+    """Raise a ValueError for an option that the config's prepared tokens, by `tokenizer`, cannot honor.
+
+    An option that equals the preset's was not given.
+    """
+    preset = PRESETS.get(config.preset, TrainingConfig())
+    for name in TEXT_OPTIONS:
+        value = getattr(config, name)
+        if value == getattr(preset, name) or (name, value) == ("vocab_size", tokenizer.vocab_size):
+            continue
+        given = resolve_tokenizer(value) if name == "tokenizer" else None
+        if given is None or given.fingerprint != tokenizer.fingerprint:
+            refuse_text_option(config.data, name)
 
 
 class Report(Protocol):
@@ -61,8 +93,10 @@ class Task:
     @classmethod
     def expected_model_args(cls, config: TrainingConfig) -> dict[str, Any]:
         """Return `model_args` as far as they are known before the data is read."""
-        if (Path(config.data) / MANIFEST).is_file():
-            tokenizer: Tokenizer | None = Tokenizer.load(config.data)
+        tokenizer: Tokenizer | None
+        if is_prepared(config.data):
+            tokenizer = Tokenizer.load(Path(config.data).expanduser())
+            check_text_options(config, tokenizer)
         else:
             tokenizer = resolve_tokenizer(config.tokenizer)
         vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size

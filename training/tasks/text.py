@@ -2,7 +2,6 @@
 
 import dataclasses
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -16,11 +15,11 @@ from gpt.sampling import SamplingParams
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.data.corpus import (
-    MANIFEST,
     Corpus,
     ShuffledWindows,
     Split,
     StatefulBatches,
+    is_prepared,
     open_corpus,
 )
 from training.data.sources import Source
@@ -43,8 +42,8 @@ SAMPLE_NEIGHBORS = 6
 def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Corpus:
     """Return a run's data as tokens; already prepared tokens are opened without `datasets`."""
     sentence_pairs = config.task == "translation"
-    if (Path(config.data) / MANIFEST).is_file():
-        return open_corpus(config.data, sentence_pairs)
+    if is_prepared(config.data):
+        return open_corpus(config.data, sentence_pairs, tokenizer)
     from training.data.prepare import prepare_corpus
 
     source = Source(
@@ -76,6 +75,18 @@ class CorpusTask(Task):
             "context_length": config.context_length,
         }
 
+    def tokenizer_notes(self) -> list[str]:
+        """Return a line about the tokenizer of prepared tokens, and one about text that is lost."""
+        notes = []
+        if is_prepared(self.config.data):
+            notes.append(f"tokenizer: that of the data, {self.tokenizer.vocab_size:,} ids")
+        if lossy := [split for split in self.corpus.splits.values() if split.lost]:
+            names = ", ".join(split.name for split in lossy)
+            notes.append(f"no bits per byte of {names}: the tokenizer loses text: {lossy[0].lost}")
+        elif self.tokenizer.lost_text:
+            notes.append(f"the tokenizer loses other text than this: {self.tokenizer.lost_text}")
+        return notes
+
     @classmethod
     def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
         """Open the task with its corpus."""
@@ -92,13 +103,16 @@ class Text(CorpusTask):
     def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
         super().__init__(config, corpus)
         self.sizes = [
-            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
-            f"{split.documents:,} documents"
+            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens"
+            + f" ({split.unknown:,} unknown)" * bool(split.unknown)
+            + f", {split.documents:,} documents"
             for split in corpus.splits.values()
         ]
+        self.sizes += self.tokenizer_notes()
         self.sequence_length = config.context_length
         if not for_training:
             return
+        self._scorable("validation")
         if self.kind == "text":
             self.calibration_tokens = corpus.splits["validation"].tokens[:CALIBRATION_TOKENS]
         tokens = corpus.splits["train"].tokens
@@ -108,6 +122,15 @@ class Text(CorpusTask):
             self.batches = StatefulBatches(tokens, *shape)
         else:
             self.batches = ShuffledWindows(tokens, *shape, config.seed)
+
+    def _scorable(self, name: str) -> Split:
+        """Return a split; a ValueError if it has no token to predict."""
+        split = self.corpus.splits[name]
+        if len(split.tokens) < 2:
+            raise ValueError(
+                f"{self.config.data}: the {name} split has no token to predict: give it more text"
+            )
+        return split
 
     def batch(self, index: int) -> Batch:
         """Return (tokens_BT, targets_BT)."""
@@ -146,28 +169,21 @@ class Text(CorpusTask):
         Options: `stride` and `context_length` as in `evaluate`.
         """
         assert isinstance(model, LanguageModel)
-        data = self.corpus.splits[split]
-        lossless = self._is_lossless(data)
+        data = self._scorable(split)
         score = evaluate(
             model,
             data.tokens,
             words=data.words,
-            bytes=data.bytes if lossless else 0,
+            bytes=data.bytes,
             precision=self.config.precision,
             stateful=self.config.stateful,
             **options,
         )
-        if final and lossless and data.bytes <= MAX_COMPRESSION_BYTES:
+        score = dataclasses.replace(score, unknown_tokens=data.unknown, lost=data.lost)
+        if final and not data.lost and data.bytes <= MAX_COMPRESSION_BYTES:
             text = self.tokenizer.decode(data.tokens.tolist())
             score = dataclasses.replace(score, compressors=compression_baselines(text.encode()))
         return score
-
-    def _is_lossless(self, split: Split) -> bool:
-        """Return whether the tokens hold the whole text: none of it became `<unk>`."""
-        if self.tokenizer.unk_token is None:
-            return True
-        sizes = [len(self.tokenizer.token_bytes(i)) for i in range(self.tokenizer.vocab_size)]
-        return bool(np.bincount(split.tokens, minlength=len(sizes)) @ sizes == split.bytes)
 
 
 @dataclass(frozen=True)
@@ -244,7 +260,7 @@ class WordVectors(Text):
     def score(self, model: Model, split: str, **options: Any) -> WordVectorScore:  # noqa: ANN401, ARG002
         """Return the loss over a split, and the mean cosine of adjacent and of random tokens."""
         assert isinstance(model, Word2Vec)
-        data = self.corpus.splits[split]
+        data = self._scorable(split)
         tokens = torch.from_numpy(data.tokens.astype(np.int64))
         vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
         shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]

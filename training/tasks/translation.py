@@ -119,6 +119,12 @@ class Translation(CorpusTask):
             raise ValueError(
                 "translation needs a tokenizer that can encode every word: --tokenizer bpe or bytes"
             )
+        for split in corpus.splits.values():
+            if split.lost:  # BLEU would compare with references that are not those of the data
+                raise ValueError(
+                    f"translation needs a tokenizer that loses no text: {split.lost}; "
+                    "choose --tokenizer bpe or bytes"
+                )
         self.description += f"; {' to '.join(self.languages)}"
         self.pairs = {
             name: PairSplit(split.tokens, self.tokenizer.eos_token)
@@ -133,6 +139,7 @@ class Translation(CorpusTask):
             if too_long:
                 line += f"; {too_long:,} pairs longer than half a window are left out"
             self.sizes.append(line)
+        self.sizes += self.tokenizer_notes()
         if for_training:
             self._epoch_batches = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
             self.batches_per_epoch = len(self._epoch_batches(0))
