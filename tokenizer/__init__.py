@@ -102,18 +102,20 @@ def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
     yield text[start:]
 
 
-def decode_utf8(data: bytes, name: str, line: int = 1) -> str:
-    """Decode UTF-8; a ValueError names the file and the line of the first invalid byte.
+def decode_utf8(data: bytes, name: str, line: int = 1, offset: int = 0) -> str:
+    """Decode UTF-8; a ValueError names the file and the place of the first invalid byte.
 
-    `line` is the number of the first line of `data` in the file.
+    `line` is the number of the first line of `data` in the file, `offset` that of its first byte.
     """
     try:
         return data.decode()
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
+        is_utf16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         raise ValueError(
-            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8; "
-            "save the file as UTF-8 and try again"
+            f"{name}, line {line}: byte 0x{data[error.start]:02x} is not UTF-8 (at offset "
+            f"{offset + error.start}); save the file as UTF-8, for example: "
+            f"iconv -f {'UTF-16' if is_utf16 else 'LATIN1'} -t UTF-8 FILE > NEW"
         ) from None
 
 

@@ -53,7 +53,7 @@ class TrainingConfig:
     data_config: MaybeText = None
     """Configuration of a Hugging Face dataset that has several."""
     data_split: MaybeText = None
-    """Split to train on, in the notation of `datasets`. Default: `train`."""
+    """Split to train on, or a part of it in the notation of `datasets`, such as train[:10%]: the first tenth of its documents. Default: `train`."""
     text_column: MaybeText = None
     """Column that contains the text. Default: the column `text`, or the only column of strings."""
     languages: MaybeText = None

@@ -6,18 +6,21 @@ import itertools
 import json
 import lzma
 import os
+import re
 import threading
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tokenizer as tokenizer_module
 from tests.corpora import ROWS, STORY, run_python, text_lines
 from tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from training.config import TrainingConfig
-from training.data import prepare
+from training.data import files, prepare
 from training.data.prepare import prepare_corpus
-from training.data.sources import Source
+from training.data.sources import Source, hash_split
 from training.tasks.text import load_corpus
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -59,7 +62,7 @@ def test_last_tenth_of_a_text_file_is_the_validation_split(tmp_path):
 
 
 def test_only_line_ends_are_normalized(tmp_path):
-    text = "a\r\nb\rc\n\n\td \x00\x0c\u2028 é👍 <|endoftext|>  \n\n"
+    text = "a\r\nb\rc\n\n\td \x01\x0c\u2028 é👍 <|endoftext|>  \n\n"
     (tmp_path / "a.txt").write_bytes(text.encode())
     joined = "".join(all_documents(tmp_path / "a.txt"))
     assert joined == text.replace("\r\n", "\n").replace("\r", "\n")
@@ -102,6 +105,98 @@ def test_csv_does_not_read_na_and_null_as_missing(tmp_path):
     assert sorted(set(all_documents(tmp_path / "a.csv"))) == ["NA", "None", "null"]
 
 
+def test_only_the_text_column_is_read(tmp_path):
+    """The Pile, for example, has other columns whose type changes late in a file."""
+    # `datasets` would take the types of the first 10 MiB for those of all rows.
+    rows = [{"text": row, "meta": None, "padding": "x" * 40_000} for row in ROWS * 2]
+    rows[350]["meta"] = {"set": "a"}
+    rows[360] |= {"meta": "b", "new": [1]}
+    rows[370]["meta"] = 7
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert sorted(all_documents(tmp_path / "a.jsonl")) == sorted(ROWS * 2)
+    assert sorted(all_documents(tmp_path / "a.jsonl", column="text")) == sorted(ROWS * 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "n,text\n" + "".join(f"{i},b{i} \n" for i in range(60))),
+        ("a.csv", "text,\n" + "".join(f'"b{i} ",x\n' for i in range(60))),
+        ("a.csv", '\ufefftext\r\n' + "".join(f'"b{i} "\r\n' for i in range(60))),
+        ("a.csv", "text\n\n" + "".join(f"b{i} \n\n" for i in range(60))),
+        ("a.jsonl", "\ufeff\n" + "".join(f'{{"text": "b{i} "}}\r\n' for i in range(60))),
+        ("a.jsonl", "".join(f'"b{i} "\n' for i in range(60))),
+        ("a.json", json.dumps([f"b{i} " for i in range(60)])),
+        ("a.json", "\n".join(json.dumps({"text": f"b{i} "}, indent=1) for i in range(60))),
+    ],
+)  # fmt: skip
+def test_no_row_is_lost_or_shifted(tmp_path, name, content):
+    (tmp_path / name).write_text(content, newline="")
+    assert sorted(all_documents(tmp_path / name)) == sorted(f"b{i} " for i in range(60))
+
+
+def test_byte_order_mark_is_no_text(tmp_path):
+    (tmp_path / "a.txt").write_text(STORY, "utf-8-sig")
+    assert "".join(all_documents(tmp_path / "a.txt")) == STORY
+
+
+def test_parquet_columns_that_are_not_text_are_not_read(tmp_path):
+    strings = pa.array(ROWS).dictionary_encode()
+    table = pa.table({"a.b": strings, "n": [None] * len(ROWS), "image": [b"\xff"] * len(ROWS)})
+    pq.write_table(table, tmp_path / "a.parquet")
+    assert sorted(all_documents(tmp_path / "a.parquet")) == sorted(ROWS)
+    (tmp_path / "a.parquet.xz").write_bytes(lzma.compress((tmp_path / "a.parquet").read_bytes()))
+    assert sorted(all_documents(tmp_path / "a.parquet.xz")) == sorted(ROWS)
+
+
+def test_what_is_left_out_is_counted_in_the_description(tmp_path):
+    folder = tmp_path / "corpus"
+    (folder / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    lines = [{"body": row} for row in [*ROWS, "", " \n", None]] + [{"other": "x"}]
+    (folder / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "empty.jsonl").touch()
+    (folder / "sub" / "blank.jsonl").write_text('\n{"body": ""}\n')
+    (folder / "README.jsonl").write_text('{"body": "x"}')
+    (folder / ".hidden.jsonl").write_text('{"body": "x"}')
+    (folder / ".hidden.png").touch()
+    assert sorted(all_documents(folder)) == sorted(ROWS)
+    assert (
+        "; text: column 'body'; left out: 5 rows without text, 2 files without text "
+        "(blank.jsonl, empty.jsonl), .hidden.jsonl (hidden), README.jsonl; validation: one"
+    ) in prepare_bytes(folder).description
+    (folder / "link").symlink_to(tmp_path / "elsewhere")
+    (folder / "broken.jsonl").symlink_to(tmp_path / "nowhere")
+    (folder / ".hidden.jsonl").unlink()
+    (folder / "linked.jsonl").symlink_to(folder / "a.jsonl")
+    corpus = prepare_bytes(folder)
+    assert (
+        "README.jsonl, broken.jsonl (a broken link), link (a link to a folder)"
+    ) in corpus.description
+    assert sum(split.documents for split in corpus.splits.values()) == 2 * len(ROWS)
+
+
+def test_empty_files_of_every_format_are_skipped(tmp_path):
+    pq.write_table(pa.table({"text": ROWS}), tmp_path / "rows.parquet")
+    for extension in ("txt", "csv", "jsonl", "json", "parquet", "jsonl.gz"):
+        folder = tmp_path / extension
+        folder.mkdir()
+        (folder / f"a.{extension}").touch()
+        (folder / f"c.{extension}").touch()
+        full = folder / f"b.{extension}"
+        if extension == "parquet":
+            (tmp_path / "rows.parquet").rename(full)
+        elif extension == "csv":
+            full.write_text("text\n" + STORY.replace("\n", " "))
+        elif extension == "txt":
+            full.write_text(STORY)
+        else:
+            lines = text_lines(ROWS).encode()
+            full.write_bytes(gzip.compress(lines) if "gz" in extension else lines)
+        description = prepare_bytes(folder).description
+        assert f"2 files without text (a.{extension}, c.{extension})" in description
+
+
 def test_text_column_selection(tmp_path):
     (tmp_path / "a.jsonl").write_text(
         "".join(json.dumps({"body": f"b{i}", "title": f"t{i}", "n": i}) + "\n" for i in range(60))
@@ -109,7 +204,7 @@ def test_text_column_selection(tmp_path):
     path = str(tmp_path / "a.jsonl")
     with pytest.raises(ValueError, match=r"--text-column among: body \(string\), title \(string\)"):
         read_documents(path)
-    with pytest.raises(ValueError, match=r"no column 'n' of strings, only: .*n \(int64\)"):
+    with pytest.raises(ValueError, match=r"no column 'n' of strings, only: .*n \(number\)"):
         read_documents(path, column="n")
     assert "b1" in all_documents(path, column="body")
     (tmp_path / "b.jsonl").write_text('{"body": "x", "n": 1}\n' * 2)
@@ -154,6 +249,154 @@ def test_folder_without_split_names_is_read_whole(tmp_path):
     assert len(splits["validation"]) < 12
 
 
+BOOKS = {"I": 900_000, "c": 30_000}
+"""Names and characters of files of which the larger one would be held out by its hash."""
+
+
+def write_books(folder, books):
+    folder.mkdir(exist_ok=True)
+    for name, length in books.items():
+        (folder / f"{name}.txt").write_text(f"{name} " * (length // 2))
+
+
+def test_long_documents_are_cut_where_a_hash_would_hold_out_too_much(tmp_path):
+    books = {name: f"{name} " * (length // 2) for name, length in BOOKS.items()}
+    assert [hash_split(text) for text in books.values()] == ["validation", "train"]
+    folder = tmp_path / "books"
+    write_books(folder, BOOKS)
+    splits = read_documents(folder)
+    assert splits["train"] == [text[: int(0.9 * len(text))] for text in books.values()]
+    assert splits["validation"] == [text[int(0.9 * len(text)) :] for text in books.values()]
+    description = prepare_bytes(folder).description
+    assert "the last 10% of the characters of each document" in description
+    assert "WARNING" not in description
+    # Another book changes nothing about the others.
+    write_books(folder, {"A": 50_000})
+    more = read_documents(folder)
+    assert {split: texts[1:] for split, texts in more.items()} == splits
+
+
+def test_few_short_documents_are_held_out_from_the_end(tmp_path):
+    rows = [row for row in ROWS if hash_split(row) == "train"][:20]
+    (tmp_path / "a.jsonl").write_text(text_lines(rows))
+    splits = read_documents(tmp_path / "a.jsonl")
+    assert splits["train"][:18] == rows[:18]
+    assert splits["validation"][-1] == rows[-1]
+    assert len(splits["validation"]) <= 3
+
+
+def test_validation_split_of_unexpected_size_is_told(tmp_path, monkeypatch):
+    # A book that comes after more documents than are surveyed.
+    monkeypatch.setattr("training.data.sources.SURVEYED_DOCUMENTS", 100)
+    rows = [*ROWS, "I " * 50_000]
+    assert hash_split(rows[-1]) == "validation"
+    (tmp_path / "a.jsonl").write_text(text_lines(rows))
+    description = prepare_bytes(tmp_path / "a.jsonl").description
+    assert re.search(
+        r"WARNING: it is 9\d\.\d% of the text; .* start with train and val", description
+    )
+    (tmp_path / "own").mkdir()
+    for name, size in (("train", 100), ("validation", 300)):
+        (tmp_path / f"own/{name}.txt").write_text("x" * size)
+    assert (
+        "its own (WARNING: it is 75.0% of the text" in prepare_bytes(tmp_path / "own").description
+    )
+
+
+def test_slices_of_a_split(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(text_lines(ROWS))
+
+    def rows(spec):
+        corpus = prepare_corpus(Source(str(path), split=spec), "bytes", 0, hold_out=False)
+        text = corpus.tokenizer.decode(corpus.splits[spec].tokens)
+        assert spec in corpus.description
+        return [int(number) for number in re.findall(r"Row (\d+),", text)]
+
+    assert rows("train[:10%]") == list(range(20))
+    assert rows("train[5:8]") == [5, 6, 7]
+    assert rows("train[-3:]+train[:2]") == [197, 198, 199, 0, 1]
+    assert len(all_documents(path, split="train[:50%]")) == 100
+    for spec in ("test[:10%]", "train[:10", "train[:10%", "test"):
+        with pytest.raises(ValueError, match="--data-split can be train, or a part of one such as"):
+            read_documents(path, split=spec)
+    (tmp_path / "a.txt").write_text(STORY)
+    with pytest.raises(ValueError, match=r"split train\[:10%\].* none of its 1 document"):
+        read_documents(tmp_path / "a.txt", split="train[:10%]")
+
+
+def test_work_grows_with_the_corpus_and_no_faster(tmp_path, monkeypatch):
+    """Counts the characters that are searched, split and encoded, and the documents that are read."""
+    work = Counter()
+
+    class CountingPattern:
+        def __init__(self, pattern, name):
+            self.pattern, self.name = pattern, name
+
+        def match(self, text):
+            work[self.name] += len(text)
+            return self.pattern.match(text)
+
+        def search(self, text, start, end):
+            work[self.name] += min(end, len(text)) - start
+            return self.pattern.search(text, start, end)
+
+    def encode_batch(self, texts):
+        work["encode"] += sum(map(len, texts))
+        return original(self, texts)
+
+    original = tokenizer_module.Tokenizer.encode_batch
+    monkeypatch.setattr(files, "CHUNK_CHARS", 2**12)
+    monkeypatch.setattr(files, "SAFE_CUT", CountingPattern(files.SAFE_CUT, "cut"))
+    safe_cut = CountingPattern(tokenizer_module._SAFE_CUT, "split")
+    monkeypatch.setattr(tokenizer_module, "_SAFE_CUT", safe_cut)
+    monkeypatch.setattr(tokenizer_module.Tokenizer, "encode_batch", encode_batch)
+    for unit in ("A line of words.\n", "A line of words.\n\n", "no\n\n", "!\n\n", "\n", "x", "x "):
+        text = unit * (2**18 // len(unit)) + "end"
+        (tmp_path / "a.txt").write_text(text)
+        work.clear()
+        prepare_bytes(tmp_path / "a.txt")
+        # The file is read twice: to see how long it is, and to encode it.
+        assert work["encode"] == len(text), unit
+        assert work["cut"] <= 2 * 2.1 * len(text), unit
+        assert work["split"] <= 1.1 * len(text), unit
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.csv", "a.parquet", "folder"])
+def test_each_file_is_opened_and_each_document_read_a_fixed_number_of_times(
+    tmp_path, monkeypatch, name
+):
+    path = tmp_path / name
+    if name == "folder":
+        path.mkdir()
+        for i, row in enumerate(ROWS):
+            (path / f"{i}.txt").write_text(row)
+    elif name == "a.parquet":
+        pq.write_table(pa.table({"text": ROWS}), path)
+    else:
+        path.write_text(
+            "text\n" + "".join(f"row {i}\n" for i in range(200))
+            if name == "a.csv"
+            else text_lines(ROWS)
+        )
+    opened, read = Counter(), Counter()
+    fsspec_open, text_chunk = files.fsspec.open, files.TextChunk
+
+    def counting_open(file, *arguments, **options):
+        opened[file] += 1
+        return fsspec_open(file, *arguments, **options)
+
+    def counting_chunk(text, *arguments):
+        read[text] += 1
+        return text_chunk(text, *arguments)
+
+    monkeypatch.setattr(files.fsspec, "open", counting_open)
+    monkeypatch.setattr(files, "TextChunk", counting_chunk)
+    prepare_bytes(path)
+    assert set(opened.values()) == set(read.values()) == {2}  # to survey and to encode
+    assert len(read) == 200
+
+
 def test_hold_out_false_keeps_the_splits(tmp_path):
     (tmp_path / "a.txt").write_text(STORY)
     corpus = prepare_corpus(Source(str(tmp_path / "a.txt")), byte_tokenizer(), 0, hold_out=False)
@@ -171,7 +414,22 @@ def test_hold_out_false_keeps_the_splits(tmp_path):
         ("a.json", b'[{"text": "a"},\n {"text": "b"\n]', "a.json, line 3: not JSON"),
         ("a.parquet", b"PAR1", "a.parquet: "),
         ("a.txt.gz", gzip.compress(b"text" * 100, mtime=0)[:-9], r"a.txt.gz: "),
-        ("a.csv", b"text\na\nb,c\n", "a.csv: .*line 3"),
+        ("a.txt", b"fine\n\xff\n", r"\(at offset 5\); .*iconv -f LATIN1 -t UTF-8"),
+        ("a.txt", "text".encode("utf-16"), r"0xff is not UTF-8 \(at offset 0\); .*iconv -f UTF-16 "),
+        ("a.txt", b"x\ny\x00z", r"a.txt, line 2: byte 0x00 is not text \(at offset 3\); .*iconv"),
+        ("a.csv", b"text\na\x00\n", r"a.csv, line 2: byte 0x00 is not text \(at offset 6\)"),
+        ("a.csv", b"text\na\nb,c\n", r"a.csv, line 3: 2 fields, but the header has 1 \(text\): put"),
+        ("a.csv", b"text\na long, end\nb, c\n", "a.csv, line 2: 2 fields, but the header has 1"),
+        ("a.csv", b"n,text\n1,a\n2\n", r"a.csv, line 3: 1 fields, but the header has 2 \(n, text\)"),
+        ("a.csv", b'text\n"a\nb\n', "a.csv, line 2: .*must end with one"),
+        ("a.csv", b"id;text\n1;a\n", "a.csv: its header 'id;text' is one column: .*separated by ';'"),
+        ("a.csv", b"text,text\na,b\n", "a.csv: its header names the column 'text' twice"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 42}\n', "a.jsonl, line 2: the text is a number, 42: write it as a string"),
+        ("a.jsonl", b'{"text": 4}\n{"text": 42}\n', "a.jsonl: its column 'text' does not hold strings: write them"),
+        ("a.jsonl", b'{"text": "\\ud800"}\n', "a.jsonl, line 1: .*surrogate"),
+        ("a.json", b'[{"text": "a"}, 7]', "a.json, row 2: expected an object"),
+        ("a.txt", b" \n\t\n", "there is no text in it"),
+        ("a.csv", b"text\n", "there is no text in it"),
         ("a.txt", b"", "there is no text in it"),
         ("a.jsonl", b'{"text": ""}\n{"text": null}\n', "there is no text in it"),
         ("a.md", b"# hi", "a.md: unsupported file type; expected .txt"),

@@ -67,7 +67,7 @@ def test_language_direction(tmp_path):
     for languages in ("en", "en-fr-de", "en-", "fr-fr"):
         with pytest.raises(ValueError, match=f"two names like en-fr, not '{languages}'"):
             read_pairs(folder, languages=languages)
-    with pytest.raises(ValueError, match=r"train.jsonl, row 1: no 'es' sentence, only en, fr, de"):
+    with pytest.raises(ValueError, match=r"train.jsonl, line 1: no 'es' sentence, only en, fr, de"):
         read_pairs(folder, languages="en-es")
 
 
@@ -92,19 +92,19 @@ GOOD = '{"translation": {"en": "a", "fr": "b"}}\n'
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", GOOD * 16 + '{"translation": {"en": "a"}}', "a.jsonl, row 17: no 'fr' sentence, only en"),
-        ("a.jsonl", GOOD * 299 + '{"translation": {"en": "a", "fr": null}}', "row 300: no 'fr' sentence, only en"),
-        ("a.jsonl", GOOD + '{"translation": {"en": " \\n", "fr": "b"}}', "row 2: no 'en' sentence, only fr"),
-        ("a.jsonl", GOOD + '{"translation": {"en": 3, "fr": "b"}}', "row 2: no 'en' sentence, only fr"),
-        ("a.jsonl", GOOD + '{"translation": {"de": "a", "fr": "b"}}', "row 2: no 'en' sentence, only de, fr"),
-        ("a.jsonl", GOOD + '{"translation": null}', "row 2: no sentence pair: expected a row like {"),
-        ("a.jsonl", GOOD + '{"translation": "a - b"}', "row 2: no sentence pair: expected a row like {"),
-        ("a.jsonl", GOOD + '{"text": "a"}', "row 2: no sentence pair: expected a row like {"),
-        ("a.jsonl", '{"translation": {"en": "a"}}\n' * 3, "row 1: expected two languages, found en;"),
+        ("a.jsonl", GOOD * 16 + '{"translation": {"en": "a"}}', "a.jsonl, line 17: no 'fr' sentence, only en"),
+        ("a.jsonl", GOOD * 299 + '{"translation": {"en": "a", "fr": null}}', "line 300: no 'fr' sentence, only en"),
+        ("a.jsonl", GOOD + '{"translation": {"en": " \\n", "fr": "b"}}', "line 2: no 'en' sentence, only fr"),
+        ("a.jsonl", GOOD + '{"translation": {"en": 3, "fr": "b"}}', "line 2: no 'en' sentence, only fr"),
+        ("a.jsonl", GOOD + '{"translation": {"de": "a", "fr": "b"}}', "line 2: no 'en' sentence, only de, fr"),
+        ("a.jsonl", GOOD + '{"translation": null}', "line 2: no sentence pair: expected a row like {"),
+        ("a.jsonl", GOOD + '{"translation": "a - b"}', "line 2: no sentence pair: expected a row like {"),
+        ("a.jsonl", GOOD + '{"text": "a"}', "line 2: no sentence pair: expected a row like {"),
+        ("a.jsonl", '{"translation": {"en": "a"}}\n' * 3, "line 1: expected two languages, found en;"),
         ("a.jsonl", '{"text": "a"}\n', r"no column 'translation' of sentence pairs, only: text \(string\); expected rows like {"),
         ("a.jsonl", GOOD + "{", "a.jsonl, line 2: not JSON"),
         ("a.jsonl", GOOD, "too little text, none for the train split"),
-        ("a.csv", "translation\na\n", "row 1: no sentence pair: expected a row like {"),
+        ("a.csv", "translation\na\n", "line 2: no sentence pair: expected a row like {"),
         ("a.txt", "a\tb\n", "a.txt is plain text, not sentence pairs: expected a .jsonl"),
     ],
 )  # fmt: skip
@@ -122,7 +122,7 @@ def test_error_names_the_file_of_a_bad_pair(tmp_path):
         (tmp_path / f"a/{i}.jsonl").write_text(
             GOOD * 5 + '{"translation": {"fr": "b"}}\n' * (i == 1)
         )
-    with pytest.raises(ValueError, match=r"a/1.jsonl, row 6: no 'en' sentence, only fr"):
+    with pytest.raises(ValueError, match=r"a/1.jsonl, line 6: no 'en' sentence, only fr"):
         read_pairs(tmp_path / "a")
 
 

@@ -1,31 +1,36 @@
 r"""Local files as streams of documents: text, JSON, CSV and Parquet.
 
 A .txt file is one document, with its line ends read as `\n`; in other formats each row is one, as
-text or as a sentence pair. Files are streamed: nothing is copied, and memory does not grow with
-their size.
+text or as a sentence pair. Of a row only the column with the text is read, so that the others may
+hold anything. Files are streamed: nothing is copied, and memory does not grow with their size (but
+a .json file that is one value is read at once).
 """
 
 import contextlib
+import csv
 import functools
 import importlib.util
+import io
+import itertools
 import json
 import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import datasets
 import fsspec
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from tokenizer import decode_utf8
 from training.data.corpus import TextChunk
-from training.data.sources import DatasetSplits, Source
+from training.data.sources import DatasetSplits, ReadReport, Source
 
 FORMATS = {"txt": "text", "jsonl": "json", "json": "json", "csv": "csv", "parquet": "parquet"}
-"""The `datasets` builder of each file extension."""
+"""The format of each file extension."""
 COMPRESSIONS = ("gz", "bz2", "xz", "zst")
 SUPPORTED_FILES = (
     ".txt, .jsonl, .json, .csv or .parquet, optionally followed by .gz, .bz2, .xz or .zst"
@@ -37,23 +42,42 @@ SAFE_CUT = re.compile(r".*(?:\S\n(?=\S)|[^\W_](?=\s))", re.DOTALL)
 """Text up to the last position where a cut changes no token: before a line that is not indented,
 or after a word."""
 
+SAMPLE_ROWS = 100
+"""Rows of a CSV or JSON file from which the types of its columns are inferred; rows of one batch of
+Parquet."""
+
 TRANSLATION_COLUMN = "translation"
 """The column of sentence pairs, as translation datasets on the hub name it."""
 EXAMPLE_PAIR = '{"translation": {"en": "A dog runs.", "fr": "Un chien court."}}'
 """A row with a sentence pair, for error messages."""
 
-RowReader = Callable[[Iterable[pa.Table], str], Iterator[TextChunk]]
-"""Converts tables into documents; the second argument names the tables in error messages."""
+Columns = dict[str, str]
+"""Column names with the types of their values: "string", "number", "null or string", …"""
+Row = tuple[str, dict[str, Any]]
+"""A row with its location in the file, such as "line 3"."""
 
-# By default every load of a local file contacts a server, which takes seconds without a network.
+# The library's limit of a CSV field is 128 KiB.
+csv.field_size_limit(2**31 - 1)
+
+# By default every load of a local folder contacts a server, which takes seconds without a network.
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
+class RowReader(Protocol):
+    """Reads one column of each row as a document or a sentence pair."""
+
+    def choose_column(self, columns: Columns, name: str) -> str:
+        """Return the column to read; a ValueError names the data and its columns."""
+
+    def read(self, value: Any) -> TextChunk | None:  # noqa: ANN401 (a JSON value)
+        """Convert a value of that column; None if it is blank. A ValueError tells what is wrong."""
+
+
 def detect_format(path: Path) -> str | None:
-    """Return the `datasets` builder for a file by its extension, or None if it is not supported."""
+    """Return the format of a file by its extension, or None if it is not supported."""
     extensions = path.name.lower().split(".")[1:]
     if extensions and extensions[-1] in COMPRESSIONS:
         extensions.pop()
@@ -63,27 +87,21 @@ def detect_format(path: Path) -> str | None:
 def open_folder(source: Source, rows: RowReader, folder: Path) -> DatasetSplits:
     """Return the files of a folder in splits, by the naming rules of `datasets`."""
     _refuse_glob_patterns(str(folder))
-    files = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if path.is_file()
-        and not any(part.startswith((".", "__")) for part in path.relative_to(folder).parts)
-        and not path.name.upper().startswith(("README", "LICENSE"))
-    ]
+    files, skipped = _list_folder(folder)
     formats = {detect_format(path) for path in files}
     if len(formats) != 1 or None in formats:
         extensions = Counter("".join(path.suffixes[-2:]) or path.name for path in files)
         listed = ", ".join(f"{count} {name}" for name, count in extensions.most_common(8))
         if formats <= {None}:
+            found = "; skipped: ".join(filter(None, [listed or "empty", ", ".join(skipped)]))
             raise ValueError(
-                f"{source.data}: no text in this folder ({listed or 'empty'}); "
-                f"expected {SUPPORTED_FILES}"
+                f"{source.data}: no text in this folder ({found}); expected {SUPPORTED_FILES}"
             )
         raise ValueError(
             f"{source.data} mixes file types ({listed}): name one of the files, or keep one type"
         )
     file_format = str(formats.pop())
-    builder = datasets.load_dataset_builder(file_format, data_dir=str(folder))
+    builder = datasets.load_dataset_builder("text", data_dir=str(folder))
     paths = set(map(str, files))
     splits = {
         str(name): sorted(paths.intersection(split_files))
@@ -95,7 +113,31 @@ def open_folder(source: Source, rows: RowReader, folder: Path) -> DatasetSplits:
             f"others do ({', '.join(splits)}): rename it, or give one file as --data"
         )
     splits = {name: split_files for name, split_files in splits.items() if split_files}
-    return open_files(source, rows, file_format, splits)
+    dataset = open_files(source, rows, file_format, splits)
+    dataset.report.skipped += skipped
+    return dataset
+
+
+def _list_folder(folder: Path) -> tuple[list[Path], list[str]]:
+    """Return the files of a folder, and what a user may miss among them, with the reason.
+
+    Hidden files and README are nobody's text, and not mentioned unless their format is.
+    """
+    files, skipped = [], []
+    for path in sorted(folder.rglob("*")):
+        relative = path.relative_to(folder)
+        is_hidden = any(part.startswith((".", "__")) for part in relative.parts)
+        if path.is_symlink() and not path.is_file():
+            if not is_hidden:
+                kind = "a link to a folder" if path.is_dir() else "a broken link"
+                skipped.append(f"{relative} ({kind})")
+        elif not path.is_file():
+            continue
+        elif not is_hidden and not path.name.upper().startswith(("README", "LICENSE")):
+            files.append(path)
+        elif detect_format(path):
+            skipped.append(f"{relative}{' (hidden)' * is_hidden}")
+    return files, skipped
 
 
 def open_files(
@@ -120,9 +162,10 @@ def open_files(
         _refuse_glob_patterns(file)
     stats = {file: Path(file).stat() for file in files}
     size_is_known = file_format == "text" and not any(file.endswith(COMPRESSIONS) for file in files)
+    report = ReadReport()
     return DatasetSplits(
         splits={
-            name: functools.partial(_read_files, file_format, split_files, rows)
+            name: functools.partial(_read_files, file_format, split_files, rows, report)
             for name, split_files in splits.items()
         },
         identity=[
@@ -131,6 +174,7 @@ def open_files(
         ],
         name=source.data,
         size=sum(stat.st_size for stat in stats.values()) if size_is_known else None,
+        report=report,
     )
 
 
@@ -140,82 +184,279 @@ def _refuse_glob_patterns(path: str) -> None:
         raise ValueError(f"{path}: {match[0]!r} cannot be in the path of a data file: rename it")
 
 
-def _read_files(file_format: str, files: Sequence[str], rows: RowReader) -> Iterator[TextChunk]:
+def _read_files(
+    file_format: str, files: Sequence[str], rows: RowReader, report: ReadReport
+) -> Iterator[TextChunk]:
     for file in files:
-        if file_format == "text":
-            yield from _read_text_file(file)
-        else:
-            yield from rows(_file_tables(file_format, file), file)
+        has_text = False
+        with _locate_errors(file):
+            if file_format == "text":
+                documents = _read_text_file(file)
+            else:
+                documents = read_rows(VALUES[file_format](file, rows), rows, file, report)
+            for chunk in documents:
+                has_text = True
+                yield chunk
+        if not has_text:
+            report.blank_files.add(Path(file).name)
+
+
+def read_rows(
+    values: Iterable[tuple[str, Any]], rows: RowReader, name: str, report: ReadReport
+) -> Iterator[TextChunk]:
+    """Yield a document or sentence pair for each value that is not blank; count those that are.
+
+    A value comes with its location in the data called `name`, for error messages.
+    """
+    num_blank = 0
+    try:
+        for location, value in values:
+            try:
+                chunk = rows.read(value)
+            except ValueError as error:
+                raise ValueError(f"{name}, {location}: {error}") from None
+            if chunk is None:
+                num_blank += 1
+            else:
+                yield chunk
+    finally:
+        report.blank_rows[name] = num_blank
+
+
+def _open_text(file: str, newline: str | None = None) -> contextlib.AbstractContextManager[Any]:
+    # utf-8-sig: editors on Windows write a byte order mark, which is no text.
+    opened: contextlib.AbstractContextManager[Any] = fsspec.open(
+        file, "rt", encoding="utf-8-sig", newline=newline, compression="infer"
+    )
+    return opened
 
 
 def _read_text_file(file: str) -> Iterator[TextChunk]:
-    """Yield one document in chunks whose tokens are those of the whole."""
-    with (
-        _locate_errors("text", file),
-        fsspec.open(file, "r", encoding="utf-8", compression="infer") as stream,
-    ):
+    """Yield one document in chunks whose tokens are those of the whole; none if it is blank."""
+    with _open_text(file) as stream:
         text, starts_document = stream.read(CHUNK_CHARS), True
         while text:
+            if "\0" in text:
+                _check_bytes(file)
             following = stream.read(CHUNK_CHARS)
+            if starts_document and not following and text.isspace():
+                return
             match = SAFE_CUT.match(text) if following else None
             cut = match.end() if match else len(text)
             yield TextChunk(text[:cut], starts_document)
             text, starts_document = text[cut:] + following, False
 
 
-def _file_tables(file_format: str, file: str) -> Iterator[pa.Table]:
-    # pandas would read the strings "NA", "None" and "null" as missing values.
-    options: dict[str, Any] = {"keep_default_na": False} if file_format == "csv" else {}
-    with _locate_errors(file_format, file):
-        yield from iter_tables(
-            datasets.load_dataset(
-                file_format, data_files=file, split="train", streaming=True, **options
-            )
+def _csv_rows(file: str) -> Iterator[Row]:
+    """Yield the rows of a CSV file; a ValueError names the first line that does not fit the header."""
+    with _open_text(file, newline="") as stream:
+        reader = csv.reader(stream, strict=True)
+        header: list[str] = []
+        while True:
+            number = reader.line_num + 1
+            try:
+                fields = next(reader, None)
+            except csv.Error as error:
+                raise ValueError(
+                    f"{file}, line {number}: {error}: text in double quotes must end with one, and "
+                    "a double quote inside it must be doubled"
+                ) from None
+            if fields is None:
+                return
+            if not fields:
+                continue  # an empty line
+            if any("\0" in field for field in fields):
+                _check_bytes(file)
+            if not header:
+                header = fields
+                _check_header(file, header)
+            elif len(fields) != len(header):
+                raise ValueError(
+                    f"{file}, line {number}: {len(fields)} fields, but the header has "
+                    f"{len(header)} ({', '.join(header)[:100]}): put text that contains a comma "
+                    'between double quotes ("so, like this")'
+                )
+            else:
+                yield f"line {number}", dict(zip(header, fields, strict=True))
+
+
+def _check_header(file: str, header: list[str]) -> None:
+    """Raise a ValueError for a header that does not tell one column from another."""
+    if len(header) == 1 and (match := re.search(r"[;\t|]", header[0])):
+        raise ValueError(
+            f"{file}: its header {header[0]!r} is one column: is the file separated by "
+            f"{match[0]!r}? Save it with commas as separators"
         )
+    twice = [name for name, count in Counter(header).items() if name and count > 1]
+    if twice:
+        raise ValueError(f"{file}: its header names the column {twice[0]!r} twice: rename one")
 
 
-def iter_tables(dataset: datasets.IterableDataset | datasets.Dataset) -> Iterator[pa.Table]:
-    """Yield the rows of a dataset, some at a time."""
-    for table in dataset.with_format("arrow").iter(batch_size=100):
-        table.validate(full=True)  # A JSON or Parquet file can hold strings that are not UTF-8.
-        yield table
+def _json_rows(file: str) -> Iterator[Row]:
+    """Yield the rows of JSON lines, of a JSON list, or of JSON values one after the other."""
+    with _open_text(file, newline="\n") as stream:
+        is_first = True
+        for number, line in enumerate(stream, 1):
+            if line.isspace():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                # A first line that only lacks its end begins a value that spans many lines.
+                if is_first and error.pos >= len(line.rstrip()):
+                    yield from _number_rows(file, _json_values(file, line + stream.read(), number))
+                    return
+                raise ValueError(f"{file}, line {number}: not JSON: {error.msg}") from None
+            if is_first and isinstance(value, list):
+                yield from _number_rows(file, [value])
+            else:
+                yield f"line {number}", _as_row(value, f"{file}, line {number}")
+            is_first = False
+
+
+def _json_values(file: str, text: str, first_line: int) -> Iterator[Any]:
+    decoder, end = json.JSONDecoder(), 0
+    try:
+        while match := re.compile(r"\S").search(text, end):
+            value, end = decoder.raw_decode(text, match.start())
+            yield value
+    except json.JSONDecodeError as error:
+        line = first_line - 1 + error.lineno
+        raise ValueError(f"{file}, line {line}: not JSON: {error.msg}") from None
+
+
+def _number_rows(file: str, values: Iterable[Any]) -> Iterator[Row]:
+    """Yield the rows in JSON values: a list is as many rows as it has elements."""
+    rows = (row for value in values for row in (value if isinstance(value, list) else [value]))
+    for number, row in enumerate(rows, 1):
+        yield f"row {number}", _as_row(row, f"{file}, row {number}")
+
+
+def _as_row(value: Any, location: str) -> dict[str, Any]:  # noqa: ANN401 (a JSON value)
+    if isinstance(value, str):
+        return {"text": value}
+    if not isinstance(value, dict):
+        raise ValueError(f'{location}: expected an object in braces, such as {{"text": "…"}}')
+    return value
+
+
+def _csv_type(value: str) -> str:
+    if not value.strip():
+        return "null"
+    with contextlib.suppress(ValueError):
+        float(value)
+        return "number"
+    return "string"
+
+
+def _json_type(value: Any) -> str:  # noqa: ANN401 (a JSON value)
+    return "null" if value is None else JSON_TYPES[type(value)]
+
+
+JSON_TYPES = {
+    str: "string",
+    bool: "boolean",
+    int: "number",
+    float: "number",
+    list: "array",
+    dict: "object",
+}
+"""JSON's names of Python's types."""
+
+
+def _row_values(
+    type_of: Callable[[Any], str],
+    read_file: Callable[[str], Iterator[Row]],
+    file: str,
+    rows: RowReader,
+) -> Iterator[tuple[str, Any]]:
+    """Yield the values of the column to read, which is chosen by the first rows."""
+    table = read_file(file)
+    first = list(itertools.islice(table, SAMPLE_ROWS))
+    if not first:
+        return
+    types: dict[str, set[str]] = {}
+    for _, row in first:
+        for name, value in row.items():
+            types.setdefault(name, set()).add(type_of(value))
+    columns = {
+        name: " or ".join(sorted(found - {"null"})) or "null" for name, found in types.items()
+    }
+    column = rows.choose_column(columns, file)
+    for location, row in itertools.chain(first, table):
+        yield location, row.get(column)
+
+
+def _parquet_values(file: str, rows: RowReader) -> Iterator[tuple[str, Any]]:
+    if not Path(file).stat().st_size:
+        return
+    with fsspec.open(file, "rb", compression="infer") as stream:
+        # Parquet is read from its end, where not every decompressor can seek to.
+        is_compressed = file.endswith(COMPRESSIONS)
+        parquet = pq.ParquetFile(io.BytesIO(stream.read()) if is_compressed else stream)
+        column = rows.choose_column(_arrow_columns(parquet.schema_arrow), file)
+        batches = parquet.iter_batches(SAMPLE_ROWS, columns=[column])
+        yield from table_values(batches, rows, file)
+
+
+VALUES: dict[str, Callable[[str, RowReader], Iterator[tuple[str, Any]]]] = {
+    "csv": functools.partial(_row_values, _csv_type, _csv_rows),
+    "json": functools.partial(_row_values, _json_type, _json_rows),
+    "parquet": _parquet_values,
+}
+"""Readers of a file's column, by format."""
+
+
+def table_values(
+    tables: Iterable[pa.Table | pa.RecordBatch], rows: RowReader, name: str
+) -> Iterator[tuple[str, Any]]:
+    """Yield the values of the column to read, with their locations in the data called `name`."""
+    number, column = 0, None
+    for table in tables:
+        column = column or rows.choose_column(_arrow_columns(table.schema), name)
+        values = table[column]
+        values.validate(full=True)  # A Parquet file can hold strings that are not UTF-8.
+        for value in values.to_pylist():
+            number += 1
+            yield f"row {number}", _decode(value, values.type)
+
+
+def _arrow_columns(schema: pa.Schema) -> Columns:
+    return {field.name: _arrow_type(field.type) for field in schema}
+
+
+def _arrow_type(arrow_type: pa.DataType) -> str:
+    if pa.types.is_dictionary(arrow_type):
+        return _arrow_type(arrow_type.value_type)
+    is_string = arrow_type in (pa.string(), pa.large_string(), pa.string_view())
+    return "string" if is_string else str(arrow_type)
 
 
 @contextlib.contextmanager
-def _locate_errors(file_format: str, file: str) -> Iterator[None]:
+def _locate_errors(file: str) -> Iterator[None]:
     """Raise any error as a ValueError that names the file and, if possible, the line."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, UnicodeDecodeError):
+            _check_bytes(file)
         reason = error_reason(error)
-        try:
-            if file_format != "parquet":
-                _check_lines(file_format, file)
-        except Exception as line_error:
-            reason = error_reason(line_error)
         raise ValueError(reason if reason.startswith(file) else f"{file}: {reason}") from error
 
 
-def _check_lines(file_format: str, file: str) -> None:
-    """Raise a ValueError for the first line that is not UTF-8 or, in a JSON file, not JSON."""
+def _check_bytes(file: str) -> None:
+    """Raise a ValueError for the first byte that is not UTF-8, or NUL, which is in no text."""
+    offset = 0
     with fsspec.open(file, "rb", compression="infer") as stream:
         for number, line in enumerate(stream, 1):
-            text = decode_utf8(line, file, number)
-            if file_format != "json" or not text.strip():
-                continue
-            try:
-                if not isinstance(json.loads(text), dict) and number > 1:
-                    raise ValueError(f"{file}, line {number}: expected an object in braces")
-            except json.JSONDecodeError as error:
-                if number > 1:
-                    raise ValueError(f"{file}, line {number}: not JSON: {error.msg}") from None
-                break  # The file may be one value that spans many lines.
-        else:
-            return
-        try:
-            json.loads(decode_utf8(line + stream.read(), file))
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{file}, line {error.lineno}: not JSON: {error.msg}") from None
+            decode_utf8(line, file, number, offset)
+            if (position := line.find(b"\0")) >= 0:
+                raise ValueError(
+                    f"{file}, line {number}: byte 0x00 is not text (at offset {offset + position}); "
+                    f"if the file is UTF-16, convert it: iconv -f UTF-16LE -t UTF-8 FILE > NEW; "
+                    f"else remove these bytes: tr -d '\\000' < FILE > NEW"
+                )
+            offset += len(line)
 
 
 def error_cause(error: BaseException) -> BaseException:
@@ -231,35 +472,54 @@ def error_reason(error: BaseException) -> str:
     return (str(cause).strip() or type(cause).__name__).splitlines()[0]
 
 
-def read_texts(column: str | None, tables: Iterable[pa.Table], name: str) -> Iterator[TextChunk]:
-    """Yield one document for each row with text."""
-    text_column = None
-    for table in tables:
-        text_column = text_column or _text_column(table.schema, column, name)
-        yield from (TextChunk(text, True) for text in table[text_column].to_pylist() if text)
+class Texts:
+    """A `RowReader` of text."""
+
+    def __init__(self, source: Source) -> None:
+        self.column = source.column
+        self.guessed_column = ""
+        """The column that is read although neither an option nor its name says so."""
+
+    def choose_column(self, columns: Columns, name: str) -> str:
+        """Return the column to read: `--text-column`, else "text", else the only one of strings."""
+        strings = [column for column, kind in columns.items() if "string" in kind.split(" or ")]
+        listed = _describe_columns(columns)
+        named = self.column or "text"
+        if named in strings or columns.get(named) == "null":
+            return named
+        if self.column is not None:
+            raise ValueError(f"{name} has no column {named!r} of strings, only: {listed}")
+        if named in columns:
+            raise ValueError(
+                f"{name}: its column 'text' does not hold strings: write them in double quotes, or "
+                f"choose another column with --text-column among: {listed}"
+            )
+        if not strings and TRANSLATION_COLUMN in columns:
+            raise ValueError(f"{name} holds sentence pairs, not text: use --task translation")
+        if len(strings) != 1:
+            raise ValueError(
+                f"{name}: which column is the text? Choose with --text-column among: {listed}"
+            )
+        self.guessed_column = strings[0]
+        return self.guessed_column
+
+    def read(self, value: Any) -> TextChunk | None:  # noqa: ANN401 (a JSON value)
+        """Return the text as a document; None if it is missing or only white space."""
+        if value is None:
+            return None
+        if not isinstance(value, str):
+            shown = json.dumps(value, ensure_ascii=False)
+            kind = JSON_TYPES[type(value)]
+            raise ValueError(
+                f"the text is {'an' if kind[0] in 'ao' else 'a'} {kind}, {shown[:40]}: write it as "
+                "a string in double quotes, leave the row out, or choose another --text-column"
+            )
+        value.encode()  # A ValueError for half of a surrogate pair, which JSON can spell.
+        return TextChunk(value, True) if value and not value.isspace() else None
 
 
-def _text_column(schema: pa.Schema, column: str | None, name: str) -> str:
-    """Return the column to read: `column`, else "text", else the only column of strings."""
-    strings = [f.name for f in schema if f.type in (pa.string(), pa.large_string())]
-    listed = _describe_columns(schema)
-    if column is not None:
-        if column not in strings:
-            raise ValueError(f"{name} has no column {column!r} of strings, only: {listed}")
-        return column
-    if "text" in strings:
-        return "text"
-    if not strings and TRANSLATION_COLUMN in schema.names:
-        raise ValueError(f"{name} holds sentence pairs, not text: use --task translation")
-    if len(strings) != 1:
-        raise ValueError(
-            f"{name}: which column is the text? Choose with --text-column among: {listed}"
-        )
-    return strings[0]
-
-
-def _describe_columns(schema: pa.Schema) -> str:
-    return ", ".join(f"{field.name} ({field.type})" for field in schema)
+def _describe_columns(columns: Columns) -> str:
+    return ", ".join(f"{name} ({kind})" for name, kind in columns.items())
 
 
 class SentencePairs:
@@ -278,37 +538,32 @@ class SentencePairs:
                 )
             self.languages = names[0], names[1]
 
-    def __call__(self, tables: Iterable[pa.Table], name: str) -> Iterator[TextChunk]:
-        """Yield a sentence pair for each row; a ValueError names a row where a side is missing."""
-        rows_before = 0
-        for table in tables:
-            if self.column not in table.column_names:
-                raise ValueError(
-                    f"{name}: no column {self.column!r} of sentence pairs, only: "
-                    f"{_describe_columns(table.schema)}; expected rows like {EXAMPLE_PAIR}"
-                )
-            arrow_type = table.schema.field(self.column).type
-            for number, value in enumerate(table[self.column].to_pylist(), rows_before + 1):
-                yield self._read_pair(_decode(value, arrow_type), f"{name}, row {number}")
-            rows_before += table.num_rows
+    def choose_column(self, columns: Columns, name: str) -> str:
+        """Return the column to read."""
+        if self.column not in columns:
+            raise ValueError(
+                f"{name}: no column {self.column!r} of sentence pairs, only: "
+                f"{_describe_columns(columns)}; expected rows like {EXAMPLE_PAIR}"
+            )
+        return self.column
 
-    def _read_pair(self, row: object, location: str) -> TextChunk:
+    def read(self, row: Any) -> TextChunk:  # noqa: ANN401 (a JSON value)
+        """Return the sentence pair; a ValueError if a side is missing."""
         if not isinstance(row, dict):
-            raise ValueError(f"{location}: no sentence pair: expected a row like {EXAMPLE_PAIR}")
+            raise ValueError(f"no sentence pair: expected a row like {EXAMPLE_PAIR}")
         sentences = {k: v for k, v in row.items() if isinstance(v, str) and v.strip()}
         present = ", ".join(sentences) or "none"
         if self.languages is None:
             if len(row) < 2:
                 raise ValueError(
-                    f"{location}: expected two languages, found {present}; expected a row like "
-                    f"{EXAMPLE_PAIR}"
+                    f"expected two languages, found {present}; expected a row like {EXAMPLE_PAIR}"
                 )
             first, second, *_ = row
             self.languages = first, second
         for language in self.languages:
             if language not in sentences:
                 raise ValueError(
-                    f"{location}: no {language!r} sentence, only {present}: add it, leave the row "
+                    f"no {language!r} sentence, only {present}: add it, leave the row "
                     "out, or choose two other languages with --languages"
                 )
         source, target = (sentences[language] for language in self.languages)

@@ -11,8 +11,15 @@ import huggingface_hub
 import pyarrow as pa
 
 from training.data.corpus import TextChunk
-from training.data.files import RowReader, error_cause, error_reason, iter_tables
-from training.data.sources import DatasetSplits, Source
+from training.data.files import (
+    SAMPLE_ROWS,
+    RowReader,
+    error_cause,
+    error_reason,
+    read_rows,
+    table_values,
+)
+from training.data.sources import DatasetSplits, ReadReport, Source
 
 HUB_TIMEOUT_SECONDS = 4.0
 """Time in which the hub must respond to a first request."""
@@ -36,21 +43,25 @@ def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
 
     def tables(split: str) -> Iterator[pa.Table]:
         try:
-            yield from iter_tables(load(split))
+            yield from load(split).with_format("arrow").iter(batch_size=SAMPLE_ROWS)
         except Exception as error:
             cause = error_cause(error)
             if isinstance(cause, OSError) and cause.errno:  # such as a full disk
                 raise cause from error
             raise ValueError(f"{name}: {error_reason(error)}") from error
 
+    report = ReadReport()
+
     def read(split: str) -> Iterator[TextChunk]:
-        return rows(tables(split), f"{name}, split {split}")
+        location = f"{name}, split {split}"
+        return read_rows(table_values(tables(split), rows, location), rows, location, report)
 
     splits = map(str, builder.config.data_files or builder.info.splits or ())
     return DatasetSplits(
         splits={split: functools.partial(read, split) for split in splits},
         identity=["hub", name, builder.config.name, builder.hash],
         name=name + (f" ({source.config})" if source.config else ""),
+        report=report,
     )
 
 

@@ -36,6 +36,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
+from training.data.slices import select_split
 from training.data.sources import (
     HOLD_OUT_EVERY,
     TOKENIZER_TRAINERS,
@@ -46,6 +47,7 @@ from training.data.sources import (
     hash_split,
     limit_bytes,
     resolve_tokenizer,
+    share_warning,
 )
 
 MAX_TOKENIZER_BYTES = 100_000_000
@@ -84,7 +86,7 @@ def prepare_corpus(
             )
         return open_corpus(source.data, sentence_pairs, used)
     pairs = files.SentencePairs(source) if sentence_pairs else None
-    rows = pairs or functools.partial(files.read_texts, source.column)
+    rows = pairs or files.Texts(source)
     dataset = find_dataset(source, rows)
 
     options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
@@ -123,8 +125,13 @@ def prepare_corpus(
         description = dataset.name
         if source.split:
             description += f", split {source.split}"
+        if isinstance(rows, files.Texts) and rows.guessed_column:
+            description += f"; text: column {rows.guessed_column!r}"
+        if str(dataset.report):
+            description += f"; left out: {dataset.report}"
         if validation_rule:
-            description += f"; validation: {validation_rule}"
+            sizes = {name: counts["bytes"] for name, counts in writer.counts.items()}
+            description += f"; validation: {validation_rule}{share_warning(validation_rule, sizes)}"
         if is_trained and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
             description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
         writer.close(description, pairs.languages if pairs else None)
@@ -160,10 +167,7 @@ def find_dataset(source: Source, rows: files.RowReader) -> DatasetSplits:
 
     splits, limit = dataset.splits, source.limit
     if source.split is not None:
-        if source.split not in splits:
-            names = ", ".join(splits)
-            raise ValueError(f"{data} has no split {source.split!r}; --data-split can be {names}")
-        splits = {source.split: splits[source.split]}
+        splits = {source.split: select_split(dataset, source.split)}
     if limit is None:
         return replace(dataset, splits=splits)
     return replace(

@@ -3,8 +3,8 @@
 import functools
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +15,16 @@ TOKENIZER_TRAINERS = {"bpe": train_bpe, "words": train_words, "characters": trai
 """Tokenizers that are trained on the training split."""
 HOLD_OUT_EVERY = 20
 """One document in this many is held out for validation."""
+HELD_OUT_SHARES = (0.01, 0.2)
+"""Lowest and highest share of the text that may be held out in this way."""
 TRAIN_FRACTION = 0.9
-"""Share of the text that is trained on where documents are too few to be divided."""
+"""Share of the text that is trained on where whole documents cannot be held out."""
+LONG_DOCUMENT = 10_000
+"""Mean characters of documents from which on each is cut in two, not all together."""
+OWN_SPLIT = "its own"
+"""The validation rule of datasets that come with a validation split."""
+SURVEYED_DOCUMENTS = 1000
+"""Documents that are read to see how much a hash holds out; of more, chance is even enough."""
 
 Documents = Callable[[], Iterator[TextChunk]]
 """Reads the documents of a split; each call starts from the first."""
@@ -33,7 +41,7 @@ class Source:
     config: str | None = None
     """Configuration of a hub dataset."""
     split: str | None = None
-    """Read only this split."""
+    """Read only this split, or slices such as train[:10%]."""
     column: str | None = None
     """Column of the text (None: "text", or the only one of strings) or of the sentence pairs."""
     streaming: bool = False
@@ -42,6 +50,29 @@ class Source:
     """Read at most this many bytes of text from each split."""
     languages: str | None = None
     """Source and target language of sentence pairs, like "en-fr"; None: the first two of the first row."""
+
+
+@dataclass
+class ReadReport:
+    """What was left out of a dataset; complete once all of it was read."""
+
+    blank_rows: dict[str, int] = field(default_factory=dict)
+    """Rows without text, by file."""
+    blank_files: set[str] = field(default_factory=set)
+    """Names of files without text."""
+    skipped: list[str] = field(default_factory=list)
+    """Files that were not opened."""
+
+    def __str__(self) -> str:
+        rows, files = sum(self.blank_rows.values()), sorted(self.blank_files)
+        parts = [f"{rows:,} {'row' if rows == 1 else 'rows'} without text"] if rows else []
+        if files:
+            parts.append(f"{len(files):,} {'file' if len(files) == 1 else 'files'} without text")
+            parts[-1] += f" ({', '.join(files[:3])}{', …' * (len(files) > 3)})"
+        parts += self.skipped[:3]
+        if len(self.skipped) > 3:
+            parts.append(f"{len(self.skipped) - 3:,} other files")
+        return ", ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -56,6 +87,7 @@ class DatasetSplits:
     """Bytes of text, if known before reading."""
     validation_rule: str = ""
     """How the validation split was made, if the dataset did not come with it."""
+    report: ReadReport = field(default_factory=ReadReport)
 
 
 def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
@@ -110,9 +142,24 @@ def assign_splits(
     names = "train", "validation", "test"
     used: dict[str, Documents] = {name: splits[name] for name in names if name in splits}
     if "validation" in used:
-        return functools.partial(_read_splits, used), dataset.validation_rule or "its own"
+        return functools.partial(_read_splits, used), dataset.validation_rule or OWN_SPLIT
     divide, rule = _hold_out_validation(source, used.pop("train"))
     return lambda: itertools.chain(divide(), _read_splits(used)), rule
+
+
+def share_warning(validation_rule: str, sizes: dict[str, int]) -> str:
+    """Return what to say of a validation split that is unexpectedly large or small, or "".
+
+    `sizes` are the bytes of each split.
+    """
+    low, high = (0.0, 0.5) if validation_rule == OWN_SPLIT else HELD_OUT_SHARES
+    share = sizes["validation"] / (sizes["train"] + sizes["validation"])
+    if low <= share <= high:
+        return ""
+    return (
+        f" (WARNING: it is {share:.1%} of the text; to choose it yourself, give a folder of files "
+        "whose names start with train and validation as --data)"
+    )
 
 
 def _read_splits(splits: dict[str, Documents]) -> SplitDocuments:
@@ -129,21 +176,38 @@ def hash_split(text: str) -> str:
 def _hold_out_validation(
     source: Source, documents: Documents
 ) -> tuple[Callable[[], SplitDocuments], str]:
-    """Divide documents by a hash of each; by position if that leaves one of the splits empty."""
-    splits, characters, sentence_pairs = set(), 0, False
+    """Divide documents by a hash of each, or by position if that holds out too much or nothing.
+
+    Of long documents each is cut in two. Neither this nor a hash depends on other documents.
+    """
+    lengths: list[int] = []
+    characters = {"train": 0, "validation": 0}
+    split, sentence_pairs, is_large = "train", False, False
     for chunk in documents():
-        characters += len(chunk.text)
-        sentence_pairs = chunk.target is not None
         if chunk.starts_document:
-            splits.add(hash_split(chunk.text))
-        if len(splits) == 2:
-            unit, hashed = ("pair", "source") if sentence_pairs else ("document", "text")
-            rule = f"one {unit} in {HOLD_OUT_EVERY}, by a hash of its {hashed}"
-            return functools.partial(_divide_by_hash, documents), rule
-    if not characters:
+            is_large = len(lengths) >= SURVEYED_DOCUMENTS and all(characters.values())
+            if is_large:
+                break
+            split = hash_split(chunk.text)
+            lengths.append(0)
+        sentence_pairs = chunk.target is not None
+        lengths[-1] += len(chunk.text)
+        characters[split] += len(chunk.text)
+    total = sum(characters.values())
+    if not total:
         raise ValueError(f"{source.data}: there is no text in it")
+    low, high = HELD_OUT_SHARES
+    if is_large or low <= characters["validation"] / total <= high:
+        unit, hashed = ("pair", "source") if sentence_pairs else ("document", "text")
+        rule = f"one {unit} in {HOLD_OUT_EVERY}, by a hash of its {hashed}"
+        return functools.partial(_divide_by_hash, documents), rule
     rule = f"the last {1 - TRAIN_FRACTION:.0%} of the {'pairs' if sentence_pairs else 'characters'}"
-    return functools.partial(_divide_by_position, documents, int(TRAIN_FRACTION * characters)), rule
+    if 1 < len(lengths) <= total / LONG_DOCUMENT and not sentence_pairs:
+        rule += " of each document"
+        borders = [int(TRAIN_FRACTION * length) for length in lengths]
+    else:
+        borders = [int(TRAIN_FRACTION * total)]
+    return functools.partial(_divide_by_position, documents, borders), rule
 
 
 def _divide_by_hash(documents: Documents) -> SplitDocuments:
@@ -154,13 +218,16 @@ def _divide_by_hash(documents: Documents) -> SplitDocuments:
         yield split, chunk
 
 
-def _divide_by_position(documents: Documents, train_characters: int) -> SplitDocuments:
-    """Train on the first `train_characters`; the document across the border is cut in two.
+def _divide_by_position(documents: Documents, borders: Sequence[int]) -> SplitDocuments:
+    """Train on as many characters of each document as its border says; cut it in two there.
 
-    A sentence pair is not cut: it is trained on if its source ends before the border.
+    One border is that of all documents together. A sentence pair is not cut: it is trained on if
+    its source ends before the border.
     """
-    remaining = train_characters
+    remaining, next_border = 0, iter(borders)
     for text, starts_document, target in documents():
+        if starts_document:
+            remaining = next(next_border, remaining)
         cut = max(remaining, 0)
         if target is not None and cut < len(text):
             cut = 0
