@@ -2,7 +2,8 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 TINYGPT := .venv/bin/tinygpt
-export PROMPT
+# As they were typed, and for the recipes' shell in its environment: names may hold spaces, quotes and $.
+$(foreach name,DATA PORT PRESET PROMPT RUN TEMPERATURE,$(eval override export $(name) := $$(value $(name))))
 
 .PHONY: help setup train eval ladder sample serve bench test check format clean
 
@@ -22,22 +23,22 @@ setup: .venv/.installed  ## create .venv with pinned versions; other targets do 
 	touch $@
 
 train: .venv/.installed  ## train a model: make train [DATA= PRESET= RUN= ARGS=]
-	$(TINYGPT) train $(PRESET) $(if $(DATA),--data '$(DATA)') $(if $(RUN),--run '$(RUN)') $(ARGS)
+	$(TINYGPT) train $(if $(PRESET),"$$PRESET") $(if $(DATA),--data "$$DATA") $(if $(RUN),--run "$$RUN") $(ARGS)
 
 eval: .venv/.installed  ## score a run: make eval [RUN= DATA= ARGS=]
-	$(TINYGPT) eval $(RUN) $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(TINYGPT) eval $(if $(RUN),"$$RUN") $(if $(DATA),--data "$$DATA") $(ARGS)
 
 ladder: .venv/.installed  ## train every language model on one corpus, print a table and a plot: make ladder [DATA= ARGS=]
-	$(TINYGPT) ladder $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(TINYGPT) ladder $(if $(DATA),--data "$$DATA") $(ARGS)
 
 sample: .venv/.installed  ## generate text: make sample [RUN= PROMPT= TEMPERATURE= ARGS=]
-	@$(TINYGPT) sample $(RUN) $(if $(PROMPT),--prompt "$$PROMPT") $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(ARGS)
+	@$(TINYGPT) sample $(if $(RUN),"$$RUN") $(if $(PROMPT),--prompt "$$PROMPT") $(if $(TEMPERATURE),--temperature "$$TEMPERATURE") $(ARGS)
 
 serve: .venv/.installed  ## serve a run over HTTP: make serve [RUN= PORT= ARGS=]
-	$(TINYGPT) serve $(RUN) $(if $(PORT),--port $(PORT)) $(ARGS)
+	$(TINYGPT) serve $(if $(RUN),"$$RUN") $(ARGS) $(if $(PORT),--port "$$PORT")
 
 bench: .venv/.developed  ## benchmarks of serving, or with DATA=input.txt of training: make bench [DATA= ARGS=]
-	$(PY) -m benchmarks.$(if $(DATA),train --data '$(DATA)',serve) $(ARGS)
+	$(PY) -m benchmarks.$(if $(DATA),train --data "$$DATA",serve) $(ARGS)
 
 test: .venv/.developed  ## all tests except the long ones: make test [ARGS=]
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)

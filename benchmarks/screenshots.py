@@ -1,6 +1,6 @@
 """Take screenshots of the web page of a running server: light and dark, desktop and mobile.
 
-make serve RUN='runs/one runs/two' &
+make serve RUN=one ARGS=two &
 python -m benchmarks.screenshots http://127.0.0.1:8000
 """
 
