@@ -8,7 +8,9 @@ is kept in the user's cache, in a file named after all that it depends on, so th
 starts with it.
 """
 
+import contextlib
 import copy
+import functools
 import hashlib
 import logging
 import os
@@ -16,8 +18,10 @@ import pickle
 import platform
 import queue
 import shutil
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -149,10 +153,17 @@ def compile_step(program: torch.export.ExportedProgram, path: Path) -> None:
 # In the background.
 
 
+def is_private(folder: Path) -> bool:
+    """Return whether a folder is this user's, and no one else can write to it."""
+    status = folder.stat()
+    is_own = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return is_own and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
 class CompileJob:
     """A step to be compiled for an engine, and the cache file that equal jobs share."""
 
-    def __init__(self, engine: Engine, kind: StepKind, num_threads: int) -> None:
+    def __init__(self, engine: Engine, kind: StepKind, num_threads: int, folder: Path) -> None:
         self.engine, self.kind = engine, kind
         # As lists: tensors of the same contents are not always pickled to the same bytes.
         inlined = [tensor.tolist() for tensor in _inlined_tensors(engine.model)]
@@ -165,7 +176,7 @@ class CompileJob:
         parts = [self.payload, repr(environment).encode()]
         parts += [source.read_bytes() for source in sources]
         digest = hashlib.sha256(b"|".join(parts)).hexdigest()
-        self.path = cache_dir() / "steps" / f"{digest[:24]}.pt2"
+        self.path = folder / f"{digest[:24]}.pt2"
 
     def load(self) -> CompiledStep:
         """Load the compiled step; a ValueError says that it computes something else than the model."""
@@ -207,6 +218,7 @@ class Compiler:
         self._jobs: queue.Queue[tuple[Engine, StepKind, int] | None] = queue.Queue()
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
+        self._temporary = contextlib.ExitStack()
         self._thread = threading.Thread(target=self._run_jobs, name="compiler", daemon=True)
         self._thread.start()
 
@@ -243,6 +255,24 @@ class Compiler:
         if self._process:
             self._process.terminate()
         self._thread.join()
+        self._temporary.close()
+
+    @functools.cached_property
+    def _folder(self) -> Path:
+        """The folder of compiled steps: the cache, or a temporary one if others can write to that."""
+        folder = cache_dir() / "steps"
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+        except FileExistsError:
+            if not is_private(folder):
+                logger.warning(
+                    "%s belongs to another user, or others can write to it: the server would run "
+                    "their code, so it compiles anew; chmod go-w keeps others out",
+                    folder,
+                )
+                temporary = tempfile.TemporaryDirectory(prefix="tinygpt-")
+                folder = Path(self._temporary.enter_context(temporary))
+        return folder
 
     def _run_jobs(self) -> None:
         while job := self._jobs.get():
@@ -255,7 +285,7 @@ class Compiler:
 
     def _replace_step(self, engine: Engine, kind: StepKind, num_threads: int) -> None:
         """Replace an engine's step by the compiled one, from the cache if it is there."""
-        job = CompileJob(engine, kind, num_threads)
+        job = CompileJob(engine, kind, num_threads, self._folder)
         if job.path.exists() or self._compile(job):
             try:
                 engine.steps[kind] = run_in_own_thread(job.load)
@@ -265,7 +295,6 @@ class Compiler:
 
     def _compile(self, job: CompileJob) -> bool:
         """Compile a step in a process of its own; return False, and log a line, if that fails."""
-        job.path.parent.mkdir(parents=True, exist_ok=True)
         temporary = job.path.with_name(f"{os.getpid()}-{job.path.name}")
         self._process = subprocess.Popen(
             [sys.executable, "-m", "serving.engine.compilation", str(temporary)],

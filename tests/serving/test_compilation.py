@@ -1,5 +1,6 @@
 """Compiled steps. Most tests need a C++ compiler; one tests that without it nothing is compiled."""
 
+import contextlib
 import gc
 import random
 import shutil
@@ -194,3 +195,24 @@ def test_nothing_is_compiled_without_a_compiler_or_for_a_deterministic_engine(ca
     compile_steps(engine)
     assert not compiled_kinds(engine)
     assert not cache.exists()
+
+
+@pytest.mark.parametrize("mode", [0o777, 0o775, 0o757])
+def test_code_that_others_can_write_is_not_loaded(mode, cache, caplog):
+    cache.mkdir()
+    cache.chmod(mode)
+    with contextlib.closing(compilation.Compiler()) as compiler:
+        folder = compiler._folder
+        assert folder != cache
+        assert folder.stat().st_mode & 0o777 == 0o700
+        assert f"{cache} belongs to another user, or others can write to it" in caplog.text
+    assert not folder.exists()
+
+
+def test_the_folder_of_compiled_steps_is_private(cache):
+    with contextlib.closing(compilation.Compiler()) as compiler:
+        assert compiler._folder == cache
+    assert cache.stat().st_mode & 0o777 == 0o700
+    cache.chmod(0o755)  # others can read it
+    with contextlib.closing(compilation.Compiler()) as compiler:
+        assert compiler._folder == cache
