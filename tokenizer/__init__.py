@@ -87,6 +87,9 @@ PROBES = {
 }
 """What a tokenizer may lose, and text with which it shows; the first are the simplest."""
 
+MAX_BPE_VOCAB_SIZE = 2**24
+"""Largest vocabulary of BPE: the library reserves memory for all of it and aborts if there is too little."""
+
 
 def split_text(text: str, size: int = CHUNK_SIZE) -> Iterator[str]:
     """Split a text into chunks of at most 2 * `size` characters that are encoded as the whole is.
@@ -341,6 +344,10 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     if vocab_size <= 256:
         raise ValueError(
             f"a vocabulary holds at least 256 bytes and {END_OF_TEXT}: 257, not {vocab_size}"
+        )
+    if vocab_size > MAX_BPE_VOCAB_SIZE:
+        raise ValueError(
+            f"a vocabulary of byte pairs holds at most {MAX_BPE_VOCAB_SIZE} ids, not {vocab_size}"
         )
     library = tokenizers.Tokenizer(models.BPE())
     library.pre_tokenizer = _pre_tokenizer(BPE_PATTERN)

@@ -6,7 +6,6 @@ The options of a model are its constructor's arguments.
 
 import dataclasses
 import inspect
-import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -31,7 +30,18 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v >= 0,
         "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
     ),
-    "above 0": (lambda v: 0 < v < math.inf, "learning_rate embedding_lr unembedding_lr vector_lr"),
+    "above 0": (lambda v: v > 0, "learning_rate embedding_lr unembedding_lr vector_lr"),
+    "at most 2147483647": (
+        lambda v: v < 2**31,
+        "steps batch_size context_length gradient_accumulation_steps vocab_size eval_interval "
+        "checkpoint_interval log_interval warmup_steps sample_tokens step_decays",
+    ),
+    "at most 9223372036854775807": (lambda v: v < 2**63, "data_limit eval_tokens seed"),
+    "at most 1e38": (  # what float32 can hold
+        lambda v: v <= 1e38,
+        "learning_rate embedding_lr unembedding_lr vector_lr weight_decay embedding_weight_decay "
+        "grad_clip",
+    ),
     "at least 0 and below 1": (lambda v: 0 <= v < 1, "beta1 beta2"),
     "between 0 and 1": (lambda v: 0 <= v <= 1, "cooldown_fraction final_lr_fraction"),
 }
@@ -174,7 +184,8 @@ def scale_learning_rates(config: TrainingConfig, preset: TrainingConfig) -> Trai
         return config
     preset_tokens = preset.batch_size * preset.context_length
     batch_scale = (config.batch_size * config.context_length / preset_tokens) ** 0.5
-    width_scale = config.model_args.get("width", 1) / preset.model_args.get("width", 1)
+    # The model refuses a width below 1.
+    width_scale = max(1, config.model_args.get("width", 1)) / preset.model_args.get("width", 1)
     scales = dict.fromkeys(LEARNING_RATES, batch_scale)
     scales["unembedding_lr"] /= width_scale
     if config.optimizer == "adamw":

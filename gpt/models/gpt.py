@@ -330,6 +330,8 @@ class GPT(DecoderOnly):
         check_sizes(width, depth, heads, hidden, rotary=True)
         if ngrams < 0:
             raise ValueError(f"ngrams must be at least 0, not {ngrams}")
+        if rotary_base <= 0:
+            raise ValueError(f"rotary_base must be above 0, not {rotary_base}")
         hidden = hidden or max(64, round(width * 8 / 3 / 64) * 64)
 
         norm = partial(RMSNorm, width)

@@ -6,12 +6,13 @@ from gpt.cli import MaybeInt
 
 
 def check_minimums(options: object, **minimums: int) -> None:
-    """Raise a ValueError that names the first option below its minimum."""
+    """Raise a ValueError that names the first option below its minimum, or above 2^63 - 1."""
     for name, minimum in minimums.items():
-        value = getattr(options, name)
-        if value is not None and value < minimum:
-            option = name.replace("_", "-")
+        value, option = getattr(options, name), name.replace("_", "-")
+        if value is not None and not value >= minimum:  # also refuses NaN
             raise ValueError(f"--{option} must be at least {minimum}, not {value}")
+        if value is not None and value >= 2**63:
+            raise ValueError(f"--{option} must be at most {2**63 - 1}, not {value}")
 
 
 @dataclass(frozen=True)
