@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
+import torch
 import tyro
 from tyro.conf import Positional, arg
 
@@ -24,7 +25,7 @@ Command = Callable[[], None]
 MaybeText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
 MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-MaybeRun = Positional[Annotated[Path | None, arg(metavar="[RUN]", help_behavior_hint="")]]
+MaybeRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
 
 
 def main(
@@ -38,6 +39,9 @@ def main(
     A user's mistake is reported in one line on standard error, with exit code 2. Set
     TINYGPT_TRACEBACK=1 to see the traceback instead.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # Texts hold characters that a terminal's encoding may lack; as Python does on stderr.
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         _parse(prog, description, commands, arguments)()
         sys.stdout.flush()
@@ -53,6 +57,14 @@ def main(
         if isinstance(error, OSError) and error.filename and error.strerror:
             exit_with_error(prog, f"{error.filename}: {error.strerror}")
         exit_with_error(prog, str(error))
+    except (MemoryError, RuntimeError) as error:
+        # torch raises RuntimeError, with these words on a CPU.
+        is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not is_out_of_memory and "can't allocate memory" not in str(error):
+            raise
+        if os.environ.get("TINYGPT_TRACEBACK"):
+            raise
+        exit_with_error(prog, f"not enough memory: choose smaller sizes ({error})")
 
 
 def exit_with_error(prog: str, message: str) -> NoReturn:

@@ -1,10 +1,13 @@
 """`tinygpt` has every verb of the four packages, and `python -m PACKAGE` runs the same ones."""
 
+import contextlib
+import io
 import runpy
 import sys
 from importlib.metadata import version
 
 import pytest
+import torch
 
 import tinygpt
 from gpt import cli
@@ -82,6 +85,49 @@ def test_every_verb_has_a_help_text(verb, run):
     code, out, err = run("tinygpt", verb, "--help")
     assert (code, err) == (0, "")
     assert out.startswith(f"usage: tinygpt {verb} ")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *([verb, "--help"] for verb in VERBS),
+        ["--help"],
+        ["presets"],
+        ["chapters"],
+        ["describe", "gpt"],
+    ],
+    ids=" ".join,
+)
+def test_output_in_any_encoding(command, encoding, monkeypatch):
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    monkeypatch.setattr(sys, "argv", ["tinygpt", *command])
+    with contextlib.suppress(SystemExit):
+        tinygpt.main()
+    stream.flush()
+    assert len(stream.buffer.getvalue()) > 100
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError("Unable to allocate 9 GiB"), torch.OutOfMemoryError("x")]
+)
+def test_too_little_memory_is_one_line(error, monkeypatch, run):
+    def fail(model):
+        raise error
+
+    monkeypatch.setattr("gpt.summary.count_parameters", fail)
+    code, _, err = run("tinygpt", "chapters")
+    assert code == 2
+    assert err == f"tinygpt: not enough memory: choose smaller sizes ({error})\n"
+
+
+def test_too_large_a_tensor_is_one_line(monkeypatch, run):
+    monkeypatch.setattr("gpt.summary.count_parameters", lambda model: torch.empty(2**55))
+    code, _, err = run("tinygpt", "chapters")
+    assert code == 2
+    assert err.startswith("tinygpt: not enough memory: choose smaller sizes (")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", TINYGPT_VERBS)

@@ -1,6 +1,7 @@
 """Command line of the tokenizers: train one, encode text, decode ids."""
 
 import argparse
+import io
 import os
 import re
 import sys
@@ -98,6 +99,8 @@ def _decode(options: argparse.Namespace) -> None:
 
 def main(prog: str = "python -m tokenizer", arguments: Sequence[str] | None = None) -> None:
     """Run one command; a user's mistake is reported in one line, with exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for what its encoding lacks
     parser = _parser(prog)
     options = parser.parse_args(arguments)
     try:
