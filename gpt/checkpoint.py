@@ -6,16 +6,18 @@ temporary name, flushed to the disk and renamed: it is complete or absent.
 
 import contextlib
 import difflib
+import hashlib
 import inspect
 import json
 import os
+import shlex
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from gpt import CHAPTERS, TABULAR_MODELS, LanguageModel, Model
@@ -27,6 +29,14 @@ MODEL_CLASSES: dict[str, type[Model]] = {**CHAPTERS, **TABULAR_MODELS}
 
 FORMAT = 2
 """Format of config.json and run.json; a run of any other format is refused."""
+
+MAX_SIZES = {
+    "depth": 1000,
+    **dict.fromkeys(("vocab_size", "context_length", "ngrams"), 2**31 - 1),
+    "rotary_base": 10**12,
+}
+"""Largest values of integer constructor arguments of models; of any other it is `MAX_SIZE`."""
+MAX_SIZE = 2**20
 
 RUNS = Path("runs")
 """Default directory of runs."""
@@ -55,25 +65,54 @@ def write_atomically(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def _sha256(tensors: dict[str, Tensor]) -> str:
+    """Return a hash of names, dtypes, shapes and contents of tensors on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
 def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a safetensors file; if that fails, the previous content stays."""
+    """Write a safetensors file with a hash of its tensors; if that fails, the previous content stays."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Other loaders, such as that of transformers, require the format.
+    metadata = {"format": "pt", "sha256": _sha256(tensors)}
     with _replacing(path) as temporary:
         try:
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
+            save_file(tensors, temporary, metadata)
         except SafetensorError as error:
             raise OSError(f"{path}: cannot be written: {error}") from error
+        # The library writes metadata in random order; equal tensors should make equal files.
+        header = json.dumps({"__metadata__": metadata}, separators=(",", ":")).removesuffix("}")
+        with temporary.open("rb+") as file:
+            file.seek(8)  # after the header's length
+            file.write(header.encode())
 
 
 def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
-    """Read a safetensors file; a ValueError says how it is damaged."""
+    """Read a safetensors file; a ValueError says how it is damaged.
+
+    The tensors are compared with their hash, if the file has one: those of other programs have none.
+    """
     try:
-        return load_file(path, device=str(device))
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: damaged ({error}); restore it from a copy or train again"
         ) from error
+    expected = metadata.get("sha256")
+    if expected is not None and _sha256(tensors) != expected:
+        raise ValueError(
+            f"{path}: damaged (its tensors are not those that were saved: their SHA-256 differs); "
+            "restore it from a copy or train again"
+        )
+    return {name: tensor.to(device) for name, tensor in tensors.items()}
 
 
 def unique_state_dict(model: Model) -> dict[str, Tensor]:
@@ -125,7 +164,7 @@ def model_class(name: str) -> type[Model]:
 def constructor_arguments(name: str, model_args: dict[str, Any]) -> dict[str, Any]:
     """Return all constructor arguments of model `name`: `model_args`, and defaults for the rest.
 
-    An unknown or missing argument is a ValueError.
+    A ValueError if an argument is unknown, missing, too large or not finite; the model checks the rest.
     """
     signature = inspect.signature(model_class(name))
     for argument in model_args:
@@ -137,6 +176,12 @@ def constructor_arguments(name: str, model_args: dict[str, Any]) -> dict[str, An
     except TypeError as error:
         raise ValueError(f"the model {name}: {error}") from error
     bound.apply_defaults()
+    for argument, value in bound.arguments.items():
+        for number in value if isinstance(value, list | tuple) else [value]:
+            largest = 1e38 if isinstance(number, float) else MAX_SIZES.get(argument, MAX_SIZE)
+            # NaN is not below it either.
+            if isinstance(number, int | float) and not abs(number) <= largest:
+                raise ValueError(f"{argument} must be at most {largest}, not {number}")
     return dict(bound.arguments)
 
 
@@ -192,8 +237,28 @@ def read_config(run: Path) -> tuple[str, dict[str, Any]]:
     return name, model_args
 
 
-def find_run(run: Path | None, file: str = "model.safetensors") -> Path:
-    """Return `run`, or the directory under runs/ with the newest `file`; ValueError if absent."""
+def run_path(run: str) -> Path:
+    """Return the directory of a run that is named on the command line: a bare NAME is runs/NAME."""
+    if not run:
+        raise ValueError("the name of the run is empty: give a NAME, which is in runs/, or a path")
+    return RUNS / run if Path(run).name == run else Path(run)
+
+
+def run_argument(directory: Path) -> str:
+    """Return what to type in a shell for a run directory: the inverse of `run_path`, quoted."""
+    path = str(directory)
+    return shlex.quote(f"./{path}" if directory.name == path else path)
+
+
+def find_run(run: str | Path | None, file: str = "model.safetensors") -> Path:
+    """Return the directory of an existing run; a ValueError if there is none.
+
+    A string is read as by `run_path`, or is the path of a run. None is the run under runs/ with the
+    newest `file`.
+    """
+    if isinstance(run, str):
+        named = run_path(run)
+        run = Path(run) if not named.is_dir() and Path(run, "config.json").is_file() else named
     if run is None:
         files = sorted(RUNS.glob(f"*/{file}"), key=lambda path: path.stat().st_mtime)
         if not files:

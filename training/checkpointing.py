@@ -6,8 +6,11 @@ optimizer.safetensors       state of the optimizers
 rng_state.safetensors       random number generators of every process
 sequence_state.safetensors  the model's state of every batch row (--stateful)
 trainer_state.json          counters, and losses that are not logged yet
+
+Each file holds a hash of its contents, which is checked when it is read.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,10 +20,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gpt.checkpoint import save_tensors, write_atomically
+from gpt.checkpoint import load_tensors, read_json, save_tensors, write_atomically
 
 MAX_CHECKPOINTS = 2
-"""Older ones are deleted."""
+"""Older ones are deleted. The second one is for the case that the newest is damaged."""
+TENSOR_FILES = ("model", "optimizer", "rng_state", "sequence_state")
+"""Names of the safetensors files."""
+
+Tensors = dict[str, dict[str, Tensor]]
+"""Tensors by safetensors file and name."""
 
 
 def list_checkpoints(directory: Path) -> list[Path]:
@@ -35,9 +43,24 @@ def newest_checkpoint(directory: Path) -> Path | None:
     return next(reversed(list_checkpoints(directory)), None)
 
 
-def write_checkpoint(
-    directory: Path, tensors: dict[str, dict[str, Tensor]], trainer_state: dict[str, Any]
-) -> None:
+def _sha256(trainer_state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(trainer_state).encode()).hexdigest()
+
+
+def read_checkpoint(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Return the tensors of a checkpoint and its trainer state; ValueError if it is damaged."""
+    try:
+        tensors = {name: load_tensors(path / f"{name}.safetensors") for name in TENSOR_FILES}
+        trainer_state = read_json(path / "trainer_state.json")
+    except FileNotFoundError as error:
+        raise ValueError(f"{path}: damaged ({error})") from error
+    expected = trainer_state.pop("sha256", None)
+    if expected is not None and _sha256(trainer_state) != expected:
+        raise ValueError(f"{path / 'trainer_state.json'}: damaged (its SHA-256 differs)")
+    return tensors, trainer_state
+
+
+def write_checkpoint(directory: Path, tensors: Tensors, trainer_state: dict[str, Any]) -> None:
     """Write a checkpoint of a run and delete old ones.
 
     It is written under a temporary name, flushed and renamed, so that an interrupted write leaves
@@ -54,7 +77,8 @@ def write_checkpoint(
     try:
         for name, contents in tensors.items():
             save_tensors(temporary / f"{name}.safetensors", contents)
-        write_atomically(temporary / "trainer_state.json", json.dumps(trainer_state))
+        content = trainer_state | {"sha256": _sha256(trainer_state)}
+        write_atomically(temporary / "trainer_state.json", json.dumps(content))
         _fsync(temporary)
         temporary.rename(path)
         _fsync(path.parent)

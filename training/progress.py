@@ -1,6 +1,7 @@
 """What a run reports while it trains: a progress line, metrics.jsonl and TensorBoard events."""
 
 import json
+import re
 import shutil
 import sys
 import time
@@ -15,6 +16,35 @@ def format_duration(seconds: float) -> str:
     minutes, second = divmod(round(seconds), 60)
     hours, minute = divmod(minutes, 60)
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
+
+
+def printable(text: str) -> str:
+    """Return a generated text for a terminal: control characters and line separators are escaped.
+
+    Line feeds and tabs stay, and so does a carriage return before a line feed.
+    """
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0].encode("unicode_escape").decode()
+
+    return re.sub(r"\r(?!\n)|[\0-\b\v\f\x0e-\x1f\x7f-\x9f\u2028\u2029]", escape, text)
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a run's metrics.jsonl; an empty list if there is none."""
+    path = run / "metrics.jsonl"
+    # In JSON only a line feed ends a line, while `splitlines` also splits at U+2028 in a sample.
+    lines = path.read_bytes().split(b"\n") if path.is_file() else []
+    return [values for line in lines if (values := _parse(line))]
+
+
+def _parse(line: bytes) -> dict[str, Any] | None:
+    """Return the values of a line, or None if it is not complete."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 class Progress:
@@ -69,9 +99,12 @@ class MetricsLogger:
 
     def __init__(self, directory: Path, tensorboard: bool, resume_step: int) -> None:
         self.path = directory / "metrics.jsonl"
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
-        valid = [line for line in lines if _is_valid(line, resume_step)]
-        write_atomically(self.path, "".join(f"{line}\n" for line in valid))
+        lines = [
+            json.dumps(values, ensure_ascii=False) + "\n"
+            for values in read_metrics(directory)
+            if values["step"] <= resume_step and "final_loss" not in values
+        ]
+        write_atomically(self.path, "".join(lines))
         self.writer: Any = None
         if tensorboard:
             try:
@@ -95,12 +128,3 @@ class MetricsLogger:
         """Flush the TensorBoard events."""
         if self.writer:
             self.writer.close()
-
-
-def _is_valid(line: str, resume_step: int) -> bool:
-    """Return whether a line is complete, from a step up to `resume_step`, and not the final score."""
-    try:
-        values = json.loads(line)
-    except ValueError:
-        return False
-    return bool(values["step"] <= resume_step and "final_loss" not in values)

@@ -21,13 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
-from gpt.checkpoint import load_tensors, load_weights, read_json, save_tensors, unique_state_dict
+from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
 from gpt.device import autocast, peak_flops, retain_freed_memory
 from training import checkpointing, distributed
 from training.config import TrainingConfig, new_model
 from training.distributed import SINGLE_PROCESS, World, full_tensor, shard_like
 from training.optimizer import Optimizers, lr_schedule
-from training.progress import MetricsLogger, Progress
+from training.progress import MetricsLogger, Progress, printable
 from training.tasks.base import Prefetcher, Report, Task
 
 
@@ -271,7 +271,7 @@ class Trainer:
         self.progress.validation_loss = loss
         message = f"\nstep {self.step}: {self.task.format_loss(loss)}"
         if sample:
-            lines = "\n".join(f"  │ {line}" for line in sample.splitlines())
+            lines = "\n".join(f"  │ {line}" for line in printable(sample).splitlines())
             message += f"; a sample:\n{lines}\n"
         self.progress.print(message)
 
@@ -308,22 +308,27 @@ class Trainer:
 
     def load_checkpoint(self, path: Path) -> None:
         """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit the run."""
-        trainer_state = read_json(path / "trainer_state.json")
+        self.restore(path, *checkpointing.read_checkpoint(path))
+
+    def restore(
+        self, path: Path, tensors: checkpointing.Tensors, trainer_state: dict[str, Any]
+    ) -> None:
+        """Continue from what `read_checkpoint` returned for the path."""
         fingerprint = trainer_state["data_fingerprint"]
         if fingerprint != self.task.fingerprint:
             raise ValueError(
                 f"{path}: was trained on another corpus than {self.config.data} contains now "
                 f"({fingerprint[:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
-        weights, own = load_tensors(path / "model.safetensors"), unique_state_dict(self.model)
+        weights, own = tensors["model"], unique_state_dict(self.model)
         weights = {name: shard_like(value, own.get(name, value)) for name, value in weights.items()}
         load_weights(self.model, weights, path / "model.safetensors")
-        self.optimizers.load_state_dict(load_tensors(path / "optimizer.safetensors"))
+        self.optimizers.load_state_dict(tensors["optimizer"])
         for name in COUNTERS:
             setattr(self, name, trainer_state[name])
-        rng_states = load_tensors(path / "rng_state.safetensors")
-        if not checkpointing.restore_rng_state(rng_states, self.device, self.world.rank):
+        rank = self.world.rank
+        if not checkpointing.restore_rng_state(tensors["rng_state"], self.device, rank):
             self._seed_rank()  # the checkpoint was written by fewer processes
-        state = load_tensors(path / "sequence_state.safetensors", self.device)
         rows = self.world.local_slice(self.config.batch_size)
-        self.state = {name: tensor[rows] for name, tensor in state.items()} or None
+        states = tensors["sequence_state"].items()
+        self.state = {name: tensor[rows].to(self.device) for name, tensor in states} or None

@@ -1,47 +1,52 @@
 """Plots of runs: loss curves, the ladder, and BLEU by sentence length."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
 from training.plots.style import STYLE, check_output, save_figure
-
-
-def read_metrics(run: Path) -> list[dict[str, float]]:
-    """Read a run's metrics.jsonl; a ValueError if it is absent or empty."""
-    path = run / "metrics.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.is_file() else []
-    if not lines:
-        raise ValueError(f"{run}: nothing to draw: it has no metrics.jsonl, or an empty one")
-    return [json.loads(line) for line in lines]
+from training.progress import read_metrics
 
 
 def plot_losses(runs: Sequence[Path], output: Path) -> None:
-    """Plot each run's training and validation loss against tokens seen."""
+    """Plot each run's training and validation loss against the tokens, or table rows, seen."""
     check_output(output)
+    units = set()
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for number, run in enumerate(runs):
-            metrics, color = read_metrics(run), f"C{number}"
-            millions = {line["step"]: line["tokens"] / 1e6 for line in metrics if "tokens" in line}
+            metrics = [{"step": 0, "tokens": 0, "rows": 0}, *read_metrics(run)]
+            unit = "rows" if any("rows" in line for line in metrics[1:]) else "tokens"
+            logged = [line for line in metrics if unit in line]
+            if len(logged) == 1:
+                raise ValueError(f"{run}: nothing to draw: its metrics.jsonl has no loss yet")
+            units.add(unit)
             for split, key, style in (
                 ("training", "loss", {"alpha": 0.45, "linewidth": 1.2}),
                 ("validation", "validation_loss", {"marker": "o", "markersize": 4}),
             ):
                 lines = [line for line in metrics if key in line]
-                x = [millions[line["step"]] for line in lines]
+                # A validation may be between two steps whose tokens are logged.
+                x = np.interp(
+                    [line["step"] for line in lines],
+                    [line["step"] for line in logged],
+                    [line[unit] for line in logged],
+                )
                 y = [line[key] for line in lines]
-                axes.plot(x, y, color=color, label=f"{run.name}: {split}", **style)
-        axes.set_xlabel("tokens seen (millions)")
-        axes.set_ylabel("loss (nats per token)")
+                axes.plot(x, y, color=f"C{number}", label=f"{run.name}: {split}", **style)
+        names = " or ".join(sorted(units))
+        axes.set_xlabel(f"{names} seen")
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        # That of a table may be a squared error.
+        axes.set_ylabel("loss (nats per token)" if units == {"tokens"} else "loss")
         axes.legend()
         save_figure(figure, output)
 
