@@ -5,9 +5,11 @@ import contextlib
 import functools
 import gc
 import ipaddress
+import json
 import logging
 import os
 import secrets
+import shlex
 import socket
 import sys
 from collections.abc import Sequence
@@ -52,7 +54,7 @@ class Sample:
     """Generate text in the terminal, token by token; with a translation run, translate the prompt."""
 
     run: MaybeRun = None
-    """Run directory; default: the newest in runs/."""
+    """Run: a name in runs/, or a path; default: the newest in runs/."""
     prompt: MaybeText = None
     """Text to continue or translate; default: standard input, or in a terminal an empty prompt, which starts a new document."""
     temperature: float = 0.8
@@ -80,6 +82,8 @@ class Sample:
         """Print the prompt and each token of the output, and nothing else on standard output."""
         if self.n < 1:
             raise ValueError(f"-n must be at least 1, not {self.n}")
+        if self.max_tokens < 0:
+            raise ValueError(f"--max-tokens must be at least 0, not {self.max_tokens}")
         seed = secrets.randbits(31) if self.seed is None else self.seed
         sampling_params = SamplingParams(
             self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed=seed
@@ -114,8 +118,8 @@ class Sample:
 class Serve:
     """Serve runs over HTTP with an OpenAI-compatible completions API and a web page."""
 
-    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
-    """Run directories; default: the newest in runs/."""
+    run: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
+    """Runs: names in runs/, or paths; default: the newest in runs/."""
     watch: MaybePath = None
     """Also serve each run in this folder as soon as its training has finished."""
     runs_dir: MaybePath = None
@@ -158,6 +162,8 @@ class Serve:
     def __post_init__(self) -> None:
         check_minimums(self, max_num_seqs=1, max_queue=0, max_num_batched_tokens=1)
         check_minimums(self, max_model_len=1, threads=1, stream_interval=0)
+        if not 0 < self.stall_timeout < 1e6:
+            raise ValueError(f"--stall-timeout must be above 0, not {self.stall_timeout}")
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
@@ -288,15 +294,15 @@ def _startup_message(names: Sequence[str], address: str, key: str | None) -> str
     """Return what is served where, and a command to try it with."""
     if not names:
         return f"no finished run to serve yet; listening at {address}"
-    body = f'{{"model": "{names[0]}", "prompt": "", "max_tokens": 200, "stream": true}}'
+    body = json.dumps({"model": names[0], "prompt": "", "max_tokens": 200, "stream": True})
     header = " -H 'Authorization: Bearer KEY'" if key else ""
     return (
         f"{', '.join(names)} at {address}    try:  curl -N {address}/v1/completions "
-        f"-H 'Content-Type: application/json'{header} -d '{body}'"
+        f"-H 'Content-Type: application/json'{header} -d {shlex.quote(body)}"
     )
 
 
-def load_run(run: Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
+def load_run(run: str | Path | None, device: str) -> tuple[Path, LanguageModel, Tokenizer]:
     """Return directory, model and tokenizer of a run; a ValueError says what is wrong with it."""
     path = find_run(run)
     model = load_language_model(path, resolve_device(device))

@@ -11,8 +11,15 @@ import torch
 import tyro
 
 from gpt import CHAPTERS, Model, cli, summary
-from gpt.checkpoint import MODEL_CLASSES, build_model, did_you_mean, find_run, read_config
-from gpt.cli import MaybePath, MaybeText
+from gpt.checkpoint import (
+    MODEL_CLASSES,
+    build_model,
+    did_you_mean,
+    find_run,
+    read_config,
+    run_path,
+)
+from gpt.cli import MaybeText
 from gpt.device import resolve_device
 from training import distributed, launch
 from training.config import TrainingConfig, model_options, new_model, resolve_config
@@ -30,7 +37,7 @@ def train_command(preset_name: str) -> Callable[..., cli.Command]:
     def train(
         config: TrainingConfig = preset,
         model: options = options(),  # noqa: B008 (frozen)
-        run: MaybePath = None,
+        run: MaybeText = None,
     ) -> cli.Command:
         """Train a model: `train [PRESET] [options]`, or resume a run: `train --resume [RUN]`.
 
@@ -39,9 +46,14 @@ def train_command(preset_name: str) -> Callable[..., cli.Command]:
         Args:
             config: Data, optimizer and schedule.
             model: Constructor arguments of the model.
-            run: Run directory to create. Default: runs/<preset>-<time>.
+            run: Run to create: a name in runs/, or a path. Default: runs/<preset>-<time>.
         """
-        return lambda: launch.start_run(resolve_config(config, model, preset), run)
+
+        def start() -> None:
+            directory = None if run is None else run_path(run)
+            launch.start_run(resolve_config(config, model, preset), directory)
+
+        return start
 
     return train
 
@@ -113,8 +125,9 @@ class Describe:
             model_args = TASKS[preset.task].expected_model_args(preset)  # may compute a table
             with torch.device("meta"):
                 return new_model(preset, model_args)
-        if Path(self.model, "config.json").is_file():
-            config = read_config(Path(self.model))
+        run = self.model and run_path(self.model)
+        if run and any(Path(path, "config.json").is_file() for path in (run, self.model)):
+            config = read_config(find_run(self.model))
             with torch.device("meta"):
                 return build_model(*config)
         presets = [name for name in PRESETS if name not in MODEL_CLASSES]
@@ -130,7 +143,7 @@ class Resume:
     """Resume a run from its newest checkpoint, with the result of an uninterrupted run."""
 
     run: cli.MaybeRun = None
-    """Run directory. Default: the newest under runs/."""
+    """Run: a name in runs/, or a path. Default: the newest under runs/."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
 

@@ -6,13 +6,19 @@ import sys
 import time
 from pathlib import Path
 
-from gpt.checkpoint import RUNS
+from gpt.checkpoint import run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from training import distributed
 from training.config import TrainingConfig
-from training.progress import format_duration
-from training.run_directory import create_run, is_same_run, resume_run
+from training.progress import format_duration, printable
+from training.run_directory import (
+    create_run,
+    is_same_run,
+    new_run_directory,
+    resume_run,
+    run_lock,
+)
 from training.tasks import TASKS, check_task
 from training.trainer import Diverged, Stopped, Trainer
 
@@ -29,28 +35,32 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
             "-m -- training train … --run DIR (without -- torchrun parses --run as its own option)"
         )
     world = distributed.init_process_group(config.device)
-    directory = directory or RUNS / f"{config.preset}-{time.strftime('%Y%m%d-%H%M%S')}"
-    directory = world.broadcast(directory)
-    if restarts and world.broadcast(is_same_run(config, directory)):
-        resume(directory, config.device, world)
-        return
-    processes = f", {world.size} processes" if world.size > 1 else ""
-    device = device_name(world.device(config.device))
-    print(f"preset {config.preset}: {config.model} on {device}{processes}")
-    check_task(config)
-    for name, value in dataclasses.asdict(config).items():
-        if name not in {"preset", "model", *TASKS[config.task].unsupported_options}:
-            print(f"  {name} = {value}")
-    trainer = create_run(config, directory, world)
-    print(f"data: {trainer.task.description}")
-    for line in trainer.task.sizes:
-        print(f"  {line}")
-    print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
-    _train_and_report(trainer)
+    with new_run_directory(directory, config.preset, world) as directory:
+        if restarts and world.broadcast(is_same_run(config, directory)):
+            _resume(directory, config.device, world)
+            return
+        processes = f", {world.size} processes" if world.size > 1 else ""
+        device = device_name(world.device(config.device))
+        print(f"preset {config.preset}: {config.model} on {device}{processes}")
+        check_task(config)
+        for name, value in dataclasses.asdict(config).items():
+            if name not in {"preset", "model", *TASKS[config.task].unsupported_options}:
+                print(f"  {name} = {value}")
+        trainer = create_run(config, directory, world)
+        print(f"data: {trainer.task.description}")
+        for line in trainer.task.sizes:
+            print(f"  {line}")
+        print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
+        _train_and_report(trainer)
 
 
 def resume(directory: Path, device: str, world: distributed.World) -> None:
     """Continue a run from its newest checkpoint, and report."""
+    with run_lock(directory, world):
+        _resume(directory, device, world)
+
+
+def _resume(directory: Path, device: str, world: distributed.World) -> None:
     trainer = resume_run(directory, device, world)
     print(f"{directory}: continues at step {trainer.step} of {trainer.config.steps}", flush=True)
     _train_and_report(trainer)
@@ -72,7 +82,7 @@ def train_or_exit(trainer: Trainer, advice: str = "continue with the same comman
 
 def _train_and_report(trainer: Trainer) -> None:
     """Train; print the best weights' score on the validation split, a sample and the next commands."""
-    directory, task = trainer.directory, trainer.task
+    task, directory = trainer.task, run_argument(trainer.directory)
     started = time.monotonic()
     train_or_exit(trainer, f"continue with: tinygpt train --resume {directory}")
     print(f"\ntrained in {format_duration(time.monotonic() - started)}")
@@ -81,8 +91,8 @@ def _train_and_report(trainer: Trainer) -> None:
     score = trainer.score()
     print(f"the whole validation split, with the best weights:\n{score.table()}")
     sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))
-    print(f"a sample:\n\n{sample}")
-    print(f"\nthe run is in {directory}; next:\n  make eval RUN={directory}")
+    print(f"a sample:\n\n{printable(sample)}")
+    print(f"\nthe run is in {trainer.directory}; next:\n  make eval RUN={directory}")
     if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
     if task.kind == "translation":

@@ -1,25 +1,106 @@
 """Create run directories, and resume training from them."""
 
+import contextlib
 import dataclasses
+import fcntl
+import itertools
 import json
+import os
 import platform
+import socket
 import subprocess
+import sys
+import time
+from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 
 from gpt import LanguageModel, checkpoint
-from gpt.checkpoint import find_run, load_tensors, read_json
+from gpt.checkpoint import RUNS, find_run, load_tensors, read_json, run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
-from training.checkpointing import newest_checkpoint
+from training.checkpointing import list_checkpoints, read_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
+from training.progress import read_metrics
 from training.tasks import TASKS, check_task, open_task
 from training.trainer import Trainer
+
+LOCK = ".lock"
+"""File in a run directory that the process which trains the run has locked."""
+
+
+@contextlib.contextmanager
+def new_run_directory(
+    directory: Path | None, preset: str, world: World = SINGLE_PROCESS
+) -> Iterator[Path]:
+    """Create and lock a run directory: runs/<preset>-<time> if None; remove it if it stays empty."""
+    if world.is_main_process:
+        if directory is None:
+            directory = _create_unused(RUNS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}")
+        directory.mkdir(parents=True, exist_ok=True)
+    directory = world.broadcast(directory)
+    assert directory
+    try:
+        with run_lock(directory, world):
+            yield directory
+    finally:
+        if world.is_main_process:
+            with contextlib.suppress(OSError):  # not empty
+                directory.rmdir()
+
+
+def _create_unused(directory: Path) -> Path:
+    """Create a directory; if another process has, one with a number behind its name."""
+    numbered = (directory.with_name(f"{directory.name}-{number}") for number in itertools.count(2))
+    for path in itertools.chain([directory], numbered):
+        with contextlib.suppress(FileExistsError):
+            path.mkdir(parents=True)
+            break
+    return path
+
+
+@contextlib.contextmanager
+def run_lock(directory: Path, world: World = SINGLE_PROCESS) -> Iterator[None]:
+    """Lock a run directory for the main process; ValueError if another process has locked it.
+
+    The kernel frees the lock of a process that dies.
+    """
+    if not world.is_main_process:
+        yield
+        return
+    with _locked_file(directory / LOCK) as file:
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            (directory / LOCK).unlink(missing_ok=True)
+
+
+def _locked_file(path: Path) -> TextIO:
+    """Open and lock a file; a ValueError names who has locked it."""
+    while True:
+        file = path.open("a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+            raise ValueError(
+                f"{path.parent} is being trained by {holder}: wait until it has ended, or stop it"
+            ) from None
+        except OSError:  # a file system without locks
+            return file
+        # Unless the file was removed before it was locked.
+        if path.exists() and os.path.samestat(os.fstat(file.fileno()), path.stat()):
+            return file
+        file.close()
 
 
 def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PROCESS) -> Trainer:
@@ -44,8 +125,13 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         )
     if world.broadcast((directory / "run.json").exists()):
         raise ValueError(
-            f"{directory} already holds a run: continue it with --resume {directory}, "
-            "or choose another --run"
+            f"{directory} already holds a run: continue it with "
+            f"--resume {run_argument(directory)}, or choose another --run"
+        )
+    exists = directory.exists()
+    if world.broadcast(exists and any(path.name != LOCK for path in directory.iterdir())):
+        raise ValueError(
+            f"{directory} already holds files and is no run: choose another --run, or remove it"
         )
     with world.local_main_process_first():
         task = open_task(config)
@@ -53,7 +139,7 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
     load_init_embedding(trainer)
     if not world.is_main_process:
         return trainer
-    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "checkpoints").mkdir(parents=True)  # a run without it has lost its checkpoints
     if task.tokenizer:
         task.tokenizer.save(directory / "tokenizer.json")
     if task.calibration_tokens is not None:
@@ -65,17 +151,70 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
 
 
 def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> Trainer:
-    """Return a trainer in the state of the run's newest checkpoint, or at step 0 if it has none."""
+    """Return a trainer in the state of the run's newest checkpoint that is not damaged.
+
+    A run that has not come to its first checkpoint starts at step 0.
+    """
     config = dataclasses.replace(load_training_config(directory), device=device)
     check_batch_size(config, world)
+    checkpoints = list_checkpoints(directory)
+    if not checkpoints:
+        _check_never_saved(directory, config)
     with world.local_main_process_first():
         task = open_task(config, load_run_tokenizer(directory))
     trainer = Trainer(config, directory, task, world.device(device), world)
-    if newest := newest_checkpoint(directory):
-        trainer.load_checkpoint(newest)
+    if checkpoints:
+        _restore_newest(trainer, checkpoints)
     else:
         load_init_embedding(trainer)
+    weights = directory / "model.safetensors"
+    if not weights.exists():
+        trainer.best_validation_loss = None  # the next validation writes it
+    elif world.is_main_process:
+        try:
+            load_tensors(weights)
+        except ValueError as error:  # which the final score would end with
+            raise ValueError(f"{error}; if it is removed, the next validation writes it") from error
     return trainer
+
+
+def _check_never_saved(directory: Path, config: TrainingConfig) -> None:
+    """Raise ValueError if the run has no checkpoint, but must have had one."""
+    folder, metrics = directory / "checkpoints", read_metrics(directory)
+    was_saved = any(
+        "final_loss" in line or line["step"] > config.checkpoint_interval for line in metrics
+    )
+    if was_saved or not folder.is_dir():
+        raise ValueError(
+            f"{folder}: the run's checkpoints are gone, so it cannot continue where it was: "
+            "restore them from a copy, or train a new run with another --run"
+        )
+
+
+def _restore_newest(trainer: Trainer, checkpoints: list[Path]) -> None:
+    """Restore the newest checkpoint that every process can read; damaged ones are set aside."""
+    world = trainer.world
+    damaged: dict[Path, ValueError | None] = {}
+    for path in reversed(checkpoints):
+        problem = None
+        try:
+            contents = read_checkpoint(path)
+        except ValueError as error:
+            problem = error
+        if not world.all_reduce_max(int(problem is not None)):
+            break
+        damaged[path] = problem
+    else:
+        raise ValueError(
+            f"{path.parent}: every checkpoint is damaged ({problem}): restore one from a copy, "
+            "or train a new run with another --run"
+        )
+    trainer.restore(path, *contents)
+    if world.is_main_process:
+        for damaged_path, problem in damaged.items():
+            reason = problem or f"{damaged_path}: damaged for another process"
+            print(f"{reason}; continuing from {path.name} instead", file=sys.stderr)
+            damaged_path.rename(damaged_path.with_name(f"{damaged_path.name}.damaged"))
 
 
 def is_same_run(config: TrainingConfig, directory: Path) -> bool:
@@ -100,15 +239,15 @@ def load_init_embedding(trainer: Trainer) -> None:
     """Copy the embedding of `--init-embedding` to the model; ValueError if tokenizers or shapes differ."""
     if trainer.config.init_embedding is None:
         return
-    source = Path(trainer.config.init_embedding)
-    weights = load_tensors(find_run(source) / "model.safetensors", trainer.device)
+    source = find_run(trainer.config.init_embedding)
+    weights = load_tensors(source / "model.safetensors", trainer.device)
     source_embedding = weights.get("embedding.weight")
     embedding = trainer.model.get_parameter("embedding.weight")
     assert trainer.task.tokenizer
     if Tokenizer.load(source).fingerprint != trainer.task.tokenizer.fingerprint:
         raise ValueError(
             f"--init-embedding {source} has another tokenizer: give it to this run too, "
-            f"with --tokenizer {source}"
+            f"with --tokenizer {run_argument(source)}"
         )
     if source_embedding is None or source_embedding.shape != embedding.shape:
         shape = "none" if source_embedding is None else list(source_embedding.shape)

@@ -1,4 +1,5 @@
 import contextlib
+import dataclasses
 import io
 import json
 import math
@@ -24,9 +25,12 @@ from gpt.checkpoint import (
     save_tensors,
     unique_state_dict,
 )
+from gpt.cli import MaybeInt
 from gpt.generation import generate
 from gpt.sampling import SamplingParams
+from serving.cli import Sample, Serve
 from serving.engine.compilation import find_cpp_compiler
+from serving.http.limits import Limits, Timeouts
 from serving.tokenization import tokenize_prompt
 from tokenizer import byte_tokenizer
 
@@ -213,6 +217,31 @@ def test_sample_of_a_damaged_run_is_one_line_and_exit_code_2(
     file = tmp_path / "run" / name
     file.write_bytes(change(file.read_bytes()))
     assert message in run_mistake(tmp_path, "sample", "run")
+
+
+def run_options(options):
+    """Run a command as far as all its options are checked."""
+    if isinstance(options, Sample) or (isinstance(options, Serve) and options.port != 8000):
+        options()
+
+
+@pytest.mark.parametrize("command", [Serve, Limits, Timeouts, Sample])
+def test_every_number_is_used_or_refused_in_one_sentence(command, folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    unlimited = {(Sample, name) for name in ("max_tokens", "n")}
+    for field in dataclasses.fields(command):
+        kind = int if field.type is MaybeInt else type(field.default)
+        if kind is float:
+            numbers = [-1.0, math.nan, math.inf]
+        elif kind is int:
+            numbers = [10**30] * ((command, field.name) not in unlimited)
+            numbers += [-1] * (field.name != "seed")
+        else:
+            continue
+        for number in numbers:
+            with pytest.raises(ValueError, match=f"{field.name.replace('_', '.')} must be"):
+                run_options(command(**{field.name: number}))
 
 
 @pytest.mark.parametrize("arguments", ["sample --seed 1 -n 50", "sample --help"])

@@ -17,8 +17,10 @@ import pytest
 from gpt.checkpoint import find_run, load_tensors
 from tests.training.helpers import save_lower_case_tokenizer
 from tokenizer import train_words
-from training.checkpointing import newest_checkpoint
+from training import cli
+from training.checkpointing import list_checkpoints, newest_checkpoint
 from training.data.corpus import CorpusWriter, TextChunk
+from training.run_directory import run_lock
 
 TINY = shlex.split("""
     --tokenizer bytes --steps 6 --batch-size 4 --context-length 32 --width 16 --depth 1 --heads 1
@@ -193,6 +195,102 @@ def test_signals_save_a_checkpoint_that_resume_continues(workdir, request):
         assert "Traceback" not in err
 
 
+def flip_bit(path):
+    """Change one bit in the middle of a file's last third."""
+    content = bytearray(path.read_bytes())
+    content[len(content) * 5 // 6] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.fixture
+def copied_run(run, tmp_path):
+    """A copy of the finished run."""
+    shutil.copytree(run[0], tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.mark.parametrize(
+    "file", ["model.safetensors", "optimizer.safetensors", "rng_state.safetensors"]
+)
+def test_resume_from_the_checkpoint_before_a_damaged_one(file, run, copied_run):
+    flip_bit(copied_run / "checkpoints" / "step-6" / file)
+    code, out, err = training("train", "--resume", copied_run)
+    assert code == 0
+    assert f"step-6/{file}: damaged" in err
+    assert "continuing from step-3 instead" in err
+    assert "continues at step 3 of 6" in out
+    assert [path.name for path in list_checkpoints(copied_run)] == ["step-3", "step-6"]
+    for name in ("model.safetensors", "checkpoints/step-6/optimizer.safetensors"):
+        assert (copied_run / name).read_bytes() == (run[0] / name).read_bytes()
+
+
+def test_resume_from_before_a_damaged_trainer_state(copied_run):
+    path = copied_run / "checkpoints" / "step-6" / "trainer_state.json"
+    path.write_text(path.read_text().replace('"step": 6', '"step": 4'))
+    code, out, _ = training("train", "--resume", copied_run)
+    assert code == 0
+    assert "continues at step 3 of 6" in out
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda run: shutil.rmtree(run / "checkpoints"), "the run's checkpoints are gone"),
+        (
+            lambda run: [shutil.rmtree(path) for path in list_checkpoints(run)],
+            "the run's checkpoints are gone",
+        ),
+        (
+            lambda run: [(path / "model.safetensors").unlink() for path in list_checkpoints(run)],
+            "every checkpoint is damaged",
+        ),
+        (lambda run: flip_bit(run / "model.safetensors"), "model.safetensors: damaged"),
+    ],
+)
+def test_resume_of_a_run_without_whole_files_is_refused(damage, message, copied_run):
+    damage(copied_run)
+    before = sorted(copied_run.rglob("*"))
+    code, out, err = training("train", "--resume", copied_run)
+    assert (code, out) == (2, "")
+    assert message in err
+    assert err.count("\n") == 1
+    assert sorted(copied_run.rglob("*")) == before
+
+
+def test_a_locked_run_is_neither_resumed_nor_begun(run, workdir):
+    with run_lock(run[0]):
+        for arguments in (
+            ("--resume", run[0]),
+            (*TINY, "--data", workdir / "text.txt", "--run", run[0]),
+        ):
+            code, _, err = training("train", *arguments)
+            assert code == 2
+            assert f"is being trained by process {os.getpid()}" in err
+
+
+def test_a_bare_name_is_in_runs_and_printed_commands_are_quoted(workdir):
+    options = (*TINY, "--steps", "1", "--data", workdir / "text.txt")
+    code, out, err = training("train", *options, "--run", "it's mine")
+    assert code == 0, err
+    assert (workdir / "runs" / "it's mine" / "run.json").exists()
+    commands = [line for line in out.splitlines() if line.startswith("  make")]
+    assert len(commands) == 3
+    assert all(shlex.split(line)[2] == "RUN=runs/it's mine" for line in commands)
+    code, out, _ = training("eval", "it's mine", "--json")
+    assert code == 0
+    assert json.loads(out)["run"] == "runs/it's mine"
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_output_that_is_not_utf8_ends_no_run(encoding, workdir, monkeypatch):
+    (workdir / "greek.txt").write_text("μῆνιν ἄειδε θεά\n" * 99, "utf-8")
+    options = (*TINY, "--data", workdir / "greek.txt", "--run", f"runs/{encoding}")
+    stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    cli.main("tinygpt", ["train", *map(str, options)])
+    assert b"a sample:" in stream.buffer.getvalue()
+
+
 def test_nonfinite_loss_exits_with_code_1(workdir):
     options = ("--unembedding-lr", "1e38", "--grad-clip", "0", "--warmup-steps", "0")
     code, _, err = training(
@@ -219,7 +317,10 @@ INVALID = {
     "a mistyped option": (["train", "--stepz", "3"], "--stepz, 3 (did you mean --steps?)"),
     "a word for a number": (["train", "--steps", "many"], "--steps: invalid literal for int()"),
     "a number out of range": (["train", "--steps", "0"], "--steps must be at least 1, not 0"),
-    "an infinite rate": (["train", "--learning-rate", "inf"], "--learning-rate must be above 0"),
+    "an infinite rate": (
+        ["train", "--learning-rate", "inf"],
+        "--learning-rate must be at most 1e38, not inf",
+    ),
     "NaN": (["train", "--grad-clip", "nan"], "--grad-clip must be at least 0, not nan"),
     "no such choice": (["train", "--precision", "int4"], "invalid choice 'int4'"),
     "a batch that does not divide": (
@@ -247,8 +348,20 @@ INVALID = {
     "an empty folder": (["train", "--data", "empty"], "no text in this folder"),
     "mixed file types": (["train", "--data", "mixed"], "mixes file types"),
     "an existing run": (["train", "--run", "runs/done"], "already holds a run"),
+    "an existing folder": (["train", "--run", "./mixed"], "already holds files and is no run"),
+    "this folder": (["train", "--run", "."], "already holds files and is no run"),
+    "a run without a name": (["train", "--run", ""], "the name of the run is empty"),
+    "no name to resume": (["train", "--resume", ""], "the name of the run is empty"),
+    "no name to score": (["eval", ""], "the name of the run is empty"),
+    "a flipped bit": (["eval", "flipped"], "model.safetensors: damaged (its tensors are not"),
+    "a stride that is huge": (["eval", "done", "--stride", f"{10**30}"], "between 1 and 32"),
+    "no context": (["eval", "done", "--context-length", "0"], "context"),
+    "a ladder of no tokens": (["ladder", "--tokens", "0"], "--tokens must be at least 1"),
+    "a ladder of no time": (["ladder", "--seconds", "nan"], "--seconds above 0"),
+    "a plan for no card": (["plan", "--num-gpus", "-1"], "--num-gpus must be at least 1"),
+    "a plan without sense": (["plan", "--mfu", "nan"], "--mfu must be above 0"),
     "no such run": (["eval", "runs/dnoe"], "no such run directory (did you mean done?)"),
-    "resume of nothing": (["train", "--resume", "empty"], "not a training run"),
+    "resume of nothing": (["train", "--resume", "./empty"], "not a training run"),
     "resume with options": (["train", "--resume", "runs/done", "--steps", "9"], "--steps, 9"),
     "a stride of 0": (
         ["eval", "runs/done", "--stride", "0"],
@@ -307,8 +420,11 @@ def broken_inputs(run, workdir):
     config = json.loads((run[0] / "config.json").read_text())
     weights = (run[0] / "model.safetensors").read_bytes()
     model_args = config["model_args"]
+    flipped = bytearray(weights)
+    flipped[-3] ^= 16
     for name, new_config, new_weights in (
         ("cut", config, weights[: len(weights) // 2]),
+        ("flipped", config, bytes(flipped)),
         ("other", config | {"model_args": model_args | {"width": 32}}, weights),
         ("newer", config | {"format": 99}, weights),
         ("young", config, None),

@@ -402,10 +402,10 @@ def test_run_killed_five_times_equals_uninterrupted_run(tmp_path, request):
             [*command, *arguments], cwd=tmp_path, env=environment, stdout=subprocess.PIPE, text=True
         )
 
-    process = start(*options, "--run", "uninterrupted")
+    process = start(*options, "--run", "runs/uninterrupted")
     process.communicate()
     assert process.returncode == 0
-    killed, arguments = tmp_path / "killed", [*options, "--run", "killed"]
+    killed, arguments = tmp_path / "runs" / "killed", [*options, "--run", "killed"]
     for kill_step in sorted(rng.sample(range(10, 190), 5)):
         process = start(*arguments)
         while process.poll() is None:
@@ -420,7 +420,7 @@ def test_run_killed_five_times_equals_uninterrupted_run(tmp_path, request):
     process = start(*arguments)
     process.communicate()
     assert process.returncode == 0
-    uninterrupted = tmp_path / "uninterrupted"
+    uninterrupted = tmp_path / "runs" / "uninterrupted"
     assert read_log(killed) == read_log(uninterrupted)
     for file in ("model.safetensors", "checkpoints/step-200/model.safetensors"):
         assert sha256(killed / file) == sha256(uninterrupted / file)

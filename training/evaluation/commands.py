@@ -18,6 +18,7 @@ from training.config import TrainingConfig
 from training.data.corpus import is_prepared
 from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
+from training.progress import read_metrics
 from training.run_directory import load_run_tokenizer, load_training_config
 from training.tasks import TASKS, open_task
 from training.tasks.base import Task, refuse_text_option
@@ -29,7 +30,7 @@ class Eval:
     """Evaluate a run on a text: loss, perplexity and bits per byte; every token is scored once."""
 
     run: cli.MaybeRun = None
-    """Run directory. Default: the newest under runs/."""
+    """Run: a name in runs/, or a path. Default: the newest under runs/."""
     data: MaybeText = None
     """Text to score, as in `train --data`. Default: the run's own corpus."""
     data_config: MaybeText = None
@@ -106,8 +107,8 @@ def _check_same_data(directory: Path, config: TrainingConfig, task: Task) -> Non
 class Translators:
     """Compare translation runs: a table and a plot of BLEU by sentence length."""
 
-    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN …", help_behavior_hint="")]
-    """Run directories."""
+    run: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN …", help_behavior_hint="")]
+    """Runs: names in runs/, or paths."""
     split: str = "test"
     """Split to translate."""
     num_beams: int = 1
@@ -142,7 +143,9 @@ class Translators:
                 "model": config.model,
                 "split": self.split,
                 "parameters": count_parameters(model),
-                "seconds": max(line.get("seconds", 0.0) for line in curves.read_metrics(directory)),
+                "seconds": max(
+                    (line.get("seconds", 0.0) for line in read_metrics(directory)), default=0.0
+                ),
                 **score.to_json(),
             }
             rows.append(row)

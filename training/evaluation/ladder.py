@@ -24,7 +24,7 @@ from gpt.summary import count_parameters
 from training.config import TrainingConfig
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
-from training.run_directory import create_run, resume_run
+from training.run_directory import create_run, resume_run, run_lock
 from training.tasks import open_task
 from training.tasks.text import Text
 from training.trainer import Objective, Trainer
@@ -64,7 +64,7 @@ def run_ladder(
     settings_path = directory / "settings.json"
     if settings_path.exists() and read_json(settings_path) != settings:
         raise ValueError(
-            f"{directory} holds a ladder with other settings ({settings_path.read_text().strip()}): "
+            f"{directory} holds a ladder with other settings ({settings_path.read_text('utf-8').strip()}): "
             "choose another --output, or the same settings"
         )
     directory.mkdir(parents=True, exist_ok=True)
@@ -74,24 +74,29 @@ def run_ladder(
         if (run / "rung.json").exists():
             print(f"{prefix}: already finished", flush=True)
             continue
-        config = dataclasses.replace(preset, preset=name, **config_fields)
-        if (run / "run.json").exists():
-            trainer = resume_run(run, config.device)
-        else:
-            steps = tokens / (config.batch_size * config.context_length)
-            if seconds is not None:
-                steps = seconds / seconds_per_step(config)
-            steps = max(1, round(steps))
-            # Validated only at the end: the whole budget goes into training.
-            config = dataclasses.replace(config, steps=steps, eval_interval=steps, sample_tokens=0)
-            trainer = create_run(config, run)
-        size, steps = count_parameters(trainer.model), trainer.config.steps
-        print(
-            f"{prefix}: {size:,} parameters, {steps:,} steps from step {trainer.step}", flush=True
-        )
-        train(trainer)
-        row = score_rung(name, trainer)
-        write_atomically(run / "rung.json", json.dumps(row, indent=2) + "\n")
+        run.mkdir(exist_ok=True)
+        with run_lock(run):
+            config = dataclasses.replace(preset, preset=name, **config_fields)
+            if (run / "run.json").exists():
+                trainer = resume_run(run, config.device)
+            else:
+                steps = tokens / (config.batch_size * config.context_length)
+                if seconds is not None:
+                    steps = seconds / seconds_per_step(config)
+                steps = max(1, round(steps))
+                # Validated only at the end: the whole budget goes into training.
+                config = dataclasses.replace(
+                    config, steps=steps, eval_interval=steps, sample_tokens=0
+                )
+                trainer = create_run(config, run)
+            size, steps = count_parameters(trainer.model), trainer.config.steps
+            print(
+                f"{prefix}: {size:,} parameters, {steps:,} steps from step {trainer.step}",
+                flush=True,
+            )
+            train(trainer)
+            row = score_rung(name, trainer)
+            write_atomically(run / "rung.json", json.dumps(row, indent=2) + "\n")
         bits = row["bits_per_byte"]
         shown = f"loss {row['loss']:.4f}" if bits is None else f"{bits:.4f} bits per byte"
         print(f"  {shown}", flush=True)

@@ -22,8 +22,8 @@ MAX_XRAY_TOKENS = 1000
 class Plot:
     """Plot the loss curves of one or several runs."""
 
-    run: Annotated[Positional[tuple[Path, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
-    """Run directories. Default: the newest under runs/."""
+    run: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
+    """Runs: names in runs/, or paths. Default: the newest under runs/."""
     output: Path = Path("loss.svg")
     """File to write: .svg, .png or .pdf."""
 
@@ -63,8 +63,8 @@ class Figures:
 class Xray:
     """Draw a model's activation maps over a text: attention, alignments, gates, experts."""
 
-    run: Annotated[Positional[Path], arg(metavar="RUN")]
-    """Run directory."""
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run: a name in runs/, or a path."""
     text: Annotated[Positional[str], arg(metavar="TEXT")]
     """Text to read; for a translation run, the source sentence."""
     translation: cli.MaybeText = None
