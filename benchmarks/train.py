@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from benchmarks import report, training_configs
 from benchmarks.report import Result
@@ -37,7 +36,7 @@ from training.presets import get_preset
 from training.run_directory import environment_info
 from training.tasks import open_task
 from training.tasks.text import load_corpus
-from training.trainer import Objective, Trainer
+from training.trainer import Trainer
 
 ROUNDS, STEPS_PER_ROUND = 6, 5
 """Of the throughput measurement; the first round is the warmup."""
@@ -51,14 +50,15 @@ class TrainingSession:
     def __init__(self, config: TrainingConfig) -> None:
         self.device = resolve_device(config.device)
         self.trainer = Trainer(config, Path(), open_task(config), self.device)
-        self.objective: Callable[..., Tensor] = Objective(self.trainer.model)
-        if config.compile:
-            self.objective = torch.compile(self.objective)
-        self.seconds = 0.0
+        start = time.perf_counter()
+        self.objective = self.trainer.compilation.objective
+        self.seconds = time.perf_counter() - start
+        self.compile_seconds = self.seconds if self.trainer.compilation.enabled else 0.0
 
     def info(self) -> Result:
-        """Return the number of parameters, the device and FLOPs."""
+        """Return the number of parameters, the device, FLOPs, and whether and how long it compiled."""
         return environment_info(self.trainer) | {
+            "compile_seconds": self.compile_seconds,
             "flops_per_token": self.trainer.flops_per_token,
             "peak_flops": peak_flops(self.device),
         }

@@ -3,6 +3,8 @@
 import ctypes
 import functools
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,6 +109,22 @@ def uses_bfloat16(device: torch.device, precision: str) -> bool:
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which matrix products are computed in `precision`, sums in float32."""
     return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
+
+
+@contextmanager
+def tf32(device: torch.device) -> Iterator[None]:
+    """Within this context a GPU multiplies float32 matrices in TF32: several times as fast.
+
+    TF32 rounds factors to 10 bits, where float32 has 23 and bfloat16 has 7: enough for train steps.
+    Evaluation, sampling and serving stay outside, so that their figures are those of a CPU.
+    """
+    previous = torch.get_float32_matmul_precision()
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(previous)
 
 
 def peak_flops(device: torch.device) -> float | None:

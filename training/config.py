@@ -137,11 +137,11 @@ class TrainingConfig:
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Data type of matrix products. auto: bfloat16 where the device computes it faster than float32."""
+    """Data type of matrix products. auto: bfloat16 where the device computes it faster than float32. A GPU trains in float32 with TF32 products."""
     fsdp: bool = False
     """Shard the model and its optimizer over the processes that torchrun starts (FSDP2), for models too large for one device."""
-    compile: bool = False
-    """Compile the model: a slow start, then faster steps. Needs a C++ compiler on CPU."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """Compile the model: a slow start, then faster steps. auto: on a GPU, for a run of a Transformer that takes longer than compiling. Needs Triton on a GPU, and a C++ compiler."""
 
     def __post_init__(self) -> None:
         for valid_range, (is_valid, names) in VALID_RANGES.items():

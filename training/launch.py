@@ -50,6 +50,7 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         print(f"data: {trainer.task.description}")
         for line in trainer.task.sizes:
             print(f"  {line}")
+        print(f"compile: {trainer.compilation}")
         print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
         _train_and_report(trainer)
 
@@ -62,6 +63,7 @@ def resume(directory: Path, device: str, world: distributed.World) -> None:
 
 def _resume(directory: Path, device: str, world: distributed.World) -> None:
     trainer = resume_run(directory, device, world)
+    print(f"compile: {trainer.compilation}")
     print(f"{directory}: continues at step {trainer.step} of {trainer.config.steps}", flush=True)
     _train_and_report(trainer)
 

@@ -178,7 +178,6 @@ PRESETS: dict[str, TrainingConfig] = {
             batch_size=64,
             context_length=256,
             cooldown_fraction=4900 / 5000,
-            compile=True,
         ),
         # OpenAI's GPT-2 with nanoGPT's hyperparameters. nanoGPT pads the vocabulary of 50,257 to
         # 50,304, a multiple of 128, which is faster.
@@ -195,7 +194,6 @@ PRESETS: dict[str, TrainingConfig] = {
             gradient_accumulation_steps=15,
             warmup_steps=2000,
             cooldown_fraction=598 / 600,
-            compile=True,
             precision="bfloat16",
             eval_interval=1000,
             eval_tokens=1_048_576,
@@ -219,7 +217,6 @@ PRESETS: dict[str, TrainingConfig] = {
             steps=1000,
             batch_size=64,
             context_length=256,
-            compile=True,
         ),
         "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 4, "heads": 3}),
         "gpt-micro": TrainingConfig(

@@ -137,6 +137,9 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         task = open_task(config)
     trainer = Trainer(config, directory, task, device, world)
     load_init_embedding(trainer)
+    facts = environment_info(
+        trainer
+    )  # compiles: if that is impossible, no directory is left behind
     if not world.is_main_process:
         return trainer
     (directory / "checkpoints").mkdir(parents=True)  # a run without it has lost its checkpoints
@@ -146,7 +149,7 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         tokens = torch.from_numpy(task.calibration_tokens.astype("int32"))
         checkpoint.save_tensors(directory / "validation.safetensors", {"tokens": tokens})
     checkpoint.save_config(directory, config.model, model_arguments(config, task.model_args))
-    save_training_config(config, directory, environment_info(trainer))
+    save_training_config(config, directory, facts)
     return trainer
 
 
@@ -273,7 +276,10 @@ def load_training_config(directory: Path) -> TrainingConfig:
     content = read_json(path)
     checkpoint.check_format(path, content)
     try:
-        return TrainingConfig(**content["config"])
+        fields = content["config"]
+        if isinstance(fields["compile"], bool):  # as it was before `auto`
+            fields["compile"] = "on" if fields["compile"] else "off"
+        return TrainingConfig(**fields)
     except (KeyError, TypeError) as error:
         raise ValueError(f"{path}: written by another version of tinygpt ({error})") from error
 
@@ -303,6 +309,10 @@ def environment_info(trainer: Trainer) -> dict[str, Any]:
         "data": {"fingerprint": task.fingerprint, "description": task.description},
         "parameters": count_parameters(trainer.model),
         "device": device_name(trainer.device),
+        "compile": {
+            "enabled": trainer.compilation.enabled,
+            "reason": trainer.compilation.reason,
+        },
         "python": platform.python_version(),
         "versions": versions,
         "commit": commit,

@@ -7,6 +7,7 @@ So a run that was interrupted in any way continues exactly as if it had not been
 
 import copy
 import dataclasses
+import functools
 import math
 import signal
 import time
@@ -22,8 +23,9 @@ from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
 from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
-from gpt.device import autocast, peak_flops, retain_freed_memory
+from gpt.device import autocast, peak_flops, retain_freed_memory, tf32
 from training import checkpointing, distributed
+from training.compilation import Compilation, should_compile
 from training.config import TrainingConfig, new_model
 from training.distributed import SINGLE_PROCESS, World, full_tensor, shard_like
 from training.optimizer import Optimizers, lr_schedule
@@ -136,15 +138,56 @@ class Trainer:
         words = np.random.SeedSequence([self.config.seed, self.world.rank, self.step])
         torch.manual_seed(int(words.generate_state(1)[0]))
 
+    @functools.cached_property
+    def compilation(self) -> Compilation:
+        """The objective of train steps: compiled at the first access, if the config asks for it or it pays.
+
+        Raises ValueError if `--compile on` cannot be fulfilled; `auto` falls back to the eager model.
+        """
+        fixed_shapes = self.task.sequence_length is not None
+        enabled, reason = should_compile(
+            self.config, self.model, self.device, self.world.size, fixed_shapes
+        )
+        if not enabled:
+            return Compilation(self.objective, False, reason)
+        objective: Callable[..., Tensor] = torch.compile(self.objective, dynamic=not fixed_shapes)
+        error = self._try_objective(objective)
+        if not self.world.all_reduce_max(int(error is not None)):
+            return Compilation(objective, True, reason)
+        error = error or "another process cannot compile"
+        if self.config.compile == "on":
+            raise ValueError(f"--compile on: {error}; --compile off trains without")
+        return Compilation(self.objective, False, f"auto: {error}")
+
+    def _try_objective(self, objective: Callable[..., Tensor]) -> str | None:
+        """Take the next step without updating any weight; return the first line of its error, if any.
+
+        This compiles a compiled objective, for all later steps: their batches have the same shapes.
+        """
+        self.prefetcher.batch(self.step)  # its errors are not the compiler's
+        tokens_seen, state, was_training = self.tokens_seen, self.state, self.model.training
+        self.state = {name: tensor.clone() for name, tensor in state.items()} if state else None
+        self.model.train()
+        devices = [self.device] if self.device.type == "cuda" else []
+        error = None
+        with torch.random.fork_rng(devices, device_type="cuda"), tf32(self.device):
+            try:
+                self._backward(objective)
+            except Exception as failure:  # of many kinds: no compiler, no Triton, an old GPU, ...
+                message = str(failure).strip() or type(failure).__name__
+                error = message.splitlines()[0]
+        self.tokens_seen, self.state = tokens_seen, state
+        self.model.zero_grad()
+        self.model.train(was_training)
+        return error
+
     def train(self) -> None:
         """Train from the current step to the last.
 
         Raises Stopped after SIGINT or SIGTERM, when a checkpoint has been saved, and Diverged if a
         loss is not finite.
         """
-        objective: Callable[..., Tensor] = self.objective
-        if self.config.compile:
-            objective = torch.compile(objective)
+        objective = self.compilation.objective
         if self.world.size > 1 and not self.sharded:
             objective = distributed.wrap_ddp(objective)
         if self.world.is_main_process:
@@ -193,6 +236,13 @@ class Trainer:
 
         Operations are only queued on the device: nothing here waits for it.
         """
+        with tf32(self.device):
+            loss = self._backward(objective)
+            self.optimizers.step(self.step)
+        return loss
+
+    def _backward(self, objective: Callable[..., Tensor]) -> Tensor:
+        """Add the gradients of the next step's batch to the parameters' and return its loss."""
         batch = self.prefetcher.batch(self.step)
         num_targets = int((batch[-1] != -100).sum())
         self.tokens_seen += num_targets
@@ -224,7 +274,6 @@ class Trainer:
                     loss = objective(*micro_batch, state=self.state) * weight
                 loss.backward()
             total_loss += loss.detach()
-        self.optimizers.step(self.step)
         return total_loss
 
     def _check_finite(self) -> None:

@@ -47,7 +47,7 @@ def tiny(config, data, **settings):
         "batch_size": 4,
         "context_length": 16,
         "gradient_accumulation_steps": 1,
-        "compile": False,
+        "compile": "off",
         "device": "cpu",
     }
     model_args = config.model_args | TINY

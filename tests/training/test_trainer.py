@@ -139,7 +139,7 @@ def test_resumed_run_equals_uninterrupted_run(variant, stop_step, corpus, tmp_pa
 def test_resumed_compiled_run_equals_uninterrupted_run(corpus, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "compiled"))
     model_args = TINY.model_args | {"depth": 1}
-    config = dataclasses.replace(TINY, model_args=model_args, compile=True, precision="bfloat16")
+    config = dataclasses.replace(TINY, model_args=model_args, compile="on", precision="bfloat16")
     assert_resumed_equals_uninterrupted(config, Text(config, corpus), 5, tmp_path)
 
 
@@ -162,7 +162,7 @@ def shrink(config):
         checkpoint_interval=4,
         log_interval=1,
         sample_tokens=2,
-        compile=False,
+        compile="off",
     )
 
 

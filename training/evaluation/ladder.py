@@ -82,6 +82,7 @@ def run_ladder(
             else:
                 steps = tokens / (config.batch_size * config.context_length)
                 if seconds is not None:
+                    config = dataclasses.replace(config, compile="off")  # as it is measured
                     steps = seconds / seconds_per_step(config)
                 steps = max(1, round(steps))
                 # Validated only at the end: the whole budget goes into training.
