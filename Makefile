@@ -5,10 +5,10 @@ TINYGPT := .venv/bin/tinygpt
 # As they were typed, and for the recipes' shell in its environment: names may hold spaces, quotes and $.
 $(foreach name,DATA PORT PRESET PROMPT RUN TEMPERATURE,$(eval override export $(name) := $$(value $(name))))
 
-.PHONY: help setup train eval ladder sample serve bench test check format clean
+.PHONY: help setup train eval ladder sample serve bench bench-gpu test check format clean
 
 help:  ## list the targets
-	@sed -nE 's/^([a-z]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
+	@sed -nE 's/^([a-z-]+):.*## (.*)/\1\t\2/p' Makefile | expand -t 10
 
 setup: .venv/.installed  ## create .venv with pinned versions; other targets do so when needed
 
@@ -39,6 +39,9 @@ serve: .venv/.installed  ## serve a run over HTTP: make serve [RUN= PORT= ARGS=]
 
 bench: .venv/.developed  ## benchmarks of serving, or with DATA=input.txt of training: make bench [DATA= ARGS=]
 	$(PY) -m benchmarks.$(if $(DATA),train --data "$$DATA",serve) $(ARGS)
+
+bench-gpu: .venv/.developed  ## check and measure everything on a GPU, in ten minutes: make bench-gpu [DATA=input.txt ARGS=]
+	$(PY) -m benchmarks.gpu $(if $(DATA),--data '$(DATA)') $(ARGS)
 
 test: .venv/.developed  ## all tests except the long ones: make test [ARGS=]
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)

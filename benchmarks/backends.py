@@ -1,7 +1,7 @@
 """The engine, `transformers` and llama.cpp behind one interface, all with the weights of one GPT-2.
 
 A backend's `generate(prompts, max_tokens)` returns the greedy output of each prompt, as token ids.
-No token ends a sequence, so all backends do the same work.
+No token ends a sequence, so all backends do the same work. A backend runs on its model's device.
 """
 
 import ctypes
@@ -21,7 +21,7 @@ from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams
 from serving.engine.autotune import tune_scheduler_steps
 from serving.engine.compilation import Compiler
-from serving.engine.engine import Engine
+from serving.engine.engine import MAX_NUM_BATCHED_TOKENS, Engine
 from serving.engine.sequence import Request
 
 Prompts = Sequence[Sequence[int]]
@@ -58,11 +58,21 @@ def random_prompts(count: int, length: int, vocab_size: int) -> list[list[int]]:
 
 
 class TinyGPT:
-    """The engine of `serving`, in this process, with compiled steps."""
+    """The engine of `serving`, in this process, with compiled steps on a CPU, CUDA graphs on a GPU."""
 
-    def __init__(self, model: GPT2, max_num_seqs: int, dtype: DType) -> None:
+    def __init__(
+        self,
+        model: GPT2,
+        max_num_seqs: int,
+        dtype: DType,
+        max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS,
+    ) -> None:
         self.engine = Engine(
-            quantize(model, dtype), max_num_seqs, num_scheduler_steps=tune_scheduler_steps(model)
+            quantize(model, dtype),
+            max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            num_scheduler_steps=tune_scheduler_steps(model),
+            cuda_graphs=next(model.parameters()).device.type == "cuda",
         )
         compiler = Compiler()
         compiler.add(self.engine, torch.get_num_threads())
@@ -92,7 +102,7 @@ class Transformers:
     @torch.inference_mode()
     def generate(self, prompts: Prompts, max_tokens: int) -> list[list[int]]:
         """Return the greedy output of each prompt."""
-        prompts_BT = torch.tensor([list(prompt) for prompt in prompts])
+        prompts_BT = torch.tensor([list(prompt) for prompt in prompts], device=self.model.device)
         sequences_BT = self.model.generate(
             prompts_BT,
             attention_mask=torch.ones_like(prompts_BT),
@@ -214,7 +224,7 @@ def to_transformers(model: GPT2, **config_args: Any) -> Any:  # noqa: ANN401 (a 
         **config_args,
     )
     hf_model: Any = GPT2LMHeadModel(config)
-    hf_model.to(model.embedding.weight.dtype)
+    hf_model.to(model.embedding.weight)  # its device and dtype
     # Its matrices multiply from the right (Conv1D).
     state = {
         f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (

@@ -16,6 +16,7 @@ from benchmarks import report
 from benchmarks.backends import LlamaCpp, ModelSize, TinyGPT, Transformers, random_prompts
 from benchmarks.report import Result
 from benchmarks.worker import Worker
+from gpt.kernels.quantization import DType
 from gpt.models.gpt import GPT2
 
 MIN_SECONDS = 0.5
@@ -35,12 +36,20 @@ WORKLOADS = {
     "eight sequences": Workload(8, 16, 64),
     "prefill": Workload(1, 256, 1),
 }
-PAIRS = (("tinygpt float32", "transformers"), ("tinygpt int8", "llama.cpp q8_0"))
+GPU_WORKLOADS = {**WORKLOADS, "256 sequences": Workload(256, 16, 64)}
+PAIRS = (
+    ("tinygpt float32", "transformers"),
+    ("tinygpt int8", "llama.cpp q8_0"),
+    ("tinygpt bfloat16", "transformers bfloat16"),
+)
 """Backends of similar precision, for the table of speedups."""
 
 
-def available_backends() -> list[str]:
-    """Return the names of the backends that are installed."""
+def available_backends(device: str = "cpu") -> list[str]:
+    """Return the names of the backends that are installed and run on a device."""
+    if device != "cpu":
+        transformers = ["transformers bfloat16"] * report.is_installed("transformers")
+        return ["tinygpt bfloat16", *transformers]
     names = ["tinygpt float32", "tinygpt int8"]
     if report.is_installed("transformers"):
         names.append("transformers")
@@ -49,30 +58,42 @@ def available_backends() -> list[str]:
     return names
 
 
-def create_backend(name: str, model: GPT2, threads: int) -> TinyGPT | Transformers | LlamaCpp:
-    """Build a backend by its name."""
+def create_backend(
+    name: str, model: GPT2, threads: int, max_num_seqs: int
+) -> TinyGPT | Transformers | LlamaCpp:
+    """Build a backend by its name, on the model's device."""
     torch.set_num_threads(threads)
-    if name == "transformers":
-        return Transformers(model)
+    dtypes: dict[str, DType] = {"int8": "int8", "bfloat16": "bfloat16"}
+    dtype = dtypes.get(name.split()[-1], "float32")
+    if name.startswith("transformers"):
+        return Transformers(model.bfloat16() if dtype == "bfloat16" else model)
     if name.startswith("llama.cpp"):
-        return LlamaCpp(model, name.split()[-1].upper(), threads, max_num_seqs=8)
-    return TinyGPT(model, 8, "int8" if name.endswith("int8") else "float32")
+        return LlamaCpp(model, name.split()[-1].upper(), threads, max_num_seqs)
+    return TinyGPT(model, max_num_seqs, dtype)
 
 
-def backend_worker(connection: Connection, name: str, size: ModelSize, threads: int) -> None:
+def backend_worker(
+    connection: Connection,
+    name: str,
+    size: ModelSize,
+    threads: int,
+    device: str,
+    workloads: Mapping[str, Workload],
+) -> None:
     """Send the first tokens generated; then the tokens per second of each workload received."""
-    backend = create_backend(name, size.build(), threads)
+    max_num_seqs = max(workload.batch_size for workload in workloads.values())
+    backend = create_backend(name, size.build().to(device), threads, max_num_seqs)
     prompts = {
         workload: random_prompts(batch_size, length, size.vocab_size)
-        for workload, (batch_size, length, _) in WORKLOADS.items()
+        for workload, (batch_size, length, _) in workloads.items()
     }
     warmup = {
-        workload: backend.generate(prompts[workload], WORKLOADS[workload].output_length)
-        for workload in WORKLOADS
+        workload: backend.generate(prompts[workload], workloads[workload].output_length)
+        for workload in workloads
     }
     connection.send(warmup["one sequence"][0][:8])
     while workload := connection.recv():
-        batch_size, prompt_length, output_length = WORKLOADS[workload]
+        batch_size, prompt_length, output_length = workloads[workload]
         tokens, seconds = 0, 0.0
         start = time.perf_counter()
         while seconds < MIN_SECONDS:
@@ -84,21 +105,26 @@ def backend_worker(connection: Connection, name: str, size: ModelSize, threads: 
 
 
 def compare_backends(
-    sizes: Mapping[str, ModelSize], backends: Sequence[str], threads: int, rounds: int
+    sizes: Mapping[str, ModelSize],
+    backends: Sequence[str],
+    threads: int,
+    rounds: int,
+    device: str = "cpu",
+    workloads: Mapping[str, Workload] = WORKLOADS,
 ) -> list[Result]:
     """Return the tokens per second of each backend, thread count, workload and round."""
     results: list[Result] = []
     for size_name, size in sizes.items():
         workers: list[tuple[Worker, Result]] = []
         for name in backends:
-            for count in sorted({1, threads}):
-                worker = Worker(name, backend_worker, name, size, count)
+            for count in sorted({1, threads} if device == "cpu" else {threads}):
+                worker = Worker(name, backend_worker, name, size, count, device, workloads)
                 # One after the other: loading all at once needs twice the memory.
                 first_tokens = worker.receive()
                 result: Result = {"size": size_name, "backend": name, "threads": count}
                 workers.append((worker, result | {"first_tokens": first_tokens}))
         for number in range(rounds):
-            for workload in WORKLOADS:
+            for workload in workloads:
                 for worker, result in workers:
                     result.setdefault(workload, []).append(worker.request(workload))
             print(f"{size_name}: round {number + 1}/{rounds}", flush=True)
@@ -122,10 +148,11 @@ def backends_table(results: Sequence[Result]) -> str:
     """Format tokens per second, and below them the engine's speedups over the others."""
     backends = list(dict.fromkeys(result["backend"] for result in results))
     sizes = list(dict.fromkeys(result["size"] for result in results))
+    workloads = [name for name in GPU_WORKLOADS if name in results[0]]
     pairs = [pair for pair in PAIRS if {*pair} <= {*backends}]
     speed_rows, speedup_rows = [], []
     for size in sizes:
-        for workload in WORKLOADS:
+        for workload in workloads:
             speeds = {name: fastest(results, size, name, workload) for name in backends}
             medians = [f"{statistics.median(speed):,.0f}" for speed in speeds.values()]
             speed_rows.append([f"{size}, {workload}", *medians])
@@ -142,8 +169,8 @@ def backends_table(results: Sequence[Result]) -> str:
         lines += ["", *report.markdown_table(header, speedup_rows)]
     one, eight, prefill = WORKLOADS.values()
     note = (
-        f"One sequence of {one.output_length} tokens, eight of {eight.output_length}, a prompt of "
-        f"{prefill.prompt_length} tokens plus one. Each engine with its fastest number of threads; "
+        f"One sequence of {one.output_length} tokens, eight or 256 of {eight.output_length}, a "
+        f"prompt of {prefill.prompt_length} tokens plus one; prefill included. Each engine with its fastest number of threads; "
         f"medians of {len(results[0]['prefill'])} interleaved rounds, ratios within a round."
     )
     return "\n".join([*lines, "", note]) + "\n"

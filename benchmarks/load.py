@@ -10,14 +10,15 @@ Tokens are counted by the engine's outputs or the server's usage field, never by
 """
 
 import asyncio
+import contextlib
 import math
 import random
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
+from typing import Any, TypeVar
 
 import torch
-import uvloop
 
 from benchmarks import report
 from benchmarks.backends import ModelSize, TinyGPT, random_prompts
@@ -28,6 +29,8 @@ from gpt.sampling import SamplingParams
 from serving.engine.autotune import tune_num_threads
 from serving.engine.engine import Engine
 from serving.engine.sequence import Request
+
+Timings = TypeVar("Timings")
 
 PROMPT_LENGTH = 16
 CLIENTS = (1, 4, 16, 64)
@@ -68,6 +71,13 @@ def percentiles(values: Sequence[float]) -> dict[str, float]:
         return {}
     p99 = sorted(values)[math.ceil(0.99 * len(values)) - 1]
     return {"p50": statistics.median(values), "p99": p99}
+
+
+def run_client(coroutine: Coroutine[Any, Any, Timings]) -> Timings:
+    """Run a client on uvloop, which measuring the engine alone does not need."""
+    import uvloop
+
+    return uvloop.run(coroutine)
 
 
 # Closed and open loop.
@@ -141,11 +151,13 @@ def measure_load(
     max_num_seqs: int,
     dtype: DType,
     rounds: int,
+    device: str = "cpu",
+    http: bool = True,
 ) -> Result:
-    """Measure the engine's closed loop, a server's, and its open loop."""
-    threads = tune_num_threads(quantize(size.build(), dtype))
+    """Measure the engine's closed loop and, if `http`, a server's, and its open loop."""
+    threads = tune_num_threads(quantize(size.build().to(device), dtype))
     torch.set_num_threads(threads)
-    engine = TinyGPT(size.build(), max_num_seqs, dtype).engine
+    engine = TinyGPT(size.build().to(device), max_num_seqs, dtype).engine
     for clients in CLIENTS:  # warmup
         engine_closed_loop(engine, clients, clients, 8)
     weights = (*engine.model.parameters(), *engine.model.buffers())
@@ -156,39 +168,45 @@ def measure_load(
         "closed_loop": [],
         "open_loop": [],
     }
-    options = ["--max-num-seqs", max_num_seqs, "--max-queue", max(CLIENTS)]
+    options = ["--max-num-seqs", max_num_seqs, "--max-queue", max(CLIENTS), "--device", device]
     options += ["--dtype", dtype, "--threads", threads]
-    with running_server(size, options) as (port, seconds):
-        result["startup_seconds"] = seconds
-        uvloop.run(wait_until_compiled(port, engine.num_compiled_steps))
+    with contextlib.ExitStack() as servers:
+        port = 0
+        if http:
+            port, result["startup_seconds"] = servers.enter_context(running_server(size, options))
+            run_client(wait_until_compiled(port, engine.num_compiled_steps))
         for clients in CLIENTS:
             count = max(min(num_prompts, 8 * clients), 2 * clients)
             loop: Result = {"clients": clients, "engine": [], "http": []}
             for _ in range(rounds):
                 loop["engine"].append(engine_closed_loop(engine, clients, count, output_length))
-                http = closed_loop(port, clients, count, output_length, size.vocab_size)
-                loop["http"].append(uvloop.run(http))
+                if http:
+                    client = closed_loop(port, clients, count, output_length, size.vocab_size)
+                    loop["http"].append(run_client(client))
             result["closed_loop"].append(loop)
             print(f"{size_name}: {clients} clients", flush=True)
+        if not http:
+            return result
         capacity = max(
             median_of(loop["http"], "tokens_per_second") for loop in result["closed_loop"]
         )
         for load in LOADS:
             rate = load * capacity / output_length
-            http = open_loop(port, rate, 2 * num_prompts, output_length, size.vocab_size)
-            result["open_loop"].append({"load": load, "request_rate": rate, **uvloop.run(http)})
+            client = open_loop(port, rate, 2 * num_prompts, output_length, size.vocab_size)
+            result["open_loop"].append({"load": load, "request_rate": rate, **run_client(client)})
             print(f"{size_name}: {load:.0%} of capacity", flush=True)
     return result
 
 
-def memory_bandwidth(threads: int) -> float:
-    """Return the bytes per second that a sum reads from memory."""
+def memory_bandwidth(threads: int, device: str = "cpu") -> float:
+    """Return the bytes per second that a sum reads from the device's memory."""
     torch.set_num_threads(threads)
-    numbers = torch.ones(2**26)
+    # So many on a GPU that starting the sum and waiting for it hardly count.
+    numbers = torch.ones(2**26 if device == "cpu" else 2**30, device=device)
     seconds = []
     for _ in range(5):
         start = time.perf_counter()
-        numbers.sum()
+        numbers.sum().item()
         seconds.append(time.perf_counter() - start)
     return numbers.nbytes / min(seconds)
 
@@ -207,17 +225,18 @@ def load_table(result: Result, bandwidth: float) -> str:
     ]
     rows = []
     for loop in result["closed_loop"]:
-        engine, http = (median_of(loop[key], "tokens_per_second") for key in ("engine", "http"))
-        pairs = zip(loop["http"], loop["engine"], strict=True)
+        engine = median_of(loop["engine"], "tokens_per_second")
+        http = [summary["tokens_per_second"] for summary in loop["http"]]
+        pairs = zip(loop["http"], loop["engine"], strict=bool(http))
         ratios = [a["tokens_per_second"] / b["tokens_per_second"] for a, b in pairs]
         rows.append(
             [
                 f"{loop['clients']} clients",
                 f"{engine:,.0f}",
-                f"{http:,.0f}",
+                f"{statistics.median(http):,.0f}" if http else "–",
                 report.format_median(ratios, "{:.0%}".format),
                 f"{engine / loop['clients'] * result['weight_bytes'] / bandwidth:.0%}",
-                *latency_cells(loop["http"]),
+                *latency_cells(loop["http"] or loop["engine"]),
                 str(sum(http["rejected"] for http in loop["http"])),
             ]
         )
@@ -225,11 +244,14 @@ def load_table(result: Result, bandwidth: float) -> str:
         label = f"{loop['load']:.0%} of capacity: {loop['request_rate']:.1f} requests/s"
         speed = f"{loop['tokens_per_second']:,.0f}"
         rows.append([label, "", speed, "", "", *latency_cells([loop]), str(loop["rejected"])])
-    rounds = len(result["closed_loop"][0]["http"])
+    rounds = len(result["closed_loop"][0]["engine"])
+    server = "Without a server: latencies are the engine's. "
+    if "startup_seconds" in result:
+        server = f"The server was ready after {result['startup_seconds']:.1f} s; "
+        server += "clients and server share the machine. "
     note = (
         f"Prompts of {PROMPT_LENGTH} tokens, outputs of {result['output_length']}; medians of "
-        f"{rounds} rounds in turns; ratios are within a round. The server was ready after "
-        f"{result['startup_seconds']:.1f} s; clients and server share the machine. Memory bandwidth "
+        f"{rounds} rounds in turns; ratios are within a round. {server}Memory bandwidth "
         f"is {bandwidth / 1e9:.1f} GB/s, measured with a sum; utilization counts reading all weights "
         "once per engine step."
     )
@@ -275,7 +297,7 @@ def measure_overload(size_name: str, size: ModelSize, dtype: DType, rounds: int)
                 ("overload", OVERLOAD_CLIENTS),
             ):
                 requests = burst(port, clients, OVERLOAD_OUTPUT_LENGTH, size.vocab_size)
-                timings = uvloop.run(requests)
+                timings = run_client(requests)
                 rejection = percentiles([t.end - t.sent for t in timings if t.status == 429])
                 if number > 0:  # the first round is the warmup
                     result[name].append(summarize(timings) | {"rejection": rejection})

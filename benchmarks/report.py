@@ -31,9 +31,13 @@ def machine_info() -> Result:
         "processor": cpu_info()["model name"],
         "cores": os.cpu_count(),
         "gpu": gpu,
+        "cuda": torch.version.cuda,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "transformers": version("transformers") if is_installed("transformers") else None,
+        **{
+            package: version(package) if is_installed(package) else None
+            for package in ("transformers", "triton")
+        },
     }
 
 
@@ -44,8 +48,9 @@ def is_installed(module: str) -> bool:
 
 def format_machine(machine: Result) -> str:
     """Format `machine_info` as one line."""
+    gpu = f"{machine['gpu']} (CUDA {machine['cuda']}, triton {machine['triton']})"
     return (
-        f"{machine['processor']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}; Python "
+        f"{machine['processor']}, {machine['cores']} cores, {gpu if machine['gpu'] else 'no GPU'}; Python "
         f"{machine['python']}, torch {machine['torch']}, transformers {machine['transformers']}; "
         f"{machine['date']}."
     )

@@ -29,6 +29,7 @@ DTYPES: tuple[DType, ...] = ("float32", "int8")
 ROUNDS = 5
 CONTEXT_LENGTHS = (50, 1000)
 """Tokens before those that are timed; the models' context length is 1,024."""
+WARMUP_STEPS = 4
 WARMUP_TOKENS = 32
 """The last of these are generated: by then the prefill's data has left the processor's caches."""
 
@@ -48,13 +49,52 @@ def decode_latency(engine: Engine, context_length: int, num_tokens: int) -> floa
     return (time.perf_counter() - start) / num_tokens
 
 
-def measure_context(sizes: Mapping[str, ModelSize], threads: int, rounds: int) -> list[Result]:
+def decode_speed(engine: Engine, num_seqs: int, num_steps: int) -> float:
+    """Return the tokens per second of decoding `num_seqs` sequences at once, prefill excluded.
+
+    The engine reads back the tokens of every step, so its clock needs no synchronization.
+    """
+    prompts = random_prompts(num_seqs, WARMUP_TOKENS, engine.model.vocab_size)
+    max_tokens = engine.cache_length - WARMUP_TOKENS
+    requests = [Request(prompt, max_tokens, SamplingParams(temperature=0)) for prompt in prompts]
+    for request in requests:
+        engine.add_request(request)
+    while engine.waiting:
+        engine.step()
+    for _ in range(WARMUP_STEPS):
+        engine.step()
+    start = time.perf_counter()
+    num_tokens = sum(len(engine.step()) for _ in range(num_steps))
+    seconds = time.perf_counter() - start
+    assert len(engine.running) == num_seqs, "sequences ended while they were measured"
+    for request in requests:
+        engine.abort(request)
+    return num_tokens / seconds
+
+
+def prefill_speed(engine: Engine, length: int) -> float:
+    """Return the tokens per second of processing a prompt of this length, and sampling one token."""
+    (prompt,) = random_prompts(1, length, engine.model.vocab_size)
+    start = time.perf_counter()
+    engine.add_request(Request(prompt, 1, SamplingParams(temperature=0)))
+    while not engine.is_idle:
+        engine.step()
+    return length / (time.perf_counter() - start)
+
+
+def measure_context(
+    sizes: Mapping[str, ModelSize],
+    threads: int,
+    rounds: int,
+    device: str = "cpu",
+    dtypes: Sequence[DType] = DTYPES,
+) -> list[Result]:
     """Measure the decode latency at every context length and dtype."""
     torch.set_num_threads(threads)
     results: list[Result] = []
     for size_name, size in sizes.items():
-        for dtype in DTYPES:
-            engine = TinyGPT(size.build(), 1, dtype).engine
+        for dtype in dtypes:
+            engine = TinyGPT(size.build().to(device), 1, dtype).engine
             engine.num_scheduler_steps = 1
             seconds = [
                 [decode_latency(engine, length, 16) for length in CONTEXT_LENGTHS]

@@ -231,11 +231,14 @@ def comparison_table(comparison: Result) -> str:
         ]
         for name in comparison["configs"]
     ]
-    device = next(iter(rounds[0].values()))["info"]["device"]
+    infos = {name: result["info"] for name, result in rounds[0].items()}
+    device = next(iter(infos.values()))["device"]
+    times = {n: i["compile_seconds"] for n, i in infos.items() if i["compile"]["enabled"]}
+    compiled = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in times.items()) or "none"
     note = (
         f"Median of {len(rounds)} seeds (min to max). Loss in nats per character, over the whole "
         f"validation split, after each {100 // comparison['segments']}% of the steps. Seconds of "
-        f"training only, compilation included. {device}."
+        f"training only, compilation included: {compiled}. {device}."
     )
     baseline_seconds = [
         results[baseline]["seconds_to_target"] for results in rounds if baseline in results
@@ -261,7 +264,7 @@ def measure_throughput(configs: Configs, threads: int, steps: int = STEPS_PER_RO
         result["tokens_per_second"] = speed = tokens / statistics.median(seconds)
         peak = info["peak_flops"]
         result["mfu"] = speed * info["flops_per_token"] / peak if peak else None
-        result["warmup_seconds"] = clock[0]
+        result["warmup_seconds"] = clock[0] - info["compile_seconds"]
         result["peak_bytes"] = result["curve"][-1]["peak_bytes"]
     return {
         "configs": {name: dataclasses.asdict(config) for name, config in configs.items()},
@@ -281,10 +284,13 @@ def throughput_table(throughput: Result) -> str:
                 f"{result['tokens_per_second']:,.0f}",
                 f"{mfu:.1%}" if mfu else "unknown",
                 f"{peak / 2**30:.1f} GiB" if peak else "–",
+                f"{result['info']['compile_seconds']:.1f} s"
+                if result["info"]["compile"]["enabled"]
+                else "eager",
                 f"{result['warmup_seconds']:.1f} s",
             ]
         )
-    header = ["", "parameters", "tokens/s", "MFU", "peak memory", "warmup, compilation included"]
+    header = ["", "parameters", "tokens/s", "MFU", "peak memory", "compilation", "warmup"]
     config = next(iter(throughput["configs"].values()))
     device = next(iter(throughput["results"].values()))["info"]["device"]
     note = (
