@@ -59,7 +59,7 @@ from training.tasks.tables import TABULAR_TASKS
 TEXT_CHARACTERS = 1_115_394
 """Of tinyshakespeare; as many are taken of the standard library's sources."""
 SMOKE_PRESETS = tuple(PRESETS)
-COMPILED_PRESETS = ("gpt-nano", "gpt2", "transformer", "translate-gpt")
+COMPILED_PRESETS = ("gpt-nano", "gpt2", "transformer")
 """Those that the smoke part also trains with `--compile on`."""
 STREAMS = (1, 8, 64, 256)
 ROUNDS = 3

@@ -208,7 +208,7 @@ def test_target_is_reached_at_the_first_score_at_or_below_it():
     assert results["fast"]["tokens_per_second"] == 3 * 100 / 8.0
     assert results["fast"]["peak_bytes"] == 2**20
     for result in results.values():
-        result["info"] = {"device": "cpu"}
+        result["info"] = {"device": "cpu", "compile": {"enabled": False}, "compile_seconds": 0.0}
     table = train.comparison_table(summary).splitlines()
     assert table[4] == "| fast | 2.0 | 3.00 | 3.0000 | 1.9000 | 1.5000 | 1.5000 | 38 | 1 MiB |"
     assert table[6] == "| slow | – | – | 4.0000 | 4.0000 | 3.0000 | 3.0000 | 17 | 1 MiB |"
