@@ -53,7 +53,7 @@ def generate(
             return
         device = next(model.parameters()).device
         sampler = Sampler(1, model.vocab_size, device)
-        sampler.add_sequence(0, params, prompt, choice)
+        sampler.add_sequence(0, params, prompt, choice, stop_tokens=stop)
         prompt_1T = torch.tensor([list(prompt)], device=device)
         length = len(prompt) + max_tokens - 1
         state, features_1D = prefill(model, prompt_1T, length, decoder_start_token)

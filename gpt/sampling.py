@@ -14,7 +14,7 @@ logits recomputed for the sequence alone, so that it too depends on nothing else
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -47,6 +47,7 @@ class SamplingParams:
         frequency_penalty: The same, once for each occurrence of the token in the output so far.
         seed: Seed of the random stream.
         logit_bias: Pairs of a token and a number added to its logit before all other steps.
+        min_tokens: Sample no stop token before the output has this many tokens.
     """
 
     temperature: float = 1.0
@@ -58,6 +59,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     seed: int = 0
     logit_bias: tuple[tuple[int, float], ...] = ()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name, low, high in (
@@ -69,6 +71,7 @@ class SamplingParams:
             ("presence_penalty", -2, 2),
             ("frequency_penalty", -2, 2),
             ("seed", -(2**63), 2**63 - 1),
+            ("min_tokens", 0, 2**31 - 1),
         ):
             value = getattr(self, name)
             if not low <= value <= high:  # also refuses NaN
@@ -87,9 +90,9 @@ class SamplingParams:
 
     @property
     def adjusted(self) -> bool:
-        """Whether logits are changed, by a bias or a penalty."""
+        """Whether logits are changed: by a bias, a penalty or `min_tokens`."""
         penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
-        return penalties != (1, 0, 0) or bool(self.logit_bias)
+        return penalties != (1, 0, 0) or bool(self.logit_bias) or self.min_tokens > 0
 
 
 class SamplingFlags(NamedTuple):
@@ -98,7 +101,7 @@ class SamplingFlags(NamedTuple):
     random: bool
     """Some sequence is not greedy."""
     adjusted: bool
-    """Some sequence has a bias or a penalty."""
+    """Some sequence has a bias, a penalty or `min_tokens`."""
     top_p: bool
     """Some sequence that is not greedy has a `top_p` below 1."""
     num_sorted: int
@@ -133,6 +136,8 @@ class Sampler:
             "temperature": column(torch.float, 1),
             "top_k": column(torch.long, 1),
             **{name: column(torch.float) for name in ("top_p", "log_min_p", *PENALTIES)},
+            "min_tokens": column(torch.long),
+            "is_stop": torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device),
             "logit_bias": torch.zeros(max_num_seqs, vocab_size, device=device),
             "in_prompt": torch.zeros(max_num_seqs, vocab_size, dtype=torch.bool, device=device),
             "output_counts": torch.zeros(max_num_seqs, vocab_size, dtype=torch.int, device=device),
@@ -145,10 +150,12 @@ class Sampler:
         prompt: Sequence[int],
         choice: int = 0,
         output: Sequence[int] = (),
+        stop_tokens: Collection[int] = (),
     ) -> None:
         """Start a sequence in `slot`, or continue one after `output`.
 
         `choice` numbers the sequences of one request, so that each has a random stream of its own.
+        `stop_tokens` are those that are not sampled before `min_tokens`.
         """
         self.params[slot] = params
         seed = torch.tensor(params.seed)
@@ -161,12 +168,16 @@ class Sampler:
             ("top_k", params.top_k or self.vocab_size),
             ("top_p", params.top_p if params.top_p < 1 else math.inf),
             ("log_min_p", math.log(params.min_p) if params.min_p else -math.inf),
+            ("min_tokens", params.min_tokens),
             *((name, getattr(params, name)) for name in PENALTIES),
         ):
             self.state[name][slot] = value
         self.state["logit_bias"][slot] = 0
         for token, bias in params.logit_bias:
             self.state["logit_bias"][slot, token] = bias
+        if params.min_tokens:
+            self.state["is_stop"][slot] = False
+            self.state["is_stop"][slot, list(stop_tokens)] = True
         if params.adjusted:
             counts_V = torch.tensor(output, dtype=torch.long).bincount(minlength=self.vocab_size)
             self.state["output_counts"][slot] = counts_V
@@ -266,6 +277,7 @@ def sample(
         u_B1 = u_B1 * cumulative_BV[:, -1:]
         sampled_B1 = torch.searchsorted(cumulative_BV, u_B1, right=True)
         tokens_B1 = torch.where(state["greedy"], tokens_B1, sampled_B1)
+    if flags.random or flags.adjusted:
         state["position"] += 1
     if flags.adjusted:
         counted_B1 = tokens_B1.clamp(max=logits_BV.shape[-1] - 1)
@@ -284,14 +296,14 @@ def mask_logits(logits_BV: Tensor, tokens: Sequence[int]) -> Tensor:
 
 
 def _adjust_if_needed(logits_BV: Tensor, state: State, flags: SamplingFlags) -> Tensor:
-    """Return logits_BV in float32 or float64, with bias and penalties if any sequence has one."""
+    """Return logits_BV in float32 or float64, adjusted if any sequence needs it."""
     if logits_BV.dtype != torch.float64:
         logits_BV = logits_BV.float()
     return _adjust(logits_BV, state) if flags.adjusted else logits_BV
 
 
 def _adjust(logits_BV: Tensor, state: State) -> Tensor:
-    """Return logits_BV plus their bias, then with the penalties of tokens seen so far."""
+    """Return logits_BV with bias and penalties, minus infinity for stop tokens before `min_tokens`."""
     logits_BV = logits_BV + state["logit_bias"]
     in_output_BV = state["output_counts"] > 0
     seen_BV = state["in_prompt"] | in_output_BV
@@ -299,7 +311,9 @@ def _adjust(logits_BV: Tensor, state: State) -> Tensor:
     penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty_B1, logits_BV / penalty_B1)
     logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     logits_BV = logits_BV - state["presence_penalty"] * in_output_BV
-    return logits_BV - state["frequency_penalty"] * state["output_counts"]
+    logits_BV = logits_BV - state["frequency_penalty"] * state["output_counts"]
+    masked_BV = state["is_stop"] & (state["position"] < state["min_tokens"])
+    return logits_BV.masked_fill(masked_BV, -math.inf)
 
 
 def _softmax_filtered(logits_BV: Tensor, state: State, flags: SamplingFlags) -> Tensor:

@@ -27,6 +27,7 @@ from gpt.sampling import NAN_LOGITS, RANDOM_STATE, TIE_MARGIN, Sampler, mask_log
 from serving.engine.cuda_graphs import GraphRunner
 from serving.engine.sequence import (
     FinishReason,
+    InvalidRequestError,
     Prefill,
     Request,
     RunningSequence,
@@ -140,29 +141,44 @@ class Engine:
 
         Raises:
             ValueError: The request can never be served; the message says why.
+            InvalidRequestError: The same, because of a field other than the prompt.
         """
         start_token, limit = request.decoder_start_token, self.max_model_len
         max_tokens = clamp_max_tokens(
             self.model, request.prompt, request.max_tokens, limit, start_token
         )
-        for token, _ in request.sampling_params.logit_bias:
-            if token >= self.model.vocab_size:
-                last = self.model.vocab_size - 1
-                raise ValueError(f"logit_bias has token {token}, the model knows 0 to {last}")
+        params, vocab_size = request.sampling_params, self.model.vocab_size
+        for token, _ in params.logit_bias:
+            if token >= vocab_size:
+                message = f"logit_bias has token {token}, the model knows 0 to {vocab_size - 1}"
+                raise InvalidRequestError("logit_bias", message)
+        first_tokens = request.allowed_first_tokens or range(vocab_size)
+        if params.min_tokens and {*request.stop_tokens}.issuperset(first_tokens):
+            message = "min_tokens leaves no token to sample: every one is a stop token"
+            raise InvalidRequestError("min_tokens", message)
         translates = start_token is not None
         if request.prompt_logprobs and (translates or not self.model.supports_chunked_prefill):
-            raise ValueError(
+            raise InvalidRequestError(
+                "echo",
                 "this model cannot return logprobs of the prompt: its prompt is encoded as a whole, "
-                "and only the output is predicted"
+                "and only the output is predicted",
             )
         if request.num_beams > 1:
             if not translates:
-                raise ValueError("num_beams is for translation models: leave it out")
-            if request.n > 1 or request.logprobs is not None or not request.sampling_params.greedy:
-                raise ValueError(
-                    "beam search returns one sequence, the best: set n to 1, temperature to 0, "
-                    "no logprobs"
-                )
+                message = "num_beams is for translation models: leave it out"
+                raise InvalidRequestError("num_beams", message)
+            for param, is_default in (
+                ("n", request.n == 1),
+                ("logprobs", request.logprobs is None),
+                ("temperature", params.greedy),
+                ("min_tokens", params.min_tokens == 0),
+            ):
+                if not is_default:
+                    raise InvalidRequestError(
+                        param,
+                        "beam search returns one sequence, the best: set n to 1, temperature to 0, "
+                        "no logprobs, no min_tokens",
+                    )
         return max_tokens
 
     def add_request(self, request: Request) -> None:
@@ -464,7 +480,13 @@ class Engine:
                 continue
             sequence = RunningSequence(request, choice, max_tokens)
             self._copy_to_slot(progress.state, slot, sequence.length)
-            self.sampler.add_sequence(slot, request.sampling_params, request.prompt, choice)
+            self.sampler.add_sequence(
+                slot,
+                request.sampling_params,
+                request.prompt,
+                choice,
+                stop_tokens=request.stop_tokens,
+            )
             logits_1V = mask_logits(progress.logits_1V, request.allowed_first_tokens)
             token_B = self._sample(logits_1V, slot, [sequence])
             self.last_tokens_B1[slot] = token_B.clamp(min=0)

@@ -16,6 +16,15 @@ STREAM_INTERVAL = 0.04
 FinishReason = Literal["stop", "length", "error"]
 
 
+class InvalidRequestError(ValueError):
+    """A request that can never be served, because of a field other than its prompt."""
+
+    def __init__(self, param: str, message: str) -> None:
+        super().__init__(message)
+        self.param = param
+        """The field's name in the HTTP API."""
+
+
 @dataclasses.dataclass(eq=False)
 class Request:
     """One prompt, and how to continue it.

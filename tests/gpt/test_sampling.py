@@ -100,6 +100,23 @@ def test_presence_and_frequency_penalties_count_the_output_and_not_the_prompt():
     assert int(sampler(logits_BV)) == 0, "a new sequence starts without the counts of the last"
 
 
+def test_no_stop_token_before_min_tokens_and_other_slots_are_unchanged():
+    logits_BV = torch.tensor([5.0, 1.0, 9.0, 0.0]).repeat(3, 1)
+    sampler, alone = Sampler(3, 4), Sampler(1, 4)
+    sampler.add_sequence(0, SamplingParams(0.0, min_tokens=2), [0], stop_tokens={2})
+    sampler.add_sequence(1, SamplingParams(seed=1, min_tokens=3), [0], stop_tokens=[2, 0])
+    for slots, slot in ((sampler, 2), (alone, 0)):
+        slots.add_sequence(slot, SamplingParams(9.0, seed=1), [0], stop_tokens={2})
+    tokens = torch.stack([sampler(logits_BV) for _ in range(20)])
+    assert tokens[:, 0].tolist() == [0, 0, *[2] * 18]
+    assert {*tokens[:3, 1].tolist()} <= {1, 3}
+    assert 2 in tokens[3:, 1]
+    assert tokens[:, 2].tolist() == [int(alone(logits_BV[:1])) for _ in range(20)]
+    # A sequence that is continued after an output counts it.
+    alone.add_sequence(0, SamplingParams(0.0, min_tokens=2), [0], output=[1, 1], stop_tokens={2})
+    assert int(alone(logits_BV[:1])) == 2
+
+
 def test_greedy_takes_the_first_of_ties_and_a_tiny_temperature_stays_finite():
     logits_V = torch.tensor([0.0, 7.0, 7.0, 6.0])
     assert draw(logits_V, SamplingParams(0.0), 3).tolist() == [1, 1, 1]
@@ -168,6 +185,7 @@ def test_the_hash_is_splitmix64():
         "presence_penalty",
         "frequency_penalty",
         "seed",
+        "min_tokens",
     ],
 )
 def test_values_out_of_range_are_refused_by_name(name, value):

@@ -108,7 +108,10 @@ def test_compiled_greedy_output_equals_the_reference(gpt_cache, cache):
         compile_steps(engine)
         assert compiled_kinds(engine) == {"decode_one", "decode", "prefill"}
         collector, requests, aborted = run_random_arrivals(
-            engine, random.Random(5), 60, lambda _: SamplingParams(temperature=0)
+            engine,
+            random.Random(5),
+            60,
+            lambda i: SamplingParams(temperature=0, min_tokens=9 * (i % 8 == 0)),
         )
         for request in requests:
             if (request, 0) not in aborted:

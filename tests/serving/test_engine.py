@@ -12,7 +12,7 @@ from gpt.checkpoint import build_model
 from gpt.generation import generate, recompute_logits
 from gpt.sampling import SamplingParams
 from serving.engine.engine import Engine
-from serving.engine.sequence import Request
+from serving.engine.sequence import InvalidRequestError, Request
 from tests.gpt.test_contract import VARIANTS
 
 VOCABULARY, CONTEXT = 30, 48
@@ -158,7 +158,8 @@ def mixed_sampling_params(i):
         SamplingParams(0.0),
         SamplingParams(seed=i),
         SamplingParams(0.8, 5, 0.9, 0.02, 1.2, 0.5, 0.5, seed=i),
-    ][i % 3]
+        SamplingParams(float(i % 8 == 3), seed=i, min_tokens=i % 11),
+    ][i % 4]
 
 
 @pytest.mark.parametrize("name", ["gpt", "recurrent", "transformer", "gpt-ngrams"])
@@ -421,6 +422,50 @@ def test_logprobs_equal_those_of_one_forward_pass(name):
             assert [token for token, _ in entry.top_logprobs] == top_tokens.tolist()
             values = [logprob for _, logprob in entry.top_logprobs]
             assert values == pytest.approx(top.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_scheduler_steps": 4},
+        {"num_scheduler_steps": 4, "cuda_graphs": True},
+        {"deterministic": True},
+    ],
+)
+def test_stop_tokens_are_not_sampled_before_min_tokens(options):
+    """Compared with a forward pass over the whole sequence for each token."""
+    model, rng, requests = make_model("gpt"), random.Random(7), []
+    for i in range(24):
+        stop_tokens = {*rng.sample(range(VOCABULARY), 10)}
+        params = SamplingParams(0.0, min_tokens=i % 8)
+        requests.append(Request([i, i + 1], 12, params, stop_tokens))
+    collector = run_requests(Engine(model, 5, **options), *requests)
+    for request in requests:
+        tokens, token, min_tokens = [], None, request.sampling_params.min_tokens
+        while len(tokens) < 12:
+            logits_V = model(torch.tensor([[*request.prompt, *tokens]]))[0, -1].detach()
+            if len(tokens) < min_tokens:
+                logits_V[list(request.stop_tokens)] = -torch.inf
+            token = int(logits_V.argmax())
+            if token in request.stop_tokens:
+                break
+            tokens.append(token)
+        assert collector.output(request) == tokens
+        assert len(tokens) >= min_tokens
+        reason = "length" if len(tokens) == 12 else "stop"
+        assert collector.finish_reasons[request, 0] == reason
+    assert sum(map(len, collector.tokens.values())) < 24 * 12
+
+
+def test_min_tokens_that_leave_no_token_are_refused():
+    engine, params = Engine(make_model("gpt"), 1), SamplingParams(min_tokens=1)
+    every = Request([1], 5, params, set(range(VOCABULARY)))
+    first = Request([1], 5, params, {3, 4, 5}, allowed_first_tokens=[3, 4])
+    for request in (every, first):
+        with pytest.raises(InvalidRequestError, match="leaves no token") as refused:
+            engine.add_request(request)
+        assert refused.value.param == "min_tokens"
 
 
 def test_zero_max_tokens_returns_prompt_logprobs():
