@@ -12,25 +12,45 @@ class PromptTokens(NamedTuple):
 
     ids: list[int]
     trailing_space: str = ""
-    """A space that ended the text and is not among the ids: the first output token starts with it."""
+    """A space that ended the text and is not among the ids: the first output token starts with it
+    (token healing)."""
     allowed_first_tokens: Sequence[int] = ()
     """Tokens that may start the output; any, if empty."""
     text: str = ""
     """The text that was tokenized."""
     eos_prepended: bool = False
     """Whether the first id is an EOS token that is not in the text."""
+    incomplete: Sequence[int] = ()
+    """The last ids, from which a character may be incomplete that the output completes."""
 
 
-def tokenize_prompt(tokenizer: Tokenizer, text: str) -> PromptTokens:
+def tokenize_prompt(
+    tokenizer: Tokenizer, text: str, *, prepend_eos: bool = True, heal: bool = True
+) -> PromptTokens:
     """Tokenize a text to continue; it starts with an EOS token, as every document in training does.
 
     A trailing space is part of the next word's token, both for the tokenizer and for the model,
-    which has hardly ever seen one alone: it is removed, and the first output token must start with it.
+    which has hardly ever seen one alone: with `heal` it is removed, and the first output token must
+    start with it.
     """
-    space_tokens = _tokens_starting_with_space(tokenizer) if text.endswith(" ") else ()
+    space_tokens = _tokens_starting_with_space(tokenizer) if heal and text.endswith(" ") else ()
     space = " " if len(space_tokens) > 1 else ""
-    ids = [tokenizer.eos_token, *tokenizer.encode(text.removesuffix(space))]
-    return PromptTokens(ids, space, space_tokens if space else (), text, eos_prepended=True)
+    ids = [tokenizer.eos_token] * prepend_eos + tokenizer.encode(text.removesuffix(space))
+    return PromptTokens(ids, space, space_tokens if space else (), text, prepend_eos)
+
+
+def decode_prompt(
+    tokenizer: Tokenizer, ids: Sequence[int], *, skip_special_tokens: bool = True
+) -> tuple[str, Sequence[int]]:
+    """Return the whole characters of token ids, and the last ids, for `PromptTokens.incomplete`."""
+    stream, parts = TextStream(tokenizer, skip_special_tokens), []
+    incomplete: list[int] = []
+    for token in ids:
+        if text := stream.push(token):
+            parts.append(text)
+            incomplete.clear()
+        incomplete.append(token)
+    return "".join(parts), incomplete
 
 
 def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
@@ -61,6 +81,25 @@ def _tokens_starting_with_space(tokenizer: Tokenizer) -> Sequence[int]:
     return [token for token in ids if tokenizer.token_bytes(token).startswith(b" ")]
 
 
+class TextStream:
+    """Decodes one token at a time into whole characters, special tokens into nothing or their names."""
+
+    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
+        self._stream, self._shown_token = tokenizer.stream(), None
+        if not skip_special_tokens:
+            self._shown_token = tokenizer.eos_token
+
+    def push(self, token: int) -> str:
+        """Return the characters that this token completes; '' while a character is incomplete."""
+        if token == self._shown_token:
+            return self._stream.flush() + END_OF_TEXT
+        return self._stream.push(token)
+
+    def flush(self) -> str:
+        """Return an incomplete last character as U+FFFD."""
+        return self._stream.flush()
+
+
 class IncrementalDetokenizer:
     """Decodes the tokens of one sequence as they come, up to the first stop string.
 
@@ -68,11 +107,24 @@ class IncrementalDetokenizer:
     retracted: what may be the start of a character or of a stop string is buffered. The first stop
     string is the one completed first; of two completed by the same character, the longer.
 
-    `omitted_prefix` is removed from the start of the output: the prompt's trailing space.
+    Args:
+        tokenizer: The tokenizer.
+        stop_strings: The stop strings.
+        omitted_prefix: Removed from the start of the output: the prompt's trailing space.
+        incomplete: The last tokens of the prompt, if the output completes their last character.
+        min_tokens: Number of first tokens that complete no stop string.
+        skip_special_tokens: Whether EOS tokens are left out of the text.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, stop_strings: Sequence[str] = (), omitted_prefix: str = ""
+        self,
+        tokenizer: Tokenizer,
+        stop_strings: Sequence[str] = (),
+        omitted_prefix: str = "",
+        *,
+        incomplete: Sequence[int] = (),
+        min_tokens: int = 0,
+        skip_special_tokens: bool = True,
     ) -> None:
         if "" in stop_strings:
             raise ValueError("a stop string is empty: expected at least one character")
@@ -82,11 +134,15 @@ class IncrementalDetokenizer:
         """Whole characters decoded so far, buffered ones included."""
         self.num_emitted = 0
         """Characters returned so far."""
-        self._stream, self._buffer = tokenizer.stream(), ""
+        self._stream, self._buffer = TextStream(tokenizer, skip_special_tokens), ""
         self._stop_strings, self._omitted_prefix = stop_strings, omitted_prefix
+        self._min_tokens, self._num_tokens = min_tokens, 0
+        for token in incomplete:
+            self._stream.push(token)
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that can be emitted."""
+        self._num_tokens += 1
         return self._emit(self._stream.push(token))
 
     def flush(self) -> str:
@@ -102,8 +158,13 @@ class IncrementalDetokenizer:
         new_text = new_text.removeprefix(self._omitted_prefix)
         self._omitted_prefix = ""
         self.num_decoded += len(new_text)
-        text = self._buffer + new_text
-        matches = [(text.find(stop), len(stop)) for stop in self._stop_strings if stop in text]
+        text, matches = self._buffer + new_text, []
+        if self._num_tokens > self._min_tokens:
+            for stop in self._stop_strings:
+                # A stop string that was completed before min_tokens may be in the buffer.
+                start = text.find(stop, max(0, len(self._buffer) + 1 - len(stop)))
+                if start >= 0:
+                    matches.append((start, len(stop)))
         if matches:
             self.stopped, self._buffer = True, ""
             end, _ = min(matches, key=lambda match: (sum(match), match[0]))

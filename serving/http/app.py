@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from importlib.metadata import version
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request, Response
@@ -10,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from serving.engine.async_engine import QueueFullError, UnavailableError
-from serving.http import introspection
+from serving.http import introspection, schemas
 from serving.http.completions import CompletionStream, EventStreamResponse, encode_prompt
 from serving.http.introspection import NextTokenRequest, XrayRequest
 from serving.http.limits import Limits
@@ -64,7 +65,6 @@ def create_app(
         description="OpenAI's completions API for trained runs, and what the web page needs. "
         f"Limits of a request:\n\n{limits.to_markdown()}",
         routes=page_routes(),
-        default_response_class=Response,
         exception_handlers=dict.fromkeys((*errors, Exception), handle_error),
         docs_url=None,
         redoc_url=None,
@@ -77,17 +77,25 @@ def create_app(
             CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"]
         )
 
-    @app.post("/v1/completions")
+    on_model = schemas.errors(400, 404, 413, 503)
+    on_engine = schemas.errors(400, 404, 413, 429, 503)
+
+    @app.post(
+        "/v1/completions",
+        response_model=schemas.CompletionResponse,
+        responses=schemas.STREAM | on_engine,
+    )
     async def create_completion(body: CompletionRequest, request: Request) -> Response:
         """Generate text after one or several prompts; with a translation model, translate them."""
         entry = registry.get(body.model)
         body.check_limits(limits)
 
         def encode() -> list[PromptTokens]:
-            return [encode_prompt(entry, prompt, limits, echo=body.echo) for prompt in body.prompt]
+            return [encode_prompt(entry, prompt, limits, body) for prompt in body.prompt]
 
-        with bad_request("prompt"):
+        with bad_request("n" if body.n > 1 else "prompt"):
             entry.engine.check_capacity(len(body.prompt) * body.n)
+        with bad_request("prompt"):
             # Megabytes of text would block the event loop, and so the other streams.
             is_short = sum(map(len, body.prompt)) < TOKENIZE_INLINE
             prompts = encode() if is_short else await asyncio.to_thread(encode)
@@ -99,26 +107,39 @@ def create_app(
         finally:
             completion.close()
 
-    @app.post("/v1/next")
+    @app.post("/v1/chat/completions", include_in_schema=False)
+    async def create_chat_completion() -> Response:
+        """Say what to use instead."""
+        raise APIError(
+            404,
+            "there is no chat here: these are base models, which continue text and have no chat "
+            "template; send the text as `prompt` to /v1/completions",
+        )
+
+    @app.post("/v1/next", response_model=schemas.NextTokenResponse, responses=on_engine)
     async def next_tokens(body: NextTokenRequest, request: Request) -> Response:
         """Return the likeliest next tokens, with the probabilities before and after all sampling parameters."""
         entry = registry.get(body.model)
         work = introspection.next_tokens_response(entry, body, limits)
         return await _respond_unless_disconnected(request, work)
 
-    @app.post("/v1/xray")
+    @app.post("/v1/xray", response_model=schemas.XrayResponse, responses=on_engine)
     async def xray(body: XrayRequest, request: Request) -> Response:
         """Return activation maps of the model on a text: attention, alignments, gates, experts."""
         entry = registry.get(body.model)
         work = introspection.xray_response(entry, body, limits)
         return await _respond_unless_disconnected(request, work)
 
-    @app.get("/v1/runs")
+    @app.get("/v1/runs", response_model=schemas.RunList, responses=schemas.errors())
     async def list_runs() -> Response:
         """List the runs in the runs folder with their latest metrics, the newest first."""
         return await _respond_in_thread(lambda: {"object": "list", "data": runs.summaries()})
 
-    @app.get("/v1/runs/{name:path}")
+    @app.get(
+        "/v1/runs/{name:path}",
+        response_model=schemas.RunDetails,
+        responses=schemas.errors(400, 404),
+    )
     async def get_run(name: str, after: Annotated[int, Query(ge=0)] = 0) -> Response:
         """Return a run's configuration and metrics; with `after` = the last response's `next`, only new ones."""
 
@@ -129,19 +150,23 @@ def create_app(
 
         return await _respond_in_thread(read_run)
 
-    @app.get("/v1/ladder")
+    @app.get("/v1/ladder", response_model=schemas.Ladder, responses=schemas.errors())
     async def get_ladder() -> Response:
         """Return every rung of the ladder, and the results of the newest ladder that was trained."""
         return await _respond_in_thread(runs.ladder)
 
-    @app.get("/tokenizer_info")
+    @app.get(
+        "/tokenizer_info",
+        response_model=schemas.TokenizerInfo,
+        responses=schemas.errors(404, 503),
+    )
     async def tokenizer_info(model: str | None = None) -> Response:
         """Return the special tokens, as evaluation harnesses expect them: EOS is the only one."""
         tokenizer = registry.get(model).tokenizer
         names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
         return json_response({**names, "vocab_size": tokenizer.vocab_size})
 
-    @app.post("/tokenize")
+    @app.post("/tokenize", response_model=schemas.TokenizeResponse, responses=on_model)
     async def tokenize(body: TokenizeRequest) -> Response:
         """Tokenize text; `<|endoftext|>` is the EOS token only if it is the whole text."""
         entry = registry.get(body.model)
@@ -153,39 +178,48 @@ def create_app(
         max_model_len = entry.max_model_len
         return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 
-    @app.post("/detokenize")
+    @app.post("/detokenize", response_model=schemas.DetokenizeResponse, responses=on_model)
     async def detokenize(body: DetokenizeRequest) -> Response:
         """Decode token ids."""
         with bad_request("tokens"):
             text = await asyncio.to_thread(registry.get(body.model).tokenizer.decode, body.tokens)
         return json_response({"prompt": text})
 
-    @app.get("/v1/models")
+    @app.get("/v1/models", response_model=schemas.ModelList, responses=schemas.errors())
     async def list_models() -> Response:
         """List the served models: the values of the request field `model`."""
         models = [entry.describe() for entry in registry.entries.values()]
         return json_response({"object": "list", "data": models})
 
-    @app.get("/v1/models/{name}")
+    @app.get(
+        "/v1/models/{name}", response_model=schemas.ModelInfo, responses=schemas.errors(404, 503)
+    )
     async def get_model(name: str) -> Response:
         """Return one served model."""
         return json_response(registry.get(name).describe())
 
-    @app.get("/health")
+    @app.get("/version", response_model=schemas.Version, responses=schemas.errors())
+    async def get_version() -> Response:
+        """Return the server's version, as vLLM does."""
+        return json_response({"version": version("tinygpt")})
+
+    @app.get("/health", response_model=schemas.Status, responses=schemas.UNAVAILABLE)
     async def health() -> Response:
         """Return 200 while every engine works; 503 means that the server should be restarted."""
         engines = [entry.engine for entry in registry.entries.values()]
         healthy = not any(engine.is_stalled or engine.has_failed for engine in engines)
         return _status_response(healthy, "an engine has stalled or failed; see the log")
 
-    @app.get("/ready")
+    @app.get(
+        "/ready", response_model=schemas.Status, responses=schemas.errors() | schemas.UNAVAILABLE
+    )
     async def ready() -> Response:
         """Return 200 while requests are accepted; 503 while loading and while shutting down."""
         ready = all(entry.engine.is_ready for entry in registry.entries.values())
         reason = registry.loading_message or "the server is shutting down"
         return _status_response(ready and not registry.loading_message, reason)
 
-    @app.get("/metrics")
+    @app.get("/metrics", response_class=Response, responses=schemas.errors() | schemas.METRICS)
     async def metrics() -> Response:
         """Return metrics in Prometheus' text format."""
         return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")

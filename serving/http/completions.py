@@ -8,7 +8,7 @@ import math
 import random
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Sequence
 from typing import Any
 
 from starlette.responses import StreamingResponse
@@ -17,11 +17,20 @@ from starlette.types import Receive, Scope, Send
 from serving.engine.async_engine import UnavailableError
 from serving.engine.sequence import Request, SequenceOutput, TokenLogprobs
 from serving.http.limits import Limits
-from serving.http.protocol import APIError, CompletionRequest, to_api_error, to_json
+from serving.http.protocol import (
+    APIError,
+    CompletionRequest,
+    StreamOptions,
+    bad_request,
+    to_api_error,
+    to_json,
+)
 from serving.http.registry import ModelEntry
 from serving.tokenization import (
     IncrementalDetokenizer,
     PromptTokens,
+    TextStream,
+    decode_prompt,
     token_text,
     tokenize_prompt,
     tokenize_source,
@@ -34,25 +43,49 @@ SERVER_ID, COMPLETION_NUMBERS = secrets.token_hex(8), itertools.count(1)
 """Parts of a completion's id: a random number for each would take up to half a millisecond."""
 MAX_PROMPT_TOKENS = 65_536
 """Default limit for models without a maximum sequence length."""
+OBFUSCATION_SIZE = 64
+"""Bytes of which the length of an obfuscated event is a multiple."""
 
 
 def encode_prompt(
-    entry: ModelEntry, prompt: str | list[int], limits: Limits, *, echo: bool = False
+    entry: ModelEntry,
+    prompt: str | list[int],
+    limits: Limits,
+    request: CompletionRequest | None = None,
 ) -> PromptTokens:
-    """Tokenize a prompt; with `echo`, decode token ids, as the response will contain their text.
+    """Tokenize a prompt, of a completion request or, without one, of a request by its defaults.
 
     Raises:
         ValueError: The prompt is too long, empty, or has tokens outside the vocabulary.
     """
-    tokenizer = entry.tokenizer
-    if isinstance(prompt, str):
-        tokens = (tokenize_source if entry.is_translation else tokenize_prompt)(tokenizer, prompt)
-    else:
+    tokenizer, request = entry.tokenizer, request or CompletionRequest.model_validate({})
+    if not isinstance(prompt, str):
         check_token_ids(tokenizer, prompt, "the prompt")
-        tokens = PromptTokens(prompt, text=tokenizer.decode(prompt) if echo else "")
+        tokens = PromptTokens(prompt)
+    elif entry.is_translation:
+        tokens = tokenize_source(tokenizer, prompt)
+    else:
+        # Where the response has the prompt's tokens, they must be all of it.
+        heal = not request.needs_prompt_tokens
+        prepend_eos = request.add_special_tokens
+        tokens = tokenize_prompt(tokenizer, prompt, prepend_eos=prepend_eos, heal=heal)
     # Where the model has a limit, the engine's own error message is more precise.
     default = MAX_PROMPT_TOKENS if entry.max_model_len is None else math.inf
     limit = limits.max_prompt_tokens or default
+    size = request.truncate_prompt_tokens
+    if size == -1:
+        max_length = entry.max_prompt_length(request.max_tokens)
+        size = int(limit if max_length is None else min(limit, max_length))
+        if size < 1:
+            message = f"max_tokens = {request.max_tokens} leaves no room for a prompt"
+            raise APIError(400, f"{message}: truncate_prompt_tokens = -1 needs less", "max_tokens")
+    is_truncated = size is not None and len(tokens.ids) > size
+    if size is not None and is_truncated:
+        tokens = tokens._replace(ids=tokens.ids[-size:], eos_prepended=False)
+    if request.echo and (is_truncated or not isinstance(prompt, str)):
+        skip = request.skip_special_tokens
+        text, incomplete = decode_prompt(tokenizer, tokens.ids, skip_special_tokens=skip)
+        tokens = tokens._replace(text=text + tokens.trailing_space, incomplete=incomplete)
     length = len(tokens.ids)
     if length > limit:
         message = f"the prompt is {length} tokens long, this server allows {limit}"
@@ -112,10 +145,14 @@ class CompletionStream:
         self, entry: ModelEntry, request: CompletionRequest, prompts: Sequence[PromptTokens]
     ) -> None:
         self.entry, self.request = entry, request
-        self.num_prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
         self.choices: dict[tuple[Request, int], Choice] = {}
         self.prompt_logprobs: dict[Request, Sequence[TokenLogprobs]] = {}
         self.needs_tokens = request.logprobs is not None or request.return_token_ids
+        with bad_request("stop_token_ids"):
+            check_token_ids(entry.tokenizer, request.stop_token_ids, "stop_token_ids")
+        stop_tokens = {*request.stop_token_ids}
+        if not request.ignore_eos:
+            stop_tokens.add(entry.tokenizer.eos_token)
         engine_requests = []
         for prompt in prompts:
             # A seed for each prompt: equal prompts without a seed get different outputs.
@@ -123,7 +160,7 @@ class CompletionStream:
                 prompt.ids,
                 request.max_tokens,
                 request.sampling_params(random.getrandbits(63)),
-                {entry.tokenizer.eos_token},
+                stop_tokens,
                 request.n,
                 prompt.allowed_first_tokens,
                 decoder_start_token=entry.decoder_start_token,
@@ -135,7 +172,14 @@ class CompletionStream:
             for number in range(request.n):
                 self.choices[engine_request, number] = Choice(
                     len(self.choices),
-                    IncrementalDetokenizer(entry.tokenizer, request.stop, prompt.trailing_space),
+                    IncrementalDetokenizer(
+                        entry.tokenizer,
+                        request.stop,
+                        prompt.trailing_space,
+                        incomplete=prompt.incomplete,
+                        min_tokens=request.min_tokens,
+                        skip_special_tokens=request.skip_special_tokens,
+                    ),
                     prompt,
                 )
         self.outputs = entry.engine.add_requests(engine_requests)
@@ -149,11 +193,17 @@ class CompletionStream:
     @property
     def usage(self) -> dict[str, int]:
         """Token counts; the EOS before a prompt counts, the EOS that ends a choice does not."""
-        num_completion_tokens = sum(choice.num_tokens for choice in self.choices.values())
+        return self._usage(self.choices.values())
+
+    def _usage(self, choices: Collection[Choice]) -> dict[str, int]:
+        """Return the token counts of some choices; those of one prompt share it."""
+        prompts = {id(choice.prompt): len(choice.prompt.ids) for choice in choices}
+        num_prompt_tokens = sum(prompts.values())
+        num_completion_tokens = sum(choice.num_tokens for choice in choices)
         return {
-            "prompt_tokens": self.num_prompt_tokens,
+            "prompt_tokens": num_prompt_tokens,
             "completion_tokens": num_completion_tokens,
-            "total_tokens": self.num_prompt_tokens + num_completion_tokens,
+            "total_tokens": num_prompt_tokens + num_completion_tokens,
         }
 
     def close(self) -> None:
@@ -206,6 +256,8 @@ class CompletionStream:
             if self.request.echo and self.needs_tokens:
                 logprobs = self.prompt_logprobs.get(output.request, ())
                 delta.tokens += self._prompt_tokens(choice.prompt, logprobs)
+        if output.token is None:  # a stop token follows the whole text
+            delta.text += choice.detokenizer.flush()
         start = choice.detokenizer.num_decoded
         if output.token is not None:
             choice.num_tokens += 1
@@ -213,15 +265,20 @@ class CompletionStream:
         token = output.logprobs.token if output.logprobs else output.token
         if token is not None and self.needs_tokens:
             span = offset + start, offset + choice.detokenizer.num_decoded
-            info = self._token_info(token, output.logprobs, span)
+            info = self._token_info(token, output.logprobs, span, output.token is not None)
             choice.buffered_tokens.append({**info, "id": output.token})
         if output.finish_reason:
             delta.text += choice.detokenizer.flush()
         choice.finish_reason = "stop" if choice.detokenizer.stopped else output.finish_reason
         emitted = offset + choice.detokenizer.num_emitted
         flush_all = choice.finish_reason and not choice.detokenizer.stopped
+        hidden_token = self.entry.tokenizer.eos_token if self.request.skip_special_tokens else None
         buffered = choice.buffered_tokens
-        while buffered and (flush_all or buffered[0]["text_offset"] < emitted):
+        while buffered:
+            # A token without text can be emitted together with the text before it.
+            has_text = buffered[0]["id"] != hidden_token
+            if not flush_all and buffered[0]["text_offset"] + has_text > emitted:
+                break
             delta.tokens.append(buffered.pop(0))
 
     def _prompt_tokens(
@@ -231,7 +288,8 @@ class CompletionStream:
 
         The first token, which nothing predicts, has no logprob; without `prompt_logprobs`, none has.
         """
-        infos, stream, start = [], self.entry.tokenizer.stream(), 0
+        infos, start = [], 0
+        stream = TextStream(self.entry.tokenizer, self.request.skip_special_tokens)
         for token, logprobs in itertools.zip_longest(prompt.ids, (None, *prompt_logprobs)):
             end = start + len(stream.push(token))
             infos.append(self._token_info(token, logprobs, (start, end)))
@@ -239,13 +297,23 @@ class CompletionStream:
         return infos[1:] if prompt.eos_prepended else infos
 
     def _token_info(
-        self, token: int, logprobs: TokenLogprobs | None, span: tuple[int, int]
+        self,
+        token: int,
+        logprobs: TokenLogprobs | None,
+        span: tuple[int, int],
+        in_text: bool = True,
     ) -> TokenInfo:
-        """Return a token's info; `span` has the lengths of the decoded text before and after it."""
+        """Return a token's info; `span` has the lengths of the decoded text before and after it.
+
+        A stop token that ended a choice is not `in_text`.
+        """
         tokenizer = self.entry.tokenizer
         text, (start, end) = token_text(tokenizer, token), span
         # A token of whole characters ends the text, after those of the bytes pending before it.
-        is_whole = tokenizer.token_bytes(token) == text.encode()
+        if token == tokenizer.eos_token:
+            is_whole = in_text and not self.request.skip_special_tokens
+        else:
+            is_whole = in_text and tokenizer.token_bytes(token) == text.encode()
         top_logprobs = logprobs and {token_text(tokenizer, t): p for t, p in logprobs.top_logprobs}
         return {
             "id": token,
@@ -282,22 +350,34 @@ class CompletionStream:
 
     async def events(self) -> AsyncIterator[bytes]:
         """Yield server-sent events. An error is an event too; `data: [DONE]` always ends the stream."""
-        options = self.request.stream_options
-        include_usage = options is not None and options.include_usage
+        options = self.request.stream_options or StreamOptions()
+        include_usage = options.include_usage
         # All chunks share their beginning and end: encode these once.
         head = b"data: " + to_json(self.head)[:-1] + b',"choices":['
-        end = b'],"usage":null}\n\n' if include_usage else b"]}\n\n"
+        end = b'],"usage":null}' if include_usage else b"]}"
         events = b""
+
+        def event(choices: bytes, end: bytes) -> bytes:
+            if options.include_obfuscation:
+                end = end[:-1] + b',"obfuscation":""}'
+                length = -len(head + choices + end) % OBFUSCATION_SIZE
+                padding = secrets.token_urlsafe(length)[:length].encode()
+                end = end[:-2] + padding + b'"}'
+            return head + choices + end + b"\n\n"
+
         try:
             async with contextlib.aclosing(self.deltas()) as batches:
                 async for deltas in batches:
                     for delta in deltas:
-                        events += head + to_json(self._choice_fields(delta)) + end
+                        if options.continuous_usage_stats:
+                            usage = self._usage([delta.choice])
+                            end = b'],"usage":' + to_json(usage) + b"}"
+                        events += event(to_json(self._choice_fields(delta)), end)
                     if events and self.outputs.unfinished:  # the last are sent with [DONE]
                         yield events
                         events = b""
             if include_usage:
-                events += head + b'],"usage":' + to_json(self.usage) + b"}\n\n"
+                events += event(b"", b'],"usage":' + to_json(self.usage) + b"}")
         except (APIError, UnavailableError) as error:
             events += b"data: " + to_api_error(error).body() + b"\n\n"
         yield events + b"data: [DONE]\n\n"

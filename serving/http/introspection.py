@@ -21,7 +21,7 @@ from gpt.models.base import LanguageModel
 from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits
 from serving.engine.async_engine import QueueFullError, UnavailableError
 from serving.engine.engine import MAX_NUM_BATCHED_TOKENS
-from serving.engine.sequence import Request
+from serving.engine.sequence import InvalidRequestError, Request
 from serving.http.completions import CompletionStream, check_token_ids, encode_prompt
 from serving.http.limits import Limits
 from serving.http.protocol import (
@@ -242,10 +242,12 @@ def activation_maps(
     maps = [m for m in all_maps if name in m.name]
     if not maps:
         names = ", ".join(m.name for m in all_maps)
-        raise ValueError(f"map_name = {name[:80]!r}: no map's name contains this; maps: {names}")
+        message = f"map_name = {name[:80]!r}: no map's name contains this; maps: {names}"
+        raise InvalidRequestError("map_name", message)
     num_layers = max(m.weights.shape[1] for m in maps)
     if layer is not None and layer >= num_layers:
-        raise ValueError(f"layer = {layer}: there are {num_layers} layers, counted from 0")
+        message = f"layer = {layer}: there are {num_layers} layers, counted from 0"
+        raise InvalidRequestError("layer", message)
     first, last = (0, num_layers) if layer is None else (layer, layer + 1)
     selected = [(m, m.weights[0, first:last]) for m in maps if first < m.weights.shape[1]]
     num_weights = sum(weights_LHTS.numel() for _, weights_LHTS in selected)

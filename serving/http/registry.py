@@ -40,6 +40,18 @@ class ModelEntry:
         """Maximum number of prompt and output tokens of a sequence; None if unlimited."""
         return self.engine.engine.max_model_len
 
+    def max_prompt_length(self, max_tokens: int) -> int | None:
+        """Return how long a prompt may be that leaves room for `max_tokens`; None if unlimited.
+
+        The last output token takes no position; in a translation, the start token takes one.
+        """
+        model = self.engine.engine.model
+        if self.is_translation and model.max_target_length(model.context_length) != 0:
+            return model.context_length  # of the encoder alone
+        if self.max_model_len is None:
+            return None
+        return self.max_model_len - max(max_tokens, 1) + (not self.is_translation)
+
     def describe(self) -> dict[str, object]:
         """Return OpenAI's model object with further fields."""
         model = self.engine.engine.model

@@ -25,7 +25,8 @@ export class Generation {
   async run(model, body) {
     this.stop();
     const abort = this.abort = new AbortController();
-    const { view } = this, echo = !model.translates && body.prompt.length <= MAX_ECHO;
+    // An echoed prompt is tokenized whole; the trailing space of others is left to the first token, which is better.
+    const { view } = this, echo = !model.translates && body.prompt.length <= MAX_ECHO && !body.prompt.endsWith(" ");
     const request = { model: model.id, ...body, logprobs: 0, return_token_ids: true, echo };
     const start = performance.now();
     let lastToken = 0, finish = "";

@@ -49,8 +49,11 @@ export class TokenView {
   }
 
   // Add the tokens of a chunk; all chunks of one animation frame are drawn together. The first one has the echoed prompt.
-  add({ logprobs, token_ids: ids, prompt_token_ids: promptIds }, echo) {
+  add({ text, logprobs, token_ids: ids, prompt_token_ids: promptIds }, echo) {
     if (!logprobs) return;
+    // A first token that contains the prompt's trailing space shows it.
+    if (this.prompt.at(-1) === " " && !this.tokens.length && !this.pending.length && !this.model.translates &&
+      logprobs.tokens[0]?.startsWith(" ") && !text.startsWith(" ")) this.element.querySelector(".prompt").textContent = this.prompt.slice(0, -1);
     const numEchoed = promptIds && echo ? promptIds.length - 1 : 0; // the start token is not echoed
     if (numEchoed) {
       this.prompt = promptIds.slice(0, 1);

@@ -38,6 +38,7 @@ class RunningServer:
         key=None,
         is_translation=False,
         runs=None,
+        tokenizer=TOKENIZER,
         **engine_options,
     ):
         self.engine = Engine(model, max_num_seqs, **engine_options)
@@ -48,7 +49,7 @@ class RunningServer:
         self.registry, loaded = ModelRegistry(), threading.Event()
 
         async def load():
-            entry = ModelEntry("tiny", self.async_engine, TOKENIZER, 1, is_translation)
+            entry = ModelEntry("tiny", self.async_engine, tokenizer, 1, is_translation)
             await self.registry.add(entry)
             self.registry.loading_message = ""
             loaded.set()

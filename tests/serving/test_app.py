@@ -4,6 +4,8 @@ import random
 import shutil
 import subprocess
 import threading
+from importlib.metadata import version
+from pathlib import Path
 
 import openai
 import pytest
@@ -12,7 +14,14 @@ import torch
 from gpt import GPT, MODELS
 from gpt.models.encoder_decoder import EncoderDecoder
 from gpt.sampling import SamplingParams
+from serving.http.introspection import NextTokenRequest, XrayRequest
 from serving.http.limits import Limits
+from serving.http.protocol import (
+    CompletionRequest,
+    DetokenizeRequest,
+    StreamOptions,
+    TokenizeRequest,
+)
 from serving.tokenization import token_text, tokenize_prompt
 from tests.serving.running_server import (
     CONTEXT_LENGTH,
@@ -157,8 +166,6 @@ def test_curl_streaming(model, server):
         (b"null", "expected a JSON object"),
         (b'"a"', "expected a JSON object"),
         (b"[" * 100_000, "body"),
-        (b"{}", "prompt"),
-        (b'{"prompt": null}', "prompt"),
         (b'{"prompt": []}', "prompt: expected a string"),
         (b'{"prompt": [[]]}', "the prompt is empty"),
         (b'{"prompt": {}}', "prompt: expected a string"),
@@ -184,7 +191,7 @@ def test_curl_streaming(model, server):
         (PROMPT + b'"temperature": true}', "temperature"),
         (PROMPT + b'"temperature": 101}', "temperature must be between 0 and 100, not 101"),
         (PROMPT + b'"top_p": 1.1}', "top_p must be between 0 and 1"),
-        (PROMPT + b'"top_k": -1}', "top_k must be between"),
+        (PROMPT + b'"top_k": -2}', "top_k must be between"),
         (PROMPT + b'"top_k": 1.5}', "top_k"),
         (PROMPT + b'"min_p": 2}', "min_p must be between 0 and 1"),
         (PROMPT + b'"repetition_penalty": 0}', "repetition_penalty must be between"),
@@ -244,6 +251,7 @@ def test_invalid_request_is_400_with_reason(server, body, message, stream):
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
+        ("GET", "/v1/chat/completions", 405),
         ("GET", "/nothing", 404),
         ("GET", "/page/nothing.js", 404),
         ("POST", "/", 405),
@@ -259,6 +267,271 @@ def test_unknown_routes_return_openai_errors(server, method, path, status):
     assert response.status_code == status
     assert response.json()["error"]["type"] == "invalid_request_error"
     assert ("allow" in response.headers) == (status == 405)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": [999]}, "prompt"),
+        ({"prompt": "a" * CONTEXT_LENGTH}, "prompt"),
+        ({"prompt": "", "add_special_tokens": False}, "prompt"),
+        ({"prompt": ["a"] * 129}, "prompt"),
+        ({"n": 129}, "n"),
+        ({"model": "other"}, "model"),
+        ({"max_tokens": 65537}, "max_tokens"),
+        ({"max_tokens": CONTEXT_LENGTH + 1, "truncate_prompt_tokens": -1}, "max_tokens"),
+        ({"truncate_prompt_tokens": 0}, "truncate_prompt_tokens"),
+        ({"truncate_prompt_tokens": -2}, "truncate_prompt_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 2}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"min_p": 2}, "min_p"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"presence_penalty": 3}, "presence_penalty"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"999": 1}}, "logit_bias"),
+        ({"seed": 2**63}, "seed"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"min_tokens": 1, "stop_token_ids": [*range(257)]}, "min_tokens"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop_token_ids": [999]}, "stop_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"logprobs": 6}, "logprobs"),
+        ({"best_of": 2}, "best_of"),
+        ({"num_beams": 2}, "num_beams"),
+        ({"num_beams": 2, "stop_token_ids": [1]}, "stop_token_ids"),
+        ({"num_beams": 2, "ignore_eos": True}, "ignore_eos"),
+        ({"stream_options": {}}, "stream_options"),
+        ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x"),
+        ({"stream": True, "stream_options": {"continuous_usage_stats": True}}, "stream_options"),
+        ({"suffix": "x"}, "suffix"),
+        ({"unknown": 1}, "unknown"),
+    ],
+)
+def test_error_names_the_field_at_fault(server, fields, param):
+    response = server.complete(**{"prompt": "a", **fields})
+    assert response.status_code == (404 if param == "model" else 400)
+    assert response.json()["error"]["param"] == param
+
+
+@pytest.mark.parametrize(
+    ("path", "schema"),
+    [
+        ("/v1/completions", CompletionRequest),
+        ("/v1/next", NextTokenRequest),
+        ("/v1/xray", XrayRequest),
+        ("/tokenize", TokenizeRequest),
+        ("/detokenize", DetokenizeRequest),
+    ],
+)
+def test_error_of_a_wrong_type_names_the_field(server, path, schema):
+    for name in schema.model_fields:
+        body = {"prompt": "a", "tokens": [], name: {"x": [1]}}
+        body = {key: body[key] for key in body if key in schema.model_fields}
+        response = server.http.post(path, json=body)
+        assert response.status_code == 400, name
+        assert response.json()["error"]["param"].split(".")[0] == name
+
+
+def test_line_ends_in_a_text_end_no_event(server):
+    text = "".join(chr(i) for i in range(0x3000) if len(f"a{chr(i)}b".splitlines()) > 1)
+    assert {*"\r\n\v\f\x1c\x1d\x1e\x85\u2028\u2029"} == {*text}
+    body = {"prompt": text, "echo": True, "max_tokens": 1, "temperature": 0, "logprobs": 2}
+    whole = server.complete(**body)
+    assert len(whole.text.splitlines()) == 1
+    with server.http.stream("POST", "/v1/completions", json={**body, "stream": True}) as response:
+        texts, _, _ = read_stream(list(response.iter_lines()))
+    assert texts[0].startswith(text)
+    assert texts[0] == whole.json()["choices"][0]["text"]
+    error = server.complete(prompt="a", model=text)
+    assert len(error.text.splitlines()) == 1
+    assert repr(text)[1:-1][:9] in error.json()["error"]["message"]
+
+
+def force(token):
+    """Request fields with which every token is this one."""
+    return {"logit_bias": {str(token): 100}, "temperature": 0}
+
+
+def test_ignore_eos_and_skip_special_tokens(server):
+    body = {"prompt": "a", "max_tokens": 4, **force(256), "logprobs": 0, "return_token_ids": True}
+    (choice,) = server.complete(**body).json()["choices"]
+    assert (choice["text"], choice["token_ids"], choice["finish_reason"]) == ("", [], "stop")
+    body["ignore_eos"] = True
+    for skip, text in ((True, ""), (False, 4 * END_OF_TEXT)):
+        response = server.complete(**body, skip_special_tokens=skip).json()
+        (choice,) = response["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "length")
+        assert choice["token_ids"] == [256] * 4
+        assert choice["logprobs"]["tokens"] == [END_OF_TEXT] * 4
+        assert choice["logprobs"]["text_offset"] == [i * len(text) // 4 for i in range(4)]
+        assert response["usage"]["completion_tokens"] == 4
+    server.async_engine.stream_interval = 0
+    chunks = server.complete(**body, stream=True).text.split("\n\n")[:-2]
+    ids = [json.loads(chunk[6:])["choices"][0]["token_ids"] for chunk in chunks]
+    assert len(ids) > 1  # although there is no text
+    assert sum(ids, []) == [256] * 4
+    # A stop string may be spelled by it, and stop token ids apply.
+    stopped = server.complete(**body, skip_special_tokens=False, stop="|><|").json()
+    assert stopped["choices"][0]["text"] == "<|endoftext"
+    stopped = server.complete(**body, stop_token_ids=[256]).json()["choices"][0]
+    assert (stopped["token_ids"], stopped["finish_reason"]) == ([], "stop")
+
+
+def test_skip_special_tokens_is_for_the_echo_of_token_ids_too(server):
+    body = {"prompt": [97, 195, 256, 98], "max_tokens": 0, "echo": True, "logprobs": 0}
+    for skip, text, offsets in (
+        (True, "a\ufffdb", [0, 1, 1, 2]),
+        (False, f"a\ufffd{END_OF_TEXT}b", [0, 1, 2, 15]),
+    ):
+        choice = server.complete(**body, skip_special_tokens=skip).json()["choices"][0]
+        assert choice["text"] == text
+        assert choice["logprobs"]["text_offset"] == offsets
+
+
+def test_min_tokens_delays_eos_stop_token_ids_and_stop_strings(server, model):
+    eos = server.complete(prompt="a", min_tokens=3, **force(256), logprobs=0).json()["choices"][0]
+    assert len(eos["logprobs"]["tokens"]) == 4
+    assert eos["logprobs"]["tokens"][-1] == END_OF_TEXT
+    assert eos["finish_reason"] == "stop"
+    for stop, expected in (("b", "bbbbb"), (["b", "bbb"], "bbb")):
+        body = {"prompt": "a", "min_tokens": 5, "stop": stop, **force(98)}
+        assert server.complete(**body).json()["choices"][0]["text"] == expected
+    body = {"prompt": "a", "min_tokens": 5, "temperature": 0}
+    text = reference(model, "a", SamplingParams(0.0), 16)
+    for ids in ([ord(text[0])], [*text.encode()]):
+        response = server.complete(**body, n=2, stop_token_ids=ids, return_token_ids=True).json()
+        for choice in response["choices"]:
+            assert len(choice["token_ids"]) >= 5
+            assert not {*choice["token_ids"][:5]} & {*ids}
+
+
+def test_stop_token_ids_end_the_output(server, model):
+    text = reference(model, "a", SamplingParams(0.0), 40)
+    raw = text.encode()
+    stop = next(byte for i, byte in enumerate(raw) if i > 4 and byte < 128 and byte not in raw[:i])
+    cut = text[: text.index(chr(stop))]
+    body = {"prompt": "a", "max_tokens": 40, "temperature": 0, "stop_token_ids": [stop, 256]}
+    for options in ({}, {"echo": True}, {"n": 2}, {"stream": True}):
+        response = server.complete(**body, **options, logprobs=1)
+        if options.get("stream"):
+            texts, reasons, _ = read_stream(response.text.split("\n"))
+            assert (texts, reasons) == ({0: cut}, {0: "stop"})
+            continue
+        for choice in response.json()["choices"]:
+            assert choice["text"].removeprefix("a" if options.get("echo") else "") == cut
+            assert choice["finish_reason"] == "stop"
+            # Like EOS, it is the last of the logprobs only.
+            assert choice["logprobs"]["tokens"][-1] == chr(stop)
+            assert choice["logprobs"]["text_offset"][-1] == len(choice["text"])
+
+
+def test_truncate_prompt_tokens_keeps_the_last(server):
+    body = {"temperature": 0, "max_tokens": 8, "echo": True, "logprobs": 1}
+    prompt = "one two é three"
+    ids = TOKENIZER.encode(prompt)
+    for size in (1, 6, 7, 100):
+        truncated = server.complete(prompt=prompt, truncate_prompt_tokens=size, **body).json()
+        if size < len(ids):
+            expected = server.complete(prompt=ids[-size:], **body).json()
+        else:
+            expected = server.complete(prompt=prompt, **body).json()
+        assert truncated["choices"] == expected["choices"]
+        assert truncated["usage"] == expected["usage"]
+    both = server.complete(prompt=[prompt, prompt], truncate_prompt_tokens=3, **body).json()
+    first, second = ({**choice, "index": 0} for choice in both["choices"])
+    assert first == second
+
+
+def test_truncation_to_what_the_context_holds_leaves_room_for_max_tokens(model):
+    server = RunningServer(model, 1, max_model_len=50)
+    try:
+        body = {"prompt": "x" * 200, "temperature": 0, "truncate_prompt_tokens": -1}
+        for max_tokens in (0, 1, 20, 50):
+            response = server.complete(**body, max_tokens=max_tokens).json()
+            assert response["usage"] == {
+                "prompt_tokens": 51 - max(max_tokens, 1),
+                "completion_tokens": max_tokens,
+                "total_tokens": 51 - max(max_tokens, 1) + max_tokens,
+            }
+        assert server.complete(**body, max_tokens=51).status_code == 400
+    finally:
+        server.close()
+
+
+def test_add_special_tokens_false_starts_without_eos(server):
+    body = {"temperature": 0, "return_token_ids": True, "echo": True, "logprobs": 1}
+    text = server.complete(prompt="ab", add_special_tokens=False, **body).json()
+    ids = server.complete(prompt=[97, 98], **body).json()
+    assert (text["choices"], text["usage"]) == (ids["choices"], ids["usage"])
+    assert text["choices"][0]["prompt_token_ids"] == [97, 98]
+
+
+def test_empty_prompt_and_top_k_minus_one_mean_the_default(server):
+    body = {"temperature": 1, "seed": 3, "max_tokens": 9}
+    texts = {
+        server.complete(**body, **fields).json()["choices"][0]["text"]
+        for fields in ({"prompt": ""}, {"prompt": None}, {}, {"top_k": -1}, {"top_k": 0})
+    }
+    assert len(texts) == 1
+    assert server.http.post("/v1/next", json={"prompt": "a", "top_k": -1}).status_code == 200
+
+
+def test_fields_about_accounts_have_no_effect(server):
+    body = {"prompt": "a", "seed": 3}
+    fields = {
+        "metadata": {"a": "b"},
+        "store": True,
+        "service_tier": "auto",
+        "safety_identifier": "x",
+        "prompt_cache_key": "x",
+        "user": "x",
+    }
+    choices = [server.complete(**body, **more).json()["choices"] for more in ({}, fields)]
+    assert choices[0] == choices[1]
+
+
+@pytest.mark.parametrize("include_obfuscation", [False, True])
+def test_continuous_usage_and_obfuscation(server, include_obfuscation):
+    server.async_engine.stream_interval = 0
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    body = {"prompt": ["a", "bcd"], "n": 2, "max_tokens": 5, "temperature": 0, "ignore_eos": True}
+    response = server.complete(
+        **body,
+        stream=True,
+        stream_options={**options, "include_obfuscation": include_obfuscation},
+    )
+    lines = [line for line in response.text.split("\n") if line][:-1]
+    *chunks, last = (json.loads(line.removeprefix("data: ")) for line in lines)
+    counts = {}
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        usage, index = chunk["usage"], choice["index"]
+        assert usage["prompt_tokens"] == (2, 2, 4, 4)[index]
+        assert usage["total_tokens"] == usage["prompt_tokens"] + usage["completion_tokens"]
+        assert usage["completion_tokens"] >= counts.get(index, 0)
+        counts[index] = usage["completion_tokens"]
+    assert counts == dict.fromkeys(range(4), 5)
+    assert last["usage"] == {"prompt_tokens": 6, "completion_tokens": 20, "total_tokens": 26}
+    assert all(("obfuscation" in chunk) == include_obfuscation for chunk in (*chunks, last))
+    if include_obfuscation:
+        assert {len(line.encode()) % 64 for line in lines} == {0}
+        assert len({chunk["obfuscation"] for chunk in chunks if chunk["obfuscation"]}) > 3
+
+
+def test_chat_completions_says_what_to_use_instead(server):
+    for options in ({"json": {"messages": []}}, {"content": b"{"}, {}):
+        response = server.http.post("/v1/chat/completions", **options)
+        assert response.status_code == 404
+        message = response.json()["error"]["message"]
+        assert "/v1/completions" in message
+        assert "chat template" in message
+
+
+def test_version(server):
+    assert server.http.get("/version").json() == {"version": version("tinygpt")}
 
 
 def test_model_name_with_lone_surrogate_is_unknown(server):
@@ -293,7 +566,11 @@ def test_streamed_text_equals_unstreamed_text(server):
             "n": rng.choice([1, 3]),
             "max_tokens": rng.randint(1, 40),
             "stop": rng.choice([None, "I", ["9", "\ufffd\ufffd", "ab"]]),
+            "ignore_eos": rng.choice([False, True]),
+            "skip_special_tokens": rng.choice([False, True]),
+            "stop_token_ids": rng.choice([[], [*range(65, 75)]]),
         }
+        body["min_tokens"] = rng.randint(0, body["max_tokens"])
         whole = server.complete(**body).json()
         with server.http.stream(
             "POST",
@@ -306,7 +583,7 @@ def test_streamed_text_equals_unstreamed_text(server):
             assert texts.get(choice["index"], "") == choice["text"]
             assert finish_reasons[choice["index"]] == choice["finish_reason"]
             stops = [body["stop"]] if isinstance(body["stop"], str) else body["stop"] or []
-            assert not any(stop in choice["text"] for stop in stops)
+            assert body["min_tokens"] or not any(stop in choice["text"] for stop in stops)
         assert usage == whole["usage"]
 
 
@@ -493,6 +770,13 @@ def test_openapi_describes_every_field_and_docs_is_on_the_page(server):
     assert (docs.status_code, docs.headers["location"]) == (307, "./#docs")
     assert server.http.get("/docs", follow_redirects=True).text.startswith("<!doctype html>")
     assert math.isclose(fields["properties"]["temperature"]["default"], 1.0)
+
+
+def test_docs_list_every_field():
+    table = (Path(__file__).parents[2] / "docs" / "serving.md").read_text("utf-8")
+    names = {*CompletionRequest.model_fields} - {"stream_options", "suffix"}
+    names |= {f"stream_options.{name}" for name in StreamOptions.model_fields}
+    assert not {name for name in names if f"`{name}`" not in table}
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -10,6 +10,7 @@ import httpx
 import pytest
 import torch
 
+from gpt import GPT
 from serving.http.limits import Limits, Timeouts
 from tests.serving.running_server import (
     CONTEXT_LENGTH,
@@ -25,6 +26,7 @@ from tests.serving.running_server import (
     request_and_disconnect,
     wait_until,
 )
+from tokenizer import train_bpe
 
 SHORT_TIMEOUTS = Timeouts(
     header_timeout=0.2, body_timeout=0.4, shutdown_timeout=0.5, max_connections=8
@@ -367,6 +369,93 @@ def test_echo_and_logprobs_are_those_of_the_model(start, model):
     for token, offset in zip(logprobs["tokens"], logprobs["text_offset"], strict=True):
         if not token.startswith("bytes:"):
             assert choice["text"][offset : offset + len(token)] == token
+
+
+@pytest.fixture(scope="module")
+def bpe_server():
+    """A server whose tokenizer leaves a trailing space to the next token, and its model."""
+    torch.manual_seed(0)
+    bpe_model = GPT(BPE.vocab_size, 64, width=16, depth=1, heads=2).eval()
+    server = RunningServer(bpe_model, 2, tokenizer=BPE)
+    server.async_engine.stream_interval = 0
+    yield server
+    server.close()
+
+
+BPE = train_bpe(["the cat sat on the mat, naïve 日本 the end " * 20], 300)
+PROMPTS = ["the cat ", "the cat  ", " ", "", "the cat", "👩 naïve 日本", "👩 日 "]
+
+
+@pytest.mark.parametrize("max_tokens", [0, 1, 5])
+@pytest.mark.parametrize("as_ids", [False, True])
+def test_echoed_tokens_join_to_the_prompt_and_all_are_scored(bpe_server, max_tokens, as_ids):
+    body = {"max_tokens": max_tokens, "n": 2, "seed": 1, "temperature": 0.1}
+    body |= {"echo": True, "logprobs": 1, "return_token_ids": True}
+    for prompt in PROMPTS:
+        tokenized = bpe_server.http.post("/tokenize", json={"prompt": prompt}).json()["tokens"]
+        assert tokenized == [BPE.eos_token, *BPE.encode(prompt)]
+        given = tokenized if as_ids else prompt
+        response = bpe_server.complete(prompt=given, **body)
+        streamed = bpe_server.complete(prompt=given, **body, stream=True).text
+        scores_TV = bpe_server.engine.model(torch.tensor([tokenized]))[0].log_softmax(-1)
+        expected = [float(scores_TV[i, token].detach()) for i, token in enumerate(tokenized[1:])]
+        for choice in response.json()["choices"]:
+            assert choice["prompt_token_ids"] == tokenized
+            assert choice["text"].startswith(prompt)
+            logprobs = choice["logprobs"]
+            names, scores, offsets = (
+                logprobs[key] for key in ("tokens", "token_logprobs", "text_offset")
+            )
+            if as_ids:  # then EOS is a token of the prompt, which nothing predicts and has no text
+                assert (names.pop(0), scores.pop(0), offsets.pop(0)) == ("<|endoftext|>", None, 0)
+            count = len(tokenized) - 1
+            echoed = b"".join(map(token_name_bytes, names[:count]))
+            assert echoed.decode() == prompt
+            assert scores[:count] == pytest.approx(expected, abs=1e-4)
+            assert None not in scores
+            ends = [len(echoed[:end].decode(errors="ignore")) for end in range(len(echoed))]
+            starts = [len(b"".join(map(token_name_bytes, names[:i]))) for i in range(count)]
+            assert offsets[:count] == [ends[start] for start in starts]
+            chunks = [
+                delta
+                for line in streamed.split("\n")
+                if line.startswith("data: {")
+                for delta in json.loads(line[6:])["choices"]
+                if delta["index"] == choice["index"]
+            ]
+            assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
+            streamed_names = sum((chunk["logprobs"]["tokens"] for chunk in chunks), [])
+            assert streamed_names[as_ids:] == names
+
+
+def token_name_bytes(name):
+    """The bytes of a token in logprobs."""
+    if name.startswith("bytes:"):
+        return bytes.fromhex(name.removeprefix("bytes:").replace("\\x", ""))
+    return name.encode()
+
+
+def test_trailing_space_is_left_to_the_first_token_unless_the_prompts_tokens_are_returned(
+    bpe_server,
+):
+    body = {"prompt": "the cat ", "max_tokens": 3, "temperature": 0}
+    plain = bpe_server.complete(**body).json()
+    assert plain["usage"]["prompt_tokens"] == 1 + len(BPE.encode("the cat"))
+    echoed = bpe_server.complete(**body, echo=True).json()
+    assert echoed["choices"][0]["text"] == "the cat " + plain["choices"][0]["text"]
+    assert echoed["usage"] == plain["usage"]
+    ids = bpe_server.complete(**body, echo=True, return_token_ids=True).json()["choices"][0]
+    assert BPE.decode(ids["token_ids"]) == ids["text"]
+
+
+def test_output_completes_the_last_character_of_echoed_token_ids(start):
+    server = start()
+    body = {"prompt": [97, 0xE2, 0x82], "echo": True, "logprobs": 0, "temperature": 0, "n": 2}
+    body["logit_bias"] = {str(0xAC): 100}
+    for max_tokens, text in ((0, "a\ufffd"), (1, "a€"), (2, "a€\ufffd")):
+        for choice in server.complete(**body, max_tokens=max_tokens).json()["choices"]:
+            assert choice["text"] == text
+            assert choice["logprobs"]["text_offset"] == [0, 1, 1, 1, 2][: 3 + max_tokens]
 
 
 def test_prompt_logprobs_of_token_ids_as_evaluation_harnesses_expect(start, model):

@@ -26,8 +26,8 @@ class ChunkTokenizer:
         return "".join(map(self.bytes.push, self.chunks[index]))
 
 
-def detokenize(tokenizer, ids, stops):
-    detokenizer = IncrementalDetokenizer(tokenizer, stops)
+def detokenize(tokenizer, ids, stops, **options):
+    detokenizer = IncrementalDetokenizer(tokenizer, stops, **options)
     parts = [detokenizer.push(token) for token in ids]
     return [*parts, detokenizer.flush()], detokenizer.stopped
 
@@ -39,6 +39,22 @@ def cut_at_stop(text, stops):
         if starts:
             return text[: min(starts)], True
     return text, False
+
+
+@given(st.lists(st.text("ab", max_size=4), max_size=6), st.data())
+def test_a_stop_string_counts_if_it_is_completed_after_min_tokens(chunks, data):
+    stops = data.draw(st.lists(st.text("ab", min_size=1, max_size=3), max_size=3))
+    min_tokens = data.draw(st.integers(0, 6))
+    text, ignored = "".join(chunks), len("".join(chunks[:min_tokens]))
+    expected = text, False
+    for end in range(ignored + 1, len(text) + 1):
+        starts = [end - len(stop) for stop in stops if text[:end].endswith(stop)]
+        if starts:
+            expected = text[: min(starts)], True
+            break
+    tokenizer = ChunkTokenizer([chunk.encode() for chunk in chunks])
+    parts, stopped = detokenize(tokenizer, range(len(chunks)), stops, min_tokens=min_tokens)
+    assert ("".join(parts), stopped) == expected
 
 
 TEXTS = st.text("ab\n é👩", max_size=12)
