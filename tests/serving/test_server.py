@@ -424,7 +424,7 @@ def test_echoed_tokens_join_to_the_prompt_and_all_are_scored(bpe_server, max_tok
                 if delta["index"] == choice["index"]
             ]
             assert "".join(chunk["text"] for chunk in chunks) == choice["text"]
-            streamed_names = sum((chunk["logprobs"]["tokens"] for chunk in chunks), [])
+            streamed_names = [name for chunk in chunks for name in chunk["logprobs"]["tokens"]]
             assert streamed_names[as_ids:] == names
 
 
