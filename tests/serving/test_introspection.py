@@ -358,6 +358,22 @@ def test_invalid_request_is_400_with_reason(gpt_server, route, body, message):
     assert len(response.content) < 1000
 
 
+@pytest.mark.parametrize(
+    ("route", "fields", "param"),
+    [
+        ("next", {"logit_bias": {"999": 1}}, "logit_bias"),
+        ("next", {"top_p": 2}, "top_p"),
+        ("next", {"include": [999]}, "include"),
+        ("xray", {"layer": 99}, "layer"),
+        ("xray", {"map_name": "x"}, "map_name"),
+        ("xray", {"translation": "x"}, "translation"),
+    ],
+)
+def test_error_names_the_field_at_fault(gpt_server, route, fields, param):
+    response = gpt_server.http.post(f"/v1/{route}", json={"prompt": "a", **fields})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+
+
 def test_full_context_is_allowed(gpt_server):
     post(gpt_server, "next", prompt="a" * 63)
     post(gpt_server, "next", prompt="a", tokens=[1] * 62)
