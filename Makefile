@@ -41,7 +41,7 @@ bench: .venv/.developed  ## benchmarks of serving, or with DATA=input.txt of tra
 	$(PY) -m benchmarks.$(if $(DATA),train --data "$$DATA",serve) $(ARGS)
 
 bench-gpu: .venv/.developed  ## check and measure everything on a GPU, in ten minutes: make bench-gpu [DATA=input.txt ARGS=]
-	$(PY) -m benchmarks.gpu $(if $(DATA),--data '$(DATA)') $(ARGS)
+	$(PY) -m benchmarks.gpu $(if $(DATA),--data "$$DATA") $(ARGS)
 
 test: .venv/.developed  ## all tests except the long ones: make test [ARGS=]
 	$(PY) -m pytest -n auto --maxprocesses 8 --dist loadfile --no-loadscope-reorder $(ARGS)
