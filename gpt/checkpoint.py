@@ -91,7 +91,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
             file.write(header.encode())
 
 
-def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Tensor]:
+def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read a safetensors file; a ValueError says how it is damaged.
 
     The tensors are compared with their hash, if the file has one: those of other programs have none.
@@ -112,7 +112,7 @@ def load_tensors(path: Path, device: str | torch.device = "cpu") -> dict[str, Te
             f"{path}: damaged (its tensors are not those that were saved: their SHA-256 differs); "
             "restore it from a copy or train again"
         )
-    return {name: tensor.to(device) for name, tensor in tensors.items()}
+    return tensors
 
 
 def unique_state_dict(model: Model) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 
 class GPUSpec(NamedTuple):
@@ -17,8 +18,12 @@ class GPUSpec(NamedTuple):
     memory: int | None
     """Bytes; None if unknown: GPUs of one name come in several sizes."""
     flops: float | None
-    """Dense bfloat16 operations per second; None if unknown."""
+    """Dense operations per second in bfloat16, or else in float16; None if unknown."""
+    has_bfloat16: bool = True
 
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+"""The data types of `--precision`, by name."""
 
 GB = 10**9
 
@@ -36,6 +41,9 @@ GPU_SPECS = {
     "H200 NVL": GPUSpec(141 * GB, 835e12),
     "GH200 480GB": GPUSpec(96 * GB, 989e12),
     "B200": GPUSpec(180 * GB, 2250e12),
+    "V100 16GB": GPUSpec(16 * GB, 125e12, has_bfloat16=False),
+    "V100 32GB": GPUSpec(32 * GB, 125e12, has_bfloat16=False),
+    "T4": GPUSpec(16 * GB, 65e12, has_bfloat16=False),
     "L40S": GPUSpec(48 * GB, 362e12),
     "L4": GPUSpec(24 * GB, 121e12),
     "A10G": GPUSpec(24 * GB, 70e12),
@@ -44,7 +52,7 @@ GPU_SPECS = {
 }
 """By the driver's name for the GPU, without `IGNORED_WORDS`."""
 
-IGNORED_WORDS = {"nvidia", "geforce", "sxm", "sxm4", "hbm3", "hbm3e"}
+IGNORED_WORDS = {"nvidia", "tesla", "geforce", "sxm", "sxm2", "sxm4", "hbm3", "hbm3e"}
 
 
 def find_gpu_spec(name: str) -> GPUSpec:
@@ -61,23 +69,37 @@ def find_gpu_spec(name: str) -> GPUSpec:
 
 def resolve_device(name: str) -> torch.device:
     """Return the device of that name, or the fastest for `auto`; a ValueError if there is none."""
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
     if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
     except RuntimeError:
         raise ValueError(f"--device must be auto, cpu, cuda, cuda:N or mps, not {name!r}") from None
-    available = {
-        "cpu": True,
-        "cuda": torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count(),
-        "mps": torch.backends.mps.is_available(),
-    }
-    if not available.get(device.type, False):
-        names = ", ".join(kind for kind, is_available in available.items() if is_available)
+    counts = {"cpu": 1}
+    if accelerator:
+        counts[accelerator.type] = torch.accelerator.device_count()
+    if (device.index or 0) >= counts.get(device.type, 0):
+        names = ", ".join(counts)
         raise ValueError(f"--device {name}: there is none on this machine; there is {names}")
     return device
+
+
+def is_gpu(device: torch.device) -> bool:
+    """Return whether the device has memory and streams of its own: a CUDA, ROCm or XPU device, not MPS."""
+    return device.type != "cpu" and hasattr(torch.get_device_module(device), "Stream")
+
+
+def has_cuda_graphs(device: torch.device) -> bool:
+    """Return whether `torch.get_device_module` of the device has CUDA graphs."""
+    return hasattr(torch.get_device_module(device), "CUDAGraph")
+
+
+def copy_to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a CPU tensor on the device; copies to a GPU are queued, without waiting."""
+    if is_gpu(device):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 @functools.cache
@@ -91,24 +113,28 @@ def cpu_info() -> dict[str, str]:
     return {name: info[name] for name in ("vendor_id", "model name", "flags") if name in info}
 
 
-def uses_bfloat16(device: torch.device, precision: str) -> bool:
-    """Return whether matrices are multiplied in bfloat16; `auto` is yes where that is faster."""
+def matmul_dtype(device: torch.device, precision: str) -> torch.dtype:
+    """Return the data type in which matrices are multiplied; `auto` is the fastest of the device."""
     if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return DTYPES[precision]
+    if is_gpu(device):
+        module = torch.get_device_module(device)
+        has_bfloat16 = module.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if has_bfloat16 else torch.float16
     if device.type == "cpu":
         # With AVX-512, bfloat16 is three times as fast as float32 on an AMD EPYC, but half as fast
         # on an Intel Xeon.
         is_amd = cpu_info().get("vendor_id") == "AuthenticAMD"
         has_fast_avx512 = is_amd and torch.cpu._is_avx512_bf16_supported()
-        return has_fast_avx512 or torch.cpu._is_amx_tile_supported()
-    return False
+        if has_fast_avx512 or torch.cpu._is_amx_tile_supported():
+            return torch.bfloat16
+    return torch.float32
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which matrix products are computed in `precision`, sums in float32."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=uses_bfloat16(device, precision))
+    dtype = matmul_dtype(device, precision)
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
 @contextmanager
@@ -128,16 +154,19 @@ def tf32(device: torch.device) -> Iterator[None]:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Return the GPU's peak bfloat16 operations per second, or None if unknown."""
-    if device.type != "cuda":
-        return None
-    return find_gpu_spec(torch.cuda.get_device_name(device)).flops
+    """Return the GPU's `GPUSpec.flops`, or None if unknown."""
+    return find_gpu_spec(gpu_name(device)).flops if is_gpu(device) else None
+
+
+def gpu_name(device: torch.device) -> str:
+    """Return the driver's name for a GPU."""
+    return str(torch.get_device_module(device).get_device_name(device))
 
 
 def device_name(device: torch.device) -> str:
     """Return a description of the device: its name and GPU model or number of threads."""
-    if device.type == "cuda":
-        return f"{device} ({torch.cuda.get_device_name(device)})"
+    if is_gpu(device):
+        return f"{device} ({gpu_name(device)})"
     return f"{device} ({torch.get_num_threads()} threads)" if device.type == "cpu" else str(device)
 
 

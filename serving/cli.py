@@ -23,7 +23,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 from gpt import LanguageModel, cli
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
-from gpt.device import resolve_device
+from gpt.device import has_cuda_graphs, resolve_device
 from gpt.generation import generate
 from gpt.kernels.quantization import DType
 from gpt.sampling import SamplingParams
@@ -247,7 +247,7 @@ class Serve:
             max_num_batched_tokens=self.max_num_batched_tokens,
             deterministic=self.deterministic,
             num_scheduler_steps=1 if self.deterministic else tune_scheduler_steps(model),
-            cuda_graphs=not self.no_compile and next(model.parameters()).device.type == "cuda",
+            cuda_graphs=not self.no_compile and has_cuda_graphs(next(model.parameters()).device),
         )
         size = (
             f"{num_parameters:,} parameters in {self.dtype}; {self.max_num_seqs} slots of "

@@ -92,20 +92,22 @@ def write_checkpoint(directory: Path, tensors: Tensors, trainer_state: dict[str,
 def rng_state(device: torch.device, rank: int) -> dict[str, Tensor]:
     """Return the states of this process's random number generators.
 
-    Rank 0's are named `cpu` and, on a GPU, `cuda`; rank 1's `cpu.1` and `cuda.1`, and so on.
+    Rank 0's are named `cpu` and, on a GPU, by its type, such as `cuda`; rank 1's `cpu.1` and
+    `cuda.1`, and so on.
     """
     suffix = f".{rank}" if rank else ""
     states = {f"cpu{suffix}": torch.get_rng_state()}
-    if device.type == "cuda":
-        states[f"cuda{suffix}"] = torch.cuda.get_rng_state(device)
+    if device.type != "cpu":
+        state = torch.get_device_module(device).get_rng_state(device)
+        states[f"{device.type}{suffix}"] = state
     return states
 
 
 def restore_rng_state(states: dict[str, Tensor], device: torch.device, rank: int) -> bool:
     """Restore what `rng_state` returned for this rank; return False if the rank is not in it."""
     suffix = f".{rank}" if rank else ""
-    if f"cuda{suffix}" in states and device.type == "cuda":
-        torch.cuda.set_rng_state(states[f"cuda{suffix}"], device)
+    if device.type != "cpu" and (name := f"{device.type}{suffix}") in states:
+        torch.get_device_module(device).set_rng_state(states[name], device)
     if is_known := f"cpu{suffix}" in states:
         torch.set_rng_state(states[f"cpu{suffix}"])
     return is_known

@@ -20,7 +20,7 @@ from gpt.checkpoint import (
     run_path,
 )
 from gpt.cli import MaybeText
-from gpt.device import resolve_device
+from gpt.device import is_gpu, resolve_device
 from training import distributed, launch
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
@@ -156,7 +156,7 @@ class Resume:
 def main(prog: str = "python -m training", arguments: Sequence[str] | None = None) -> None:
     """Parse and run a command; `train` and `plan` take their defaults from a preset named first."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    preset = "gpt-micro" if resolve_device("auto").type == "cuda" else "gpt-nano"
+    preset = "gpt-micro" if is_gpu(resolve_device("auto")) else "gpt-nano"
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")
         train: Callable[..., cli.Command] = Resume

@@ -24,7 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from gpt.device import resolve_device, uses_bfloat16
+from gpt.device import is_gpu, matmul_dtype, resolve_device
 
 # FSDP's imports take a second, so only runs that use it import them.
 if TYPE_CHECKING:
@@ -53,18 +53,18 @@ class World:
         device = resolve_device(name)
         if self.size == 1 or device.type == "cpu":
             return device
-        if device.type != "cuda" or device.index is not None:
+        if not is_gpu(device) or device.index is not None:
             raise ValueError(
                 f"--device {device} is one device and the processes are {self.size}: "
                 "choose cuda, of which each takes its own, or cpu"
             )
-        count = torch.cuda.device_count()
+        count = torch.accelerator.device_count()
         if self.local_rank >= count:
             raise ValueError(
-                f"each process needs its own cuda device, and there are {count}: "
+                f"each process needs its own {device.type} device, and there are {count}: "
                 f"choose --nproc-per-node {count}"
             )
-        return torch.device("cuda", self.local_rank)
+        return torch.device(device.type, self.local_rank)
 
     def local_slice(self, batch_size: int) -> slice:
         """Return this process's rows of a batch."""
@@ -135,16 +135,17 @@ def init_process_group(device: str) -> World:
         return SINGLE_PROCESS
     world = World(int(os.environ["RANK"]), size, int(os.environ["LOCAL_RANK"]))
     own_device = world.device(device)
-    is_cuda = own_device.type == "cuda"
-    if is_cuda:
-        torch.cuda.set_device(own_device)
+    backend, on_gpu = "gloo", is_gpu(own_device)
+    if on_gpu:
+        torch.accelerator.set_device_index(own_device.index)
+        backend = f"cpu:gloo,{own_device.type}:{dist.get_default_backend_for_device(own_device)}"
     dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if is_cuda else "gloo",
+        backend,
         store=_rendezvous_store(world),
         rank=world.rank,
         world_size=size,
         timeout=TIMEOUT,
-        device_id=own_device if is_cuda else None,
+        device_id=own_device if on_gpu else None,
     )
     atexit.register(dist.destroy_process_group)
     if not world.is_main_process:
@@ -214,10 +215,8 @@ def apply_fsdp(objective: nn.Module, device: torch.device, precision: str) -> No
 
     # The warning is about in-place changes of a layer's output; there are none.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
-    in_bfloat16 = device.type == "cuda" and uses_bfloat16(device, precision)
-    policy = MixedPrecisionPolicy(
-        torch.bfloat16 if in_bfloat16 else None, torch.float32, cast_forward_inputs=False
-    )
+    gathered_dtype = matmul_dtype(device, precision) if is_gpu(device) else None
+    policy = MixedPrecisionPolicy(gathered_dtype, torch.float32, cast_forward_inputs=False)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in fsdp_layers(objective):
         fully_shard(layer, mesh=mesh, mp_policy=policy)

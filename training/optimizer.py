@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gpt.device import uses_bfloat16
+from gpt.device import matmul_dtype
 from gpt.models.base import Model
 from training.config import TrainingConfig
 from training.distributed import map_full_tensors, shard_like
@@ -32,8 +32,10 @@ def orthogonalize(update_NAB: Tensor, dtype: torch.dtype) -> Tensor:
     """
     a, b, c = NEWTON_SCHULZ_COEFFICIENTS
     is_tall = update_NAB.shape[1] > update_NAB.shape[2]
-    x_NAB = (update_NAB.mT if is_tall else update_NAB).to(dtype)
-    x_NAB = x_NAB / x_NAB.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    x_NAB = update_NAB.mT if is_tall else update_NAB
+    norm_N11 = x_NAB.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    # Cast after the division: small gradients are zero in float16.
+    x_NAB = torch.div(x_NAB, norm_N11, out=torch.empty_like(x_NAB, dtype=dtype))
     for _ in range(NEWTON_SCHULZ_STEPS):
         gram_NAA = x_NAB @ x_NAB.mT
         gram_NAA = torch.baddbmm(gram_NAA, gram_NAA, gram_NAA, beta=b, alpha=c)
@@ -97,10 +99,25 @@ def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
     return groups
 
 
+class _JointOptimizer(torch.optim.Optimizer):
+    """Several optimizers as one: if a gradient overflows, `GradScaler` lets none of them step."""
+
+    def __init__(self, optimizers: list[torch.optim.Optimizer]) -> None:
+        super().__init__([group for each in optimizers for group in each.param_groups], {})
+        self.optimizers, self.num_steps = optimizers, 0
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Let every optimizer step."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.num_steps += 1
+
+
 class Optimizers:
     """The optimizers of a run behind one `step`, with the learning-rate schedule and one state dict.
 
-    Muon computes in bfloat16 if `bfloat16`, by default where matrix products do.
+    Muon computes in `dtype`, by default that of matrix products. In float16 losses must be scaled by
+    `scaler`, so that small gradients do not become zero; steps whose gradients overflow are skipped.
     """
 
     def __init__(
@@ -108,9 +125,13 @@ class Optimizers:
         model: Model,
         config: TrainingConfig,
         device: torch.device,
-        bfloat16: bool | None = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.model, self.config = model, config
+        dtype = dtype or matmul_dtype(device, config.precision)
+        self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+        self.skipped_steps = 0
+        """Steps skipped so far because a gradient was not finite."""
         lr_and_weight_decay = {
             "matrices": (config.learning_rate, config.weight_decay),
             "embeddings": (config.embedding_lr, config.embedding_weight_decay),
@@ -125,19 +146,23 @@ class Optimizers:
                 groups[name] = {"params": parameters, **rates}
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon" and "matrices" in groups:
-            if bfloat16 is None:
-                bfloat16 = uses_bfloat16(device, config.precision)
-            dtype = torch.bfloat16 if bfloat16 else torch.float32
             self.optimizers.append(Muon([groups.pop("matrices")], dtype))
         if config.optimizer == "sgd":
             self.optimizers.append(torch.optim.SGD(list(groups.values())))
         elif groups:
-            betas, fused = (config.beta1, config.beta2), device.type in ("cpu", "cuda")
-            adamw = torch.optim.AdamW(list(groups.values()), betas=betas, eps=1e-10, fused=fused)
+            betas = config.beta1, config.beta2
+            adamw = torch.optim.AdamW(list(groups.values()), betas=betas, eps=1e-10, fused=True)
             self.optimizers.append(adamw)
+        self.joint_optimizer = _JointOptimizer(self.optimizers)
 
     def step(self, step: int) -> None:
-        """Clip the gradients, set the learning rates of this step, update the weights, clear the gradients."""
+        """Clip the gradients, set the learning rates of this step, update the weights, clear the gradients.
+
+        Gradients are those of scaled losses. Only in float16 this waits for the device: it reads
+        whether a gradient is not finite.
+        """
+        joint_optimizer, previous_steps = self.joint_optimizer, self.joint_optimizer.num_steps
+        self.scaler.unscale_(joint_optimizer)
         if self.config.grad_clip:
             nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         lr_fraction = lr_schedule(self.config, step)
@@ -146,8 +171,27 @@ class Optimizers:
                 group["lr"] = group["peak_lr"] * lr_fraction
                 if group.get("momentum"):
                     group["momentum"] = 0.85 + 0.10 * min(1.0, step / MOMENTUM_WARMUP_STEPS)
-            optimizer.step()
-            optimizer.zero_grad()
+        self.scaler.step(joint_optimizer)
+        self.scaler.update()
+        self.skipped_steps += joint_optimizer.num_steps == previous_steps
+        joint_optimizer.zero_grad()
+
+    @property
+    def loss_scale(self) -> float:
+        """What losses are multiplied by: 1 but in float16."""
+        return self.scaler.get_scale()
+
+    def scaler_state(self) -> dict[str, float]:
+        """Return the state of gradient scaling; empty but in float16."""
+        if not self.scaler.is_enabled():
+            return {}
+        return {**self.scaler.state_dict(), "skipped_steps": self.skipped_steps}
+
+    def load_scaler_state(self, state: dict[str, float]) -> None:
+        """Restore what `scaler_state` returned; nothing if the checkpoint's precision was another."""
+        if state and self.scaler.is_enabled():
+            self.skipped_steps = int(state["skipped_steps"])
+            self.scaler.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Tensor]:
         """Return the state of all optimizers as flat tensors: <optimizer>.<parameter>.<name>."""

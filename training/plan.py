@@ -24,7 +24,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from gpt import LanguageModel, Model
-from gpt.device import GPUSpec, find_gpu_spec, resolve_device, uses_bfloat16
+from gpt.device import (
+    DTYPES,
+    GPUSpec,
+    find_gpu_spec,
+    gpu_name,
+    is_gpu,
+    matmul_dtype,
+    resolve_device,
+)
 from gpt.summary import count_by_kind, count_parameters, describe
 from training.config import TrainingConfig, new_model
 from training.distributed import fsdp_layers
@@ -144,8 +152,8 @@ class Hardware:
     spec: GPUSpec
     is_gpu: bool
     """False for this machine's CPU or MPS device."""
-    bfloat16: bool
-    """Whether matrix products are in bfloat16, not float32."""
+    precision: str
+    """Data type of matrix products: a name of `DTYPES`."""
 
     def fits(self, memory: Memory) -> bool | None:
         """Return whether a device holds the peak memory; None if its memory is unknown."""
@@ -158,19 +166,26 @@ def resolve_hardware(config: TrainingConfig, num_gpus: int, gpu: str | None) -> 
     if gpu is not None:
         if config.device != "auto":
             raise ValueError("--gpu and --device both choose the device: leave out one of them")
-        return Hardware(num_gpus, gpu, find_gpu_spec(gpu), True, config.precision != "float32")
+        spec, precision = find_gpu_spec(gpu), config.precision
+        if precision == "auto":
+            precision = "bfloat16" if spec.has_bfloat16 else "float16"
+        return Hardware(num_gpus, gpu, spec, True, precision)
     device = resolve_device(config.device)
-    name, spec, is_gpu = device.type, GPUSpec(None, None), device.type == "cuda"
-    if is_gpu:
-        name = torch.cuda.get_device_name(device)
-        capacity = torch.cuda.get_device_properties(device).total_memory
-        spec = GPUSpec(capacity, find_gpu_spec(name).flops)
-    return Hardware(num_gpus, name, spec, is_gpu, uses_bfloat16(device, config.precision))
+    name, spec = device.type, GPUSpec(None, None)
+    if is_gpu(device):
+        name = gpu_name(device)
+        capacity = torch.get_device_module(device).get_device_properties(device).total_memory
+        spec = find_gpu_spec(name)._replace(memory=capacity)
+    dtype = matmul_dtype(device, config.precision)
+    dtype_name = next(key for key, value in DTYPES.items() if value == dtype)
+    return Hardware(num_gpus, name, spec, is_gpu(device), dtype_name)
 
 
 def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hardware) -> Memory:
     """Measure the memory of one training step on each device with fake tensors."""
-    on_gpu, bfloat16 = hardware.is_gpu, hardware.bfloat16
+    on_gpu, dtype = hardware.is_gpu, DTYPES[hardware.precision]
+    if dtype == torch.float16:  # its gradient scaling reads numbers, of which there are none here
+        dtype = torch.bfloat16
     num_shards = hardware.num_devices if config.fsdp else 1
     task = TASKS[config.task]
     model_args = task.expected_model_args(config)
@@ -184,14 +199,14 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
         gradients = _shard_bytes(model.parameters(), num_shards)
         full_weights = _shard_bytes(model.parameters(), 1)
         weights = gradients + _shard_bytes(model.buffers(), 1)
-        optimizers = Optimizers(model, config, torch.device("cpu"), bfloat16)
+        optimizers = Optimizers(model, config, torch.device("cpu"), dtype)
         for index in range(2):  # the first step creates the optimizer state
             _allocate_gradients(model)
             memory.peak = before = memory.current
             optimizers.step(index)
         optimizer_step = memory.peak - before
         optimizer = _shard_bytes(optimizers.state_dict().values(), num_shards)
-        if num_shards > 1 and bfloat16 and on_gpu:
+        if num_shards > 1 and dtype != torch.float32 and on_gpu:
             _cast_to_bfloat16(model)  # FSDP gathers parameters in bfloat16
         _allocate_gradients(model)
         permanent = memory.current
@@ -209,7 +224,7 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
 
             model.mean_nll = recording_mean_nll  # type: ignore[method-assign]
         memory.peak = memory.current
-        with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
             loss = Objective(model)(*batch, state=state)
         activations.append(memory.current - permanent)  # for a model without logits
         loss.backward()
@@ -285,7 +300,8 @@ class Plan:
         """Throughput of all devices; None if the peak FLOP/s are unknown, as they are in float32."""
         peak_flops = self.hardware.spec.flops
         flops_per_token = self.model.flops_per_token(self.config.context_length)
-        if not (self.tokens and peak_flops and flops_per_token and self.hardware.bfloat16):
+        in_float32 = self.hardware.precision == "float32"
+        if in_float32 or not (self.tokens and peak_flops and flops_per_token):
             return None
         return self.hardware.num_devices * self.mfu * peak_flops / flops_per_token
 
@@ -321,7 +337,7 @@ class Plan:
             "device": hardware.device,
             "device_memory": hardware.spec.memory,
             "device_peak_flops": hardware.spec.flops,
-            "precision": "bfloat16" if hardware.bfloat16 else "float32",
+            "precision": hardware.precision,
             "fsdp": config.fsdp,
             "gradient_accumulation_steps": config.gradient_accumulation_steps,
             "micro_batch_size": self.micro_batch_size,
@@ -347,7 +363,7 @@ class Plan:
             "",
             f"batch: {config.batch_size:,} rows = {hardware.num_devices} x "
             f"{config.gradient_accumulation_steps} micro-batches of {self.micro_batch_size:,}, "
-            f"in {'bfloat16' if hardware.bfloat16 else 'float32'}",
+            f"in {hardware.precision}",
             f"memory per device, GiB{', sharded' if config.fsdp else ''}:",
         ]
         verdict = "of unknown memory"

@@ -243,7 +243,7 @@ def load_init_embedding(trainer: Trainer) -> None:
     if trainer.config.init_embedding is None:
         return
     source = find_run(trainer.config.init_embedding)
-    weights = load_tensors(source / "model.safetensors", trainer.device)
+    weights = load_tensors(source / "model.safetensors")
     source_embedding = weights.get("embedding.weight")
     embedding = trainer.model.get_parameter("embedding.weight")
     assert trainer.task.tokenizer

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
 from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
-from gpt.device import autocast, peak_flops, retain_freed_memory, tf32
+from gpt.device import autocast, copy_to_device, peak_flops, retain_freed_memory, tf32
 from training import checkpointing, distributed
 from training.compilation import Compilation, should_compile
 from training.config import TrainingConfig, new_model
@@ -130,6 +130,7 @@ class Trainer:
         """The model's state of each batch row, in stateful training."""
         self.unlogged_losses: list[float] = []
         """Losses of the steps since the last line of the log."""
+        self.told_skipped_steps = 0
         if not world.is_main_process:
             self._seed_rank()
 
@@ -234,7 +235,7 @@ class Trainer:
     def train_step(self, objective: Callable[..., Tensor]) -> Tensor:
         """Take one optimizer step and return its loss; the mean over processes is the batch's loss.
 
-        Operations are only queued on the device: nothing here waits for it.
+        Operations are only queued on the device: nothing here waits for it, except in float16.
         """
         with tf32(self.device):
             loss = self._backward(objective)
@@ -259,20 +260,14 @@ class Trainer:
             (targets != -100).sum() / num_targets * self.world.size
             for targets in np.array_split(batch[-1], num_micro_batches)
         ]
-        tensors = [torch.from_numpy(array) for array in batch]
-        is_cuda = self.device.type == "cuda"
-        if is_cuda:  # copies from pinned memory do not wait for the device
-            tensors = [tensor.pin_memory() for tensor in tensors]
-        splits = [
-            tensor.to(self.device, non_blocking=is_cuda).tensor_split(num_micro_batches)
-            for tensor in tensors
-        ]
+        tensors = [copy_to_device(torch.from_numpy(array), self.device) for array in batch]
+        splits = [tensor.tensor_split(num_micro_batches) for tensor in tensors]
         total_loss = torch.zeros((), device=self.device)
         for i, (weight, *micro_batch) in enumerate(zip(weights, *splits, strict=True), 1):
             with nullcontext() if i == num_micro_batches else distributed.no_sync(objective):
                 with autocast(self.device, self.config.precision):
                     loss = objective(*micro_batch, state=self.state) * weight
-                loss.backward()
+                self.optimizers.scaler.scale(loss).backward()
             total_loss += loss.detach()
         return total_loss
 
@@ -284,8 +279,17 @@ class Trainer:
                 checkpoint = checkpointing.newest_checkpoint(self.directory) or "none yet"
                 raise Diverged(
                     f"the loss of step {step} is not finite; the last good checkpoint is "
-                    f"{checkpoint}: try a lower --learning-rate"
+                    f"{checkpoint}: try a lower --learning-rate{self._float32_advice}"
                 )
+        if self.optimizers.loss_scale < 1:
+            raise Diverged(
+                f"the gradients of {self.optimizers.skipped_steps} steps overflowed float16, also "
+                f"without a loss scale: try a lower --learning-rate{self._float32_advice}"
+            )
+
+    @property
+    def _float32_advice(self) -> str:
+        return " or --precision float32" if self.optimizers.scaler.is_enabled() else ""
 
     def _log(self, tokens_per_second: float, seconds_left: float) -> None:
         """Log the mean loss since the last line of the log."""
@@ -296,9 +300,28 @@ class Trainer:
         unit, lr_fraction = self.task.unit, lr_schedule(self.config, self.step - 1)
         tokens = {unit: self.tokens_seen, f"{unit}_per_second": round(tokens_per_second, 1)}
         seconds = round(self.seconds, 2)
-        self.metrics.log(self.step, loss=loss, lr_fraction=lr_fraction, **tokens, seconds=seconds)
+        scaling = {}
+        if self.optimizers.scaler.is_enabled():
+            scaling = {
+                "loss_scale": self.optimizers.loss_scale,
+                "skipped_steps": self.optimizers.skipped_steps,
+            }
+            self._tell_skipped_steps()
+        self.metrics.log(
+            self.step, loss=loss, lr_fraction=lr_fraction, **tokens, seconds=seconds, **scaling
+        )
         flops = tokens_per_second * self.flops_per_token
         self.progress.update(self.step, loss, tokens_per_second, flops, seconds_left)
+
+    def _tell_skipped_steps(self) -> None:
+        """Print how many optimizer steps were skipped, if more than were told before."""
+        count = self.optimizers.skipped_steps
+        if count > self.told_skipped_steps:
+            self.told_skipped_steps = count
+            self.progress.print(
+                f"step {self.step}: skipped {count} optimizer steps so far, whose gradients "
+                f"overflowed float16; loss scale {self.optimizers.loss_scale:g}"
+            )
 
     def _validate(self) -> None:
         """Compute the validation loss, save the weights if they are the best, show a sample."""
@@ -328,7 +351,7 @@ class Trainer:
         """Load the best weights into `eval_model`, score the whole validation split, log the score."""
         model = self.eval_model.to(self.device)
         path = self.directory / "model.safetensors"
-        load_weights(model, load_tensors(path, self.device), path)
+        load_weights(model, load_tensors(path), path)
         model.eval()
         # In float32, as `tinygpt eval`: the same on every machine.
         self.task.config = dataclasses.replace(self.task.config, precision="float32")
@@ -351,6 +374,7 @@ class Trainer:
             tensors["sequence_state"] = joined
             trainer_state = {name: getattr(self, name) for name in COUNTERS}
             trainer_state["data_fingerprint"] = self.task.fingerprint
+            trainer_state["grad_scaler"] = self.optimizers.scaler_state()
             checkpointing.write_checkpoint(self.directory, tensors, trainer_state)
         self.world.barrier()
         return self.directory / "checkpoints" / f"step-{self.step}"
@@ -375,6 +399,7 @@ class Trainer:
         self.optimizers.load_state_dict(tensors["optimizer"])
         for name in COUNTERS:
             setattr(self, name, trainer_state[name])
+        self.optimizers.load_scaler_state(trainer_state.get("grad_scaler", {}))
         rank = self.world.rank
         if not checkpointing.restore_rng_state(tensors["rng_state"], self.device, rank):
             self._seed_rank()  # the checkpoint was written by fewer processes

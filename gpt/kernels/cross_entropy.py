@@ -15,6 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+MAX_FLOAT16_CHUNK = 2**12
+"""Positions of a chunk in float16, whose largest number is 65,504: a gradient is a sum over them."""
+
 
 def linear_cross_entropy(
     features_ND: Tensor,
@@ -59,6 +62,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         if torch.is_autocast_enabled(device_type):
             dtype = torch.get_autocast_dtype(device_type)
         sum_dtype = torch.promote_types(dtype, torch.float32)
+        if dtype == torch.float16:
+            chunk_size = min(chunk_size, MAX_FLOAT16_CHUNK)
         cast_weight_VD = weight_VD.to(dtype)
         cast_bias_V = None if bias_V is None else bias_V.to(dtype)
         total = features_ND.new_zeros((), dtype=sum_dtype)

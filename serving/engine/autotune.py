@@ -64,8 +64,8 @@ def _decode_first_token(model: LanguageModel) -> None:
 def tune_scheduler_steps(model: LanguageModel) -> int:
     """Return a `num_scheduler_steps`: several where reading a token back takes as long as a step."""
     num_parameters = sum(parameter.numel() for parameter in model.parameters())
-    is_cuda = next(model.parameters()).device.type == "cuda"
-    return 4 if num_parameters < (1_000_000_000 if is_cuda else 3_000_000) else 1
+    is_cpu = next(model.parameters()).device.type == "cpu"
+    return 4 if num_parameters < (3_000_000 if is_cpu else 1_000_000_000) else 1
 
 
 def quantize_and_measure(
@@ -118,5 +118,5 @@ def _window_nll(model: LanguageModel, windows: Sequence[Tensor], seconds: float)
             nll_1T = model.token_nll(model.features(tokens_1T, state), targets_1T)
         else:
             nll_1T = model.nll(tokens_1T, targets_1T)
-        nll.append(nll_1T.double().sum().item())
+        nll.append(nll_1T.cpu().double().sum().item())  # MPS has no float64
     return nll

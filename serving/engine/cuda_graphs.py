@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from gpt.device import has_cuda_graphs
 from gpt.models.base import LanguageModel, State, batch_slice, copy_state
 from gpt.sampling import SamplingFlags, sample
 
@@ -48,8 +49,10 @@ class GraphRunner:
         self.sampler_state, self.last_tokens_B1 = sampler_state, last_tokens_B1
         self.cache_length = cache_length
         self.graphs: dict[tuple[int, int, SamplingFlags], CapturedGraph] = {}
-        self.is_cuda = last_tokens_B1.device.type == "cuda"
-        self.pool = torch.cuda.graph_pool_handle() if self.is_cuda else None
+        self.device = last_tokens_B1.device
+        self.captures = has_cuda_graphs(self.device)
+        self.module = torch.get_device_module(self.device)
+        self.pool = self.module.graph_pool_handle() if self.captures else None
 
     def __call__(self, count: int, length: int, flags: SamplingFlags) -> tuple[Tensor, Tensor]:
         """Run a step of the first `count` slots; return logits_BV and tokens_B, valid until the next.
@@ -83,11 +86,14 @@ class GraphRunner:
 
         # Warm up on copies: libraries select kernels and allocate workspaces outside of a capture.
         outputs = step(last_tokens_B1.clone(), _clone(state), _clone(sampler_state))
-        if self.is_cuda:
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Thread-local: other threads may use the GPU meanwhile.
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+        if self.captures:
+            graph = self.module.CUDAGraph()
+            with (
+                # A capture records a stream of this thread's current device.
+                torch.accelerator.device_index(self.device.index),
+                # Thread-local: other threads may use the GPU meanwhile.
+                self.module.graph(graph, pool=self.pool, capture_error_mode="thread_local"),
+            ):
                 outputs = step(last_tokens_B1, state, sampler_state)
             return graph.replay, outputs
 

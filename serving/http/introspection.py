@@ -272,7 +272,7 @@ def activation_maps(
                 "min": float(weights_LHTS.min()),
                 "max": float(weights_LHTS.max()),
             },
-            weights_LHTS.double().round(decimals=XRAY_DECIMALS).cpu(),
+            weights_LHTS.cpu().double().round(decimals=XRAY_DECIMALS),
         )
         for m, weights_LHTS in selected
     ]

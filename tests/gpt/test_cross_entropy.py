@@ -94,3 +94,15 @@ def test_compiles_to_one_graph_with_equal_results(inputs, tmp_path, monkeypatch)
     )
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(gradients(loss, *tensors), gradients(expected, *tensors))
+
+
+def test_gradients_in_float16_do_not_overflow():
+    """Of 20,000 equal positions, whose gradients of up to 8 add up to more than 65,504."""
+    features_ND = torch.full((20_000, 2), 8.0, requires_grad=True)
+    weight_VD = torch.zeros(3, 2, requires_grad=True)
+    targets_N = torch.zeros(20_000, dtype=torch.long)
+    with torch.autocast("cpu", torch.float16):
+        loss = linear_cross_entropy(features_ND, weight_VD, None, targets_N, 20_000)
+    (loss / 20_000).backward()
+    expected = torch.tensor([-2.0, 1.0, 1.0]).mul(8 / 3).unsqueeze(1).expand(3, 2)
+    torch.testing.assert_close(weight_VD.grad, expected, atol=0.01, rtol=0.01)

@@ -13,7 +13,14 @@ import torch
 
 from gpt.checkpoint import load_model, load_tensors, save_config
 from tests.training.helpers import make_trainer, read_log, write_corpus
-from tests.training.torchrun_worker import CONFIGS, ONE_SGD_STEP, TASKS, TINY, UnevenTargets
+from tests.training.torchrun_worker import (
+    CONFIGS,
+    FLOAT16,
+    ONE_SGD_STEP,
+    TASKS,
+    TINY,
+    UnevenTargets,
+)
 from training.checkpointing import list_checkpoints, newest_checkpoint
 from training.config import TrainingConfig, model_arguments
 from training.data.corpus import open_corpus
@@ -115,6 +122,16 @@ def test_two_processes_train_as_one(name, mode, runs, corpus):
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_two_processes_scale_gradients_in_float16_as_one(mode, runs, corpus):
+    single, double = runs / "single" / "float16", runs / mode / "float16"
+    if not single.exists():
+        make_trainer(FLOAT16, single, corpus).train()
+    assert losses_of(double) == pytest.approx(losses_of(single), rel=1e-2)
+    for name in ("loss_scale", "skipped_steps"):
+        assert losses_of(double, name) == losses_of(single, name)
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_run_of_two_processes_resumed_after_a_signal_to_one_equals_uninterrupted(mode, runs):
     """With dropout, for which each process has its own random numbers."""
     resumed, uninterrupted = runs / mode / "resumed", runs / mode / "uninterrupted"
@@ -203,8 +220,9 @@ def test_options_that_do_not_fit_the_processes_are_refused(folder, tmp_path, mon
         check_batch_size(TrainingConfig(gradient_accumulation_steps=2), world)
     with pytest.raises(ValueError, match="torchrun --nproc-per-node"):
         create_run(TrainingConfig(fsdp=True), tmp_path / "run")
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    cuda = torch.device("cuda")
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda check_available: cuda)
+    monkeypatch.setattr("torch.accelerator.device_count", lambda: 1)
     with pytest.raises(ValueError, match="--device cuda:0 is one device and the processes are 3"):
         world.device("cuda:0")
     with pytest.raises(ValueError, match="choose --nproc-per-node 1"):

@@ -1,5 +1,6 @@
 """Optimizers and the learning-rate schedule, compared with torch's and nanoGPT's."""
 
+import copy
 import dataclasses
 import math
 
@@ -132,3 +133,50 @@ def test_muon_equals_torch():
     for our_matrix, torch_matrix, shape in zip(our_matrices, torch_matrices, shapes, strict=True):
         # torch computes in bfloat16: four updates of 0.1, each with an error of about one percent.
         torch.testing.assert_close(our_matrix, torch_matrix, atol=0.004, rtol=0.01, msg=str(shape))
+
+
+def test_small_gradients_are_orthogonalized_in_float16():
+    """Gradients of 1e-7 are zero in float16."""
+    torch.manual_seed(0)
+    update_NAB = torch.randn(2, 4, 6)
+    expected = orthogonalize(update_NAB, torch.float32)
+    actual = orthogonalize(update_NAB * 1e-6, torch.float16)
+    torch.testing.assert_close(actual.float(), expected, atol=0.02, rtol=0.02)
+
+
+def backward(model, optimizers):
+    tokens_BT = torch.arange(32).view(2, 16)
+    optimizers.scaler.scale(model.loss(tokens_BT, tokens_BT)).backward()
+
+
+def test_a_step_whose_gradients_overflow_is_skipped_by_every_optimizer(model):
+    optimizers = Optimizers(model, TINY, torch.device("cpu"), torch.float16)
+    assert len(optimizers.optimizers) == 2
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    backward(model, optimizers)
+    model.get_parameter("unembedding.weight").grad[0, 0] = math.inf  # of AdamW's, none of Muon's
+    optimizers.step(0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (optimizers.skipped_steps, optimizers.loss_scale) == (1, 2.0**15)
+    assert not optimizers.state_dict()
+    for step in (1, 2):
+        backward(model, optimizers)
+        optimizers.step(step)
+    changed = [p for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    for group in ("matrices", "unembedding"):
+        assert set(changed) & set(parameter_groups(model)[group])
+    restored = Optimizers(model, TINY, torch.device("cpu"), torch.float16)
+    restored.load_scaler_state(optimizers.scaler_state())
+    assert (restored.skipped_steps, restored.loss_scale) == (1, 2.0**15)
+
+
+def test_scaled_losses_train_as_unscaled_ones(model):
+    """Gradients are clipped after they are unscaled."""
+    other = copy.deepcopy(model)
+    for each, dtype in ((model, torch.float16), (other, torch.float32)):
+        optimizers = Optimizers(each, TINY, torch.device("cpu"), dtype)
+        for step in range(2):
+            backward(each, optimizers)
+            optimizers.step(step)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, other.state_dict()[name], atol=1e-3, rtol=1e-2, msg=name)

@@ -73,7 +73,8 @@ class RealStep:
         task = TASKS[config.task]
         self.config, self.bfloat16 = config, bfloat16
         self.model = new_model(config, task.expected_model_args(config)).train()
-        self.optimizers = Optimizers(self.model, config, CPU, bfloat16)
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        self.optimizers = Optimizers(self.model, config, CPU, dtype)
         self.batch = [torch.from_numpy(array) for array in task.largest_batch(config, ROWS)]
 
     def loss(self):
@@ -132,7 +133,8 @@ class RealStep:
 
 
 def measure(config, *, bfloat16, is_gpu=False):
-    hardware = Hardware(1, "", GPUSpec(None, None), is_gpu, bfloat16)
+    precision = "bfloat16" if bfloat16 else "float32"
+    hardware = Hardware(1, "", GPUSpec(None, None), is_gpu, precision)
     return measure_memory(config, ROWS, hardware)
 
 
@@ -250,6 +252,13 @@ def test_unknown_quantities_are_reported_as_unknown():
     assert translation.hardware.fits(translation.memory)
 
 
+def test_a_gpu_without_bfloat16_is_planned_in_float16():
+    plan = make_plan(CONFIGS["gpt"], 1, "T4", 0.4)
+    assert plan.to_json()["precision"] == "float16"
+    assert plan.memory == make_plan(CONFIGS["gpt"], 1, "H100", 0.4).memory
+    assert plan.tokens_per_second
+
+
 def test_gpu_specs_are_found_by_driver_names():
     assert (
         find_gpu_spec("NVIDIA A100-SXM4-80GB")
@@ -261,6 +270,8 @@ def test_gpu_specs_are_found_by_driver_names():
     assert find_gpu_spec("NVIDIA H100 80GB HBM3") == find_gpu_spec("H100")
     assert find_gpu_spec("NVIDIA H100 PCIe").flops == 756e12
     assert find_gpu_spec("NVIDIA GeForce RTX 4090") == find_gpu_spec("RTX 4090")
+    assert not find_gpu_spec("Tesla T4").has_bfloat16
+    assert find_gpu_spec("Tesla V100-SXM2-16GB").memory == 16 * 10**9
     for other in ("NVIDIA L40", "NVIDIA GB200", "NVIDIA GeForce RTX 3090 Ti", "H100 64GB", ""):
         assert find_gpu_spec(other) == GPUSpec(None, None)
 
@@ -274,7 +285,7 @@ def test_options_are_suggested_for_a_run_that_does_not_fit(monkeypatch):
         return make_plan(dataclasses.replace(config, **changes), num_gpus, "small", 0.4).suggestion
 
     def required(micro_batch_size, fsdp=False):
-        hardware = Hardware(2, "", GPUSpec(None, None), True, True)
+        hardware = Hardware(2, "", GPUSpec(None, None), True, "bfloat16")
         sharded_config = dataclasses.replace(config, fsdp=fsdp)
         memory = measure_memory(sharded_config, micro_batch_size, hardware)
         return int(memory.peak / 0.9) + 1

@@ -31,6 +31,7 @@ TINY = TrainingConfig(
     device="cpu",
     precision="float32",
 )
+FLOAT16 = dataclasses.replace(TINY, precision="float16")
 DROPOUT = dataclasses.replace(TINY, model_args=TINY.model_args | {"dropout": 0.3})
 SGD = dataclasses.replace(TINY, optimizer="sgd", learning_rate=1.0)
 CONFIGS = {
@@ -118,6 +119,7 @@ def train_all(folder):
         for name, config in CONFIGS.items():
             trainer(mode, name, config, TASKS.get(name, Text)).train()
         trainer(mode, "gradient", ONE_SGD_STEP, UnevenTargets).train()
+        trainer(mode, "float16", FLOAT16).train()
 
         trainer(mode, "uninterrupted", DROPOUT).train()
         assert train_until_signal(trainer(mode, "resumed", DROPOUT), 5) == 128 + signal.SIGTERM

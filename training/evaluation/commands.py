@@ -51,8 +51,8 @@ class Eval:
     """Beam search width of translations. Default: 1, greedy."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16"] = "float32"
-    """Precision of matrix products. In float32 a score is the same on every machine and equals the server's; auto is bfloat16 where the device is fast at it."""
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    """Precision of matrix products. In float32 a score is the same on every machine and equals the server's; auto is that of `train`."""
     json: bool = False
     """Print one JSON object."""
 

@@ -227,10 +227,10 @@ class WordVectors(Text):
         batch_size = max(1, min(num_tokens, max_tokens) // context_length)
         windows = ShuffledWindows(split.tokens, min(context_length, max_tokens), batch_size, 0)
         batch = (torch.from_numpy(array).to(device) for array in windows.batch(0))
-        devices = [device] if device.type == "cuda" else []
+        devices = [device] if device.type != "cpu" else []
         with (
             inference_mode(model, self.config.precision),
-            torch.random.fork_rng(devices, device_type="cuda"),
+            torch.random.fork_rng(devices, device_type=device.type),
         ):
             torch.manual_seed(0)
             return model.loss(*batch).item()
