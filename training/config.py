@@ -137,7 +137,7 @@ class TrainingConfig:
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1 or mps."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Data type of matrix products. auto: bfloat16 where the device computes it faster than float32; float16, with scaled gradients, on a GPU without bfloat16. A GPU trains in float32 with TF32 products."""
+    """Data type of matrix products. auto: bfloat16, or float16 with scaled gradients on a GPU without bfloat16; on a CPU the faster of bfloat16 and float32, which is measured at the start of a run. A GPU trains in float32 with TF32 products."""
     fsdp: bool = False
     """Shard the model and its optimizer over the processes that torchrun starts (FSDP2), for models too large for one device."""
     compile: Literal["auto", "on", "off"] = "auto"

@@ -23,6 +23,7 @@ from gpt.checkpoint import RUNS, find_run, load_tensors, read_json, run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
+from training.autotune import choose_precision
 from training.checkpointing import list_checkpoints, read_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
@@ -135,11 +136,14 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         )
     with world.local_main_process_first():
         task = open_task(config)
+    if world.is_main_process:
+        config, reason = choose_precision(config, task, device)
+        print(f"precision: {reason}")
+    task.config = config = dataclasses.replace(config, precision=world.broadcast(config.precision))
     trainer = Trainer(config, directory, task, device, world)
     load_init_embedding(trainer)
-    facts = environment_info(
-        trainer
-    )  # compiles: if that is impossible, no directory is left behind
+    # This compiles: if that is impossible, no directory is left behind.
+    facts = environment_info(trainer)
     if not world.is_main_process:
         return trainer
     (directory / "checkpoints").mkdir(parents=True)  # a run without it has lost its checkpoints
@@ -222,9 +226,13 @@ def _restore_newest(trainer: Trainer, checkpoints: list[Path]) -> None:
 
 def is_same_run(config: TrainingConfig, directory: Path) -> bool:
     """Whether the directory contains a run of this config."""
-    exists = (directory / "run.json").exists()
+    if not (directory / "run.json").exists():
+        return False
+    existing = load_training_config(directory)
+    if config.precision == "auto":  # `create_run` has chosen one
+        config = dataclasses.replace(config, precision=existing.precision)
     as_json = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
-    return exists and dataclasses.asdict(load_training_config(directory)) == as_json
+    return bool(dataclasses.asdict(existing) == as_json)
 
 
 def check_batch_size(config: TrainingConfig, world: World) -> None:

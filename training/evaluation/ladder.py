@@ -8,8 +8,6 @@ rungs are not trained again, and an interrupted one is resumed.
 import dataclasses
 import json
 import platform
-import statistics
-import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -21,19 +19,18 @@ from gpt import LanguageModel
 from gpt.checkpoint import lookup, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
+from training.autotune import choose_precision, seconds_per_step
 from training.config import TrainingConfig
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run, run_lock
 from training.tasks import open_task
 from training.tasks.text import Text
-from training.trainer import Objective, Trainer
+from training.trainer import Trainer
 
 SAMPLE_TOKENS = 60
 RUNG_PRESETS = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
 """Preset of each rung, in historical order."""
-WARMUP_STEPS, TIMED_STEPS = 2, 5
-"""Steps that measure a rung's speed where the budget is in seconds."""
 
 Row = dict[str, Any]
 
@@ -83,7 +80,9 @@ def run_ladder(
                 steps = tokens / (config.batch_size * config.context_length)
                 if seconds is not None:
                     config = dataclasses.replace(config, compile="off")  # as it is measured
-                    steps = seconds / seconds_per_step(config)
+                    task, device = open_task(config), resolve_device(config.device)
+                    config, _ = choose_precision(config, task, device)
+                    steps = seconds / seconds_per_step(config, task, device)
                 steps = max(1, round(steps))
                 # Validated only at the end: the whole budget goes into training.
                 config = dataclasses.replace(
@@ -103,18 +102,6 @@ def run_ladder(
         print(f"  {shown}", flush=True)
     results = (directory / name / "rung.json" for name in RUNG_PRESETS)
     return [read_json(path) for path in results if path.exists()]
-
-
-def seconds_per_step(config: TrainingConfig) -> float:
-    """Measure a config's training step on its device: the median of a few steps after warmup."""
-    trainer = Trainer(config, Path(), open_task(config), resolve_device(config.device))
-    objective = Objective(trainer.model)
-    times = []
-    for _ in range(WARMUP_STEPS + TIMED_STEPS):
-        started = time.perf_counter()
-        trainer.train_step(objective).item()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times[WARMUP_STEPS:])
 
 
 def score_rung(name: str, trainer: Trainer) -> Row:

@@ -1,0 +1,51 @@
+"""Measurements of a train step at the start of a run: its speed, and the precision that is faster."""
+
+import dataclasses
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from training.config import TrainingConfig
+from training.tasks.base import Task
+from training.trainer import Trainer
+
+WARMUP_STEPS = 2
+MIN_STEPS = 200
+"""A shorter run ends before a comparison of precisions has paid."""
+MIN_SPEEDUP = 1.15
+"""bfloat16 must be this many times as fast: near a tie, equal commands should choose the same."""
+
+
+def seconds_per_step(
+    config: TrainingConfig, task: Task, device: torch.device, num_steps: int = 5
+) -> float:
+    """Measure a config's train step: the median of a few steps after warmup."""
+    trainer = Trainer(config, Path(), task, device)
+    times = []
+    for _ in range(WARMUP_STEPS + num_steps):
+        started = time.perf_counter()
+        trainer.train_step(trainer.objective).item()
+        times.append(time.perf_counter() - started)
+    trainer.prefetcher.close()
+    return statistics.median(times[WARMUP_STEPS:])
+
+
+def choose_precision(
+    config: TrainingConfig, task: Task, device: torch.device
+) -> tuple[TrainingConfig, str]:
+    """Return the config with `--precision auto` resolved on a CPU, and why.
+
+    Processors with bfloat16 instructions gain from them at different widths, and some lose.
+    """
+    if config.precision != "auto" or device.type != "cpu":
+        return config, f"--precision {config.precision}"
+    in_float32 = dataclasses.replace(config, precision="float32")
+    if config.steps < MIN_STEPS:
+        return in_float32, "float32: too few steps to compare it with bfloat16"
+    in_bfloat16 = dataclasses.replace(config, precision="bfloat16")
+    seconds = [seconds_per_step(trial, task, device, 3) for trial in (in_float32, in_bfloat16)]
+    speedup = seconds[0] / seconds[1]
+    chosen = in_bfloat16 if speedup >= MIN_SPEEDUP else in_float32
+    return chosen, f"{chosen.precision}: steps in bfloat16 are {speedup:.2f} times as fast"
