@@ -31,7 +31,7 @@ def _int8_mm(x_BK: Tensor, weight_NK: Tensor) -> Tensor:
 
 library.register_fake(
     "tinygpt::int8_mm",
-    lambda x_BK, weight_NK: x_BK.new_empty((len(x_BK), len(weight_NK)), dtype=torch.int32),
+    lambda x_BK, weight_NK: x_BK.new_empty((x_BK.shape[0], weight_NK.shape[0]), dtype=torch.int32),
 )
 
 
