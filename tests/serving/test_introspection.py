@@ -545,10 +545,12 @@ def test_engine_failure_is_503_for_waiting_requests(start, monkeypatch):
 def test_one_introspection_call_between_two_steps(start, monkeypatch):
     server = start(small_model("rnn"))
     async_engine, engine = server.async_engine, server.engine
-    order, step = [], engine.step
+    order, step, are_queued = [], engine.step, threading.Event()
 
     def recording_step():
         order.append("step")
+        if len(order) > 3:
+            are_queued.wait(DEADLINE)  # so that the completion has not ended before the calls
         return step()
 
     monkeypatch.setattr(engine, "step", recording_step)
@@ -558,7 +560,12 @@ def test_one_introspection_call_between_two_steps(start, monkeypatch):
     wait_until(lambda: len(order) > 3)
 
     async def call_many():
-        calls = [async_engine.run_on_engine(lambda: order.append("call")) for _ in range(20)]
+        calls = [
+            asyncio.ensure_future(async_engine.run_on_engine(lambda: order.append("call")))
+            for _ in range(20)
+        ]
+        await asyncio.sleep(0)  # each now waits for its turn
+        are_queued.set()
         await asyncio.gather(*calls)
 
     asyncio.run_coroutine_threadsafe(call_many(), async_engine._loop).result(DEADLINE)
