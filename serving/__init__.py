@@ -2,3 +2,7 @@
 
 The path of a request: route -> async engine -> engine step -> model -> sampling -> detokenizer -> event.
 """
+
+import os
+
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # see training/__init__.py

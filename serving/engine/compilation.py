@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map
 
 from gpt.checkpoint import cache_dir
 from gpt.device import cpu_info
+from gpt.kernels.quantization import is_int_mm_exact
 from gpt.models.base import LanguageModel, batch_slice
 from gpt.sampling import RANDOM_STATE, Sampler, SamplingParams
 from serving.engine.autotune import run_in_own_thread
@@ -172,7 +173,7 @@ class CompileJob:
         """What the compiling process reads."""
         root = Path(__file__).parents[2]
         sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), *HEADERS])
-        environment = (torch.__version__, platform.system(), cpu_info())
+        environment = (torch.__version__, platform.system(), cpu_info(), is_int_mm_exact())
         parts = [self.payload, repr(environment).encode()]
         parts += [source.read_bytes() for source in sources]
         digest = hashlib.sha256(b"|".join(parts)).hexdigest()

@@ -25,6 +25,8 @@ LANES = 16
 """Floats in the widest vector registers: the width of a head must be a multiple of it."""
 MAX_INT8_ROWS = 8
 """With more rows `torch._int_mm` is faster than the int8 kernel, where it is exact."""
+MIN_INT8_WEIGHTS = 2**17
+"""With fewer weights it is faster too, except with AMX, whose tiles have sixteen rows."""
 
 library.define(
     "tinygpt::attend",
@@ -69,15 +71,20 @@ def substitute_attention(program: ExportedProgram) -> None:
 
 def inductor_config(num_threads: int) -> dict[str, Any]:
     """Return TorchInductor options that include the kernels in a step's code, for `num_threads`."""
-    max_int8_rows = MAX_INT8_ROWS if is_int_mm_exact() else torch.iinfo(torch.int64).max
+    is_exact = is_int_mm_exact()
+    max_rows = MAX_INT8_ROWS if is_exact else torch.iinfo(torch.int64).max
+    has_amx = torch.cpu._is_amx_tile_supported()
+    min_weights = MIN_INT8_WEIGHTS if is_exact and not has_amx else 0
+    definitions = f"""
+#define THREADS {num_threads}
+#define MAX_INT8_ROWS {max_rows}
+#define MIN_INT8_WEIGHTS {min_weights}
+"""
     operators = (torch.ops.tinygpt.attend.default, torch.ops.tinygpt.int8_mm.default)
     return {
         "aot_inductor.custom_ops_to_c_shims": {
             # Torch puts `extern` before and a semicolon after what should declare the C function.
-            operator: [
-                f'"C++" {{\n#define THREADS {num_threads}\n#define MAX_INT8_ROWS {max_int8_rows}\n'
-                f'#include "{header}"\n}}'
-            ]
+            operator: [f'"C++" {{{definitions}#include "{header}"\n}}']
             for operator, header in zip(operators, HEADERS, strict=True)
         },
         "aot_inductor.compile_wrapper_opt_level": "O3",  # as the code of kernels

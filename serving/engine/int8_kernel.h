@@ -1,7 +1,8 @@
 // The product of few rows of 8-bit integers and a matrix, which `cpu_kernels.py` puts into compiled
 // steps. It reads the matrix once, as it is stored, and its sums are exact on every processor.
 //
-// The including file defines THREADS, and MAX_INT8_ROWS: more rows go to `torch._int_mm`.
+// The including file defines THREADS, MAX_INT8_ROWS and MIN_INT8_WEIGHTS: more rows, and smaller matrices,
+// go to `torch._int_mm`.
 
 #pragma once
 
@@ -24,6 +25,10 @@ using Input = int16_t;
 using Weight = int16_t;
 constexpr int32_t OFFSET = 0;
 #endif
+
+// TorchInductor compiles with -fno-tree-loop-vectorize.
+#pragma GCC push_options
+#pragma GCC optimize("tree-loop-vectorize")
 
 // out[r][n] = dot product of x[r] and weight[n], for ROWS x OUTPUTS of them.
 template <int ROWS, int OUTPUTS>
@@ -58,8 +63,11 @@ inline void multiply(int32_t* out, const int8_t* x, const int8_t* weight, int64_
                      int64_t out_features, int64_t in_features) {
   const std::vector<Input> input(x, x + rows * in_features);
   std::vector<int32_t> excess(rows);
-  for (int64_t r = 0; r < rows; r++)
-    for (int64_t k = 0; k < in_features; k++) excess[r] += OFFSET * input[r * in_features + k];
+  for (int64_t r = 0; r < rows; r++) {
+    int32_t sum = 0;
+    for (int64_t k = 0; k < in_features; k++) sum += OFFSET * input[r * in_features + k];
+    excess[r] = sum;
+  }
   const int64_t blocks = out_features / 4;
 #pragma omp parallel for num_threads(THREADS) if (THREADS > 1)
   for (int64_t n = 0; n < blocks; n++)
@@ -69,6 +77,8 @@ inline void multiply(int32_t* out, const int8_t* x, const int8_t* weight, int64_
     multiply_rows<1>(out + n, input.data(), excess.data(), weight + n * in_features, rows, out_features,
                      in_features);
 }
+
+#pragma GCC pop_options
 
 }  // namespace int8_kernel
 
@@ -85,7 +95,7 @@ static AOTITorchError aoti_torch_cpu_int8_mm(AtenTensorHandle x_BK, AtenTensorHa
       aoti_torch_empty_strided(2, sizes, strides, aoti_torch_dtype_int32(), aoti_torch_device_type_cpu(),
                                0, out_BN);
   if (error) return error;
-  if (rows > MAX_INT8_ROWS) {
+  if (rows > MAX_INT8_ROWS || out_features * in_features < MIN_INT8_WEIGHTS) {
     const int64_t sizes_KN[] = {in_features, out_features}, strides_KN[] = {1, in_features};
     AtenTensorHandle weight_KN = nullptr;
     error = aoti_torch__reinterpret_tensor(weight_NK, 2, sizes_KN, strides_KN, 0, &weight_KN);

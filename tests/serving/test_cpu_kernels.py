@@ -127,6 +127,7 @@ def test_int8_kernel_is_exact(tmp_path, is_exact, monkeypatch):
     if is_exact and not is_int_mm_exact():
         pytest.skip("torch._int_mm is not exact on this processor")
     monkeypatch.setattr(cpu_kernels, "is_int_mm_exact", lambda: is_exact)
+    monkeypatch.setattr(cpu_kernels, "MIN_INT8_WEIGHTS", 7 * 64)
     products = Products()
     examples = torch.full((3, 320), -128, dtype=torch.int8)
     program = torch.export.export(products, (examples,), dynamic_shapes=({0: Dim.DYNAMIC},))
