@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 
 import pytest
 import torch
@@ -45,6 +46,10 @@ STATEFUL = dataclasses.replace(
     stateful=True,
     gradient_accumulation_steps=1,
 )
+NO_COMPILER = (
+    r"(InvalidCxxCompiler: No working C\+\+ compiler|FileNotFoundError: .* No such file .*\+\+)"
+)
+"""Torch looks for a compiler once in a process, and later only misses the one it found."""
 BIGRAM = dataclasses.replace(TINY, model="softmax", model_args={})
 
 
@@ -150,7 +155,7 @@ def test_auto_trains_eagerly_where_compiling_fails(corpus, tmp_path, monkeypatch
     make_trainer(BIGRAM, tmp_path / "eager", corpus).train()
     monkeypatch.setattr(trainer, "should_compile", lambda *_: (True, "it pays"))
     run = make_trainer(BIGRAM, tmp_path / "auto", corpus)
-    assert str(run.compilation).startswith("off (auto: InvalidCxxCompiler: No working C++ compiler")
+    assert re.match(rf"off \(auto: {NO_COMPILER}", str(run.compilation))
     run.train()
     assert read_log(tmp_path / "auto") == read_log(tmp_path / "eager")
 
@@ -165,7 +170,7 @@ def test_on_without_a_compiler_is_one_line_and_leaves_no_run(tmp_path, monkeypat
     )
     code, _, err = training(*arguments.split())
     assert (code, err.count("\n")) == (2, 1)
-    assert "--compile on: InvalidCxxCompiler: No working C++ compiler found" in err
+    assert re.search(rf"--compile on: {NO_COMPILER}", err)
     assert "--compile off trains without" in err
     assert not (tmp_path / "run").exists()
 
