@@ -173,7 +173,8 @@ class CompileJob:
         """What the compiling process reads."""
         root = Path(__file__).parents[2]
         sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), *HEADERS])
-        environment = (torch.__version__, platform.system(), cpu_info(), is_int_mm_exact())
+        is_exact = run_in_own_thread(is_int_mm_exact)
+        environment = (torch.__version__, platform.system(), cpu_info(), is_exact)
         parts = [self.payload, repr(environment).encode()]
         parts += [source.read_bytes() for source in sources]
         digest = hashlib.sha256(b"|".join(parts)).hexdigest()
