@@ -1,10 +1,10 @@
 """Devices: selection, precision, and peak speed."""
 
+import contextlib
 import ctypes
 import functools
 import platform
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -114,7 +114,10 @@ def cpu_info() -> dict[str, str]:
 
 
 def matmul_dtype(device: torch.device, precision: str) -> torch.dtype:
-    """Return the data type in which matrices are multiplied; `auto` is the fastest of the device."""
+    """Return the data type in which matrices are multiplied; `auto` is the fastest of the device.
+
+    On a CPU that is a guess; a run measures instead (`training.autotune.choose_precision`).
+    """
     if precision != "auto":
         return DTYPES[precision]
     if is_gpu(device):
@@ -131,13 +134,19 @@ def matmul_dtype(device: torch.device, precision: str) -> torch.dtype:
     return torch.float32
 
 
+def fork_rng(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Return a context after which the random numbers of the CPU and the device continue as if it had not been."""
+    devices = [device] if device.type != "cpu" else []
+    return torch.random.fork_rng(devices, device_type=device.type)
+
+
 def autocast(device: torch.device, precision: str) -> torch.autocast:
     """Return a context in which matrix products are computed in `precision`, sums in float32."""
     dtype = matmul_dtype(device, precision)
     return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
 
 
-@contextmanager
+@contextlib.contextmanager
 def tf32(device: torch.device) -> Iterator[None]:
     """Within this context a GPU multiplies float32 matrices in TF32: several times as fast.
 

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.library import Library, fallthrough_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import (
@@ -289,9 +290,9 @@ def install(like="cuda"):
     torch.__future__.set_swap_module_params_on_conversion(True)
     torch._C._set_only_lift_cpu_tensors(True)
     global _libraries  # they live as long as the process
-    _libraries = [torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")]
+    _libraries = [Library("_", "IMPL"), Library("aten", "IMPL")]
     fallback, autocast = _libraries
-    fallback.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
+    fallback.fallback(fallthrough_kernel, "AutocastPrivateUse1")
     for names, to_float32 in ((LOWER_PRECISION, False), (FLOAT32, True)):
         for name in names:
             packet, _, overload = name.partition(".")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from gpt.device import matmul_dtype
 from training.config import TrainingConfig
 from training.tasks.base import Task
 from training.trainer import Trainer
@@ -39,13 +40,17 @@ def choose_precision(
 
     Processors with bfloat16 instructions gain from them at different widths, and some lose.
     """
-    if config.precision != "auto" or device.type != "cpu":
-        return config, f"--precision {config.precision}"
+    if config.precision != "auto":
+        return config, f"{config.precision} (--precision {config.precision})"
+    if device.type != "cpu":
+        return config, f"{str(matmul_dtype(device, 'auto')).removeprefix('torch.')} (auto)"
     in_float32 = dataclasses.replace(config, precision="float32")
     if config.steps < MIN_STEPS:
-        return in_float32, "float32: too few steps to compare it with bfloat16"
+        return in_float32, "float32 (auto: too few steps to compare it with bfloat16)"
     in_bfloat16 = dataclasses.replace(config, precision="bfloat16")
     seconds = [seconds_per_step(trial, task, device, 3) for trial in (in_float32, in_bfloat16)]
     speedup = seconds[0] / seconds[1]
     chosen = in_bfloat16 if speedup >= MIN_SPEEDUP else in_float32
-    return chosen, f"{chosen.precision}: steps in bfloat16 are {speedup:.2f} times as fast"
+    return chosen, (
+        f"{chosen.precision} (auto: steps in bfloat16 are {speedup:.2f} times as fast as in float32)"
+    )

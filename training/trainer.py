@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from gpt import LanguageModel, Model, State
 from gpt.checkpoint import load_tensors, load_weights, save_tensors, unique_state_dict
-from gpt.device import autocast, copy_to_device, peak_flops, retain_freed_memory, tf32
+from gpt.device import autocast, copy_to_device, fork_rng, peak_flops, retain_freed_memory, tf32
 from training import checkpointing, distributed
 from training.compilation import Compilation, should_compile
 from training.config import TrainingConfig, new_model
@@ -169,9 +169,8 @@ class Trainer:
         tokens_seen, state, was_training = self.tokens_seen, self.state, self.model.training
         self.state = {name: tensor.clone() for name, tensor in state.items()} if state else None
         self.model.train()
-        devices = [self.device] if self.device.type == "cuda" else []
         error = None
-        with torch.random.fork_rng(devices, device_type="cuda"), tf32(self.device):
+        with fork_rng(self.device), tf32(self.device):
             try:
                 self._backward(objective)
             except Exception as failure:  # of many kinds: no compiler, no Triton, an old GPU, ...

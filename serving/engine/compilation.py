@@ -173,6 +173,7 @@ class CompileJob:
         """What the compiling process reads."""
         root = Path(__file__).parents[2]
         sources = sorted([*root.glob("gpt/**/*.py"), *root.glob("serving/engine/*.py"), *HEADERS])
+        # Its OpenMP workers would outlive the probe on this thread, and keep libgomp from spinning.
         is_exact = run_in_own_thread(is_int_mm_exact)
         environment = (torch.__version__, platform.system(), cpu_info(), is_exact)
         parts = [self.payload, repr(environment).encode()]

@@ -539,8 +539,7 @@ def test_fast_stream_does_not_block_the_page(visit, server):
         speed = re.search(r"([\d,]+) tokens/s", page.inner_text("#playground-stats"))[1]
         if int(speed.replace(",", "")) >= 500:
             worst.append(max(page.evaluate("window.long"), default=0))
-    if not worst:
-        pytest.skip("this machine did not reach 500 tokens/s")
+    assert worst, "no round reached 500 tokens/s: the stream was not a fast one"
     assert min(worst) < 100
 
 

@@ -76,7 +76,7 @@ def test_train_prints_its_config_metrics_and_next_commands(run):
     for name, value in config["config"].items():
         if name not in ("preset", "model", "languages", "precision"):
             assert f"{name} = {value}\n" in out
-    assert "precision: float32: too few steps" in out  # instead of auto
+    assert "precision: float32 (auto: too few steps" in out  # instead of auto
     assert "last 10% of the characters" in out
     assert len(re.findall(r"step [36]: validation loss \d\.\d{4}, perplexity", out)) == 2
     for line in ("make sample", "make eval", "make serve"):

@@ -12,33 +12,26 @@ from gpt.checkpoint import load_tensors
 from gpt.device import GPU_SPECS
 from tests.training.helpers import make_trainer, read_log, write_corpus
 from tests.training.test_cli import training
+from tests.training.test_trainer import TINY
 from training import compilation, trainer
 from training.compilation import should_compile
-from training.config import TrainingConfig, new_model
+from training.config import new_model
 from training.presets import PRESETS
 from training.run_directory import load_training_config, save_training_config
 from training.tasks import TASKS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # raised inside torch
 
-TINY = TrainingConfig(
-    preset="tiny",
-    model_args={"width": 16, "depth": 1, "heads": 1, "dropout": 0.1},
+CONFIG = dataclasses.replace(
+    TINY,
     steps=6,
-    batch_size=4,
-    context_length=16,
-    gradient_accumulation_steps=2,
-    warmup_steps=2,
     eval_interval=2,
     eval_tokens=200,
-    checkpoint_interval=3,
     log_interval=1,
-    sample_tokens=4,
-    device="cpu",
     precision="float32",
 )
 STATEFUL = dataclasses.replace(
-    TINY,
+    CONFIG,
     model="lstm",
     model_args={"width": 8},
     context_length=4,
@@ -50,7 +43,7 @@ NO_COMPILER = (
     r"(InvalidCxxCompiler: No working C\+\+ compiler|FileNotFoundError: .* No such file .*\+\+)"
 )
 """Torch looks for a compiler once in a process, and later only misses the one it found."""
-BIGRAM = dataclasses.replace(TINY, model="softmax", model_args={})
+BIGRAM = dataclasses.replace(CONFIG, model="softmax", model_args={})
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +115,7 @@ def with_backend(monkeypatch, backend="aot_eager"):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
 
 
-@pytest.mark.parametrize("config", [TINY, STATEFUL], ids=["gpt", "stateful lstm"])
+@pytest.mark.parametrize("config", [CONFIG, STATEFUL], ids=["gpt", "stateful lstm"])
 def test_a_compiled_run_compiles_once_and_changes_no_loss(config, corpus, tmp_path, monkeypatch):
     make_trainer(config, tmp_path / "eager", corpus).train()
     with_backend(monkeypatch)
@@ -141,7 +134,7 @@ def test_a_compiled_run_compiles_once_and_changes_no_loss(config, corpus, tmp_pa
 
 def test_a_resumed_compiled_run_equals_an_uninterrupted_one(corpus, tmp_path, monkeypatch):
     with_backend(monkeypatch)
-    config = dataclasses.replace(TINY, compile="on")
+    config = dataclasses.replace(CONFIG, compile="on")
     make_trainer(config, tmp_path / "run", corpus).train()
     expected = load_tensors(tmp_path / "run" / "checkpoints" / "step-6" / "model.safetensors")
     resumed = make_trainer(config, tmp_path / "resumed", corpus)
@@ -177,7 +170,7 @@ def test_on_without_a_compiler_is_one_line_and_leaves_no_run(tmp_path, monkeypat
 
 def test_runs_from_before_auto_can_be_resumed(tmp_path):
     for value, expected in ((False, "off"), (True, "on")):
-        save_training_config(dataclasses.replace(TINY, compile=value), tmp_path, {})
+        save_training_config(dataclasses.replace(CONFIG, compile=value), tmp_path, {})
         assert json.loads((tmp_path / "run.json").read_text())["config"]["compile"] is value
         assert load_training_config(tmp_path).compile == expected
 
@@ -186,7 +179,7 @@ def test_only_train_steps_use_tf32(corpus, tmp_path, monkeypatch):
     """As on a GPU: there `tf32` sets the precision that is recorded here."""
     gpu_tf32 = functools.partial(trainer.tf32, torch.device("cuda"))
     monkeypatch.setattr(trainer, "tf32", lambda _: gpu_tf32())
-    run = make_trainer(TINY, tmp_path / "run", corpus)
+    run = make_trainer(CONFIG, tmp_path / "run", corpus)
     seen = {"loss": set(), "step": set(), "validate": set()}
 
     def record(name, function):

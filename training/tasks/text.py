@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
+from gpt.device import fork_rng
 from gpt.generation import generate
 from gpt.models.word2vec import Word2Vec
 from gpt.sampling import SamplingParams
@@ -227,11 +228,7 @@ class WordVectors(Text):
         batch_size = max(1, min(num_tokens, max_tokens) // context_length)
         windows = ShuffledWindows(split.tokens, min(context_length, max_tokens), batch_size, 0)
         batch = (torch.from_numpy(array).to(device) for array in windows.batch(0))
-        devices = [device] if device.type != "cpu" else []
-        with (
-            inference_mode(model, self.config.precision),
-            torch.random.fork_rng(devices, device_type=device.type),
-        ):
+        with inference_mode(model, self.config.precision), fork_rng(device):
             torch.manual_seed(0)
             return model.loss(*batch).item()
 
