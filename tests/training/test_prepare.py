@@ -19,6 +19,7 @@ from tests.corpora import ROWS, STORY, run_python, text_lines
 from tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from training.config import TrainingConfig
 from training.data import files, prepare
+from training.data import rows as rows_module
 from training.data.prepare import prepare_corpus
 from training.data.sources import Source, hash_split
 from training.tasks.text import load_corpus
@@ -391,7 +392,8 @@ def test_each_file_is_opened_and_each_document_read_a_fixed_number_of_times(
         return text_chunk(text, *arguments)
 
     monkeypatch.setattr(files.fsspec, "open", counting_open)
-    monkeypatch.setattr(files, "TextChunk", counting_chunk)
+    for module in (files, rows_module):
+        monkeypatch.setattr(module, "TextChunk", counting_chunk)
     prepare_bytes(path)
     assert set(opened.values()) == set(read.values()) == {2}  # to survey and to encode
     assert len(read) == 200

@@ -11,14 +11,8 @@ import huggingface_hub
 import pyarrow as pa
 
 from training.data.corpus import TextChunk
-from training.data.files import (
-    SAMPLE_ROWS,
-    RowReader,
-    error_cause,
-    error_reason,
-    read_rows,
-    table_values,
-)
+from training.data.files import error_cause, error_reason
+from training.data.rows import SAMPLE_ROWS, RowReader, read_rows, table_values
 from training.data.sources import DatasetSplits, ReadReport, Source
 
 HUB_TIMEOUT_SECONDS = 4.0

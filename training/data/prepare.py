@@ -36,6 +36,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
+from training.data.rows import RowReader, SentencePairs, Texts
 from training.data.slices import select_split
 from training.data.sources import (
     HOLD_OUT_EVERY,
@@ -85,8 +86,8 @@ def prepare_corpus(
                 "--tokenizer go with them"
             )
         return open_corpus(source.data, sentence_pairs, used)
-    pairs = files.SentencePairs(source) if sentence_pairs else None
-    rows = pairs or files.Texts(source)
+    pairs = SentencePairs(source) if sentence_pairs else None
+    rows = pairs or Texts(source)
     dataset = find_dataset(source, rows)
 
     options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
@@ -125,7 +126,7 @@ def prepare_corpus(
         description = dataset.name
         if source.split:
             description += f", split {source.split}"
-        if isinstance(rows, files.Texts) and rows.guessed_column:
+        if isinstance(rows, Texts) and rows.guessed_column:
             description += f"; text: column {rows.guessed_column!r}"
         if str(dataset.report):
             description += f"; left out: {dataset.report}"
@@ -143,7 +144,7 @@ def prepare_corpus(
     return open_corpus(directory, sentence_pairs)
 
 
-def find_dataset(source: Source, rows: files.RowReader) -> DatasetSplits:
+def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
     """Find the standard library, a file, a folder or a hub dataset, in this order.
 
     A ValueError tells a mistyped path from an unknown dataset.
@@ -181,7 +182,7 @@ def find_dataset(source: Source, rows: files.RowReader) -> DatasetSplits:
     )
 
 
-def _standard_library(source: Source, rows: files.RowReader) -> DatasetSplits:
+def _standard_library(source: Source, rows: RowReader) -> DatasetSplits:
     """Return the sources of the running Python's standard library, without its tests."""
     root = Path(sysconfig.get_path("stdlib"))
     excluded = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
