@@ -1,6 +1,6 @@
 """Models of tensors only: no text, no corpora, no HTTP. Start reading in `gpt/models/base.py`.
 
-`CHAPTERS` holds one model per chapter of docs/chapters.md by name, in order. `MODELS` holds the
+`CHAPTERS` holds one model per chapter of docs/chapters/ by name, in order. `MODELS` holds the
 language models among them. `TABULAR_MODELS` holds the models of numbers of those chapters whose
 model in `CHAPTERS` is a language model.
 """

@@ -1,32 +1,48 @@
-"""docs/chapters.md: its links, anchors, pictures and commands hold. Run as a program, this mends the anchors."""
+"""docs/chapters/: links, code, pictures, commands and printed output hold.
+
+Run as a program, this updates the anchors and excerpts of code; with numbers of chapters after it,
+also what `tinygpt chapter N` prints.
+"""
 
 import ast
 import re
 import shlex
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 import tinygpt
 from gpt import CHAPTERS, cli
+from training.chapters.commands import chapter_output
 from training.presets import PRESETS
 
 ROOT = Path(__file__).parents[1]
-CHAPTERS_MD = ROOT / "docs" / "chapters.md"
-TEXT = CHAPTERS_MD.read_text("utf-8")
+INDEX = ROOT / "docs" / "chapters.md"
+PAGES = sorted((ROOT / "docs" / "chapters").glob("*.md"))
+TEXTS = {page: page.read_text("utf-8") for page in [INDEX, *PAGES]}
 
-CODE_LINK = re.compile(r"\[`([\w.]+)`\]\((\.\./[\w/]+\.py)#([\w-]*)\)")
+CODE_LINK = re.compile(r"\[`([\w.]+)`\]\(((?:\.\./)+[\w/]+\.py)#([\w-]*)\)")
+# A line with one link to code, then that code.
+EXCERPT = re.compile(
+    rf"^([^\n]*{CODE_LINK.pattern}[^\n]*\n\n```python\n)(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+OUTPUT = re.compile(
+    r"^(```sh\ntinygpt chapter (\d+)\n```\n\n```text\n)(.*?)^```$", re.MULTILINE | re.DOTALL
+)
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?(?:e[-+]?\d+)?")
 COMMANDS = [
     line
-    for block in re.findall(r"^```sh\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+    for text in TEXTS.values()
+    for block in re.findall(r"^```sh\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
-] + re.findall(r"`((?:tinygpt|python -m|make) [^`]+)`", TEXT)
+] + re.findall(r"`((?:tinygpt|python -m|make) [^`]+)`", "".join(TEXTS.values()))
 EVERY_PRESET = [f"tinygpt train {name}" for name in PRESETS]
 
 
-def anchor(name: str, file: Path) -> str:
-    """The lines of a function, a class or a class's method, as GitHub points at them."""
+def find_definition(name: str, file: Path) -> ast.FunctionDef | ast.ClassDef:
+    """A function, a class or a class's method."""
     place: ast.AST = ast.parse(file.read_text("utf-8"))
     for part in name.split("."):
         found = [
@@ -36,42 +52,89 @@ def anchor(name: str, file: Path) -> str:
         ]
         assert found, f"{file} has no {name}"
         place = found[0]
-    return f"L{place.lineno}-L{place.end_lineno}"
+    assert isinstance(place, ast.FunctionDef | ast.ClassDef)
+    return place
 
 
-def mended(text: str) -> str:
-    """With every link into the code where its name is."""
+def anchor(name: str, file: Path) -> str:
+    """The lines of a definition, as GitHub points at them."""
+    node = find_definition(name, file)
+    return f"L{node.lineno}-L{node.end_lineno}"
+
+
+def excerpt(name: str, file: Path) -> str:
+    """The source of a definition without its docstring."""
+    node = find_definition(name, file)
+    lines = file.read_text("utf-8").splitlines(keepends=True)
+    source = lines[node.lineno - 1 : node.end_lineno]
+    if ast.get_docstring(node) is not None:
+        doc = node.body[0]
+        del source[doc.lineno - node.lineno : (doc.end_lineno or doc.lineno) - node.lineno + 1]
+    return textwrap.dedent("".join(source)).replace(":\n\n", ":\n", 1)
+
+
+def mended(page: Path) -> str:
+    """The page's text with every link into the code, and every excerpt of it, as the code is now."""
 
     def link(match: re.Match[str]) -> str:
         name, path, _ = match.groups()
-        return f"[`{name}`]({path}#{anchor(name, CHAPTERS_MD.parent / path)})"
+        return f"[`{name}`]({path}#{anchor(name, page.parent / path)})"
 
-    return CODE_LINK.sub(link, text)
+    def block(match: re.Match[str]) -> str:
+        head, name, path, _, _ = match.groups()
+        return f"{head}{excerpt(name, page.parent / path)}```"
+
+    return EXCERPT.sub(block, CODE_LINK.sub(link, TEXTS[page]))
 
 
-def test_every_link_into_the_code_points_at_what_it_names():
-    for old, new in zip(CODE_LINK.finditer(TEXT), CODE_LINK.finditer(mended(TEXT)), strict=True):
-        assert old[0] == new[0], "code has moved: `python -m tests.test_docs` updates the links"
+@pytest.mark.parametrize("page", TEXTS, ids=lambda page: page.stem)
+def test_links_into_the_code_and_excerpts_are_up_to_date(page):
+    assert TEXTS[page] == mended(page), "code has moved: run `python -m tests.test_docs`"
 
 
-def test_every_chapter_has_its_code_its_picture_and_what_it_leaves_broken():
-    parts = re.split(r"^## (?=\d)", TEXT, flags=re.MULTILINE)[1:]
-    assert [int(part.split()[0]) for part in parts] == [
-        model.chapter for model in CHAPTERS.values()
-    ]
-    for part in parts:
-        for wanted in ("](../gpt/", "](figures/", "```sh", "**Leaves broken:**"):
-            assert wanted in part, f"no {wanted} in {part.splitlines()[0]}"
-        assert re.search(r"\b(18|19|20)\d\d\b", part)
+@pytest.mark.parametrize(
+    "number",
+    [pytest.param(n, marks=[pytest.mark.long] * (n in (11, 12, 13))) for n in range(1, 16)],
+)
+def test_chapter_prints_what_its_page_shows(number):
+    """Words are equal, and numbers to 2%: the last digit differs between processors."""
+    [(_, _, expected)] = [m.groups() for m in OUTPUT.finditer(TEXTS[PAGES[number - 1]])]
+    printed = "".join(f"{line}\n" for line in chapter_output(number))
+    assert NUMBER.sub("N", printed) == NUMBER.sub("N", expected), (
+        "run `python -m tests.test_docs N`"
+    )
+    values = ([float(n.replace(",", "")) for n in NUMBER.findall(t)] for t in (printed, expected))
+    assert next(values) == pytest.approx(next(values), rel=0.02, abs=1e-9)
+
+
+def test_every_chapter_has_its_parts():
+    assert [int(page.stem[:2]) for page in PAGES] == [c.chapter for c in CHAPTERS.values()]
+    for page in PAGES:
+        for wanted in (
+            "**You need:**",
+            "](../../gpt/",
+            "```python",
+            "](../figures/",
+            "\ntinygpt chapter ",
+            "\ntinygpt train ",
+            "**Predict, then try.**",
+            "<details>",
+            "**Leaves broken:**",
+        ):
+            assert wanted in TEXTS[page], f"no {wanted} in {page.name}"
+        assert re.search(r"\b(18|19|20)\d\d\b", TEXTS[page])
 
 
 def test_every_link_and_picture_is_there():
-    headings = re.findall(r"^#+ (.*)$", TEXT, re.MULTILINE)
-    anchors = {re.sub(r"[^\w -]", "", head.lower()).replace(" ", "-") for head in headings}
-    links = [target.partition("#") for target in re.findall(r"\]\(([^)\s]+)\)", TEXT)]
-    assert {place for path, _, place in links if not path} <= anchors
-    missing = {path for path, _, _ in links if not (CHAPTERS_MD.parent / path).exists()}
-    assert not missing
+    for page, text in TEXTS.items():
+        for target in re.findall(r"\]\(([^)\s]+)\)", text):
+            path, _, place = target.partition("#")
+            linked = page.parent / path if path else page
+            assert "://" in target or linked.exists(), f"{page.name} has a dead link: {target}"
+            if place and linked.suffix == ".md":
+                headings = re.findall(r"^#+ (.*)$", linked.read_text("utf-8"), re.MULTILINE)
+                anchors = {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}
+                assert place in anchors, f"{page.name} has a dead link: {target}"
 
 
 @pytest.mark.parametrize("command", dict.fromkeys(COMMANDS + EVERY_PRESET))
@@ -89,5 +152,14 @@ def test_every_command_is_understood(command, monkeypatch):
     tinygpt.main()
 
 
+def printed_again(match: re.Match[str]) -> str:
+    """A block of output, as the chapter prints it now."""
+    head, number, old = match.groups()
+    if number not in sys.argv[1:]:
+        return f"{head}{old}```"
+    return head + "".join(f"{line}\n" for line in chapter_output(int(number))) + "```"
+
+
 if __name__ == "__main__":
-    CHAPTERS_MD.write_text(mended(TEXT), "utf-8")
+    for page in TEXTS:
+        page.write_text(OUTPUT.sub(printed_again, mended(page)), "utf-8")

@@ -22,9 +22,10 @@ from gpt.checkpoint import (
 from gpt.cli import MaybeText
 from gpt.device import is_gpu, resolve_device
 from training import distributed, launch
+from training.chapters.commands import Chapter, Figures
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
-from training.plots.commands import Figures, Plot, Xray
+from training.plots.commands import Plot, Xray
 from training.presets import PRESETS, get_preset
 from training.tasks import TASKS
 
@@ -173,6 +174,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "eval": Eval,
         "ladder": Ladder,
         "translators": Translators,
+        "chapter": Chapter,
         "figures": Figures,
         "plot": Plot,
         "presets": Presets,

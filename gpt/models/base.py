@@ -62,7 +62,7 @@ class Model(nn.Module):
     """A trainable model. The arguments of its constructor are its configuration."""
 
     chapter: ClassVar[int]
-    """Its chapter in docs/chapters.md, 1 to 15."""
+    """Its chapter in docs/chapters/, 1 to 15."""
     year: ClassVar[int]
     paper: ClassVar[str]
     """Its first publication."""

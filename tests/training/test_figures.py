@@ -1,4 +1,4 @@
-"""The figures of docs/chapters.md: what each one shows, and that all are drawn."""
+"""The figures of docs/chapters/: what each one shows, and that all are drawn."""
 
 import runpy
 import sys
@@ -6,15 +6,16 @@ import sys
 import pytest
 import torch
 
-from training.plots import figures
-from training.plots.panels import draw_figure
+from training.chapters import FIGURES
+from training.chapters.products import WIDE_CUPS
+from training.plots.drawing import draw_figure
 from training.tasks.tables import BROWN, FRANKEN, WHITE
 
 
 @pytest.fixture(scope="module")
 def panels_by_figure():
     """The panels of every figure, each computed once."""
-    return {name: panels() for name, panels in figures.FIGURES.items()}
+    return {name: panels() for name, panels in FIGURES.items()}
 
 
 def by_label(panel):
@@ -34,10 +35,10 @@ def test_line_approaches_its_target_at_every_step(panels_by_figure):
 )
 def test_linear_law_extrapolates_and_relu_network_does_not(panels_by_figure, name, kinds):
     law, network, *_ = map(by_label, panels_by_figure[name])
-    in_training_range = (figures.WIDE_CUPS >= 1) & (figures.WIDE_CUPS <= 5)
+    in_training_range = (WIDE_CUPS >= 1) & (WIDE_CUPS <= 5)
     errors = []
     for kind in kinds:
-        needed = kind.water * figures.WIDE_CUPS
+        needed = kind.water * WIDE_CUPS
         assert law[kind.name].y[-1].item() == pytest.approx(10 * kind.water, abs=0.05)
         assert (network[kind.name].y - needed)[in_training_range].abs().max() < 0.1
         errors.append((network[kind.name].y - needed)[-1].abs().item())
@@ -117,7 +118,7 @@ def test_every_figure_is_drawn_with_all_its_labels(panels_by_figure, tmp_path):
 @pytest.mark.parametrize("name", ["border", "words", "memory", "gpt3"])
 def test_figures_are_deterministic(panels_by_figure, tmp_path, name):
     files = tmp_path / "first.svg", tmp_path / "second.svg"
-    for file, panels in zip(files, (panels_by_figure[name], figures.FIGURES[name]()), strict=True):
+    for file, panels in zip(files, (panels_by_figure[name], FIGURES[name]()), strict=True):
         draw_figure(panels, file)
     assert files[0].read_bytes() == files[1].read_bytes()
 

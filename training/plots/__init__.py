@@ -1,1 +1,1 @@
-"""Plots of runs, activation maps, and the figures of docs/chapters.md."""
+"""Plots of runs and of activation maps, and the panels of figures."""

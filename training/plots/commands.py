@@ -1,4 +1,4 @@
-"""The commands that draw: `plot`, `figures` and `xray`. matplotlib is imported only when one runs."""
+"""The commands that draw: `plot` and `xray`. matplotlib is imported only when one runs."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +10,8 @@ from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.beam_search import translate
-from gpt.checkpoint import find_run, is_translation_run, load_language_model, lookup
+from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from tokenizer import Tokenizer
-from training.plots.figures import FIGURES
 
 MAX_XRAY_TOKENS = 1000
 """Longest text that `xray` draws."""
@@ -33,30 +32,6 @@ class Plot:
 
         plot_losses([find_run(run) for run in self.run or (None,)], self.output)
         print(self.output)
-
-
-@dataclass(frozen=True)
-class Figures:
-    """Draw the figures of docs/chapters.md, each a small experiment with the models."""
-
-    name: Annotated[
-        Positional[tuple[str, ...]], arg(metavar="[NAME …]", help_behavior_hint="")
-    ] = ()
-    """Names of figures. Default: all."""
-    output: Path = Path("docs/figures")
-    """Folder to write NAME.svg to."""
-
-    def __call__(self) -> None:
-        """Compute, draw, and print each file's name."""
-        from training.plots.panels import draw_figure
-
-        for name in self.name:
-            lookup("figure", name, FIGURES)
-        for name, make_panels in FIGURES.items():
-            if name in self.name or not self.name:
-                path = self.output / f"{name}.svg"
-                draw_figure(make_panels(), path)
-                print(path, flush=True)
 
 
 @dataclass(frozen=True)

@@ -1,92 +1,72 @@
-"""Drawing of the figures of docs/chapters.md."""
+"""Panels of a figure, as data."""
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from dataclasses import dataclass
+from typing import Literal
 
-import matplotlib as mpl
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from torch import Tensor
 
-from training.plots.figures import BLUE, GREY, BarChart, Heatmap, LinePlot, Panel
-from training.plots.style import STYLE, save_figure
-
-LINE_STYLES: dict[str, dict[str, Any]] = {
-    "solid": {"linewidth": 2},
-    "dashed": {"linestyle": (0, (4, 3)), "linewidth": 1.2},
-    "dots": {"ls": "none", "marker": "o", "ms": 6, "mec": "white", "mew": 0.5},
-}
+LineStyle = Literal["solid", "dashed", "dots"]
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#777777"
 
 
-def draw_figure(panels: Sequence[Panel], output: Path) -> None:
-    """Draw one to three panels side by side."""
-    with mpl.rc_context(STYLE):
-        width = {1: 5.4, 2: 8.4, 3: 10.8}[len(panels)]
-        figure = Figure(figsize=(width, 3.3), layout="constrained")
-        for number, panel in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), number)
-            axes.set_title(panel.title, fontsize=11)
-            axes.set_xlabel(panel.x_label)
-            match panel:
-                case LinePlot():
-                    _draw_lines(axes, panel)
-                case BarChart():
-                    _draw_bars(axes, panel)
-                case Heatmap():
-                    _draw_heatmap(axes, panel)
-        save_figure(figure, output)
+@dataclass(frozen=True)
+class Series:
+    """A line or points, with an optional label beside one of the points."""
+
+    x: Tensor
+    y: Tensor
+    color: str
+    label: str = ""
+    style: LineStyle = "solid"
+    label_index: int = -1
+    """Index of the point that the label stands beside."""
+    label_offset: tuple[float, float] = (5, 0)
+    """Offset of the label's left edge and vertical center from that point, in points."""
+    alpha: float = 1.0
 
 
-def _draw_lines(axes: Axes, panel: LinePlot) -> None:
-    """Draw each series with its label beside it, in its color."""
-    axes.set_ylabel(panel.y_label)
-    if panel.log_y:
-        axes.set_yscale("log")
-    if panel.training_range:
-        axes.axvspan(*panel.training_range, color=GREY, alpha=0.12, linewidth=0)
-    for series in panel.series:
-        x, y, index = series.x.numpy(), series.y.numpy(), series.label_index
-        axes.plot(x, y, color=series.color, alpha=series.alpha, **LINE_STYLES[series.style])
-        axes.annotate(
-            series.label,
-            (x[index], y[index]),
-            series.label_offset,
-            textcoords="offset points",
-            color=series.color,
-            va="center",
-            fontsize=10,
-            annotation_clip=False,
-        )
-    if panel.y_limits:
-        axes.set_ylim(panel.y_limits)
+@dataclass(frozen=True)
+class LinePlot:
+    """Series on common axes."""
+
+    x_label: str
+    y_label: str
+    series: Sequence[Series]
+    title: str = ""
+    log_y: bool = False
+    training_range: tuple[float, float] | None = None
+    """Range of x in the training data, shaded."""
+    y_limits: tuple[float, float] | None = None
+    """Limits of the y axis; those of the data if None."""
 
 
-def _draw_bars(axes: Axes, panel: BarChart) -> None:
-    """Draw horizontal bars, the first at the top."""
-    axes.invert_yaxis()
-    axes.bar_label(axes.barh(panel.names, panel.values, color=BLUE), panel.labels, padding=3)
-    axes.set_xlim(0, 1.45 * (panel.max_value or max(panel.values)))
-    axes.set_xticks([])
-    axes.grid(visible=False)
-    axes.spines["bottom"].set_visible(False)
-    axes.tick_params(axis="y", length=0)
+@dataclass(frozen=True)
+class BarChart:
+    """A bar for each name, with a label at its end."""
+
+    x_label: str
+    names: Sequence[str]
+    values: Sequence[float]
+    labels: Sequence[str]
+    title: str = ""
+    max_value: float | None = None
+    """Value of a full bar; the largest value if None."""
 
 
-def _draw_heatmap(axes: Axes, panel: Heatmap) -> None:
-    """Draw a matrix: 0 is white, negative values red, positive values blue."""
-    largest = panel.values.abs().max().item()
-    matrix = panel.values.numpy()
-    image = axes.imshow(matrix, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
-    axes.grid(visible=False)
-    axes.set_ylabel(panel.y_label)
-    if panel.rows:
-        axes.set_yticks(range(len(panel.rows)), panel.rows)
-        rotation = 90 if len(panel.columns) > 8 else 0
-        axes.set_xticks(range(len(panel.columns)), panel.columns, rotation=rotation)
-        axes.tick_params(length=0)
-    for row, labels in enumerate(panel.cell_labels):
-        for column, label in enumerate(labels):
-            color = "white" if matrix[row, column] > 0.6 * largest else "black"
-            axes.text(column, row, label, ha="center", va="center", color=color)
-    if panel.colorbar_label:
-        axes.figure.colorbar(image, ax=axes, label=panel.colorbar_label)
+@dataclass(frozen=True)
+class Heatmap:
+    """A matrix as colors, with optional labels in the cells."""
+
+    values: Tensor
+    x_label: str = ""
+    y_label: str = ""
+    rows: Sequence[str] = ()
+    columns: Sequence[str] = ()
+    cell_labels: Sequence[Sequence[str]] = ()
+    title: str = ""
+    colorbar_label: str = ""
+    """What the colors mean; without it no color bar is drawn."""
+
+
+Panel = LinePlot | BarChart | Heatmap
