@@ -1,30 +1,33 @@
 """Parameter counts, and the commands `chapters` and `describe`."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
+import tinygpt
 from gpt import CHAPTERS, MODELS, summary
 from gpt.checkpoint import build_model
 
-ROOT = Path(__file__).parents[2]
+
+@pytest.fixture
+def run_tinygpt(capsys, monkeypatch):
+    """Run the command; return its exit code and what it printed on both streams."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tinygpt", *map(str, arguments)])
+        code = 0
+        try:
+            tinygpt.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return run
 
 
-def tinygpt(*arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "tinygpt", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def test_chapter_14_gpt3_weights_by_kind():
+def test_chapter_14_gpt3_weights_by_kind(run_tinygpt):
     """175,181,291,520 weights in 27,938 matrices, none of them in memory."""
     model = summary.build_gpt3()
     assert all(parameter.is_meta for parameter in model.parameters())
@@ -43,7 +46,7 @@ def test_chapter_14_gpt3_weights_by_kind():
     }
     assert sum(weights for _, weights in counts.values()) == 175_181_291_520
     assert sum(matrices for matrices, _ in counts.values()) == 27_938
-    output = tinygpt("describe", "gpt3").stdout
+    _, output, _ = run_tinygpt("describe", "gpt3")
     assert "27,938" in output
     assert "175,181,291,520" in output
 
@@ -62,19 +65,19 @@ def test_counts_on_meta_equal_those_of_a_built_model(name):
     assert counted == matrices - position + tied
 
 
-def test_chapters_lists_every_model_in_order():
-    result = tinygpt("chapters")
-    assert result.returncode == 0
+def test_chapters_lists_every_model_in_order(run_tinygpt):
+    code, output, _ = run_tinygpt("chapters")
+    assert code == 0
     numbers = [model.chapter for model in CHAPTERS.values()]
     assert numbers == list(range(1, 16))
     for name, model in CHAPTERS.items():
         assert any(
             line.split()[:3] == [str(model.chapter), name, str(model.year)]
-            for line in result.stdout.splitlines()
+            for line in output.splitlines()
         )
-        assert model.idea in result.stdout
-        assert model.paper in result.stdout
-    lines = {line.split()[1]: line for line in result.stdout.splitlines()[1:] if line[:2].strip()}
+        assert model.idea in output
+        assert model.paper in output
+    lines = {line.split()[1]: line for line in output.splitlines()[1:] if line[:2].strip()}
     translators = {name for name, line in lines.items() if "translation" in line}
     assert translators == {"seq2seq", "attention", "transformer", "gpt2", "gpt"}
     assert {name for name, line in lines.items() if line.split()[4].rstrip(",") == "text"} == set(
@@ -82,28 +85,28 @@ def test_chapters_lists_every_model_in_order():
     )
 
 
-def test_describe_reads_the_config_of_a_run(tmp_path):
+def test_describe_reads_the_config_of_a_run(tmp_path, run_tinygpt):
     kwargs = {"vocab_size": 300, "context_length": 16, "width": 32, "depth": 1, "heads": 2}
     (tmp_path / "config.json").write_text(
         json.dumps({"format": 2, "model": "gpt", "model_args": kwargs})
     )
     with torch.device("meta"):
         expected = f"{summary.count_parameters(build_model('gpt', kwargs)):,}"
-    assert expected in tinygpt("describe", tmp_path).stdout
+    assert expected in run_tinygpt("describe", tmp_path)[1]
 
 
-def test_describe_uses_the_size_of_a_preset():
+def test_describe_uses_the_size_of_a_preset(run_tinygpt):
     size = {"vocab_size": 8192, "context_length": 512, "width": 384, "depth": 6, "heads": 6}
     with torch.device("meta"):
         expected = f"{summary.count_parameters(build_model('gpt', size)):,}"
-    assert expected in tinygpt("describe", "gpt-micro").stdout
-    assert "norms, positions: 129" in tinygpt("describe", "rice-mlp").stdout
+    assert expected in run_tinygpt("describe", "gpt-micro")[1]
+    assert "norms, positions: 129" in run_tinygpt("describe", "rice-mlp")[1]
 
 
-def test_a_mistyped_name_is_a_one_line_error():
-    result = tinygpt("describe", "gtp2")
-    assert result.returncode == 2
-    assert "'gtp2' is neither a model nor a preset (did you mean gpt2" in result.stderr
-    assert "gru" in result.stderr
-    assert "gpt-micro" in result.stderr
-    assert result.stderr.count("\n") == 1
+def test_a_mistyped_name_is_a_one_line_error(run_tinygpt):
+    code, _, errors = run_tinygpt("describe", "gtp2")
+    assert code == 2
+    assert "'gtp2' is neither a model nor a preset (did you mean gpt2" in errors
+    assert "gru" in errors
+    assert "gpt-micro" in errors
+    assert errors.count("\n") == 1

@@ -168,7 +168,7 @@ def test_output_equals_the_reference_under_random_arrivals_and_aborts(name, max_
     model = make_model(name)
     engine = Engine(model, max_num_seqs, max_num_batched_tokens=budget)
     collector, requests, aborted = run_random_arrivals(
-        engine, random.Random(max_num_seqs), 100, mixed_sampling_params
+        engine, random.Random(max_num_seqs), 70, mixed_sampling_params
     )
     for request in requests:
         for choice in range(request.n):
@@ -192,7 +192,7 @@ def test_greedy_output_does_not_depend_on_batch_composition(name):
     model = make_model(name, torch.float32)
     engine = Engine(model, 6, max_num_batched_tokens=21)
     collector, requests, aborted = run_random_arrivals(
-        engine, random.Random(1), 300, lambda _: SamplingParams(temperature=0)
+        engine, random.Random(1), 150, lambda _: SamplingParams(temperature=0)
     )
     for request in requests:
         if (request, 0) not in aborted:

@@ -424,7 +424,7 @@ def test_run_killed_five_times_equals_uninterrupted_run(tmp_path, request):
     options = (
         "gpt-nano --tokenizer bytes --steps 200 --batch-size 4 --context-length 64 --width 32 "
         "--depth 2 --heads 2 --eval-interval 50 --checkpoint-interval 7 --eval-tokens 1000 "
-        f"--device cpu --data {text}"
+        f"--precision float32 --device cpu --data {text}"
     ).split()
 
     def start(*arguments):
