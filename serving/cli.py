@@ -47,6 +47,8 @@ if TYPE_CHECKING:
 
 WATCH_INTERVAL = 2.0
 """Seconds between two scans of a watched folder."""
+MAX_THREADS = 1024
+"""Upper bound of --threads."""
 
 
 @dataclass
@@ -69,6 +71,10 @@ class Sample:
     """Above 1, tokens that are in the prompt or output become less likely."""
     max_tokens: int = 200
     """Maximum output tokens; an EOS token or a full context also ends the output."""
+    min_tokens: int = 0
+    """Output tokens before which neither EOS nor a stop string ends the output."""
+    ignore_eos: bool = False
+    """Continue after the EOS token."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Stop string: the output ends before it; may be repeated."""
     seed: MaybeInt = None
@@ -82,11 +88,16 @@ class Sample:
         """Print the prompt and each token of the output, and nothing else on standard output."""
         if self.n < 1:
             raise ValueError(f"-n must be at least 1, not {self.n}")
-        if self.max_tokens < 0:
-            raise ValueError(f"--max-tokens must be at least 0, not {self.max_tokens}")
+        check_minimums(self, max_tokens=0, min_tokens=0)
         seed = secrets.randbits(31) if self.seed is None else self.seed
         sampling_params = SamplingParams(
-            self.temperature, self.top_k, self.top_p, self.min_p, self.repetition_penalty, seed=seed
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            min_tokens=self.min_tokens,
+            seed=seed,
         )
         path, model, tokenizer = load_run(self.run, self.device)
         prompt = self.prompt
@@ -98,9 +109,12 @@ class Sample:
         torch.set_num_threads(tune_num_threads(model))
         eos_token = tokenizer.eos_token
         start_token = eos_token if is_translation else None
-        arguments = model, tokens.ids, self.max_tokens, sampling_params, {eos_token}
+        stop_tokens = set() if self.ignore_eos else {eos_token}
+        arguments = model, tokens.ids, self.max_tokens, sampling_params, stop_tokens
         for choice in range(self.n):
-            detokenizer = IncrementalDetokenizer(tokenizer, self.stop, tokens.trailing_space)
+            detokenizer = IncrementalDetokenizer(
+                tokenizer, self.stop, tokens.trailing_space, min_tokens=self.min_tokens
+            )
             output = generate(*arguments, choice, tokens.allowed_first_tokens, start_token)
             if choice:
                 print("-" * 20)
@@ -162,6 +176,8 @@ class Serve:
     def __post_init__(self) -> None:
         check_minimums(self, max_num_seqs=1, max_queue=0, max_num_batched_tokens=1)
         check_minimums(self, max_model_len=1, threads=1, stream_interval=0)
+        if (self.threads or 1) > MAX_THREADS:
+            raise ValueError(f"--threads must be at most {MAX_THREADS}, not {self.threads}")
         if not 0 < self.stall_timeout < 1e6:
             raise ValueError(f"--stall-timeout must be above 0, not {self.stall_timeout}")
 

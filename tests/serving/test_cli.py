@@ -117,6 +117,31 @@ def test_sample_ends_before_a_stop_string(folder, model):
     assert done.stdout.decode() == text[: text.index(stop)] + "\n"
 
 
+def test_sample_continues_to_min_tokens_and_after_eos(tmp_path, capsys):
+    run = tmp_path / "run"
+    model = save_run(run, 64)
+    first = next(generate(model, [256], 1, SamplingParams(0.0)))
+    with torch.no_grad():  # now the output ends at once
+        weight_VD = model.unembedding.weight
+        weight_VD[[first, 256]] = weight_VD[[256, first]]
+    save_tensors(run / "model.safetensors", unique_state_dict(model))
+
+    def sample(**options):
+        Sample(str(run), prompt="", temperature=0, max_tokens=9, **options)()
+        return capsys.readouterr().out
+
+    def expected(min_tokens, stop):
+        params = SamplingParams(0.0, min_tokens=min_tokens)
+        tokens = generate(model, [256], 9, params, stop)
+        return TOKENIZER.decode([token for token in tokens if token != 256]) + "\n"
+
+    assert sample() == "\n"
+    assert sample(min_tokens=5) == expected(5, {256}) != "\n"
+    assert sample(ignore_eos=True) == expected(0, ()) != expected(5, {256})
+    text = expected(5, {256})
+    assert sample(min_tokens=5, stop=(text[:1],)).startswith(text[:5])
+
+
 MISTAKES = {
     "no such run": (["sample", "runs/tinny"], "did you mean tiny?"),
     "no run at all": (["sample"], "train one with `make train`"),
@@ -345,15 +370,15 @@ def test_outputs_stay_the_same_while_steps_are_compiled(folder, tmp_path):
     body = {"prompt": "ab", "max_tokens": 60, "temperature": 0}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TINYGPT_CACHE", str(tmp_path))
-        with ServeProcess(folder, with_compilation=True) as server:
+        with ServeProcess(folder, "--max-num-seqs", "1", with_compilation=True) as server:
             assert compiled(server) == "0"
             texts = set()
-            while compiled(server) != "3":
+            while compiled(server) != "2":
                 response = httpx.post(f"{server.address}/v1/completions", json=body, timeout=60)
                 texts.add(response.json()["choices"][0]["text"])
             response = httpx.post(f"{server.address}/v1/completions", json=body).json()
             assert texts == {response["choices"][0]["text"]}
-        assert len(list((tmp_path / "steps").iterdir())) == 3
+        assert len(list((tmp_path / "steps").iterdir())) == 2
 
 
 def test_requests_choose_a_run_by_name(folder, tmp_path):
