@@ -1,4 +1,4 @@
-"""Measurements of a train step at the start of a run: its speed, and the precision that is faster."""
+"""Measurements of a train step at the start of a run: its speed, and the threads and precision that are fastest."""
 
 import dataclasses
 import statistics
@@ -14,9 +14,9 @@ from training.trainer import Trainer
 
 WARMUP_STEPS = 2
 MIN_STEPS = 200
-"""A shorter run ends before a comparison of precisions has paid."""
+"""A shorter run ends before a comparison has paid."""
 MIN_SPEEDUP = 1.15
-"""bfloat16 must be this many times as fast: near a tie, equal commands should choose the same."""
+"""Fewer threads, and bfloat16, must be this many times as fast: near a tie, equal commands should choose the same."""
 
 
 def seconds_per_step(
@@ -31,6 +31,37 @@ def seconds_per_step(
         times.append(time.perf_counter() - started)
     trainer.prefetcher.close()
     return statistics.median(times[WARMUP_STEPS:])
+
+
+def choose_threads(
+    config: TrainingConfig, task: Task, device: torch.device
+) -> tuple[TrainingConfig, str]:
+    """Return the config with `--threads 0` resolved on a CPU, and why; torch uses that number from now on.
+
+    The steps of small models can be faster on few threads than on all cores. The number is halved
+    for as long as that makes steps faster.
+    """
+    count = torch.get_num_threads()
+    if config.threads:
+        torch.set_num_threads(config.threads)
+        return config, f"{config.threads} (--threads {config.threads})"
+    if device.type != "cpu" or config.steps < MIN_STEPS:
+        return config, f"{count}"
+    precision = "float32" if config.precision == "auto" else config.precision
+    trial = dataclasses.replace(config, precision=precision)
+    all_seconds = seconds = seconds_per_step(trial, task, device, 3)
+    while count > 1:
+        torch.set_num_threads(count // 2)
+        fewer = seconds_per_step(trial, task, device, 3)
+        if fewer * MIN_SPEEDUP > seconds:
+            break
+        count, seconds = count // 2, fewer
+    torch.set_num_threads(count)
+    return dataclasses.replace(config, threads=count), (
+        f"{count} (auto: steps are {all_seconds / seconds:.2f} times as fast as on all)"
+        if seconds < all_seconds
+        else f"{count} (auto: fewer are not faster)"
+    )
 
 
 def choose_precision(

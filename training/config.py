@@ -28,7 +28,7 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     "at least 0": (
         lambda v: v >= 0,
-        "warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
+        "threads warmup_steps sample_tokens seed weight_decay embedding_weight_decay grad_clip step_decays",
     ),
     "above 0": (lambda v: v > 0, "learning_rate embedding_lr unembedding_lr vector_lr"),
     "at most 2147483647": (
@@ -36,6 +36,7 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "steps batch_size context_length gradient_accumulation_steps vocab_size eval_interval "
         "checkpoint_interval log_interval warmup_steps sample_tokens step_decays",
     ),
+    "at most 1024": (lambda v: v <= 1024, "threads"),
     "at most 9223372036854775807": (lambda v: v < 2**63, "data_limit eval_tokens seed"),
     "at most 1e38": (  # what float32 can hold
         lambda v: v <= 1e38,
@@ -136,6 +137,8 @@ class TrainingConfig:
     """Random seed of weight initialization, data order and dropout."""
     device: str = "auto"
     """Device: auto, cpu, cuda, cuda:1 or mps."""
+    threads: int = 0
+    """CPU threads. 0: all cores, or fewer if steps are faster so, which is measured at the start of a run."""
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Data type of matrix products. auto: bfloat16, or float16 with scaled gradients on a GPU without bfloat16; on a CPU the faster of bfloat16 and float32, which is measured at the start of a run. A GPU trains in float32 with TF32 products."""
     fsdp: bool = False

@@ -23,7 +23,7 @@ from gpt.checkpoint import RUNS, find_run, load_tensors, read_json, run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
-from training.autotune import choose_precision
+from training.autotune import choose_precision, choose_threads
 from training.checkpointing import list_checkpoints, read_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
@@ -137,9 +137,14 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
     with world.local_main_process_first():
         task = open_task(config)
     if world.is_main_process:
+        config, reason = choose_threads(config, task, device)
+        if device.type == "cpu":
+            print(f"threads: {reason}")
         config, reason = choose_precision(config, task, device)
         print(f"precision: {reason}")
-    task.config = config = dataclasses.replace(config, precision=world.broadcast(config.precision))
+    task.config = config = world.broadcast(config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
     trainer = Trainer(config, directory, task, device, world)
     load_init_embedding(trainer)
     # This compiles: if that is impossible, no directory is left behind.
@@ -169,6 +174,8 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
         _check_never_saved(directory, config)
     with world.local_main_process_first():
         task = open_task(config, load_run_tokenizer(directory))
+    if 0 < config.threads <= (os.cpu_count() or 1):  # else the run comes from a larger machine
+        torch.set_num_threads(config.threads)
     trainer = Trainer(config, directory, task, world.device(device), world)
     if checkpoints:
         _restore_newest(trainer, checkpoints)
@@ -229,8 +236,9 @@ def is_same_run(config: TrainingConfig, directory: Path) -> bool:
     if not (directory / "run.json").exists():
         return False
     existing = load_training_config(directory)
-    if config.precision == "auto":  # `create_run` has chosen one
+    if config.precision == "auto":  # `create_run` has chosen one, and the threads
         config = dataclasses.replace(config, precision=existing.precision)
+    config = dataclasses.replace(config, threads=config.threads or existing.threads)
     as_json = json.loads(json.dumps(dataclasses.asdict(config)))  # tuples become lists
     return bool(dataclasses.asdict(existing) == as_json)
 

@@ -19,7 +19,7 @@ from gpt import LanguageModel
 from gpt.checkpoint import lookup, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
-from training.autotune import choose_precision, seconds_per_step
+from training.autotune import choose_precision, choose_threads, seconds_per_step
 from training.config import TrainingConfig
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
@@ -81,6 +81,7 @@ def run_ladder(
                 if seconds is not None:
                     config = dataclasses.replace(config, compile="off")  # as it is measured
                     task, device = open_task(config), resolve_device(config.device)
+                    config, _ = choose_threads(config, task, device)
                     config, _ = choose_precision(config, task, device)
                     steps = seconds / seconds_per_step(config, task, device)
                 steps = max(1, round(steps))
