@@ -7,16 +7,23 @@ import torch
 from torch import Tensor
 
 from gpt.models.base import Model
-from training.tasks.tables import (
-    Rows,
-)
+from training.tasks.tables import Rows
 
 ModelT = TypeVar("ModelT", bound=Model)
 
 
 def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: int = 1) -> ModelT:
     """Fit a model with L-BFGS from each of `restarts` seeds; return the one with the lowest loss."""
-    x_BD, y_B = (tensor.double() for tensor in rows)
+    fitted = fit_each(build, rows, max_iter, restarts)
+    return min(fitted, key=lambda loss_and_model: loss_and_model[0])[1]
+
+
+@torch.enable_grad()
+def fit_each(
+    build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: int = 1
+) -> list[tuple[float, ModelT]]:
+    """Fit a model with L-BFGS from each of `restarts` seeds; return each loss and model."""
+    x_BD, y_B = (t.double() if t.is_floating_point() else t for t in rows)
     fitted = []
     for seed in range(restarts):
         torch.manual_seed(seed)
@@ -32,7 +39,7 @@ def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: 
 
         optimizer.step(closure)
         fitted.append((closure(), model))
-    return min(fitted, key=lambda loss_and_model: loss_and_model[0])[1]
+    return fitted
 
 
 @torch.no_grad()
