@@ -91,10 +91,9 @@ def bigram() -> BigramLM:
     return fit(lambda: BigramLM(len(VOCABULARY), len(WORDS)), LAST_AND_NEXT)
 
 
-@torch.no_grad()
 def next_word_scores(word: str) -> Tensor:
     """Return the bigram model's score of each word of the vocabulary after `word`."""
-    return bigram()(torch.tensor([[VOCABULARY.index(word)]]))[0, 0]
+    return bigram()(torch.tensor([[VOCABULARY.index(word)]]))[0, 0].detach()
 
 
 def bits_per_byte(loss: float) -> float:
