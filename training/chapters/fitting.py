@@ -1,6 +1,6 @@
 """Fitting a small model to a table, exactly enough to read its weights."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -16,7 +16,7 @@ ModelT = TypeVar("ModelT", bound=Model)
 
 def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: int = 1) -> ModelT:
     """Fit a model with L-BFGS from each of `restarts` seeds; return the one with the lowest loss."""
-    x_BD, y_B = (tensor.double() if tensor.is_floating_point() else tensor for tensor in rows)
+    x_BD, y_B = (tensor.double() for tensor in rows)
     fitted = []
     for seed in range(restarts):
         torch.manual_seed(seed)
@@ -35,12 +35,13 @@ def fit(build: Callable[[], ModelT], rows: Rows, max_iter: int = 300, restarts: 
     return min(fitted, key=lambda loss_and_model: loss_and_model[0])[1]
 
 
+@torch.enable_grad()
 def train(
-    model: ModelT, batch: Sequence[Tensor], steps: int, rate: float, weight_decay: float = 0.0
+    model: ModelT, batches: Iterable[Sequence[Tensor]], rate: float, weight_decay: float = 0.0
 ) -> ModelT:
-    """Train a model on one batch with AdamW. Return the model."""
+    """Train a model with a step of AdamW on each batch. Return the model."""
     optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
-    for _ in range(steps):
+    for batch in batches:
         optimizer.zero_grad()
         model.loss(*batch).backward()
         optimizer.step()

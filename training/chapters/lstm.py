@@ -11,6 +11,8 @@ from training.plots.panels import BLUE, GREEN, ORANGE, Heatmap, LinePlot, Panel,
 
 OPEN = 1e3
 """A bias that opens a gate fully; its negative shuts it."""
+TITLES = {"cell": "cell state C", "hidden": "hidden state h", "candidate": "candidate n"}
+"""What figures call a state."""
 
 
 def cell_by_hand(i: float, f: float, g: float, o: float) -> LSTMCell:
@@ -107,8 +109,9 @@ def gate_panels(cell: str, names: Sequence[str]) -> list[Heatmap]:
             "unit",
             rows=reviews.SENTENCE,
             columns=units,
-            title=name,
+            title=TITLES.get(name, name),
             colorbar_label="shut 0, open 1" if name.endswith("gate") else "value",
+            max_value=1.0 if name.endswith("gate") else None,
         )
         for name in names
     ]

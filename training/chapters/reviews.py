@@ -58,7 +58,7 @@ def reader(cell: str) -> ManyToOne:
     """Return one of CELLS, of ten units, and a logistic regression, trained on the reviews."""
     torch.manual_seed(0)
     model = ManyToOne(CELLS[cell](len(VOCABULARY), UNITS), Logistic(UNITS)).double()
-    return train(model, reviews()[0], steps=100, rate=0.03, weight_decay=0.3)
+    return train(model, itertools.repeat(reviews()[0], 100), rate=0.03, weight_decay=0.3)
 
 
 @torch.no_grad()

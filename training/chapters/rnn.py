@@ -1,6 +1,7 @@
 """Chapter 8: a state that is fed back."""
 
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 
@@ -72,7 +73,8 @@ def forecaster(head: str) -> ManyToOne:
     torch.manual_seed(0)
     x_BTD, y_B = waves(300, seed=0)
     model = ManyToOne(RNNCell(1, UNITS), HEADS[head]()).double()
-    return train(model, (x_BTD, targets(x_BTD, y_B)[head]), steps=400, rate=0.02)
+    rows = x_BTD, targets(x_BTD, y_B)[head]
+    return train(model, itertools.repeat(rows, 400), rate=0.02)
 
 
 def forecast_errors() -> dict[str, float]:
