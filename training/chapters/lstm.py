@@ -21,7 +21,7 @@ def cell_by_hand(i: float, f: float, g: float, o: float) -> LSTMCell:
     for weight in (cell.input.weight, cell.hidden.weight):
         nn.init.zeros_(weight)
     with torch.no_grad():
-        cell.input.bias.copy_(torch.tensor([i, f, g, o]))
+        cell.input.bias.copy_(torch.tensor([i, f, g, o], dtype=torch.float64))
     return cell
 
 
