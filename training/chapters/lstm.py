@@ -38,7 +38,7 @@ def step_by_hand(
 
 def gradient_along_the_cell_state(forget: float, steps: int) -> float:
     """Return dC_t / dC_0 after `steps` steps with a forget gate of this value."""
-    cell = cell_by_hand(-OPEN, torch.tensor(forget).double().logit().item(), 0.0, OPEN)
+    cell = cell_by_hand(-OPEN, torch.tensor(forget, dtype=torch.float64).logit().item(), 0.0, OPEN)
     first_BD = torch.zeros(1, 1, dtype=torch.float64, requires_grad=True)
     x_TBD = torch.zeros(steps, 1, 1, dtype=torch.float64)
     _, (_, last_BD) = cell(x_TBD, (x_TBD[0], first_BD))
