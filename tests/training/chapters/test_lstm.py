@@ -7,6 +7,7 @@ import torch
 
 from training.chapters import lstm, reviews
 from training.chapters.lstm import OPEN, step_by_hand
+from training.plots.drawing import draw_figure
 
 
 def test_forget_gate_0_erases_and_1_keeps():
@@ -82,3 +83,16 @@ def test_gates_figure_is_the_trace_over_the_sentence():
     torch.testing.assert_close(
         cell.values[1:], forget.values[1:] * cell.values[:-1] + (write.values * candidate)[1:]
     )
+
+
+def test_gates_are_drawn_from_0_to_1_and_states_with_both_signs(tmp_path):
+    forget, _, cell = lstm.gates()
+    minus = "\u2212"
+    for panel, signs in ((forget, False), (cell, True)):
+        draw_figure([panel], tmp_path / "gates.svg")
+        svg = (tmp_path / "gates.svg").read_text("utf-8")
+        assert (minus in svg) == signs
+        for label in (panel.title, *panel.rows, *panel.columns):
+            assert f">{label}<" in svg
+    draw_figure([forget], tmp_path / "gates.svg")
+    assert ">1.0<" in (tmp_path / "gates.svg").read_text("utf-8")
