@@ -1,12 +1,15 @@
 """Chapter 9: gates, and a memory that is changed by addition."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from gpt.models.recurrent import LSTMCell, gradient_by_distance
+from gpt.models.linear import Logistic
+from gpt.models.recurrent import LSTMCell, ManyToOne, gradient_by_distance
 from training.chapters import reviews
+from training.chapters.fitting import train
 from training.plots.panels import BLUE, GREEN, ORANGE, Heatmap, LinePlot, Panel, Series
 
 OPEN = 1e3
@@ -52,6 +55,24 @@ def gate_sums() -> tuple[float, float]:
     return sums.min().item(), sums.max().item()
 
 
+def coin_tosses(length: int, count: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Return x_BTD of 1 and -1 at random, and y_B: whether the first is 1."""
+    generator = torch.Generator().manual_seed(seed)
+    x_BTD = torch.randint(2, (count, length, 1), generator=generator).double() * 2 - 1
+    return x_BTD, (x_BTD[:, 0, 0] > 0).double()
+
+
+@functools.cache
+def recall_first(cell: str, length: int) -> float:
+    """Return how often a cell of 16 units tells the first toss after the last, once trained to."""
+    torch.manual_seed(0)
+    model = ManyToOne(reviews.CELLS[cell](1, 16), Logistic(16)).double()
+    train(model, (coin_tosses(length, 64, seed) for seed in range(200)), rate=0.01)
+    x_BTD, y_B = coin_tosses(length, 1000, seed=200)
+    with torch.no_grad():
+        return ((model(x_BTD) >= 0.5) == y_B.bool()).double().mean().item()
+
+
 def examples() -> Iterator[str]:
     """Yield the worked examples of the chapter, line by line."""
     yield "One unit with C = 2, its gates set by hand. C' = f C + i g, h = o tanh(C')"
@@ -67,6 +88,10 @@ def examples() -> Iterator[str]:
     yield "The gradient along C after 100 steps is f^100:"
     for forget in (1.0, 0.99, 0.5):
         yield f"  f = {forget:<6g}{gradient_along_the_cell_state(forget, 100):.2g}"
+    yield "What was the first coin toss? Told after the last, with 200 steps of training, to the nearest 10%:"
+    for length in (5, 20):
+        rnn, lstm = (round(recall_first(cell, length), 1) for cell in ("RNN", "LSTM"))
+        yield f"  of {length:>2} tosses: the RNN is right in {rnn:.0%}, the LSTM in {lstm:.0%}"
     model = reviews.reader("LSTM")
     right, count = reviews.accuracy(model), len(reviews.reviews()[1][0])
     yield f"An LSTM of {reviews.UNITS} units learns praise from blame; of {count} unseen sentences {right:.0%} are right."

@@ -38,6 +38,12 @@ def test_gradient_along_the_cell_state_is_a_power_of_the_forget_gate(forget):
     assert gradient == pytest.approx(forget**100, rel=1e-9)
 
 
+def test_an_rnn_forgets_the_first_of_20_tosses_and_an_lstm_does_not():
+    assert lstm.recall_first("RNN", 5) == 1
+    assert lstm.recall_first("RNN", 20) < 0.6
+    assert lstm.recall_first("LSTM", 20) == 1
+
+
 def test_forget_and_input_gate_need_not_add_up_to_1():
     low, high = lstm.gate_sums()
     assert low < 0.5
