@@ -4,10 +4,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
 
-from gpt.models.linear import Linear
-from gpt.models.recurrent import ManyToOne, RNNCell
 from training.chapters import rnn
 
 
@@ -79,20 +76,3 @@ def test_powers_figure_shows_them():
         assert series.y[40].item() == pytest.approx(weight**40)
     exploding, steady, vanishing = (series.y[-1].item() for series in matrix.series)
     assert vanishing < 1e-4 < 0.01 < steady < 100 < 1000 < exploding
-
-
-def test_many_to_one_equals_torchs_rnn_and_a_linear_layer():
-    torch.manual_seed(0)
-    model = ManyToOne(RNNCell(3, 5), Linear(5)).double()
-    theirs = nn.RNN(3, 5, batch_first=True).double()
-    with torch.no_grad():
-        theirs.weight_ih_l0.copy_(model.cell.input.weight)
-        theirs.weight_hh_l0.copy_(model.cell.hidden.weight)
-        theirs.bias_ih_l0.copy_(model.cell.input.bias)
-        theirs.bias_hh_l0.zero_()
-    x_BTD, y_B = torch.randn(4, 6, 3).double(), torch.randn(4).double()
-    _, last_1BD = theirs(x_BTD)
-    expected_B = last_1BD[0] @ model.head.weight + model.head.bias
-    torch.testing.assert_close(model(x_BTD), expected_B)
-    torch.testing.assert_close(model.loss(x_BTD, y_B), nn.functional.mse_loss(expected_B, y_B))
-    torch.testing.assert_close(model.trace(x_BTD)["hidden"], theirs(x_BTD)[0])
