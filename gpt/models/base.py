@@ -53,7 +53,7 @@ class ActivationMap(NamedTuple):
     Values at padding are undefined.
     """
     rows: Tensor
-    """rows_BT: the token of each row."""
+    """rows_BT: the token of each row: the one read there, or for an alignment the one written."""
     columns: Tensor | str
     """columns_BS, the token of each column, or the kind of column: "units" or "experts"."""
 

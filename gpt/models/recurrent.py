@@ -41,7 +41,7 @@ from typing import ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from gpt.models.base import ActivationMap, LanguageModel, State
+from gpt.models.base import ActivationMap, LanguageModel, Model, State
 
 
 class Cell(nn.Module):
@@ -78,6 +78,10 @@ class Cell(nn.Module):
     def step(self, input_BF: Tensor, *states_BD: Tensor) -> tuple[Tensor, ...]:
         """Return the states after a token from its projected input and the states before it."""
         raise NotImplementedError
+
+    def zero_states(self, x_TBD: Tensor) -> tuple[Tensor, ...]:
+        """Return the states_BD before the first step: nothing is remembered."""
+        return tuple(x_TBD.new_zeros(x_TBD.shape[1], self.width) for _ in self.state_names)
 
     def forward(
         self, x_TBD: Tensor, states_BD: tuple[Tensor, ...]
@@ -168,13 +172,46 @@ def gradient_by_distance(cell: Cell, x_TBD: Tensor) -> Tensor:
     The norms are averaged over the batch. They include every path from h to the output: for an
     LSTM also the one through the cell state.
     """
-    states_BD = tuple(x_TBD.new_zeros(x_TBD.shape[1], cell.width) for _ in cell.state_names)
+    states_BD = cell.zero_states(x_TBD)
     outputs = []
     for input_BF in cell.input(x_TBD):
         states_BD = cell.step(input_BF, *states_BD)
         outputs.append(states_BD[0])
     gradients = torch.autograd.grad(outputs[-1].sum(), outputs)
     return torch.stack(gradients).norm(dim=-1).mean(dim=-1).flip(0)
+
+
+class ManyToOne(Model):
+    """A cell that reads a sequence of vectors, and a head that predicts from its last output.
+
+    The head is a model of chapters 1 to 4 and brings its own loss: `Linear` predicts a number,
+    `Logistic` a probability, `Softmax` the probabilities of classes. Its inputs are the cell's width.
+    """
+
+    def __init__(self, cell: Cell, head: Model) -> None:
+        super().__init__()
+        self.cell, self.head = cell, head
+
+    def last_output(self, x_BTD: Tensor) -> Tensor:
+        """Return output_BD of the cell after the whole sequence."""
+        x_TBD = x_BTD.transpose(0, 1)
+        output_TBD, _ = self.cell(x_TBD, self.cell.zero_states(x_TBD))
+        return output_TBD[-1]
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        """Return the head's prediction."""
+        return self.head(self.last_output(x_BTD))
+
+    def loss(self, *batch: Tensor) -> Tensor:
+        """Return the head's loss of y_B given x_BTD."""
+        x_BTD, y_B = batch
+        return self.head.loss(self.last_output(x_BTD), y_B)
+
+    @torch.no_grad()
+    def trace(self, x_BTD: Tensor) -> dict[str, Tensor]:
+        """Return `Cell.trace` of sequences from their start."""
+        x_TBD = x_BTD.transpose(0, 1)
+        return self.cell.trace(self.cell.input(x_TBD), self.cell.zero_states(x_TBD))
 
 
 class RecurrentLM(LanguageModel):

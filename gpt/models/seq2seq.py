@@ -239,15 +239,18 @@ class Seq2SeqAttention(EncoderDecoder):
     def pair_activation_maps(
         self, source_BS: Tensor, lengths_B: Tensor, tokens_BT: Tensor
     ) -> list[ActivationMap]:
-        """Return `alignment of the next token`, the attention weights; then gates and states.
+        """Return `alignment`, then gates and states.
 
-        Those are of `forward encoder`, `backward encoder` and `decoder`, in processing order.
+        The alignment is the attention weights with which each token is written: its rows are the
+        tokens after the first, and at last the model's prediction. Gates and states are of
+        `forward encoder`, `backward encoder` and `decoder`, in processing order.
         """
         encoded = self.encode(source_BS, lengths_B)
         x_BTD = self.embedding(tokens_BT)
         _, context_BTD, weights_BTS = self._decode_steps(x_BTD, encoded)
-        alignment_BLHTS = weights_BTS[:, None, None]
-        maps = [ActivationMap("alignment of the next token", alignment_BLHTS, tokens_BT, source_BS)]
+        predicted_BT = self.logits(self.decode(tokens_BT, encoded)[:, -1:]).argmax(-1)
+        written_BT = torch.cat([tokens_BT[:, 1:], predicted_BT], dim=1)
+        maps = [ActivationMap("alignment", weights_BTS[:, None, None], written_BT, source_BS)]
         reversed_BS = source_BS.gather(1, reversed_indices(lengths_B, source_BS.shape[1]))
         initial_BD = torch.zeros_like(encoded["hidden"])
         for network, cell, ids_BS in (

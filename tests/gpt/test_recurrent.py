@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.models.linear import Linear
 from gpt.models.recurrent import (
     GRU,
     LSTM,
@@ -14,6 +15,7 @@ from gpt.models.recurrent import (
     Cell,
     GRUCell,
     LSTMCell,
+    ManyToOne,
     RecurrentLM,
     RNNCell,
     gradient_by_distance,
@@ -206,6 +208,23 @@ def test_chapter_10_r_0_ignores_the_past(states_BD) -> None:
     assert torch.equal(*candidates)
     with_gates(cell, z=-OPEN)
     assert torch.equal(*(step(cell, x_BD, hidden_BD)[0] for hidden_BD in states_BD))
+
+
+def test_many_to_one_equals_torchs_rnn_and_a_linear_layer() -> None:
+    torch.manual_seed(0)
+    model = ManyToOne(RNNCell(3, 5), Linear(5)).double()
+    theirs = nn.RNN(3, 5, batch_first=True).double()
+    with torch.no_grad():
+        theirs.weight_ih_l0.copy_(model.cell.input.weight)
+        theirs.weight_hh_l0.copy_(model.cell.hidden.weight)
+        theirs.bias_ih_l0.copy_(model.cell.input.bias)
+        theirs.bias_hh_l0.zero_()
+    x_BTD, y_B = torch.randn(4, 6, 3).double(), torch.randn(4).double()
+    _, last_1BD = theirs(x_BTD)
+    expected_B = last_1BD[0] @ model.head.weight + model.head.bias
+    torch.testing.assert_close(model(x_BTD), expected_B)
+    torch.testing.assert_close(model.loss(x_BTD, y_B), nn.functional.mse_loss(expected_B, y_B))
+    torch.testing.assert_close(model.trace(x_BTD)["hidden"], theirs(x_BTD)[0])
 
 
 @pytest.mark.parametrize("model_class", TORCH_CLASSES)

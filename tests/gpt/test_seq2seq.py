@@ -79,7 +79,7 @@ def test_chapter_12_weights_sum_to_one_and_are_zero_on_padding() -> None:
     model = randomize(Seq2SeqAttention(20, 12, width=8))
     tokens_BT = SOURCE_BS[:, :5]
     alignment = model.xray(SOURCE_BS, LENGTHS_B, tokens_BT)[0]
-    assert alignment.name == "alignment of the next token"
+    assert alignment.name == "alignment"
     weights_BTS = alignment.weights[:, 0, 0]
     assert weights_BTS.shape == (4, 5, 7)
     torch.testing.assert_close(weights_BTS.sum(dim=-1), torch.ones(4, 5, dtype=torch.float64))

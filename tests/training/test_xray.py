@@ -1,5 +1,6 @@
 """Activation maps: they are what the forward pass computes with, and how `xray` draws them."""
 
+import itertools
 import json
 import subprocess
 import sys
@@ -150,7 +151,7 @@ def test_alignments_reproduce_the_readout():
     maps = weights_by_name(model, *PAIR)
     source_BS, lengths_B, tokens_BT = PAIR
     memory_BSD = model.encode(source_BS, lengths_B)["memory"]
-    contexts_BTD = maps["alignment of the next token"][:, 0, 0] @ memory_BSD
+    contexts_BTD = maps["alignment"][:, 0, 0] @ memory_BSD
     hidden_BTD = maps["decoder hidden"][:, 0, 0]
     all_BTD = torch.cat([hidden_BTD, contexts_BTD, model.embedding(tokens_BT)], dim=-1)
     expected_BTD, _ = model.features_and_targets(*PAIR, tokens_BT)
@@ -158,6 +159,16 @@ def test_alignments_reproduce_the_readout():
     forward_D, backward_D = memory_BSD[1, 3].chunk(2)
     torch.testing.assert_close(maps["forward encoder hidden"][1, 0, 0, 3], forward_D)
     torch.testing.assert_close(maps["backward encoder hidden"][1, 0, 0, 0], backward_D)
+
+
+def test_alignment_rows_are_the_tokens_that_are_written():
+    model = build("attention")
+    source_BS, _, tokens_BT = PAIR
+    alignment = model.xray(*PAIR)[0]
+    features_BTD, _ = model.features_and_targets(*PAIR, tokens_BT)
+    assert torch.equal(alignment.rows[:, :-1], tokens_BT[:, 1:])
+    assert torch.equal(alignment.rows[:, -1], model.logits(features_BTD)[:, -1].argmax(-1))
+    assert torch.equal(alignment.columns, source_BS)
 
 
 def previous(memory_BLTD: Tensor, first: Tensor | None = None) -> Tensor:
@@ -269,7 +280,7 @@ def test_xray_labels_tokens_layers_heads_and_scales(tmp_path, capsys):
     Xray(run, "a $x$\n\té中", output=output)()
     printed = capsys.readouterr().out.splitlines()
     assert printed == ["attention: 3 layers x 2 heads x 12 tokens x 12 tokens", str(output)]
-    for text in (">attention: 0 to 1<", ">layer 3, head 2<", ">$<", ">·<", ">↵<", ">⇥<"):
+    for text in (">attention<", ">1<", ">layer 3, head 2<", ">$<", ">·<", ">↵<", ">⇥<"):
         assert text in output.read_text()
     assert output.read_text().count(">layer ") == 6
     assert ">\\xc3<" in output.read_text()  # half of a character
@@ -285,21 +296,65 @@ def test_xray_labels_tokens_layers_heads_and_scales(tmp_path, capsys):
         ("experts", ["experts", "token contribution"]),
         (
             "attention",
-            ["alignment of the next token", "backward encoder hidden", "decoder reset gate"],
+            ["alignment", "backward encoder hidden", "decoder reset gate"],
         ),
     ],
 )
 def test_every_map_has_its_name_as_title(name, titles, tmp_path):
     Xray(make_run(tmp_path, name), "some text", output=tmp_path / "xray.svg")()
     for title in titles:
-        assert f">{title}: " in (tmp_path / "xray.svg").read_text()
+        assert f">{title}<" in (tmp_path / "xray.svg").read_text()
+
+
+def test_gates_are_drawn_as_the_ten_units_that_vary_most_the_same_in_every_map(tmp_path):
+    run, output = make_run(tmp_path, "lstm"), tmp_path / "xray.svg"
+    model = MODELS["lstm"](TOKENIZER.vocab_size, CONTEXT_LENGTH, width=12, depth=2)
+    with torch.no_grad():
+        for cell in model.cells:  # units 3 and 7 see nothing, so they do not vary
+            for weight in (cell.input.weight, cell.hidden.weight, cell.input.bias.unsqueeze(-1)):
+                weight.unflatten(0, (4, 12))[:, [3, 7]] = 0.0
+    arguments = {"vocab_size": TOKENIZER.vocab_size, "context_length": CONTEXT_LENGTH}
+    save_config(run, "lstm", {**arguments, "width": 12, "depth": 2})
+    save_tensors(run / "model.safetensors", unique_state_dict(model))
+    Xray(run, "some text", output=output)()
+    svg = output.read_text()
+    drawn = [f">{unit}<" for unit in (1, 2, 3, 5, 6, 7, 9, 10, 11, 12)]
+    maps, layers = 6, 2
+    for label in drawn[1:]:
+        assert svg.count(label) == maps * layers
+    assert ">4<" not in svg
+    assert ">8<" not in svg
+    assert svg.count(">the 10 that vary most of 12 units<") == maps
+
+
+def test_titles_fit_into_a_picture_narrower_than_they_are(tmp_path):
+    from matplotlib.figure import Figure
+
+    pictures = []
+
+    def savefig(figure, *_, **__):
+        pictures.append(figure)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Figure, "savefig", savefig)
+        run = make_run(tmp_path, "attention", task="translation", model="attention")
+        for only in ("alignment", "backward encoder"):
+            Xray(run, "a", translation="b", only=only, output=tmp_path / "xray.png")()
+    for figure in pictures:
+        canvas = figure.bbox
+        boxes = [text.get_window_extent() for text in figure.texts]
+        assert boxes
+        for box in boxes:
+            assert canvas.x0 <= box.x0 < box.x1 <= canvas.x1
+        for left, right in itertools.pairwise(boxes):
+            assert left.x1 < right.x0 or left.y0 > right.y1
 
 
 def test_only_draws_matching_maps(tmp_path, capsys):
     output = tmp_path / "xray.svg"
     Xray(make_run(tmp_path, "attention"), "some text", only="decoder", output=output)()
     assert "alignment" not in output.read_text() + capsys.readouterr().out
-    assert ">decoder hidden: " in output.read_text()
+    assert ">decoder hidden<" in output.read_text()
 
 
 def test_image_size_is_limited(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Fitting a small model to a table, exactly enough to read its weights."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import torch
@@ -40,6 +40,19 @@ def fit_each(
         optimizer.step(closure)
         fitted.append((closure(), model))
     return fitted
+
+
+@torch.enable_grad()
+def train(
+    model: ModelT, batches: Iterable[Sequence[Tensor]], rate: float, weight_decay: float = 0.0
+) -> ModelT:
+    """Train a model with a step of AdamW on each batch. Return the model."""
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=weight_decay)
+    for batch in batches:
+        optimizer.zero_grad()
+        model.loss(*batch).backward()
+        optimizer.step()
+    return model
 
 
 @torch.no_grad()

@@ -16,6 +16,8 @@ LINE_STYLES: dict[str, dict[str, Any]] = {
     "dashed": {"linestyle": (0, (4, 3)), "linewidth": 1.2},
     "dots": {"ls": "none", "marker": "o", "ms": 6, "mec": "white", "mew": 0.5},
 }
+MAX_LETTERS = 40
+"""Letters below a heatmap for which there is room side by side."""
 
 
 def draw_figure(panels: Sequence[Panel], output: Path) -> None:
@@ -74,14 +76,16 @@ def _draw_bars(axes: Axes, panel: BarChart) -> None:
 
 def _draw_heatmap(axes: Axes, panel: Heatmap) -> None:
     """Draw a matrix: 0 is white, negative values red, positive values blue."""
-    largest = panel.values.abs().max().item()
+    largest = panel.max_value or panel.values.abs().max().item()
     matrix = panel.values.numpy()
-    image = axes.imshow(matrix, cmap="RdBu", vmin=-largest, vmax=largest, aspect="auto")
+    signed = bool((panel.values < 0).any())
+    colors, lowest = ("RdBu", -largest) if signed else ("Blues", 0.0)
+    image = axes.imshow(matrix, cmap=colors, vmin=lowest, vmax=largest, aspect="auto")
     axes.grid(visible=False)
     axes.set_ylabel(panel.y_label)
     if panel.rows:
         axes.set_yticks(range(len(panel.rows)), panel.rows)
-        rotation = 90 if len(panel.columns) > 8 else 0
+        rotation = 90 if len(panel.columns) * max(map(len, panel.columns)) > MAX_LETTERS else 0
         axes.set_xticks(range(len(panel.columns)), panel.columns, rotation=rotation)
         axes.tick_params(length=0)
     for row, labels in enumerate(panel.cell_labels):

@@ -68,6 +68,8 @@ class Heatmap:
     title: str = ""
     colorbar_label: str = ""
     """What the colors mean; without it no color bar is drawn."""
+    max_value: float | None = None
+    """Value of the strongest color; the largest absolute value if None."""
 
 
 Panel = LinePlot | BarChart | Heatmap
