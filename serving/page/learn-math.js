@@ -27,6 +27,9 @@ export function random(seed) {
   };
 }
 
+// The vector of length 1 in the same direction.
+export const unit = (vector) => vector.map((value) => value / Math.sqrt(dot(vector, vector)));
+
 // A vector of normally distributed numbers with a given standard deviation (Box-Muller).
 export const normalVector = (length, uniform, deviation = 1) =>
   Array.from({ length }, () => deviation * Math.sqrt(-2 * Math.log(1 - uniform())) * Math.cos(2 * Math.PI * uniform()));

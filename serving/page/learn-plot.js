@@ -4,7 +4,7 @@ import { scale, tickLabel, ticks } from "./chart.js";
 import { el, svg } from "./dom.js";
 
 const MARGIN = { top: 10, right: 14, bottom: 40, left: 50 };
-const CHARACTER_WIDTH = 7; // pixels, at most, of the 12 pixel font
+const CHARACTER_WIDTH = 7.5; // pixels, at most, of the 12 pixel font
 
 // A plot of curves and points in fixed ranges; what lies beyond them is cut off.
 //   x, y: { label, range: [low, high], log }, without a label also without a scale; title: what a screen reader says of the drawing
@@ -69,7 +69,7 @@ export class Plot {
 // Horizontal bars with their names and values: rows of { name, value, text, color }.
 export function bars(width, title, rows, [low, high] = [0, 1]) {
   const rowHeight = 26, height = rows.length * rowHeight + 4, longest = (texts) => Math.max(...texts.map((text) => text.length));
-  const left = 8 + CHARACTER_WIDTH * longest(rows.map(({ name }) => name));
+  const left = 12 + CHARACTER_WIDTH * longest(rows.map(({ name }) => name));
   const right = width - 10 - CHARACTER_WIDTH * longest(rows.map(({ text }) => text)), x = scale([low, high], [left, right]);
   const root = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `${title}: ${rows.map(({ name, text }) => `${name} ${text}`).join(", ")}` });
   rows.forEach(({ name, value, text, color = "var(--series-0)" }, i) => {
@@ -85,7 +85,7 @@ export function bars(width, title, rows, [low, high] = [0, 1]) {
 
 // A table of weights between 0 and 1 as shaded cells.
 export function heat(width, title, { rows, columns, values }) {
-  const longest = Math.max(...rows.map((name) => name.length)), left = 8 + CHARACTER_WIDTH * longest, top = 22;
+  const longest = Math.max(...rows.map((name) => name.length)), left = 12 + CHARACTER_WIDTH * longest, top = 22;
   const cell = (width - left) / columns.length, cellHeight = Math.min(40, cell), height = top + rows.length * cellHeight;
   const describe = (row, i) => `${row}: ${columns.map((column, j) => `${column} ${values[i][j].toFixed(2)}`).join(", ")}`;
   const root = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, width, height, role: "img", "aria-label": `${title}. ${rows.map(describe).join("; ")}` });

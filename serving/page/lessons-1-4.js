@@ -144,8 +144,8 @@ const classes = {
       },
     };
   },
-  question: "Add 5 to all three scores: what changes? Then set the temperature to 0.25, and to 5: which of them makes the model braver?",
-  answer: "Nothing changes: only differences count. That is why the largest score can be moved to 0 first, and nothing overflows.\n\nAt 0.25 “mat” takes 98.2%: towards 0 the best takes all. At 5 the three are nearly equal, and rare words are drawn more often: that is the braver one.",
+  question: "Add 5 to all three scores: what changes? Then set the temperature to 0.25, and to 5: which of the two makes a model say surprising things?",
+  answer: "Nothing changes: only differences count. That is why the largest score can be moved to 0 first, and nothing overflows.\n\nAt 0.25 “mat” takes 98.2%: towards 0 the best takes all. At 5 they are nearly equal (0.402, 0.329, 0.269): unlikely words are drawn often.",
 };
 
 export const LINES = [line, products, probability, classes];

@@ -21,7 +21,7 @@ const attention = {
   ],
   show(values, width) {
     const scores = SOURCE.map((word) => values.q * values[word]), weights = softmax(scores), context = mix(weights, STATES);
-    const plot = new Plot(width, "The context among the three encoder states", { x: { range: [-1.4, 1.4] }, y: { range: [-0.15, 1.2] }, height: 230 });
+    const plot = new Plot(width, "The context among the three encoder states", { x: { range: [-1.7, 1.7] }, y: { range: [-0.15, 1.2] }, height: 230 });
     STATES.forEach((state, i) => plot.line([state, context], `var(--series-${i})`, { thickness: 0.5 + 8 * weights[i] }));
     STATES.forEach((state, i) => plot.dots([state], `var(--series-${i})`, { radius: 6 }).text(...state, SOURCE[i], { anchor: ["end", "middle", "start"][i], shift: [[-10, 4], [0, -10], [10, 4]][i] }));
     plot.dots([context], "var(--text)", { radius: 6, name: "context c; lines are as thick as the weights" });
@@ -131,7 +131,7 @@ const gpt2 = {
     };
   },
   question: "Double the width, and then double the depth instead: which costs more? And which part of GPT-2 small is larger than in GPT-3, as a share?",
-  answer: "The width: blocks grow with its square, so four times the weights, and twice for the depth.\n\nThe two embeddings: half of GPT-2 small (which stores one matrix for both, and so has 124 million weights), and 0.7% of GPT-3. In both, the feed-forward layers hold twice as much as attention.",
+  answer: "The width: blocks grow with its square, so four times the weights, and twice for the depth.\n\nThe two embeddings: nearly half of GPT-2 small (which stores one matrix for both, and so has 124 million weights), and 0.7% of GPT-3. In both, the feed-forward layers hold twice as much as attention.",
 };
 
 const PAIRS = 4, BASE = 10_000; // a head of width 8
@@ -194,9 +194,12 @@ function nextToken() {
   panel.hidden = true;
   prompt.addEventListener("input", update);
   async function findModel() {
-    const { data } = await get("v1/models");
-    model = data.find(({ translates }) => !translates) ?? data[0];
-    if (!model) return setTimeout(findModel, 1000); // the server is still loading
+    for (;;) {
+      const { data } = await get("v1/models");
+      model = data.find(({ translates }) => !translates) ?? data[0];
+      if (model) break;
+      await new Promise((resolve) => setTimeout(resolve, 1000)); // the server is still loading its models
+    }
     hint.textContent = `Answered by the run “${model.id}” of this server.`;
     panel.hidden = false;
     update();

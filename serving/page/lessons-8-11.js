@@ -2,7 +2,7 @@
 
 import { el } from "./dom.js";
 import { choice, range, toggle } from "./learn-controls.js";
-import { dot, mean, normalVector, random, steps } from "./learn-math.js";
+import { dot, mean, normalVector, random, steps, unit } from "./learn-math.js";
 import { bars, Plot } from "./learn-plot.js";
 import { number } from "./format.js";
 
@@ -109,20 +109,23 @@ const gru = {
     };
   },
   question: "Which gate makes the candidate forget, and which makes the state forget? Set z = 0.9: how much of the old state is left after ten steps?",
-  answer: "`r` = 0 makes the candidate `tanh(w x)`, as if there were no past. `z` = 0 puts that candidate in the place of the state.\n\n`0.9¹⁰` = 0.35. An RNN has no such number to learn; here the text decides it, word by word.",
+  answer: "`r` = 0 makes the candidate `tanh(w x)`, as if there were no past. `z` = 0 puts that candidate in the place of the state.\n\n`0.9¹⁰` = 0.35. A plain RNN has no such gate. Here the text decides, word by word.",
 };
 
-const VOCABULARY = 200, TRIALS = 40, MAX_WORDS = 30;
+const VOCABULARY = 500, TRIALS = 30, MAX_WORDS = 30;
 
 // The share of a sentence's words that can be read from the average of their vectors, by sentence length.
 function recall(width) {
-  const uniform = random(width), vectors = Array.from({ length: VOCABULARY }, () => normalVector(width, uniform, width ** -0.5));
+  const uniform = random(width), vectors = Array.from({ length: VOCABULARY }, () => unit(normalVector(width, uniform)));
+  const products = vectors.map((v) => Float64Array.from(vectors, (other) => dot(v, other)));
   return steps(1, MAX_WORDS, MAX_WORDS).map((length) => mean(Array.from({ length: TRIALS }, () => {
     const words = new Set();
     while (words.size < length) words.add(Math.floor(uniform() * VOCABULARY));
-    const context = vectors[0].map((_, i) => mean([...words].map((word) => vectors[word][i])));
-    const scores = vectors.map((vector, word) => [dot(vector, context), word]).sort((a, b) => b[0] - a[0]);
-    return scores.slice(0, length).filter(([, word]) => words.has(word)).length / length;
+    // The score of a word, times n: the product with an average is the average of the products.
+    const scores = new Float64Array(VOCABULARY);
+    for (const word of words) products[word].forEach((product, other) => { scores[other] += product; });
+    const lowest = Float64Array.from(scores).sort()[VOCABULARY - length]; // of the n words that are read back
+    return [...words].filter((word) => scores[word] >= lowest).length / length;
   })));
 }
 
@@ -130,7 +133,7 @@ const recalls = {};
 
 const encoderDecoder = {
   chapter: 11, title: "Encoder and decoder", page: "11-encoder-decoder.md",
-  idea: "To translate, read everything first: one network encodes the sentence into one vector, `c`, and another writes from it. The vector is as wide for thirty words as for three. Here the encoder is the plainest there is, an average of word vectors, and we count how many of its words can be read back. A trained encoder is better, and has the same limit.",
+  idea: "To translate, read everything first: one network encodes the sentence into one vector, `c`, and another writes from it. The vector is as wide for thirty words as for three. Here the encoder is the plainest there is, an average of random word vectors, and we count how many of its words are among the `n` best scores of 500. A trained encoder is better, and has the same limit.",
   equations: ['c = {1}/{n} ∑_i x_i', "score(v) = c · v"],
   controls: [
     range("words", "Words in the sentence", [1, MAX_WORDS, 1], 20),
@@ -151,7 +154,7 @@ const encoderDecoder = {
     };
   },
   question: "Does twice the width carry twice the words? Find the longest sentence of which nine words in ten survive, at 32, 64 and 128.",
-  answer: "Roughly twice: the noise of the other words falls with the width. But every sentence longer than that is cut down again, and an average has lost the order too.\n\nThe way out is not a wider vector. Keep the state of every word, and look back: chapter 12.",
+  answer: "Yes, here: 2, 4 and 8 words. But a longer sentence needs a wider vector still, and an average has lost the order too.\n\nThe way out is not a wider vector. Keep the state of every word, and look back: chapter 12.",
 };
 
 export const MEMORY = [rnn, lstm, gru, encoderDecoder];
