@@ -69,7 +69,7 @@ const RATIOS = { 0: ["white rice", 2], 0.25: ["rice with a little bran", 2.5], 0
 
 const products = {
   chapter: 2, title: "Products", page: "02-products.md",
-  idea: "White rice (darkness `z` = 0) needs 2 cups of water a cup, brown rice (`z` = ½) 3. A plane can only add water for darkness. A product lets the darkness change the slope.",
+  idea: "White rice (darkness `z` = 0) needs 2 cups of water per cup, brown rice (`z` = ½) 3. A plane can only add water for darkness. A product lets the darkness change the slope.",
   equations: ['y_{"product"} = 2 x z + 2 x', 'y_{"plane"} = 2.5 x + 6 z - 1.5'],
   controls: [
     range("z", "Darkness z", [0, 1, 0.05], 0),
@@ -88,12 +88,12 @@ const products = {
       facts: {
         "Product": `${number(product(x))} cups of water`, "Plane": `${number(plane(x))} cups of water`,
         "Truth": name ? `${number(ratio * x)} cups, ${name}` : "nobody has cooked this grain",
-        "Slope of the product": `${number(2 * z + 2)} cups a cup`,
+        "Slope of the product": `${number(2 * z + 2)} cups per cup`,
       },
     };
   },
-  question: "At which darkness do the plane and the product agree for any number of cups? And what does the product give for the darkest grain, z = 1, which needs one cup a cup?",
-  answer: "At `z` = ¼, midway between the two rices the plane was fitted to: there both are `2.5 x`. On either side the plane has the wrong slope.\n\nFour cups a cup: mush. The law is smooth, and cannot switch.",
+  question: "At which darkness do the plane and the product agree for any number of cups? And what does the product give for the darkest grain, z = 1, which needs one cup per cup?",
+  answer: "At `z` = ¼, midway between the two rices the plane was fitted to: there both are `2.5 x`. On either side the plane has the wrong slope.\n\nFour cups per cup: mush. The law is smooth, and cannot switch.",
 };
 
 const probability = {

@@ -35,7 +35,7 @@ const attention = {
     };
   },
   question: "What does a query of 0 look at? And -10? Where can the context not go, whatever the weights?",
-  answer: "At everything alike: ⅓ each. At -10 the order turns round, and the smallest key takes most.\n\nNever outside the triangle of the states: an average adds nothing of its own. It is a mixture of what the words offer.",
+  answer: "At everything alike: ⅓ each. At -10 the order is reversed, and the smallest key takes most.\n\nNever outside the triangle of the states: an average adds nothing of its own. It is a mixture of what the words offer.",
 };
 
 const WIDTH = 8;
@@ -106,18 +106,19 @@ const countWeights = (width, depth) => ({
 
 const gpt2 = {
   chapter: 14, title: "GPT-2", page: "14-gpt2.md",
-  idea: "Keep only the decoder. Every token has a vector, the residual stream, and each block adds to it: what attention found, then what a small network made of it. Behind the mask one pass predicts the next token after every prefix. The rest is size.",
-  equations: ["x ← x + attention(norm(x))", "x ← x + mlp(norm(x))", '"weights" = 2 V D + 12 D^2 L'],
+  idea: "Keep only the decoder. Every token has a vector, the residual stream, and each block adds to it: what attention found, then what a small network made of it. Behind the mask one pass predicts the next token after every prefix. The rest is size, and depth is possible because of the stream: a block that adds `s x` multiplies a gradient by `1 + s`, not by `s`.",
+  equations: ["x ← x + attention(norm(x))", "x ← x + mlp(norm(x))", '"weights" = 2 V D + 12 D^2 L', '"gradient" = (1 + s)^L'],
   controls: [
     choice("model", "Size", { ...Object.fromEntries(Object.entries(SIZES).map(([key, { name }]) => [key, name])), own: "Your own" }, "gpt3"),
     range("width", "Width D", [64, 12_288, 64], 12_288, integer),
     range("depth", "Blocks L", [1, 96, 1], 96),
+    range("slope", "Slope s of what a block adds", [0.01, 0.5, 0.01], 0.02),
   ],
   onChange(values, name) {
     if (name === "model" && values.model in SIZES) ({ width: values.width, depth: values.depth } = SIZES[values.model]);
     if (name === "width" || name === "depth") values.model = "own";
   },
-  show({ width: size, depth }, width) {
+  show({ width: size, depth, slope }, width) {
     const counts = countWeights(size, depth), total = sum(Object.values(counts)), heads = size / HEAD_WIDTH;
     const rows = Object.entries(counts).map(([name, count], i) => ({ name, value: count / total, text: `${(100 * count / total).toFixed(1)}%`, color: `var(--series-${i})` }));
     return {
@@ -126,7 +127,8 @@ const gpt2 = {
         "Weights": integer(total),
         ...Object.fromEntries(Object.entries(counts).map(([name, count]) => [`… ${name}`, integer(count)])),
         "Matrices": Number.isInteger(heads) ? `${integer(2 + depth * (3 * heads + 3))}, with heads of ${HEAD_WIDTH}` : `no whole number of heads of ${HEAD_WIDTH}`,
-        "Memory at 2 bytes a weight": `${number(2 * total / 1e9)} GB`,
+        "Memory at 2 bytes per weight": `${number(2 * total / 1e9)} GB`,
+        "Gradient through all blocks": `${number((1 + slope) ** depth)}, and ${number(slope ** depth)} without the stream`,
       },
     };
   },
@@ -173,7 +175,7 @@ const gpt = {
     };
   },
   question: "Put 500 tokens before both words: how does the score change? At which distance is it largest? And which pair can still tell 10 tokens from 1,000?",
-  answer: "Not at all: only the distance counts, so what was learned at the start of a text holds everywhere.\n\nAt 0. The fourth pair turns by a thousandth a token, so it tells far from near; the first turns by a whole radian, and tells neighbors apart.",
+  answer: "Not at all: only the distance counts, so what was learned at the start of a text holds everywhere.\n\nAt 0. The fourth pair turns by a thousandth of a radian per token, so it tells far from near; the first turns by a whole one, and tells neighbors apart.",
   extra: nextToken,
 };
 

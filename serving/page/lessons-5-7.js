@@ -66,7 +66,7 @@ const layers = {
       picture: plot.element,
       facts: {
         "Mean squared error": number(error), "Slope after the last kink": number(sum(units.map(({ bend }) => bend))),
-        "y at x = 4": `${number(f(4))} (the curve: ${number(curve(4))})`, "Weights": `${3 * units.length + 1}: 3 a unit, and c`,
+        "y at x = 4": `${number(f(4))} (the curve: ${number(curve(4))})`, "Weights": `${3 * units.length + 1}: 3 per unit, and c`,
       },
     };
   },
@@ -81,7 +81,7 @@ const gates = (z, sharpness) => softmax(GRAINS.map(([, darkness]) => sharpness *
 
 const experts = {
   chapter: 6, title: "Experts", page: "06-experts.md",
-  idea: "Separate two questions: what holds, and when. Three experts know a grain each; the gate, a softmax of the darkness, says how much to listen to whom. This is attention, with experts in the place of words.",
+  idea: "Separate two questions: what holds, and when. Three experts know a grain each; the gate, a softmax of the darkness, says how much each of them counts. This is attention, with experts in the place of words.",
   equations: ["y = ∑_i g_i(z) f_i(x)", "g(z) = softmax(p z + q)", "f(x) = (2 x, 3 x, x)"],
   controls: [
     range("z", "Darkness z", [0, 1, 0.01], 0),
@@ -103,7 +103,7 @@ const experts = {
     };
   },
   question: "What does the mix give midway between white and brown rice, at z = 0.25? And what is left of the experts when the gate's sharpness is 0?",
-  answer: "Half of each: `2.5 x`. A mix of lines is a line, so it holds at ten cups as at one.\n\nTheir average, `2 x` for every grain: a gate that cannot tell the grains apart listens to all alike.",
+  answer: "Half of each: `2.5 x`. A mix of lines is a line, so it holds at ten cups as at one.\n\nTheir average, `2 x` for every grain: a gate that cannot tell the grains apart weighs all alike.",
 };
 
 const TEMPLATES = [

@@ -25,11 +25,11 @@ const rnn = {
     plot.curve((t) => factor ** t, [0, count], "var(--series-0)", { name: "what is left" }).dots([[count, left]], "var(--series-1)", { radius: 6 });
     return {
       picture: plot.element,
-      facts: { "Factor of a step": number(factor), "Gradient left": number(left), "So the gradient": factor < 1 ? "vanishes" : factor > 1 ? "explodes" : "stays" },
+      facts: { "Factor per step": number(factor), "Gradient left": number(left), "So the gradient": factor < 1 ? "vanishes" : factor > 1 ? "explodes" : "stays" },
     };
   },
   question: "Five steps of 0.2 leave 0.00032. What do a hundred steps of 0.5 leave, and of 2? Is there a weight that is safe?",
-  answer: "8e-31 and 1e+30: nothing to learn from, or a step that throws every weight away.\n\nOnly 1, and only while `h` is 0: any other state makes the slope of tanh smaller than 1. The next chapter builds that 1 in.",
+  answer: "8e-31 and 1e+30: nothing to learn from, or a step that ruins every weight.\n\nOnly 1, and only while `h` is 0: any other state makes the slope of tanh smaller than 1. The next chapter builds that 1 in.",
 };
 
 const caption = (text) => el("p", { class: "hint" }, text);

@@ -310,6 +310,9 @@ def test_gpt2(page):
     move(page, width=128, depth=3)
     assert read(page)["Weights"] == f"{2 * 50_257 * 128 + 12 * 128**2 * 3:,}"
     assert page.is_checked("#learn-lesson [value=own]")
+    move(page, depth=24, slope=0.25)
+    gradient = numbers(read(page)["Gradient through all blocks"])
+    assert gradient == pytest.approx([1.25**24, 0.25**24], rel=1e-3, abs=0)
 
 
 def test_rotary_positions(page):
