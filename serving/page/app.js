@@ -1,16 +1,18 @@
-// Entry point: shows the view that is named in the address (#view), and switches the theme.
+// Entry point: shows the view that is named in the address (#view, or #view-detail), and switches the theme.
 
 import { get } from "./api.js";
 import { compare } from "./compare.js";
 import { docs } from "./docs.js";
 import { $, $$, isDark, systemDark } from "./dom.js";
 import { ladder } from "./ladder.js";
+import { learn } from "./learn.js";
 import { playground } from "./playground.js";
 import { runs } from "./runs.js";
 import { xray } from "./xray.js";
 
-// A view's function is called once, with the models; its result's `onShow` whenever the view is shown.
-const VIEWS = { playground, compare, xray, ladder, runs, docs };
+// A view's function is called once, with the models; its result's `onShow` whenever the view is shown,
+// with the detail.
+const VIEWS = { learn, playground, compare, xray, ladder, runs, docs };
 const MODEL_VIEWS = ["playground", "compare", "xray"];
 const views = {};
 let models = [];
@@ -22,7 +24,7 @@ function notify(message) {
 }
 
 async function show() {
-  const hash = location.hash.slice(1), name = hash in VIEWS ? hash : "playground";
+  const [view, detail] = location.hash.slice(1).split("-"), name = Object.hasOwn(VIEWS, view) ? view : "playground";
   for (const link of $$("header a")) {
     if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
     else link.removeAttribute("aria-current");
@@ -32,7 +34,7 @@ async function show() {
   if (MODEL_VIEWS.includes(name) && !models.length) return;
   try {
     views[name] ??= VIEWS[name](models);
-    await views[name].onShow?.();
+    await views[name].onShow?.(detail);
   } catch (error) {
     notify(error.message);
   }

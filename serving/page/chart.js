@@ -10,13 +10,13 @@ const NUM_COLORS = 6; // --series-0 to --series-5
 
 export const seriesColor = (index) => `var(--series-${index % NUM_COLORS})`;
 
-function scale([low, high], [from, to], log) {
+export function scale([low, high], [from, to], log) {
   const f = log ? Math.log : (x) => x;
   const start = f(low), span = f(high) - start || 1;
   return (value) => from + ((f(value) - start) / span) * (to - from);
 }
 
-function ticks([low, high], count, log) {
+export function ticks([low, high], count, log) {
   if (log) {
     const candidates = [];
     for (let power = Math.floor(Math.log10(low)); power <= Math.ceil(Math.log10(high)); power++) {
@@ -34,7 +34,7 @@ function ticks([low, high], count, log) {
   return values;
 }
 
-const tickLabel = (value) =>
+export const tickLabel = (value) =>
   Math.abs(value) >= 1e4 ? new Intl.NumberFormat("en", { notation: "compact", maximumSignificantDigits: 3 }).format(value) : String(Number(value.toPrecision(4)));
 
 // The range of an axis: that of its values, padded by a share of it.

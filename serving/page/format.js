@@ -2,6 +2,9 @@
 
 export const integer = (number) => number.toLocaleString("en");
 
+// Four digits, without trailing zeros.
+export const number = (value) => (Number.isFinite(value) ? String(Number(value.toPrecision(4))) : "∞");
+
 export const percent = (share) =>
   share >= 0.9995 ? "100%" : share >= 0.1 ? `${(100 * share).toFixed(1)}%` : share >= 1e-4 ? `${(100 * share).toPrecision(2)}%` : share > 0 ? "<0.01%" : "0";
 

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from gpt import GPT
+from tests.serving.running_browser import checked_pages, chromium
 from tests.serving.running_server import CONTEXT_LENGTH, TOKENIZER
 
 
@@ -15,3 +16,15 @@ def model():
     with torch.no_grad():
         model.unembedding.weight[TOKENIZER.eos_token] = 0  # so that greedy outputs do not end
     return model
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with chromium() as browser:
+        yield browser
+
+
+@pytest.fixture
+def visit(browser):
+    with checked_pages(browser) as open_view:
+        yield open_view

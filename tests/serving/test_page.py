@@ -14,17 +14,14 @@ from pathlib import Path
 import httpx
 import pytest
 
-playwright_api = pytest.importorskip("playwright.sync_api")
-axe = pytest.importorskip("axe_playwright_python.sync_playwright")
+from tests.serving.running_browser import (
+    DEADLINE,
+    find_overflowing,
+    find_violations,
+    set_slider,
+)
 
 ROOT = Path(__file__).parents[2]
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-pytestmark = pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed")
-FLAGS = [
-    *("--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"),
-    "--no-first-run",
-]
-DEADLINE = 120
 VIEWS = ("playground", "compare", "xray", "ladder", "runs", "docs")
 SMALL_GPT = ("--width", "64", "--heads", "4", "--depth", "2")
 SMALL_RUN = (
@@ -103,43 +100,6 @@ def server(runs):
     server.close()
 
 
-@pytest.fixture(scope="module")
-def browser():
-    with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        yield browser
-        browser.close()
-
-
-@pytest.fixture
-def visit(browser):
-    """Open views; afterwards, check that none had an error or sent a request to another host."""
-    with contextlib.ExitStack() as contexts:
-        errors = []
-
-        def open_view(address, view="playground", expected_errors=(), **options):
-            context = browser.new_context(**options)
-            contexts.callback(context.close)
-            page = context.new_page()
-            page.set_default_timeout(DEADLINE * 1000)
-            page.on("pageerror", lambda error: errors.append(str(error)))
-            page.on("console", lambda message: message.type == "error" and record(message.text))
-            page.on(
-                "request", lambda request: request.url.startswith(address) or record(request.url)
-            )
-
-            def record(error):
-                if not any(expected in error for expected in expected_errors):
-                    errors.append(error)
-
-            page.goto(f"{address}/#{view}")
-            page.wait_for_selector(f"#{view}:not([hidden])")
-            return page
-
-        yield open_view
-        assert not errors
-
-
 def generate(page, prompt, max_tokens, seed=7, view="playground"):
     # The parameters are closed on mobile.
     page.eval_on_selector(f"#{view} .sampling", "details => { details.open = true }")
@@ -156,14 +116,6 @@ def text_of(page, output="#playground-output", tokens=GENERATED):
     return page.eval_on_selector_all(
         f"{output} .token{tokens}",
         "spans => spans.map(e => (e.matches('.newline') ? '\\n' : '') + e.textContent).join('')",
-    )
-
-
-def set_slider(page, selector, value):
-    page.eval_on_selector(
-        selector,
-        "(input, value) => { input.value = value; input.dispatchEvent(new Event('input', {bubbles: true})) }",
-        str(value),
     )
 
 
@@ -508,9 +460,10 @@ def test_lost_connection_is_reported_and_can_be_retried(visit, runs):
 
 
 def test_page_is_small_and_paints_fast(visit, server):
-    folder = ROOT / "serving" / "page"
-    assert sum(path.stat().st_size for path in folder.iterdir()) < 150_000
     page = visit(server.address)
+    page.wait_for_load_state("networkidle")
+    size = "performance.getEntries().reduce((sum, e) => sum + (e.decodedBodySize || 0), 0)"
+    assert 50_000 < page.evaluate(size) < 150_000
     paints = []
     for _ in range(3):
         page.reload()
@@ -595,16 +548,7 @@ def test_narrow_screen_has_no_horizontal_overflow(visit, server, view):
     page = visit(server.address, view, viewport={"width": 320, "height": 640})
     fill_view(page, view)
     assert page.evaluate("document.scrollingElement.scrollWidth") <= 320
-    overflowing = page.evaluate(
-        """view => [...document.querySelectorAll(`header a, header button, #${view} button, #${view} select, #${view} input, #${view} textarea`)]
-            .filter(e => e.checkVisibility()).filter(e => {
-                const box = e.getBoundingClientRect();
-                const scrolls = e.closest('nav, .scroll-x, .checkboxes');
-                return !scrolls && (box.left < -1 || box.right > 321);
-            }).map(e => e.outerHTML.slice(0, 80))""",
-        view,
-    )
-    assert overflowing == []
+    assert find_overflowing(page, view) == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -612,8 +556,4 @@ def test_narrow_screen_has_no_horizontal_overflow(visit, server, view):
 def test_accessibility(visit, server, view, scheme):
     page = visit(server.address, view, color_scheme=scheme)
     fill_view(page, view)
-    violations = axe.Axe().run(page).response["violations"]
-    serious = [v for v in violations if v["impact"] in ("serious", "critical")]
-    assert serious == [], json.dumps(
-        [(v["id"], [node["html"][:120] for node in v["nodes"]][:3]) for v in serious], indent=1
-    )
+    assert find_violations(page) == []
