@@ -130,23 +130,28 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     }
 
 
+def score_table(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a Markdown table of the rows."""
+    return [
+        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
+            f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
+            f"| {row['loss']:.4f} | {_bits(row)} |"
+            for row in rows
+        ),
+    ]
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """Format the rows as a Markdown table, followed by each rung's sample."""
     first = rows[0]
-    lines = [
-        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
-        f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-        f"| {row['loss']:.4f} | {_bits(row)} |"
-        for row in rows
-    ]
     context_length, stride = first["context_length"], first["stride"]
     lost = f"No bits per byte: the tokenizer loses text: {first['lost']}. "
     note = lost if first["bits_per_byte"] is None else ""
-    lines += [
+    lines = [
+        *score_table(rows),
         "",
         f"{first['data']}; {first['tokens']:,} training tokens each, windows of {context_length}; "
         f"{first['tokens_scored']:,} tokens scored, each given the {context_length - stride} to "
