@@ -30,13 +30,13 @@ from training.trainer import Trainer
 
 SAMPLE_TOKENS = 60
 RUNG_PRESETS = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
-"""Preset of each rung, in historical order."""
+"""Preset of each rung, in the order of the chapters."""
 
 Row = dict[str, Any]
 
 
 def select_rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
-    """Return the presets of the named rungs in historical order, or all if there are no names."""
+    """Return the presets of the named rungs, or all, in the order of the chapters."""
     for name in names:
         lookup("rung", name, RUNG_PRESETS)
     return {name: preset for name, preset in RUNG_PRESETS.items() if not names or name in names}
@@ -52,9 +52,9 @@ def run_ladder(
 ) -> list[Row]:
     """Train the named rungs, or all, that are not finished yet; return a row for each finished one.
 
-    Their runs are in `directory`, and the rows of all its rungs are in historical order. The fields
-    of every rung's config include `config_fields`, such as `data`. The budget of each rung is
-    `tokens` or, if given, `seconds` of training. `train` trains to the end, or exits.
+    Their runs are in `directory`, and the rows are in the order of the chapters. The fields of every
+    rung's config include `config_fields`, such as `data`. The budget of each rung is `tokens` or, if
+    given, `seconds` of training. `train` trains to the end, or exits.
     """
     presets = select_rungs(names)
     settings = {**config_fields, **({"seconds": seconds} if seconds else {"tokens": tokens})}

@@ -39,9 +39,13 @@ def draw_figure(panels: Sequence[Panel], output: Path) -> None:
 
 def _height(panel: Panel) -> float:
     """Return a panel's height in inches."""
-    if isinstance(panel, BarChart):
-        return 0.7 + 0.32 * len(panel.names)
-    return 3.3
+    match panel:
+        case BarChart():
+            return 0.7 + 0.32 * len(panel.names)
+        case Heatmap():
+            return max(3.0, 1.2 + 0.18 * len(panel.rows))
+        case LinePlot():
+            return 3.0
 
 
 def _draw_lines(axes: Axes, panel: LinePlot) -> None:
