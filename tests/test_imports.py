@@ -1,8 +1,11 @@
 """Layers: gpt and tokenizer import no other package; training and serving not each other."""
 
 import ast
+import importlib.metadata
+import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -68,6 +71,17 @@ def test_each_heavy_library_is_imported_in_one_place(library):
     }
     assert importers
     assert all(file.is_relative_to(LIBRARIES[library]) for file in importers)
+
+
+def test_every_library_is_installed_by_make_setup():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    declared = {re.split("[^\\w-]", d)[0].replace("-", "_") for d in project["dependencies"]}
+    declared |= {"starlette", "pydantic", "h11"}  # of fastapi and uvicorn
+    distributions = importlib.metadata.packages_distributions()
+    imported = set().union(*(imported_packages(f) for name in PACKAGES for f in source_files(name)))
+    for library in imported - PACKAGES.keys() - sys.stdlib_module_names:
+        names = {name.lower().replace("-", "_") for name in distributions[library]}
+        assert declared & names, f"{library} is no dependency"
 
 
 def test_training_and_engine_need_no_data_or_web_library():

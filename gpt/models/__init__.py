@@ -1,1 +1,1 @@
-"""The chapters' models in historical order, and `base`, the interface that they share."""
+"""The models in the order of the chapters, and `base`, the interface that they share."""

@@ -33,7 +33,7 @@ def run(config_fields, tmp_path, *names, train=Trainer.train, seconds=None, toke
     return ladder.run_ladder(tmp_path / "ladder", names, config_fields, tokens, seconds, train)
 
 
-def test_every_language_model_is_a_rung_in_historical_order():
+def test_every_language_model_is_a_rung_in_the_order_of_the_chapters():
     assert [preset.model for preset in ladder.select_rungs([]).values()] == list(MODELS)
     with pytest.raises(ValueError, match=r"no rung is named 'lsmt' \(did you mean lstm\?\)"):
         ladder.select_rungs(["lsmt"])

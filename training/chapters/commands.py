@@ -1,5 +1,6 @@
 """The commands of the chapters: `chapter` and `figures`."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,9 @@ from tyro.conf import Positional, arg
 from gpt import CHAPTERS as MODELS
 from gpt.checkpoint import lookup
 from training.chapters import CHAPTERS, FIGURES
+
+RECORDS = Path(__file__).parents[2] / "docs" / "figures"
+"""Folder of the recorded results, which are too long to be measured again for a drawing."""
 
 
 def chapter_output(number: int) -> Iterator[str]:
@@ -36,7 +40,7 @@ class Chapter:
 
 @dataclass(frozen=True)
 class Figures:
-    """Draw the figures of docs/chapters/, each a small experiment with the models."""
+    """Draw the figures of docs/chapters/: small experiments with the models, and recorded results."""
 
     name: Annotated[
         Positional[tuple[str, ...]], arg(metavar="[NAME …]", help_behavior_hint="")
@@ -47,12 +51,17 @@ class Figures:
 
     def __call__(self) -> None:
         """Compute, draw, and print each file's name."""
+        from training.plots.curves import plot_bleu, plot_ladder
         from training.plots.drawing import draw_figure
 
+        recorded = {"bleu": plot_bleu, "ladder": plot_ladder}
         for name in self.name:
-            lookup("figure", name, FIGURES)
-        for name, make_panels in FIGURES.items():
+            lookup("figure", name, {**FIGURES, **recorded})
+        for name in [*FIGURES, *recorded]:
             if name in self.name or not self.name:
                 path = self.output / f"{name}.svg"
-                draw_figure(make_panels(), path)
+                if name in recorded:
+                    recorded[name](json.loads((RECORDS / f"{name}.json").read_text("utf-8")), path)
+                else:
+                    draw_figure(FIGURES[name](), path)
                 print(path, flush=True)

@@ -30,13 +30,13 @@ from training.trainer import Trainer
 
 SAMPLE_TOKENS = 60
 RUNG_PRESETS = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
-"""Preset of each rung, in historical order."""
+"""Preset of each rung, in the order of the chapters."""
 
 Row = dict[str, Any]
 
 
 def select_rungs(names: Sequence[str]) -> dict[str, TrainingConfig]:
-    """Return the presets of the named rungs in historical order, or all if there are no names."""
+    """Return the presets of the named rungs, or all, in the order of the chapters."""
     for name in names:
         lookup("rung", name, RUNG_PRESETS)
     return {name: preset for name, preset in RUNG_PRESETS.items() if not names or name in names}
@@ -52,9 +52,9 @@ def run_ladder(
 ) -> list[Row]:
     """Train the named rungs, or all, that are not finished yet; return a row for each finished one.
 
-    Their runs are in `directory`, and the rows of all its rungs are in historical order. The fields
-    of every rung's config include `config_fields`, such as `data`. The budget of each rung is
-    `tokens` or, if given, `seconds` of training. `train` trains to the end, or exits.
+    Their runs are in `directory`, and the rows are in the order of the chapters. The fields of every
+    rung's config include `config_fields`, such as `data`. The budget of each rung is `tokens` or, if
+    given, `seconds` of training. `train` trains to the end, or exits.
     """
     presets = select_rungs(names)
     settings = {**config_fields, **({"seconds": seconds} if seconds else {"tokens": tokens})}
@@ -131,23 +131,28 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     }
 
 
+def score_table(rows: Sequence[Row]) -> list[str]:
+    """Return the lines of a Markdown table of the rows."""
+    return [
+        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
+        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        *(
+            f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
+            f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
+            f"| {row['loss']:.4f} | {_bits(row)} |"
+            for row in rows
+        ),
+    ]
+
+
 def format_table(rows: Sequence[Row]) -> str:
     """Format the rows as a Markdown table, followed by each rung's sample."""
     first = rows[0]
-    lines = [
-        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
-    ]
-    lines += [
-        f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
-        f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-        f"| {row['loss']:.4f} | {_bits(row)} |"
-        for row in rows
-    ]
     context_length, stride = first["context_length"], first["stride"]
     lost = f"No bits per byte: the tokenizer loses text: {first['lost']}. "
     note = lost if first["bits_per_byte"] is None else ""
-    lines += [
+    lines = [
+        *score_table(rows),
         "",
         f"{first['data']}; {first['tokens']:,} training tokens each, windows of {context_length}; "
         f"{first['tokens_scored']:,} tokens scored, each given the {context_length - stride} to "

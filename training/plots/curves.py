@@ -8,10 +8,11 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Annotation
 from matplotlib.ticker import EngFormatter, LogLocator, NullLocator
 from matplotlib.transforms import Bbox
 
-from training.plots.style import STYLE, check_output, save_figure
+from training.plots.style import FIGURE_WIDTH, STYLE, check_output, save_figure
 from training.progress import read_metrics
 
 
@@ -59,8 +60,8 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
     has_bits = all(row["bits_per_byte"] is not None for row in rows)
     y, y_label = ("bits_per_byte", "bits per byte") if has_bits else ("loss", "nats per token")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(10, 4.8), layout="constrained")
-        panels = figure.subplots(1, 2, sharey=True)
+        figure = Figure(figsize=(FIGURE_WIDTH, 8), layout="constrained")
+        panels = figure.subplots(2, 1)
         x_labels = {"parameters": "parameters", "seconds": "seconds of training"}
         for axes, (key, label) in zip(panels, x_labels.items(), strict=True):
             axes.plot([row[key] for row in rows], [row[y] for row in rows], "o")
@@ -69,8 +70,8 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xlabel(label)
-            axes.margins(x=0.25)
-        panels[0].set_ylabel(y_label)
+            axes.margins(x=0.15)
+            axes.set_ylabel(y_label)
         figure.draw_without_rendering()  # fixes the layout, which the labels' places depend on
         figure.set_layout_engine("none")
         for axes, key in zip(panels, x_labels, strict=True):
@@ -79,18 +80,30 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
 
 
 def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
-    """Write each point's name beside it, on the side with the fewest overlaps."""
-    sides = ("left", "center"), ("right", "center"), ("center", "bottom"), ("center", "top")
-    offset = {"left": 6, "right": -6, "bottom": 6, "top": -6, "center": 0}
+    """Write each point's name beside it, inside the axes, where it overlaps the others least."""
+
+    def overlap(label: Annotation) -> float:
+        box = label.get_window_extent()
+        shared = filter(None, (Bbox.intersection(box, other) for other in occupied))
+        return sum(each.width * each.height for each in shared)
+
+    sides = [("left", "center"), ("right", "center"), ("center", "bottom"), ("center", "top")]
+    sides += [(ha, va) for ha in ("left", "right") for va in ("bottom", "top")]
+    offset = {"left": 6, "right": -6, "bottom": 3, "top": -3, "center": 0}
     style: dict[str, Any] = {"textcoords": "offset points", "fontsize": 9}
     dots = axes.transData.transform(list(points.values()))
-    occupied = [Bbox.from_extents(*(dot - 5), *(dot + 5)) for dot in dots]
+    frame = axes.bbox
+    occupied = [
+        *(Bbox.from_extents(*(dot - 5), *(dot + 5)) for dot in dots),
+        Bbox.from_extents(0, frame.y0, frame.x0, frame.y1),
+        Bbox.from_extents(frame.x1, frame.y0, 2 * frame.x1, frame.y1),
+    ]
     for name, point in points.items():
         labels = [
             axes.annotate(name, point, (offset[ha], offset[va]), ha=ha, va=va, **style)
             for ha, va in sides
         ]
-        best = min(labels, key=lambda label: label.get_window_extent().count_overlaps(occupied))
+        best = min(labels, key=overlap)
         occupied.append(best.get_window_extent())
         for label in labels:
             if label is not best:
@@ -100,7 +113,7 @@ def _label_points(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
 def plot_bleu(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Plot each translation run's BLEU on short, middle and long sentences."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(6.4, 4), layout="constrained")
+        figure = Figure(figsize=(FIGURE_WIDTH, 3.6), layout="constrained")
         axes = figure.add_subplot()
         buckets = rows[0]["buckets"]
         for number, row in enumerate(rows):

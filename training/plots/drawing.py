@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from training.plots.panels import BLUE, GREY, BarChart, Heatmap, LinePlot, Panel
-from training.plots.style import STYLE, save_figure
+from training.plots.style import FIGURE_WIDTH, STYLE, save_figure
 
 LINE_STYLES: dict[str, dict[str, Any]] = {
     "solid": {"linewidth": 2},
@@ -21,12 +21,12 @@ MAX_LETTERS = 40
 
 
 def draw_figure(panels: Sequence[Panel], output: Path) -> None:
-    """Draw one to three panels side by side."""
+    """Draw the panels one below the other."""
     with mpl.rc_context(STYLE):
-        width = {1: 5.4, 2: 8.4, 3: 10.8}[len(panels)]
-        figure = Figure(figsize=(width, 3.3), layout="constrained")
-        for number, panel in enumerate(panels, 1):
-            axes = figure.add_subplot(1, len(panels), number)
+        heights = [_height(panel) for panel in panels]
+        figure = Figure(figsize=(FIGURE_WIDTH, sum(heights)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, height_ratios=heights, squeeze=False)[:, 0]
+        for axes, panel in zip(all_axes, panels, strict=True):
             axes.set_title(panel.title, fontsize=11)
             axes.set_xlabel(panel.x_label)
             match panel:
@@ -37,6 +37,17 @@ def draw_figure(panels: Sequence[Panel], output: Path) -> None:
                 case Heatmap():
                     _draw_heatmap(axes, panel)
         save_figure(figure, output)
+
+
+def _height(panel: Panel) -> float:
+    """Return a panel's height in inches."""
+    match panel:
+        case BarChart():
+            return 0.7 + 0.32 * len(panel.names)
+        case Heatmap():
+            return max(3.0, 1.2 + 0.18 * len(panel.rows))
+        case LinePlot():
+            return 3.0
 
 
 def _draw_lines(axes: Axes, panel: LinePlot) -> None:

@@ -16,6 +16,9 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "tinygpt",
 }
 
+FIGURE_WIDTH = 5.4
+"""Inches: what a phone shows without shrinking the text beyond reading. Panels stand one below the other."""
+
 
 def check_output(output: Path) -> None:
     """Raise a ValueError unless the file's suffix is that of a supported format."""
