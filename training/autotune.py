@@ -36,12 +36,12 @@ def seconds_per_step(
 def choose_precision(
     config: TrainingConfig, task: Task, device: torch.device
 ) -> tuple[TrainingConfig, str]:
-    """Return the config with `--precision auto` resolved on a CPU, and why.
+    """Return the config with `--precision auto` resolved on a CPU, and why; nothing if it is not auto.
 
     Processors with bfloat16 instructions gain from them at different widths, and some lose.
     """
     if config.precision != "auto":
-        return config, f"{config.precision} (--precision {config.precision})"
+        return config, ""
     if device.type != "cpu":
         return config, f"{str(matmul_dtype(device, 'auto')).removeprefix('torch.')} (auto)"
     in_float32 = dataclasses.replace(config, precision="float32")

@@ -138,7 +138,8 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         task = open_task(config)
     if world.is_main_process:
         config, reason = choose_precision(config, task, device)
-        print(f"precision: {reason}")
+        if reason:
+            print(f"precision: {reason}")
     task.config = config = dataclasses.replace(config, precision=world.broadcast(config.precision))
     trainer = Trainer(config, directory, task, device, world)
     load_init_embedding(trainer)
