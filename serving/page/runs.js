@@ -116,7 +116,7 @@ export function runs() {
       rows: runs.map(({ name, color, training, smoothed, validation }) => {
         const points = [training, ...(isSmoothed ? [smoothed] : []), validation].map(nearest);
         return { name, color, values: points.map((point) => lossText(point?.[1])), points: points.slice(-2).filter(Boolean) };
-      }),
+      }).filter(({ points }) => points.length),
     };
   }
 
