@@ -58,12 +58,12 @@ class Table:
     """Rows of `train`, `validation`, and those beyond the range of training, by name."""
     describe_inputs: Callable[..., str]
     """Formats the inputs of a row as text."""
-    inputs: dict[str, str]
-    """What the inputs are, by the letters that they have in equations."""
     unit: str = ""
     """Unit of the targets, with a leading space."""
     classes: tuple[str, ...] = ()
     """Names of the classes, if the targets are classes."""
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the inputs are, by the letters that they have in equations; empty if they are many."""
 
 
 class Grain(NamedTuple):
@@ -124,15 +124,15 @@ def _basketball(_: int) -> Table:
         "basketball: the power of a shot from its distance",
         _law(lambda x_B: (x_B.unsqueeze(-1), 4.5 * x_B + 5), torch.arange(1.0, 9.0), TEN),
         lambda meters: f"{meters:g} meters",
-        {"x": "meters"},
         " units of power",
+        inputs={"x": "meters"},
     )
 
 
 def _water(description: str, splits: dict[str, Rows]) -> Table:
     x_BD, _ = splits["train"]
     inputs = dict([("x", "cups"), ("z", "darkness")][: x_BD.shape[1]])
-    return Table(description, splits, _describe_cups, inputs, " cups of water")
+    return Table(description, splits, _describe_cups, " cups of water", inputs=inputs)
 
 
 def _white_rice(_: int) -> Table:
@@ -164,7 +164,7 @@ def _lines(seed: int) -> Table:
         "five random lines, and a z that selects one of them",
         _law(lambda x_B: five_lines(seed, x_B), torch.linspace(-1, 1, 10), beyond_B),
         lambda x, z: f"x = {x:.3g} on the line of z = {z:g}",
-        {"x": "", "z": "selects the line"},
+        inputs={"x": "", "z": "selects the line"},
     )
 
 
@@ -175,7 +175,7 @@ def _curve(name: str, _: int) -> Table:
         f"the curve {formula}",
         _law(lambda x_B: (x_B.unsqueeze(-1), curve(x_B)), x_B, beyond_B),
         lambda x: f"x = {x:.3g}",
-        {"x": ""},
+        inputs={"x": ""},
     )
 
 
@@ -193,8 +193,8 @@ def _white_or_brown(seed: int) -> Table:
         "white or brown: the rice that was cooked, from cups of it and of water",
         {"train": measure(100), "validation": measure(500)},
         lambda cups, water: f"{cups:.1f} cups in {water:.1f} cups of water",
-        {"x": "cups", "w": "cups of water"},
         classes=(WHITE.name, BROWN.name),
+        inputs={"x": "cups", "w": "cups of water"},
     )
 
 
@@ -211,8 +211,8 @@ def _which_grain(seed: int) -> Table:
         "which of three grains, from its measured darkness",
         {"train": measure(100), "validation": measure(500)},
         lambda darkness: f"darkness {darkness:.2f}",
-        {"z": "darkness"},
         classes=tuple(grain.name for grain in GRAINS),
+        inputs={"z": "darkness"},
     )
 
 
@@ -340,9 +340,10 @@ class TabularTask(Task):
 
     def _formulas(self, model: Model) -> list[str]:
         """Return the model written out, and what its letters mean; nothing if it is too large."""
-        if sum(weight.numel() for weight in model.parameters()) > MAX_LISTED_WEIGHTS:
+        num_weights = sum(weight.numel() for weight in model.parameters())
+        if num_weights > MAX_LISTED_WEIGHTS or not self.table.inputs:
             return []
-        units = [*self.table.inputs.items(), *([("y", self.table.unit.strip())])]
+        units = [*self.table.inputs.items(), ("y", self.table.unit.strip())]
         letters = [f"{letter}: {meaning}" for letter, meaning in units if meaning]
         formulas = model.formulas(list(self.table.inputs), self.table.classes)
         return formulas + [f"({', '.join(letters)})"] * bool(letters)
