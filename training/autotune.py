@@ -36,7 +36,7 @@ def seconds_per_step(
 def choose_threads(
     config: TrainingConfig, task: Task, device: torch.device
 ) -> tuple[TrainingConfig, str]:
-    """Return the config with `--threads 0` resolved on a CPU, and why; torch uses that number from now on.
+    """Return the config with `--threads 0` resolved on a CPU, and why if that was measured; torch uses that number from now on.
 
     The steps of small models can be faster on few threads than on all cores. The number is halved
     for as long as that makes steps faster.
@@ -44,9 +44,9 @@ def choose_threads(
     count = torch.get_num_threads()
     if config.threads:
         torch.set_num_threads(config.threads)
-        return config, f"{config.threads} (--threads {config.threads})"
+        return config, ""
     if device.type != "cpu" or config.steps < MIN_STEPS:
-        return config, f"{count}"
+        return config, ""
     precision = "float32" if config.precision == "auto" else config.precision
     trial = dataclasses.replace(config, precision=precision)
     all_seconds = seconds = seconds_per_step(trial, task, device, 3)
@@ -67,12 +67,12 @@ def choose_threads(
 def choose_precision(
     config: TrainingConfig, task: Task, device: torch.device
 ) -> tuple[TrainingConfig, str]:
-    """Return the config with `--precision auto` resolved on a CPU, and why.
+    """Return the config with `--precision auto` resolved on a CPU, and why; nothing if it is not auto.
 
     Processors with bfloat16 instructions gain from them at different widths, and some lose.
     """
     if config.precision != "auto":
-        return config, f"{config.precision} (--precision {config.precision})"
+        return config, ""
     if device.type != "cpu":
         return config, f"{str(matmul_dtype(device, 'auto')).removeprefix('torch.')} (auto)"
     in_float32 = dataclasses.replace(config, precision="float32")

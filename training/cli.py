@@ -26,7 +26,7 @@ from training.chapters.commands import Chapter, Figures
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
 from training.plots.commands import Plot, Xray
-from training.presets import PRESETS, get_preset
+from training.presets import ABOUT, PRESETS, chapter_of, get_preset
 from training.tasks import TASKS
 
 
@@ -96,13 +96,15 @@ def plan_command(preset_name: str) -> Callable[..., cli.Command]:
 
 @dataclass(frozen=True)
 class Presets:
-    """List the presets of `train`: model, task and steps of each."""
+    """List the presets of `train`: chapter, steps, duration on two cores, and what each learns."""
 
     def __call__(self) -> None:
-        """Print the table."""
-        print(f"{'preset':<24}{'model':<18}{'task':<16}steps")
-        for name, config in PRESETS.items():
-            print(f"{name:<24}{config.model:<18}{config.task:<16}{config.steps:,}")
+        """Print the table, chapter by chapter."""
+        print(f"{'preset':<23}{'chapter':>7}{'steps':>9}  {'time':<10}learns")
+        for name, config in sorted(PRESETS.items(), key=lambda item: chapter_of(item[1])):
+            about = ABOUT[name]
+            numbers = f"{chapter_of(config):>7}{config.steps:>9,}"
+            print(f"{name:<23}{numbers}  {about.time:<10}{about.learns}")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from gpt.checkpoint import run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from training import distributed
-from training.config import TrainingConfig
+from training.config import TrainingConfig, model_options, resolve_config
+from training.presets import ABOUT, PRESETS, chapter_of, describe_preset, get_preset
 from training.progress import format_duration, printable
 from training.run_directory import (
     create_run,
@@ -19,7 +20,8 @@ from training.run_directory import (
     resume_run,
     run_lock,
 )
-from training.tasks import TASKS, check_task
+from training.tasks import check_task
+from training.tasks.tables import TABULAR_TASKS
 from training.trainer import Diverged, Stopped, Trainer
 
 
@@ -43,16 +45,35 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         device = device_name(world.device(config.device))
         print(f"preset {config.preset}: {config.model} on {device}{processes}")
         check_task(config)
-        for name, value in dataclasses.asdict(config).items():
-            if name not in {"preset", "model", *TASKS[config.task].unsupported_options}:
-                print(f"  {name} = {value}")
+        print(f"  {describe_preset(config)}")
+        for line in changed_settings(config):
+            print(f"  {line}")
         trainer = create_run(config, directory, world)
         print(f"data: {trainer.task.description}")
         for line in trainer.task.sizes:
             print(f"  {line}")
-        print(f"compile: {trainer.compilation}")
-        print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
+        _print_compilation(trainer)
+        size = count_parameters(trainer.model)
+        print(f"run: {directory}, {size:,} parameters; run.json has all settings", flush=True)
         _train_and_report(trainer)
+
+
+def changed_settings(config: TrainingConfig) -> list[str]:
+    """Return a line for each setting that differs from its preset's, with the preset's value."""
+    preset = get_preset(config.preset)
+    preset = resolve_config(preset, model_options(preset)(), preset)  # with all model arguments
+    before, after = (dataclasses.asdict(it) | it.model_args for it in (preset, config))
+    return [
+        f"{name} = {value} (preset: {before[name]})"
+        for name, value in after.items()
+        if name != "model_args" and value != before[name]
+    ]
+
+
+def _print_compilation(trainer: Trainer) -> None:
+    """Print whether train steps are compiled, and why; nothing on a CPU, where `auto` never does."""
+    if trainer.device.type != "cpu" or trainer.config.compile != "auto":
+        print(f"compile: {trainer.compilation}")
 
 
 def resume(directory: Path, device: str, world: distributed.World) -> None:
@@ -63,7 +84,7 @@ def resume(directory: Path, device: str, world: distributed.World) -> None:
 
 def _resume(directory: Path, device: str, world: distributed.World) -> None:
     trainer = resume_run(directory, device, world)
-    print(f"compile: {trainer.compilation}")
+    _print_compilation(trainer)
     print(f"{directory}: continues at step {trainer.step} of {trainer.config.steps}", flush=True)
     _train_and_report(trainer)
 
@@ -83,7 +104,7 @@ def train_or_exit(trainer: Trainer, advice: str = "continue with the same comman
 
 
 def _train_and_report(trainer: Trainer) -> None:
-    """Train; print the best weights' score on the validation split, a sample and the next commands."""
+    """Train; print the best weights' score, a sample if it is a new one, and the next commands."""
     task, directory = trainer.task, run_argument(trainer.directory)
     started = time.monotonic()
     train_or_exit(trainer, f"continue with: tinygpt train --resume {directory}")
@@ -91,11 +112,25 @@ def _train_and_report(trainer: Trainer) -> None:
     if not trainer.world.is_main_process:
         return
     score = trainer.score()
-    print(f"the whole validation split, with the best weights:\n{score.table()}")
-    sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))
-    print(f"a sample:\n\n{printable(sample)}")
+    if task.sample_in_report:
+        print(f"with the best weights:\n{score.table()}")
+    else:
+        print(f"the whole validation split, with the best weights:\n{score.table()}")
+        sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))
+        if sample != trainer.shown_sample:
+            print(f"a sample:\n\n{printable(sample)}")
+    if promise := _promise(trainer.config):
+        print(f"\n{promise}")
     print(f"\nthe run is in {trainer.directory}; next:\n  make eval RUN={directory}")
     if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
     if task.kind == "translation":
         print(f'  tinygpt xray {directory} "a sentence to translate"')
+
+
+def _promise(config: TrainingConfig) -> str | None:
+    """Return what the preset of a table is for, unless another task than its own was chosen."""
+    preset = PRESETS.get(config.preset)
+    if preset is None or preset.task != config.task or config.task not in TABULAR_TASKS:
+        return None
+    return f"chapter {chapter_of(config)} promises: {ABOUT[config.preset].learns}"

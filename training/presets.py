@@ -1,10 +1,10 @@
 """Presets: named instances of `TrainingConfig`."""
 
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from gpt import CHAPTERS
-from gpt.checkpoint import did_you_mean
+from gpt.checkpoint import did_you_mean, model_class
 from training.config import TrainingConfig
 
 ONE_RATE: dict[str, Any] = {"embedding_lr": None, "unembedding_lr": None, "vector_lr": None}
@@ -241,6 +241,86 @@ PRESETS: dict[str, TrainingConfig] = {
         ),
     }.items()
 }
+
+
+class About(NamedTuple):
+    """What `tinygpt presets` says about a preset."""
+
+    learns: str
+    time: str
+    """How long training takes on two cores, about."""
+
+
+TABLE_TIME, GPU_TIME = "5 s", "on a GPU"
+TRANSLATES = "sentence pairs (--data)"
+
+ABOUT: dict[str, About] = {
+    "sigma-pi": About("the next token, from products of the last four", "2 min"),
+    "softmax": About("the next token from the last one: a table of bigrams", "1 min"),
+    "mlp": About("the next token, by layers over the last eight", "2 min"),
+    "experts": About("the next token, by layers and gated experts over the last eight", "2 min"),
+    "rnn": About("the next token, from a state that is fed back", "2 min"),
+    "lstm": About("the next token, from a cell state behind four gates", "3 min"),
+    "gru": About("the next token, from a state behind two gates", "3 min"),
+    "seq2seq": About("the second half of a text, from one vector of the first", "3 min"),
+    "attention": About(
+        "the second half of a text, looking back at every token of the first", "6 min"
+    ),
+    "transformer": About("the second half of a text, by attention without recurrence", "3 min"),
+    "gpt2": About("the next token, by OpenAI's architecture of 2019", "5 min"),
+    "word2vec": About("a vector for each of 10,000 words, from the words near it", "1 min"),
+    "zaremba": About("the words of the Penn Treebank (--data), as Zaremba et al. 2014", "30 min"),
+    "linear": About("power = 4.5 x + 5, from eight throws; so ten meters need 50", TABLE_TIME),
+    "rice-linear": About("no plane fits both rices: an error of 0.42 remains", TABLE_TIME),
+    "rice-sigma-pi": About(
+        "water = 2 x z + 2 x, also at ten cups; but franken-grain gets 4 cups, not 1",
+        TABLE_TIME,
+    ),
+    "grain-sigma-pi": About("no product fits three grains: an error of 5.3 remains", TABLE_TIME),
+    "logistic": About("which of two rices was cooked, right more than 95 times in 100", TABLE_TIME),
+    "grain-softmax": About(
+        "which of three grains it is, with borders at 0.25 and 0.75", TABLE_TIME
+    ),
+    "curve-mlp": About(
+        "x^2 + 1 from 60 points; beyond them the network goes straight on", TABLE_TIME
+    ),
+    "rice-mlp": About("both rices by 32 ReLUs, which leave their lines at ten cups", TABLE_TIME),
+    "grain-mlp": About("three grains by 64 ReLUs, which leave their lines at ten cups", TABLE_TIME),
+    "grain-experts": About("three grains by mixed lines, which hold at ten cups", TABLE_TIME),
+    "lines-mlp": About(
+        "five random lines by seven ReLUs, which leave them beyond the data", TABLE_TIME
+    ),
+    "lines-experts": About(
+        "five random lines by five lines, which hold better beyond the data", TABLE_TIME
+    ),
+    "translate-seq2seq": About(f"{TRANSLATES}, through one vector per sentence", "30 min"),
+    "translate-attention": About(f"{TRANSLATES}, looking back at every word", "35 min"),
+    "translate-transformer": About(f"{TRANSLATES}, by attention alone", "40 min"),
+    "translate-gpt2": About(f"{TRANSLATES}, each as one text", "35 min"),
+    "translate-gpt": About(f"{TRANSLATES}, each as one text", "35 min"),
+    "nanogpt-cpu": About("characters of Shakespeare (--data): nanoGPT's recipe for a CPU", "2 min"),
+    "nanogpt-gpu": About("characters of Shakespeare (--data): nanoGPT's recipe", GPU_TIME),
+    "gpt2-124m": About("GPT-2 itself, on text of its size (--data)", GPU_TIME),
+    "shakespeare": About("characters of Shakespeare (--data), tuned for one minute", "2 min"),
+    "shakespeare-gpu": About("characters of Shakespeare (--data)", GPU_TIME),
+    "gpt-nano": About("the next token, by today's GPT; the default on a CPU", "4 min"),
+    "gpt-micro": About("the next token, by today's GPT; the default on a GPU", GPU_TIME),
+    "gpt-small": About("the next token, at the size of GPT-2", GPU_TIME),
+}
+"""What each preset learns."""
+
+
+def chapter_of(config: TrainingConfig) -> int:
+    """Return the chapter of a config's model."""
+    return model_class(config.model).chapter
+
+
+def describe_preset(config: TrainingConfig) -> str:
+    """Return chapter and aim of a config's preset; and its duration, unless the steps are others."""
+    about, preset = ABOUT[config.preset], PRESETS[config.preset]
+    duration = about.time if about.time == GPU_TIME else f"about {about.time} on two cores"
+    text = f"chapter {chapter_of(preset)}: {about.learns}"
+    return f"{text} ({duration})" if config.steps == preset.steps else text
 
 
 def get_preset(name: str) -> TrainingConfig:

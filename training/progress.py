@@ -18,6 +18,11 @@ def format_duration(seconds: float) -> str:
     return f"{hours}:{minute:02}:{second:02}" if hours else f"{minute}:{second:02}"
 
 
+def format_loss(loss: float) -> str:
+    """1.23456 -> '1.2346'; very small and very large ones with an exponent: '1.23e-05'."""
+    return f"{loss:.4f}" if 0.001 <= loss < 1e6 else f"{loss:.3g}"
+
+
 def printable(text: str) -> str:
     """Return a generated text for a terminal: control characters and line separators are escaped.
 
@@ -70,9 +75,9 @@ class Progress:
         if now < self.next_update and step < self.steps:
             return
         self.next_update = now + (0.1 if self.is_terminal else 5.0)
-        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {loss:.4f}"]
+        parts = [f"step {step:>{len(str(self.steps))}}/{self.steps}", f"loss {format_loss(loss)}"]
         if self.validation_loss is not None:
-            parts.append(f"validation {self.validation_loss:.4f}")
+            parts.append(f"validation {format_loss(self.validation_loss)}")
         parts.append(f"{speed:,.0f} {self.unit}/s")
         if self.peak_flops:
             parts.append(f"MFU {flops / self.peak_flops:.0%}")

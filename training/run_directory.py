@@ -138,10 +138,11 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         task = open_task(config)
     if world.is_main_process:
         config, reason = choose_threads(config, task, device)
-        if device.type == "cpu":
+        if reason:
             print(f"threads: {reason}")
         config, reason = choose_precision(config, task, device)
-        print(f"precision: {reason}")
+        if reason:
+            print(f"precision: {reason}")
     task.config = config = world.broadcast(config)
     if config.threads:
         torch.set_num_threads(config.threads)

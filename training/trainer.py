@@ -131,6 +131,8 @@ class Trainer:
         self.unlogged_losses: list[float] = []
         """Losses of the steps since the last line of the log."""
         self.told_skipped_steps = 0
+        self.shown_sample = ""
+        """The sample that was printed last."""
         if not world.is_main_process:
             self._seed_rank()
 
@@ -341,9 +343,11 @@ class Trainer:
         self.metrics.log(self.step, validation_loss=loss, sample=sample)
         self.progress.validation_loss = loss
         message = f"\nstep {self.step}: {self.task.format_loss(loss)}"
-        if sample:
+        is_in_report = self.task.sample_in_report and self.step == self.config.steps
+        if sample and sample != self.shown_sample and not is_in_report:
+            self.shown_sample = sample
             lines = "\n".join(f"  │ {line}" for line in printable(sample).splitlines())
-            message += f"; a sample:\n{lines}\n"
+            message += f"; a sample:\n{lines}"
         self.progress.print(message)
 
     def score(self, **options: Any) -> Report:  # noqa: ANN401 (options of Task.score)

@@ -14,7 +14,7 @@ A `Model` can be trained: it computes its own loss. A `LanguageModel` predicts t
 trainer, one evaluation, one sampler and one server work with all of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -68,12 +68,21 @@ class Model(nn.Module):
     """Its first publication."""
     idea: ClassVar[str]
     """What it adds to the model of the chapter before, in a clause."""
+    equation: ClassVar[str]
+    """That idea in one line of ASCII."""
     supported_tasks: ClassVar[tuple[str, ...]]
     """Of regression, binary-classification, classification, word-vectors, text and translation."""
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Return the scalar to minimize, a mean over the batch."""
         raise NotImplementedError
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return the model written out with its weights, given the names of inputs and classes.
+
+        Empty for models of tokens.
+        """
+        return []
 
     def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (used by subclasses)
         """Return the floating-point operations to train on one token of a sequence of `length`.

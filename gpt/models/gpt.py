@@ -227,6 +227,7 @@ class GPT2(DecoderOnly):
     year = 2019
     paper = "Radford et al., Language Models are Unsupervised Multitask Learners"
     idea = "only the decoder"
+    equation = "x = x + attention(x), x = x + mlp(x)"
 
     def __init__(
         self,
@@ -312,6 +313,7 @@ class GPT(DecoderOnly):
     year = 2025
     paper = "Yang et al., Qwen3 Technical Report; its parts in 2019-2021"
     idea = "a modern block: RMSNorm, rotary positions, SwiGLU"
+    equation = "mlp(x) = down(silu(gate(x)) * up(x))"
 
     def __init__(
         self,

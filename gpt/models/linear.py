@@ -15,6 +15,7 @@ The models of numbers take inputs x_BD, D numbers per example. Two of the four c
 language model, whose inputs are the last tokens.
 """
 
+from collections.abc import Iterable, Sequence
 from typing import ClassVar
 
 import torch
@@ -34,6 +35,17 @@ def gradient_step(model: Model, rate: float, *batch: Tensor) -> Tensor:
                 parameter.sub_(rate * parameter.grad)  # 4 move each weight against its gradient
             parameter.grad = None  # 5 reset, or the next gradient would be added to this one
     return loss.detach()
+
+
+def format_sum(terms: Iterable[tuple[float, str]]) -> str:
+    """[(2.0, 'x z'), (-1.5, '')] -> '2.00 x z - 1.50'. Terms that round to 0 are left out."""
+    text = ""
+    for weight, product in terms:
+        number = f"{abs(weight):.2f}"
+        if float(number):
+            sign = (" - " if text else "-") if weight < 0 else (" + " if text else "")
+            text += f"{sign}{number} {product}".rstrip()
+    return text or "0"
 
 
 class Regression(Model):
@@ -60,6 +72,7 @@ class Linear(Regression):
     year: ClassVar[int] = 1805
     paper: ClassVar[str] = "Legendre, Nouvelles méthodes pour la détermination des orbites"
     idea: ClassVar[str] = "a line, fitted by gradient descent"
+    equation: ClassVar[str] = "y = w·x + b"
 
     def __init__(self, inputs: int = 1) -> None:
         super().__init__()
@@ -72,6 +85,15 @@ class Linear(Regression):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return y_B."""
         return x_BD @ self.weight + self.bias
+
+    def weighted_sum(self, inputs: Sequence[str]) -> str:
+        """Return w·x + b as text."""
+        terms = zip(self.weight.tolist(), inputs, strict=True)
+        return format_sum([*terms, (self.bias.item(), "")])
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return y = w·x + b."""
+        return [f"y = {self.weighted_sum(inputs)}"]
 
     @torch.no_grad()
     def gradient_step_by_hand(
@@ -107,6 +129,7 @@ class SigmaPi(Regression):
     year: ClassVar[int] = 1986
     paper: ClassVar[str] = "Rumelhart, Hinton & McClelland, A General Framework for PDP"
     idea: ClassVar[str] = "products of inputs: one input changes another's slope"
+    equation: ClassVar[str] = "y = sum_i w_i prod_j x_j"
 
     def __init__(
         self, inputs: int = 2, products: tuple[tuple[int, ...], ...] = ((0, 1), (0,), ())
@@ -127,6 +150,11 @@ class SigmaPi(Regression):
         products_BF = torch.stack([x_BD[:, indices].prod(-1) for indices in self.products], dim=-1)
         return products_BF @ self.weight
 
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return the sum of products."""
+        products = [" ".join(inputs[i] for i in indices) for indices in self.products]
+        return [f"y = {format_sum(zip(self.weight.tolist(), products, strict=True))}"]
+
 
 class Logistic(Model):
     """The probability of class 1: p = sigmoid(w·x + b), sigmoid(z) = 1 / (1 + e^-z).
@@ -139,6 +167,7 @@ class Logistic(Model):
     year: ClassVar[int] = 1958
     paper: ClassVar[str] = "Cox, The Regression Analysis of Binary Sequences"
     idea: ClassVar[str] = "a sigmoid: from a number to a probability"
+    equation: ClassVar[str] = "p = sigmoid(w·x + b)"
     supported_tasks: ClassVar[tuple[str, ...]] = ("binary-classification",)
 
     def __init__(self, inputs: int = 1) -> None:
@@ -148,6 +177,10 @@ class Logistic(Model):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return probability_B of class 1."""
         return torch.sigmoid(self.score(x_BD))
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:
+        """Return the probability of class 1."""
+        return [f"p({classes[1]}) = sigmoid({self.score.weighted_sum(inputs)})"]
 
     def classify(self, x_BD: Tensor) -> Tensor:
         """Return class_B: 1 where its probability is at least a half, else 0."""
@@ -159,6 +192,12 @@ class Logistic(Model):
         score_B = self.score(x_BD)
         # -y log p - (1 - y) log(1 - p) = log(1 + e^z) - y z, which never takes the log of 0.
         return (F.softplus(score_B) - y_B * score_B).mean()
+
+
+def layer_sums(layer: nn.Linear, inputs: Sequence[str]) -> list[str]:
+    """Return each output of a layer as text: a weighted sum of `inputs`."""
+    rows = zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
+    return [format_sum([*zip(w, inputs, strict=True), (b, "")]) for w, b in rows]
 
 
 def softmax(logits_V: Tensor, temperature: float = 1.0) -> Tensor:
@@ -186,6 +225,7 @@ class Softmax(Model):
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = "Bridle, Probabilistic Interpretation of Feedforward Classification"
     idea: ClassVar[str] = "a softmax over many classes"
+    equation: ClassVar[str] = "p = softmax(W x + b)"
     supported_tasks: ClassVar[tuple[str, ...]] = ("binary-classification", "classification")
 
     def __init__(self, inputs: int = 1, classes: int = 3, temperature: float = 1.0) -> None:
@@ -201,6 +241,12 @@ class Softmax(Model):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return probabilities_BV."""
         return softmax(self.scores(x_BD), self.temperature)
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:
+        """Return the score of each class."""
+        scores = zip(classes, layer_sums(self.scores, inputs), strict=True)
+        divided = "" if self.temperature == 1 else f" / {self.temperature:g}"
+        return [f"p = softmax(score{divided})", *(f"score({k}) = {z}" for k, z in scores)]
 
     def loss(self, *batch: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats of class_B given x_BD."""
@@ -225,6 +271,7 @@ class BigramLM(LanguageModel):
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = Softmax.paper
     idea: ClassVar[str] = Softmax.idea
+    equation: ClassVar[str] = Softmax.equation
 
     def __init__(self, vocab_size: int, context_length: int) -> None:
         super().__init__(vocab_size, context_length)
@@ -332,6 +379,7 @@ class SigmaPiLM(WindowLM):
     year: ClassVar[int] = 1986
     paper: ClassVar[str] = SigmaPi.paper
     idea: ClassVar[str] = SigmaPi.idea
+    equation: ClassVar[str] = SigmaPi.equation
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ has separate weights for each of the last W tokens, so a longer window costs mor
 recurrent networks avoid that.
 """
 
+import string
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, cast
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.base import ActivationMap, State
-from gpt.models.linear import Regression, WindowLM, softmax
+from gpt.models.linear import Regression, WindowLM, layer_sums, softmax
 
 
 def step(x: Tensor) -> Tensor:
@@ -56,6 +57,7 @@ class Layers(nn.Module):
             raise ValueError(
                 f"there is no activation {activation!r}; there are {', '.join(ACTIVATIONS)}"
             )
+        self.activation_name = activation
         self.activation = ACTIVATIONS[activation]
         self.layers = nn.ModuleList(nn.Linear(*pair) for pair in pairwise(widths))
 
@@ -80,6 +82,7 @@ class MLP(Regression):
         "Rumelhart, Hinton & Williams, Learning Representations by Back-Propagating Errors"
     )
     idea: ClassVar[str] = "layers with nonlinear activations"
+    equation: ClassVar[str] = "a' = f(W a + b), layer on layer"
 
     def __init__(
         self, inputs: int = 1, hidden: tuple[int, ...] = (8,), activation: Activation = "relu"
@@ -91,6 +94,16 @@ class MLP(Regression):
     def forward(self, x_BD: Tensor) -> Tensor:
         """Return y_B."""
         return self.output(self.hidden(x_BD)).squeeze(-1)
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return the output, then each unit, layer by layer."""
+        f = self.hidden.activation_name
+        lines, names = [], list(inputs)
+        for letter, layer in zip(string.ascii_lowercase, self.hidden.layers, strict=False):
+            sums = layer_sums(cast(nn.Linear, layer), names)
+            names = [f"{letter}{i}" for i in range(1, len(sums) + 1)]
+            lines += [f"{unit} = {f}({total})" for unit, total in zip(names, sums, strict=True)]
+        return [f"y = {layer_sums(self.output, names)[0]}", *lines]
 
 
 def backpropagate(
@@ -154,6 +167,7 @@ class Experts(Regression):
     year: ClassVar[int] = 1991
     paper: ClassVar[str] = "Jacobs, Jordan, Nowlan & Hinton, Adaptive Mixtures of Local Experts"
     idea: ClassVar[str] = "softmax gates choose among experts"
+    equation: ClassVar[str] = "y = sum_i g_i f_i(u), g = softmax(W v + b)"
 
     def __init__(
         self,
@@ -180,6 +194,17 @@ class Experts(Regression):
         """Return gates_BE, the weight of each expert."""
         return self.mixture.gate_weights(x_BD[:, self.v])
 
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
+        """Return the mixture, then each expert with the score of its gate."""
+        experts = layer_sums(self.mixture.experts, [inputs[i] for i in self.u])
+        gates = layer_sums(self.mixture.gates, [inputs[i] for i in self.v])
+        width = max(map(len, experts))
+        lines = [
+            f"f{i} = {expert:<{width}}   s{i} = {gate}"
+            for i, (expert, gate) in enumerate(zip(experts, gates, strict=True), 1)
+        ]
+        return ["y = sum_i g_i f_i, g = softmax(s)", *lines]
+
 
 class MLPLM(WindowLM):
     """An MLP over the concatenated embeddings of a window.
@@ -199,6 +224,7 @@ class MLPLM(WindowLM):
         "Bengio, Ducharme, Vincent & Jauvin, A Neural Probabilistic Language Model"
     )
     idea: ClassVar[str] = MLP.idea
+    equation: ClassVar[str] = MLP.equation
 
     def __init__(
         self,
@@ -246,6 +272,7 @@ class ExpertsLM(MLPLM):
     year: ClassVar[int] = 1991
     paper: ClassVar[str] = Experts.paper
     idea: ClassVar[str] = Experts.idea
+    equation: ClassVar[str] = Experts.equation
 
     def __init__(
         self,

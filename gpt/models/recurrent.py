@@ -331,6 +331,7 @@ class RNN(RecurrentLM):
     year: ClassVar[int] = 1990
     paper: ClassVar[str] = "Elman, Finding structure in time"
     idea: ClassVar[str] = "the output is fed back as an input"
+    equation: ClassVar[str] = "h' = tanh(W x + U h + b)"
     cell = RNNCell
 
 
@@ -341,6 +342,7 @@ class LSTM(RecurrentLM):
     year: ClassVar[int] = 1997
     paper: ClassVar[str] = "Hochreiter & Schmidhuber, Long short-term memory"
     idea: ClassVar[str] = "four gates, and a cell state that keeps its gradient"
+    equation: ClassVar[str] = "C' = f * C + i * g, h' = o * tanh(C')"
     cell = LSTMCell
 
 
@@ -351,4 +353,5 @@ class GRU(RecurrentLM):
     year: ClassVar[int] = 2014
     paper: ClassVar[str] = "Cho et al., Learning phrase representations using RNN encoder-decoder"
     idea: ClassVar[str] = "two gates, one state"
+    equation: ClassVar[str] = "h' = z * h + (1 - z) * n"
     cell = GRUCell

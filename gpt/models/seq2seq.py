@@ -47,6 +47,7 @@ class Seq2Seq(EncoderDecoder):
     year = 2014
     paper = "Sutskever et al., Sequence to Sequence Learning with Neural Networks"
     idea = "one network encodes the source, another decodes the target"
+    equation = "h_0 of the decoder = h_n of the encoder"
 
     def __init__(
         self,
@@ -161,6 +162,7 @@ class Seq2SeqAttention(EncoderDecoder):
     year = 2014
     paper = "Bahdanau et al., Neural Machine Translation by Jointly Learning to Align and Translate"
     idea = "the decoder attends to every encoder state"
+    equation = "context = sum_i softmax(e)_i h_i"
 
     def __init__(
         self, vocab_size: int, context_length: int, *, width: int = 192, dropout: float = 0.0

@@ -172,6 +172,7 @@ class Transformer(EncoderDecoder):
     year = 2017
     paper = "Vaswani et al., Attention Is All You Need"
     idea = "attention without recurrence"
+    equation = "A = softmax(Q K^T / sqrt(d)) V"
 
     def __init__(
         self,

@@ -35,6 +35,7 @@ class Word2Vec(Model):
     year: ClassVar[int] = 2013
     paper: ClassVar[str] = "Mikolov et al., Distributed representations of words and phrases"
     idea: ClassVar[str] = "a learned vector for each word"
+    equation: ClassVar[str] = "p(context | center) = sigmoid(u·v)"
     supported_tasks: ClassVar[tuple[str, ...]] = ("word-vectors",)
 
     def __init__(

@@ -87,7 +87,10 @@ class RunBrowser:
         rungs = {
             name: {
                 "name": name,
-                **{key: getattr(model, key) for key in ("chapter", "year", "paper", "idea")},
+                **{
+                    key: getattr(model, key)
+                    for key in ("chapter", "year", "paper", "idea", "equation")
+                },
                 "description": inspect.getdoc(sys.modules[model.__module__]),
             }
             for name, model in CHAPTERS.items()

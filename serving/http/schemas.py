@@ -268,6 +268,7 @@ class Rung(Schema):
     year: int
     paper: str
     idea: str
+    equation: str
     description: str
 
 

@@ -26,8 +26,10 @@ function notify(message) {
 async function show() {
   const [view, detail] = location.hash.slice(1).split("-"), name = Object.hasOwn(VIEWS, view) ? view : "playground";
   for (const link of $$("header a")) {
-    if (link.hash === `#${name}`) link.setAttribute("aria-current", "page");
-    else link.removeAttribute("aria-current");
+    if (link.hash === `#${name}`) {
+      link.setAttribute("aria-current", "page");
+      link.scrollIntoView({ block: "nearest", inline: "nearest" }); // on a phone the links scroll
+    } else link.removeAttribute("aria-current");
   }
   for (const section of $$("main > section")) section.hidden = section.id !== name;
   document.title = `tinygpt: ${name}`;

@@ -47,6 +47,11 @@ function extent(values, log, padding) {
   return [low - margin, high + margin];
 }
 
+function nearestIndex(values, target) {
+  const distances = values.map((value) => Math.abs(value - target));
+  return distances.indexOf(Math.min(...distances));
+}
+
 // Average the points that fall on the same two pixels.
 function downsample(points, scaleX, width) {
   if (points.length <= width / 2) return points;
@@ -62,16 +67,23 @@ function downsample(points, scaleX, width) {
   return buckets.map(({ sum, count }) => [sum[0] / count, sum[1] / count]);
 }
 
-// show({ series, dots, x, y, onHover }) draws the chart; it is drawn again when its container is resized.
-//   series: [{ name, color, points: [[x, y] …], thin, markers }]
+// show({ series, dots, x, y, readout }) draws the chart; it is drawn again when its container is resized.
+//   series: [{ name, color, points: [[x, y] …], thin, faint, markers }]
 //   dots: [{ x, y, name, color, pressed, description, onClick }], each a button
-//   x, y: { label, log }; onHover is called with the x value under the pointer, or null.
+//   x, y: { label, log }
+//   readout(x), if given, makes the values at a point of the curves readable, by pointer and by keyboard: it returns
+//     { title, columns: [name …], rows: [{ name, color, values: [text …], points: [[x, y] …] }] }.
 export class Chart {
   constructor(element, title) {
     this.element = element;
     this.title = title;
     this.legend = el("p", { class: "hint legend" });
+    this.tooltip = el("div", { class: "tooltip", hidden: true, "aria-hidden": "true" });
+    this.root = svg("svg", { class: "chart", "aria-label": title });
     this.data = null;
+    this.cursor = null; // the x value whose values are shown
+    this.positions = []; // the x values of all points, which the cursor can be at
+    this.#followPointerAndKeys();
     new ResizeObserver(() => this.#draw(false)).observe(element);
   }
 
@@ -84,14 +96,22 @@ export class Chart {
     const width = Math.floor(this.element.clientWidth - 34);
     if (!this.data || width < 100 || (!dataChanged && width === this.width)) return;
     this.width = width;
-    const { series = [], dots = [], x, y, onHover } = this.data;
+    const { root } = this, { series = [], dots = [], x, y, readout } = this.data;
     const height = Math.round(Math.min(420, Math.max(260, width * 0.55)));
     const points = [...series.flatMap((line) => line.points), ...dots.map((dot) => [dot.x, dot.y])];
     const rangeX = extent(points.map(([value]) => value), x.log, dots.length ? 0.12 : 0);
     const rangeY = extent(points.map(([, value]) => value), y.log, 0.05);
     const right = width - MARGIN.right, bottom = height - MARGIN.bottom;
     const scaleX = scale(rangeX, [MARGIN.left, right], x.log), scaleY = scale(rangeY, [bottom, MARGIN.top], y.log);
-    const root = svg("svg", { class: "chart", viewBox: `0 0 ${width} ${height}`, width, height, role: dots.length ? "group" : "img", "aria-label": this.title });
+    const focused = dots.findIndex((dot) => dot.name === document.activeElement?.dataset?.name);
+    const isVisible = ([px, py]) => Number.isFinite(py) && (!x.log || px > 0) && (!y.log || py > 0);
+    Object.assign(this, { scaleX, scaleY, bottom, isVisible });
+    this.positions = readout ? [...new Set(points.filter(isVisible).map(([value]) => value))].sort((a, b) => a - b) : [];
+    const role = dots.length ? "group" : this.positions.length ? "slider" : "img";
+    for (const [name, value] of Object.entries({ viewBox: `0 0 ${width} ${height}`, width, height, role })) root.setAttribute(name, value);
+    if (role === "slider") root.setAttribute("tabindex", 0);
+    else root.removeAttribute("tabindex");
+    root.replaceChildren();
     for (const tick of ticks(rangeX, Math.max(3, Math.floor(width / 90)), x.log)) {
       root.append(svg("line", { class: "grid", x1: scaleX(tick), x2: scaleX(tick), y1: MARGIN.top, y2: bottom }),
         svg("text", { x: scaleX(tick), y: bottom + 16, "text-anchor": "middle" }, tickLabel(tick)));
@@ -102,20 +122,21 @@ export class Chart {
     }
     root.append(svg("text", { class: "axis", x: (MARGIN.left + right) / 2, y: height - 4, "text-anchor": "middle" }, x.label),
       svg("text", { class: "axis", transform: `translate(12 ${(MARGIN.top + bottom) / 2}) rotate(-90)`, "text-anchor": "middle" }, y.label));
-    for (const { points, color, thin, markers } of series) {
-      const valid = points.filter(([px, py]) => Number.isFinite(py) && (!x.log || px > 0) && (!y.log || py > 0));
-      const drawn = downsample(valid, scaleX, width).map(([px, py]) => [scaleX(px), scaleY(py)]);
+    for (const { points, color, thin, faint, markers } of series) {
+      const drawn = downsample(points.filter(isVisible), scaleX, width).map(([px, py]) => [scaleX(px), scaleY(py)]);
       const path = drawn.map(([cx, cy], i) => `${i ? "L" : "M"}${cx.toFixed(1)} ${cy.toFixed(1)}`).join("");
-      root.append(svg("path", { class: thin ? "curve thin" : "curve", d: path, style: { stroke: color } }));
+      root.append(svg("path", { class: `curve${thin ? " thin" : ""}${faint ? " faint" : ""}`, d: path, style: { stroke: color } }));
       if (markers) for (const [cx, cy] of drawn) root.append(svg("circle", { cx, cy, r: 3, style: { fill: color } }));
     }
     this.#drawDots(root, dots, scaleX, scaleY, { left: MARGIN.left, right: width, top: 0, bottom });
-    if (onHover) this.#trackPointer(root, rangeX, scaleX, bottom, onHover);
+    this.marks = svg("g", {});
+    root.append(this.marks);
     this.legend.replaceChildren(...series.filter(({ name }) => name).map(({ name, color }) =>
       el("span", {}, el("i", { style: { background: color } }), name)));
-    const focused = dots.findIndex((dot) => dot.name === document.activeElement?.dataset?.name);
-    this.element.replaceChildren(root, this.legend);
+    // The chart keeps its element, and so the focus, when it is drawn again.
+    if (root.parentElement !== this.element) this.element.replaceChildren(root, this.legend, this.tooltip);
     if (focused >= 0) root.querySelectorAll(".dot")[focused].focus();
+    this.#moveCursor(this.cursor);
   }
 
   // Draw each dot with a label that overlaps nothing; where there is no room, the label appears when the dot is pressed.
@@ -144,22 +165,60 @@ export class Chart {
     }
   }
 
-  #trackPointer(root, [low, high], scaleX, bottom, onHover) {
-    const ruler = svg("line", { class: "ruler", y1: MARGIN.top, y2: bottom, visibility: "hidden" });
-    root.append(ruler);
-    root.addEventListener("pointermove", (event) => {
-      const box = root.getBoundingClientRect();
-      const share = ((event.clientX - box.left) * (this.width / box.width) - scaleX(low)) / (scaleX(high) - scaleX(low));
-      if (share < 0 || share > 1) return;
-      const value = this.data.x.log ? low * (high / low) ** share : low + share * (high - low);
-      ruler.setAttribute("x1", scaleX(value));
-      ruler.setAttribute("x2", scaleX(value));
-      ruler.setAttribute("visibility", "visible");
-      onHover(value);
-    });
-    root.addEventListener("pointerleave", () => {
-      ruler.setAttribute("visibility", "hidden");
-      onHover(null);
+  // Show the values at the position nearest to an x value; none for null.
+  #moveCursor(value) {
+    const { root, tooltip, positions, data, scaleX, scaleY } = this;
+    const index = value === null || !positions.length ? -1 : nearestIndex(positions, value);
+    this.cursor = index < 0 ? null : positions[index];
+    this.marks.replaceChildren();
+    tooltip.hidden = index < 0;
+    if (!positions.length) return;
+    const { title, columns, rows } = data.readout(this.cursor ?? positions.at(-1));
+    const texts = rows.map(({ name, values }) => `${name}: ${values.map((text, i) => `${columns[i]} ${text}`).join(", ")}`);
+    const aria = { valuemin: positions[0], valuemax: positions.at(-1), valuenow: this.cursor ?? positions.at(-1), valuetext: [title, ...texts].join("; ") };
+    for (const [name, text] of Object.entries(aria)) root.setAttribute(`aria-${name}`, text);
+    if (index < 0) return;
+    const cx = scaleX(this.cursor);
+    this.marks.append(svg("line", { class: "ruler", x1: cx, x2: cx, y1: MARGIN.top, y2: this.bottom }));
+    for (const { color, points } of rows) {
+      for (const [px, py] of points.filter(this.isVisible)) this.marks.append(svg("circle", { class: "mark", cx: scaleX(px), cy: scaleY(py), r: 4, style: { fill: color } }));
+    }
+    const cells = ({ name, color, values }) => [el("th", { scope: "row" }, el("i", { style: { background: color } }), name), values.map((text) => el("td", {}, text))];
+    tooltip.replaceChildren(el("table", {},
+      el("thead", {}, el("tr", {}, el("th", { scope: "col" }, title), columns.map((name) => el("th", { scope: "col" }, name)))),
+      el("tbody", {}, rows.map((row) => el("tr", {}, ...cells(row))))));
+    // Beside the ruler, on the side that has more room, and within the panel.
+    const room = this.element.clientWidth - tooltip.offsetWidth - 4;
+    const offset = root.getBoundingClientRect().left - this.element.getBoundingClientRect().left;
+    const left = cx > this.width / 2 ? offset + cx - tooltip.offsetWidth - 10 : offset + cx + 10;
+    tooltip.style.setProperty("left", `${Math.max(4, Math.min(room, left))}px`);
+  }
+
+  #followPointerAndKeys() {
+    const { root } = this;
+    const follow = (event) => {
+      if (!this.positions.length) return;
+      const box = root.getBoundingClientRect(), px = (event.clientX - box.left) * (this.width / box.width);
+      const distances = this.positions.map((value) => Math.abs(this.scaleX(value) - px));
+      this.#moveCursor(this.positions[distances.indexOf(Math.min(...distances))]);
+    };
+    root.addEventListener("pointermove", follow);
+    root.addEventListener("pointerdown", follow);
+    root.addEventListener("pointerleave", () => { if (this.data && document.activeElement !== root) this.#moveCursor(null); });
+    root.addEventListener("focus", () => { if (this.cursor === null) this.#moveCursor(this.positions.at(-1) ?? null); });
+    root.addEventListener("blur", () => this.#moveCursor(null));
+    root.addEventListener("keydown", (event) => {
+      const last = this.positions.length - 1, page = Math.max(1, Math.round(last / 10));
+      if (last < 0) return;
+      const index = this.cursor === null ? last : nearestIndex(this.positions, this.cursor);
+      const next = {
+        ArrowRight: index + 1, ArrowUp: index + 1, ArrowLeft: index - 1, ArrowDown: index - 1,
+        PageUp: index + page, PageDown: index - page, Home: 0, End: last,
+      }[event.key];
+      if (event.key === "Escape") this.#moveCursor(null);
+      if (next === undefined) return;
+      event.preventDefault();
+      this.#moveCursor(this.positions[Math.max(0, Math.min(last, next))]);
     });
   }
 }

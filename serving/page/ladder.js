@@ -1,14 +1,15 @@
-// Ladder: bits per byte of each model by its cost, and a description of the selected one.
+// Ladder: bits per byte of each model by its cost, the equations of all, and a description of the selected one.
 
 import { get } from "./api.js";
 import { Chart, seriesColor } from "./chart.js";
-import { $, el, prose } from "./dom.js";
+import { $, $$, el, prose } from "./dom.js";
 import { duration, integer } from "./format.js";
 
 const X_LABELS = { parameters: "parameters", seconds: "seconds of training", tokens: "training tokens" };
 
 export function ladder() {
-  const axis = $("#ladder-x"), article = $("#ladder-rung"), chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
+  const axis = $("#ladder-x"), article = $("#ladder-rung"), list = $("#ladder-rungs");
+  const chart = new Chart($("#ladder-chart"), "Bits per byte of each model");
   let data = null, selected = null;
 
   function draw() {
@@ -28,6 +29,14 @@ export function ladder() {
     });
   }
 
+  // In place of the chart, before any model is trained.
+  function explainChart() {
+    $("#ladder-chart").replaceChildren(
+      el("p", {}, "Nothing is measured yet. ", el("code", {}, "make ladder"), " trains every language model below on one corpus, with one tokenizer and one budget. It takes about 20 minutes on two cores."),
+      el("p", {}, "A chart here will then show the bits per byte of each: how well it predicts text that it was not trained on, by its number of parameters, its training time or its training tokens. Lower is better."),
+      el("p", { class: "hint" }, "Linear and logistic regression have no dot: they predict numbers. Nor has word2vec, which learns vectors and predicts no next word."));
+  }
+
   function select(name) {
     selected = name;
     const row = data.rows.find((row) => row.rung === name);
@@ -43,26 +52,30 @@ export function ladder() {
       ...(rung.description ? prose(rung.description) : []),
       ...(row?.sample ? [el("h3", {}, "Sample without a prompt"), el("pre", { tabindex: 0, role: "group", dir: "auto", "aria-label": "Sample" }, row.sample)] : []),
     );
+    for (const button of $$("button", list)) button.setAttribute("aria-pressed", String(button.dataset.name === name));
     if (data.rows.length) draw();
-    else listRungs();
   }
 
-  // Without results, the models are buttons in place of the chart.
   function listRungs() {
-    $("#ladder-chart").replaceChildren(el("div", { class: "toolbar" }, data.rungs.map((rung) =>
-      el("button", { type: "button", "aria-pressed": String(rung.name === selected), onclick: () => select(rung.name) }, `${rung.chapter}. ${rung.name}`))));
+    list.replaceChildren(...data.rungs.map((rung) => el("li", {}, el("button", {
+      type: "button", "aria-pressed": "false", "data-name": rung.name,
+      onclick: () => {
+        select(rung.name);
+        article.scrollIntoView({ block: "nearest" }); // on a phone it is below the list
+      },
+    }, el("span", {}, `${rung.chapter}. ${rung.name} `, el("small", {}, rung.year)), el("code", {}, rung.equation)))));
   }
 
   axis.addEventListener("change", draw);
   return {
     async onShow() {
       data = await get("v1/ladder");
-      axis.disabled = !data.rows.length;
       const [first] = data.rows;
-      $("#ladder-source").replaceChildren(...(first
-        ? [`${first.data}; ${integer(first.tokens_scored)} tokens scored; ${first.device}, ${first.date}`]
-        : ["No results yet. ", el("code", {}, "make ladder"), " trains every model on one corpus under one budget."]));
-      select(selected ?? data.rows.at(-1)?.rung ?? data.rungs.at(-1).name);
+      $("#ladder-axis").hidden = !first;
+      $("#ladder-source").textContent = first ? `${first.data}; ${integer(first.tokens_scored)} tokens scored; ${first.device}, ${first.date}` : "";
+      listRungs();
+      if (!first) explainChart();
+      select(selected ?? data.rows.at(-1)?.rung ?? data.rungs[0].name);
     },
   };
 }

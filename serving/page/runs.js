@@ -3,7 +3,7 @@
 import { get } from "./api.js";
 import { Chart, seriesColor } from "./chart.js";
 import { $, $$, coalesce, el } from "./dom.js";
-import { duration, integer } from "./format.js";
+import { duration, integer, lossText } from "./format.js";
 
 const X_LABELS = { step: "step", tokens: "tokens", seconds: "seconds of training" };
 const POLL_INTERVAL = 2000; // milliseconds; ten times as long in a background tab
@@ -20,7 +20,9 @@ export function runs() {
     if (section.hidden) return;
     try {
       available = (await get("v1/runs")).data;
-      selected ??= new Set(available.slice(0, INITIALLY_SELECTED).map((run) => run.name));
+      // Losses of different tasks are not comparable.
+      const comparable = available.filter((run) => run.task === available[0].task);
+      selected ??= new Set(comparable.slice(0, INITIALLY_SELECTED).map((run) => run.name));
       updateList();
       await Promise.all(available.filter((run) => selected.has(run.name)).map(load));
       draw();
@@ -72,27 +74,50 @@ export function runs() {
 
   function draw() {
     const names = available.map((run) => run.name).filter((name) => selected.has(name) && loaded.has(name));
-    const series = names.flatMap((name, i) => {
-      const { training, validation } = curves(name), color = seriesColor(i);
-      return [{ name: "", color, points: training, thin: true }, { name, color, points: validation, markers: validation.length < 60 }];
+    showControls(names);
+    const smoothing = Number(form.elements.smoothing.value), x = form.elements.x.value, log = form.elements.log.checked;
+    const runs = names.map((name, i) => {
+      const { training, validation } = curves(name);
+      return { name, color: seriesColor(i), training, smoothed: smooth(training, smoothing), validation };
     });
-    const log = form.elements.log.checked, x = form.elements.x.value;
-    const showStats = (value) => { stats.textContent = value === null ? "Thin lines: training loss. Thick lines: validation loss." : lossesAt(names, value); };
-    chart.show({ series, x: { label: X_LABELS[x], log }, y: { label: "loss", log }, onHover: showStats });
-    showStats(null);
-    $("#runs-chart").dataset.points = series.reduce((sum, { points }) => sum + points.length, 0);
+    const series = runs.flatMap(({ name, color, training, smoothed, validation }) => [
+      { name: "", color, points: training, thin: true, faint: smoothing > 0 },
+      ...(smoothing > 0 ? [{ name: "", color, points: smoothed, thin: true }] : []),
+      { name, color, points: validation, markers: validation.length < 60 },
+    ]);
+    chart.show({ series, x: { label: X_LABELS[x], log }, y: { label: "loss", log }, readout: (value) => readout(runs, value, smoothing > 0) });
+    $("#runs-chart").dataset.points = runs.reduce((sum, { training, validation }) => sum + training.length + validation.length, 0);
+    const tasks = new Set(available.filter((run) => names.includes(run.name)).map((run) => run.task));
+    stats.textContent = !available.length ? "" : !names.length ? "Select a run to see its loss."
+      : `Thin lines: training loss. Thick lines: validation loss. Point at the chart, or press Tab and the arrow keys, to read values.${
+        tasks.size > 1 ? " These runs learn different tasks: do not compare their losses." : ""}`;
     showSamples(names);
     showConfigs(names);
   }
 
-  function lossesAt(names, value) {
-    const nearest = (points) => points.reduce((best, point) => (Math.abs(point[0] - value) < Math.abs(best[0] - value) ? point : best), points[0]);
-    const losses = names.map((name) => {
-      const { training, validation } = curves(name), [train, val] = [nearest(training), nearest(validation)];
-      return `${name}: ${train ? train[1].toFixed(3) : "–"} training${val ? `, ${val[1].toFixed(3)} validation` : ""}`;
-    });
+  // Hide what has no effect on the selected runs.
+  function showControls(names) {
+    const { x } = form.elements, logged = new Set(names.flatMap((name) => loaded.get(name).metrics.flatMap(Object.keys)));
+    $("#runs-settings").hidden = $("#runs-chart").hidden = $("#runs-config").hidden = !names.length;
+    for (const option of x.options) option.hidden = option.value !== "step" && !logged.has(option.value);
+    if (x.selectedOptions[0].hidden) x.value = "step";
+  }
+
+  // The losses of each run at an x value; none before a run's first or after its last.
+  function readout(runs, value, isSmoothed) {
+    const nearest = (points) => {
+      if (!points.length || value < points[0][0] || value > points.at(-1)[0]) return null;
+      return points.reduce((best, point) => (Math.abs(point[0] - value) < Math.abs(best[0] - value) ? point : best));
+    };
     const x = form.elements.x.value;
-    return `${x === "seconds" ? duration(value) : `${integer(Math.round(value))} ${X_LABELS[x]}`} · ${losses.join(" · ")}`;
+    return {
+      title: x === "seconds" ? duration(value) : `${X_LABELS[x]} ${integer(Math.round(value))}`,
+      columns: ["training", ...(isSmoothed ? ["smoothed"] : []), "validation"],
+      rows: runs.map(({ name, color, training, smoothed, validation }) => {
+        const points = [training, ...(isSmoothed ? [smoothed] : []), validation].map(nearest);
+        return { name, color, values: points.map((point) => lossText(point?.[1])), points: points.slice(-2).filter(Boolean) };
+      }).filter(({ points }) => points.length),
+    };
   }
 
   // The samples of each run, with a slider from the first validation to the last.
@@ -111,10 +136,11 @@ export function runs() {
       }
       const slider = $("input", article), atEnd = slider.value === slider.max;
       slider.max = lines.length - 1;
+      slider.hidden = lines.length < 2;
       if (atEnd) slider.value = slider.max;
       article.update = () => {
         const line = lines[slider.value];
-        $(".hint", article).textContent = `Sample at step ${integer(line.step)}, validation loss ${line.validation_loss?.toFixed(3)}`;
+        $(".hint", article).textContent = `Sample at step ${integer(line.step)}, validation loss ${lossText(line.validation_loss)}`;
         $("pre", article).textContent = line.sample;
       };
       article.update();
@@ -125,16 +151,35 @@ export function runs() {
     const container = $("#runs-config > div"), key = names.join("\n");
     if (container.dataset.names === key) return; // keep the reader's scroll position
     container.dataset.names = key;
-    const options = [...new Set(names.flatMap((name) => Object.keys(loaded.get(name).config)))];
+    const config = (name) => loaded.get(name).config, valuesOf = (option) => names.map((name) => JSON.stringify(config(name)[option]) ?? "");
+    const differs = (option) => new Set(valuesOf(option)).size > 1;
+    // Without options that no run uses, and those first that differ.
+    const options = [...new Set(names.flatMap((name) => Object.keys(config(name))))]
+      .filter((option) => names.some((name) => ![null, false, undefined].includes(config(name)[option])))
+      .sort((a, b) => differs(b) - differs(a));
+    $("#runs-config > summary").textContent = names.length > 1 ? "Compare configurations" : "Configuration";
     container.replaceChildren(el("div", { class: "scroll-x", tabindex: 0, role: "group", "aria-label": "Configurations" }, el("table", {},
       el("thead", {}, el("tr", {}, el("td"), names.map((name) => el("th", { scope: "col" }, name)))),
-      el("tbody", {}, options.map((option) => {
-        const values = names.map((name) => JSON.stringify(loaded.get(name).config[option]) ?? "");
-        return el("tr", { class: new Set(values).size > 1 ? "differs" : null }, el("th", { scope: "row" }, option), values.map((value) => el("td", {}, value)));
-      })))));
+      el("tbody", {}, options.map((option) =>
+        el("tr", { class: differs(option) ? "differs" : null }, el("th", { scope: "row" }, option), valuesOf(option).map((value) => el("td", {}, value))))))));
   }
 
   form.addEventListener("submit", (event) => event.preventDefault());
-  form.addEventListener("change", (event) => { if (event.target.name) draw(); });
+  form.addEventListener("input", (event) => {
+    if (!event.target.name) return;
+    $("#runs-smoothing").textContent = Number(form.elements.smoothing.value).toFixed(2);
+    draw();
+  });
   return { onShow: poll };
+}
+
+// The exponential moving average of y, debiased so that it does not start at 0: what TensorBoard draws.
+export function smooth(points, weight) {
+  let sum = 0, total = 0;
+  return points.map(([x, y]) => {
+    if (!Number.isFinite(y)) return [x, y];
+    sum = weight * sum + (1 - weight) * y;
+    total = weight * total + 1 - weight;
+    return [x, sum / total];
+  });
 }

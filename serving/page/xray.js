@@ -2,7 +2,7 @@
 
 import { ApiError, post } from "./api.js";
 import { addShortcuts, modelSelect } from "./controls.js";
-import { $, $$, el, isDark } from "./dom.js";
+import { $, $$, coalesce, el, isDark } from "./dom.js";
 import { visible } from "./format.js";
 
 const EXAMPLE = "The cat sat on the mat because the cat was tired.";
@@ -11,26 +11,38 @@ const MIN_CELL = 15, MAX_CELL = 28, PREFERRED_HEIGHT = 420; // pixels of a row o
 export function xray(models) {
   const section = $("#xray"), form = $("#xray-form"), text = $("#xray-text"), translation = $("#xray-translation"), result = $("#xray-result");
   const { map: mapSelect, layer: layerSelect, head: headSelect } = form.elements;
-  let response = null, request = null, row = 0, updateSelection = null;
-  text.value = EXAMPLE;
-  const updateFields = () => { $("#xray-translation-field").hidden = !model().translates; };
-  const model = modelSelect(form, models, updateFields);
-  updateFields();
+  let response = null, request = null, row = 0, updateSelection = null, example = null;
+  const model = modelSelect(form, models, () => {
+    updateFields();
+    run();
+  });
 
-  async function run() {
+  function updateFields() {
+    $("#xray-translation-field").hidden = !model().translates;
+    if (example !== null && text.value !== example) return; // a text of the user's own
+    text.value = example = exampleFor(model());
+    translation.value = "";
+  }
+
+  const run = coalesce(async () => {
     request = { model: model().id, prompt: text.value };
     if (model().translates && translation.value) request.translation = translation.value;
     result.replaceChildren(el("p", { class: "hint", role: "status" }, "Analyzing …"));
     try {
       response = await fetchMaps();
     } catch (error) {
-      response = updateSelection = null;
-      result.replaceChildren(el("div", { class: "error-box", role: "alert" }, error.message));
+      showError(error);
       return;
     }
     setOptions(mapSelect, response.maps.map(({ name }) => name));
     row = currentMap().rows.length - 1;
     showMap();
+  });
+
+  function showError(error) {
+    response = updateSelection = null;
+    for (const select of [mapSelect, layerSelect, headSelect]) setOptions(select, []);
+    result.replaceChildren(el("div", { class: "error-box", role: "alert" }, error.message));
   }
 
   // Fetch all layers; if those are more numbers than the server sends, one layer.
@@ -46,12 +58,12 @@ export function xray(models) {
   const currentMap = () => response.maps[Number(mapSelect.value)];
   const currentWeights = () => currentMap().weights[Number(layerSelect.value) - currentMap().first_layer][Number(headSelect.value)];
 
-  // Replace the options, and keep the selected index if it still exists.
+  // Replace the options, and keep the selected index if it still exists. Without a choice the list is hidden.
   function setOptions(select, labels) {
     const index = Number(select.value);
     select.replaceChildren(...labels.map((label, i) => el("option", { value: i }, label)));
     select.value = index < labels.length ? index : 0;
-    if (select !== mapSelect) select.disabled = labels.length < 2;
+    select.parentElement.hidden = labels.length < 2;
   }
 
   function showMap() {
@@ -64,9 +76,12 @@ export function xray(models) {
   async function changeLayer() {
     const index = Number(layerSelect.value) - currentMap().first_layer;
     if (index < 0 || index >= currentMap().weights.length) {
-      const map = mapSelect.value;
-      response = await post("v1/xray", { ...request, layer: Number(layerSelect.value) });
-      mapSelect.value = map;
+      try {
+        response = await post("v1/xray", { ...request, layer: Number(layerSelect.value) });
+      } catch (error) {
+        showError(error);
+        return;
+      }
     }
     draw();
   }
@@ -145,7 +160,16 @@ export function xray(models) {
   $("#xray-run").addEventListener("click", run);
   addShortcuts(section, run);
   addEventListener("themechange", () => response && draw());
-  return {};
+  for (const select of [mapSelect, layerSelect, headSelect]) setOptions(select, []);
+  updateFields();
+  // The example is analyzed at once, so that there is something to look at.
+  return { onShow: () => { if (!request) run(); } };
+}
+
+// As much of the example as fits the model's context; a translation needs as much again. A token has at least one character.
+function exampleFor({ max_model_len: maxLength, translates }) {
+  const limit = maxLength === null ? Infinity : (translates ? maxLength / 2 : maxLength) - 1;
+  return EXAMPLE.length <= limit ? EXAMPLE : EXAMPLE.slice(0, EXAMPLE.lastIndexOf(" ", limit));
 }
 
 function tokenLine(tokens, label) {

@@ -14,6 +14,7 @@ from gpt.models.linear import (
     SigmaPi,
     SigmaPiLM,
     Softmax,
+    format_sum,
     gradient_step,
     softmax,
 )
@@ -340,3 +341,36 @@ def test_invalid_arguments_raise() -> None:
         Linear(0)
     with pytest.raises(ValueError, match=r"temperature above 0.*0\.0"):
         Softmax(2, 3, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("terms", "text"),
+    [
+        ([(2.0, "x z"), (2.0, "x"), (0.001, "")], "2.00 x z + 2.00 x"),
+        ([(-0.004, "x"), (-1.5, "z"), (-0.25, "")], "-1.50 z - 0.25"),
+        ([(0.0, "x")], "0"),
+    ],
+)
+def test_a_sum_is_written_as_a_person_would(terms: list[tuple[float, str]], text: str) -> None:
+    assert format_sum(terms) == text
+
+
+def test_models_are_written_out_with_their_weights() -> None:
+    models = {
+        Linear(2): ["y = 1.00 x + 2.00 z + 3.00"],
+        SigmaPi(2, ((0, 1), (0, 0), ())): ["y = 1.00 x z + 2.00 x x + 3.00"],
+        Logistic(2): ["p(yes) = sigmoid(1.00 x + 2.00 z + 3.00)"],
+        Softmax(2, 2, 0.5): [
+            "p = softmax(score / 0.5)",
+            "score(no) = 1.00 x + 2.00 z + 5.00",
+            "score(yes) = 3.00 x + 4.00 z + 6.00",
+        ],
+    }
+    for model, formulas in models.items():
+        numbers = iter(range(1, 9))
+        with torch.no_grad():
+            for parameter in model.parameters():
+                values = [next(numbers) for _ in range(parameter.numel())]
+                parameter.copy_(torch.tensor(values).view_as(parameter))
+        assert model.formulas(["x", "z"], ["no", "yes"]) == formulas
+    assert BigramLM(20, 4).formulas([], []) == []

@@ -1,5 +1,7 @@
 """Chapters 5 and 6: MLPs and gated experts, and how they extrapolate."""
 
+import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -270,3 +272,35 @@ def test_invalid_arguments_raise() -> None:
         Experts(2, 3, v=())
     with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
         MLPLM(20, 4, depth=0)
+
+
+def test_networks_and_experts_are_written_out_unit_by_unit() -> None:
+    """The equations, evaluated as Python, compute what the model does."""
+    x_BD = torch.tensor([[0.5, -1.0], [2.0, 0.25]])
+
+    def softmax(scores: list[float]) -> list[float]:
+        return torch.tensor(scores).softmax(0).tolist()
+
+    def value(sum_: str, values: dict[str, float]) -> float:
+        expression = re.sub(r"(\d) ([a-z])", r"\1 * \2", sum_)
+        return float(eval(expression, {"tanh": math.tanh}, values))
+
+    for make in (lambda: MLP(2, (3, 2), "tanh"), lambda: Experts(2, 3, (0,), (1,))):
+        torch.manual_seed(0)
+        model = make()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.copy_((parameter * 100).round() / 100)
+        y, *lines = model.formulas(["x", "z"], [])
+        equations = dict(part.split(" = ") for line in lines for part in re.split("  +", line))
+        for (x, z), expected in zip(x_BD.tolist(), model(x_BD).tolist(), strict=True):
+            values = {"x": x, "z": z}
+            for name, sum_ in equations.items():
+                values[name] = value(sum_, values)
+            if isinstance(model, Experts):
+                assert y == "y = sum_i g_i f_i, g = softmax(s)"
+                gates = softmax([values[f"s{i}"] for i in (1, 2, 3)])
+                found = sum(g * values[f"f{i}"] for i, g in enumerate(gates, 1))
+            else:
+                found = value(y.removeprefix("y = "), values)
+            assert found == pytest.approx(expected, abs=1e-5)

@@ -20,6 +20,7 @@ from tests.serving.running_browser import (
     find_violations,
     set_slider,
 )
+from training.progress import read_metrics
 
 ROOT = Path(__file__).parents[2]
 VIEWS = ("playground", "compare", "xray", "ladder", "runs", "docs")
@@ -252,9 +253,10 @@ def test_compare_shows_the_completions_of_two_models(visit, server):
 
 def test_attention_rows_sum_to_one(visit, server):
     page = visit(server.address, "xray")
+    page.wait_for_selector("#xray-summary")  # of the example
     page.fill("#xray-text", "The cat sat")
     page.click("#xray-run")
-    page.wait_for_selector("#xray-summary")
+    wait_until(lambda: page.locator("#xray-result .token").count() == 12)
     (map_,) = server.request("v1/xray", model="gpt", prompt="The cat sat")["maps"]
     assert page.locator("#xray .maps button").count() == map_["num_layers"] * map_["num_heads"]
     assert [len(map_["rows"]), len(map_["columns"])] == [12, 12]
@@ -271,58 +273,93 @@ def test_attention_rows_sum_to_one(visit, server):
 
 def test_rnn_map_is_by_units(visit, server):
     page = visit(server.address, "xray")
-    page.select_option("#xray [name=model]", "rnn")
-    page.click("#xray-run")
+    page.select_option("#xray [name=model]", "rnn")  # which analyzes the text
+    wait_until(lambda: "unit" in (page.text_content("#xray-result") or ""))
+    for name, is_visible in (("layer", False), ("head", False), ("model", True)):
+        assert page.is_visible(f"#xray [name={name}]") == is_visible
+
+
+def test_xray_opens_with_its_example_analyzed(visit, server):
+    page = visit(server.address, "xray")
     page.wait_for_selector("#xray-summary")
-    assert "unit" in page.inner_text("#xray-summary")
+    example = page.input_value("#xray-text")
+    shown = page.locator("#xray-result .token").all_text_contents()
+    assert "".join(shown[1:]) == example != ""
+    assert page.inner_text("#xray-summary").startswith("attention of")
+    options = page.locator("#xray [name=layer] option").all_inner_texts()
+    assert options == ["Layer 1", "Layer 2"]
+    # There is one map: nothing to choose.
+    assert not page.is_visible("#xray [name=map]")
+    # Another model analyzes it too, but a text of the user's own is kept.
+    page.fill("#xray-text", "Mine")
+    page.select_option("#xray [name=model]", "rnn")
+    wait_until(lambda: page.locator("#xray-result .token").count() == 5)
+    assert page.input_value("#xray-text") == "Mine"
 
 
-def test_translation_alignments(visit, tmp_path):
+def test_xray_example_fits_the_context(visit, runs):
+    """A text that is too long would be an error before the user has done anything."""
+    with contextlib.closing(Server(str(runs / "gpt"), "--max-model-len", "24")) as server:
+        page = visit(server.address, "xray")
+        page.wait_for_selector("#xray-summary")
+        assert page.input_value("#xray-text") == "The cat sat on the mat"
+
+
+@pytest.fixture(scope="module")
+def translator(tmp_path_factory):
+    """A server of a model that translates; no ladder is beside its run."""
+    folder = tmp_path_factory.mktemp("translator")
     words = {"one": "un", "two": "deux", "three": "trois", "cat": "chat", "dog": "chien"}
     pairs = [{"en": f"{a} {b}", "fr": f"{words[a]} {words[b]}"} for a in words for b in words]
     lines = "".join(json.dumps({"translation": pair}) + "\n" for pair in pairs)
-    data = tmp_path / "pairs"
+    data = folder / "pairs"
     data.mkdir()
     for split in ("train", "validation", "test"):
         (data / f"{split}.jsonl").write_text(lines)
-    folder, size = tmp_path / "translator", ("--width", "32", "--batch-size", "16", "--steps", "20")
-    options = ("--data", str(data), "--run", str(folder), "--tokenizer", "bytes", *size)
+    run, size = folder / "runs" / "run", ("--width", "32", "--batch-size", "16", "--steps", "20")
+    options = ("--data", str(data), "--run", str(run), "--tokenizer", "bytes", *size)
     options += ("--context-length", "64", "--device", "cpu")
     run_module("training", "train", "translate-attention", *options)
-    with contextlib.closing(Server(str(folder))) as server:
-        page = visit(server.address, "xray")
-        page.fill("#xray-text", "one cat")
-        page.fill("#xray-translation", "un chat")
-        page.click("#xray-run")
-        page.wait_for_selector("#xray-summary")
-        source, target = page.locator("#xray-result .weighted").all()
-        assert source.inner_text().split() == ["one", "cat"]
-        assert "".join(target.locator(".token").all_text_contents()[:-1]) == "un chat"
-        target.focus()
-        page.keyboard.press("Home")
-        distributions = set()
-        for _ in "un chat":
-            page.keyboard.press("ArrowRight")
-            assert page.inner_text("#xray-summary").endswith("sum 1.00")
-            weights = source.locator(".token").evaluate_all(
-                "spans => spans.map(e => Number(e.style.getPropertyValue('--weight')))"
-            )
-            assert max(weights) == 1
-            distributions.add(tuple(weights))
-        assert len(distributions) > 1
-        # Without a translation, the model's own is shown.
-        page.fill("#xray-translation", "")
-        page.click("#xray-run")
-        output = server.request("v1/xray", prompt="one cat")["target_tokens"]
-        wait_until(lambda: target.locator(".token").count() == len(output))
-        # In the playground, the translation is below the source, and nothing follows its end.
-        page.click("nav a[href='#playground']")
-        generate(page, "one cat", 200)
-        page.wait_for_selector("#playground-stop:disabled")
-        assert page.locator("#playground-output .line").first.inner_text() == "one cat"
-        assert "stopped at the end-of-text token" in page.inner_text("#playground-stats")
-        wait_until(lambda: "<|endoftext|>" in page.inner_text("#playground-candidates h3"))
-        assert page.inner_text("#playground-candidates .selected .name").endswith("<|endoftext|>")
+    server = Server(str(run))
+    yield server
+    server.close()
+
+
+def test_translation_alignments(visit, translator):
+    page = visit(translator.address, "xray")
+    page.wait_for_selector("#xray-summary")  # of the example
+    page.fill("#xray-text", "one cat")
+    page.fill("#xray-translation", "un chat")
+    page.click("#xray-run")
+    wait_until(lambda: page.locator("#xray-result .weighted >> nth=0").inner_text() == "one cat")
+    source, target = page.locator("#xray-result .weighted").all()
+    assert source.inner_text().split() == ["one", "cat"]
+    assert "".join(target.locator(".token").all_text_contents()[:-1]) == "un chat"
+    target.focus()
+    page.keyboard.press("Home")
+    distributions = set()
+    for _ in "un chat":
+        page.keyboard.press("ArrowRight")
+        assert page.inner_text("#xray-summary").endswith("sum 1.00")
+        weights = source.locator(".token").evaluate_all(
+            "spans => spans.map(e => Number(e.style.getPropertyValue('--weight')))"
+        )
+        assert max(weights) == 1
+        distributions.add(tuple(weights))
+    assert len(distributions) > 1
+    # Without a translation, the model's own is shown.
+    page.fill("#xray-translation", "")
+    page.click("#xray-run")
+    output = translator.request("v1/xray", prompt="one cat")["target_tokens"]
+    wait_until(lambda: target.locator(".token").count() == len(output))
+    # In the playground, the translation is below the source, and nothing follows its end.
+    page.click("nav a[href='#playground']")
+    generate(page, "one cat", 200)
+    page.wait_for_selector("#playground-stop:disabled")
+    assert page.locator("#playground-output .line").first.inner_text() == "one cat"
+    assert "stopped at the end-of-text token" in page.inner_text("#playground-stats")
+    wait_until(lambda: "<|endoftext|>" in page.inner_text("#playground-candidates h3"))
+    assert page.inner_text("#playground-candidates .selected .name").endswith("<|endoftext|>")
 
 
 def test_ladder_describes_the_selected_rung(visit, server):
@@ -336,6 +373,26 @@ def test_ladder_describes_the_selected_rung(visit, server):
     assert rows["softmax"]["sample"].strip()[:20] in description
     page.select_option("#ladder-x", "tokens")
     assert "training tokens" in page.inner_text("#ladder-chart")
+
+
+def test_ladder_shows_every_equation_before_anything_is_measured(visit, translator):
+    page = visit(translator.address, "ladder")
+    page.wait_for_selector("#ladder-rungs button")
+    rungs = translator.request("v1/ladder")["rungs"]
+    assert len(rungs) == 15
+    buttons = page.locator("#ladder-rungs button").all_inner_texts()
+    for rung, text in zip(rungs, buttons, strict=True):
+        assert f"{rung['chapter']}. {rung['name']}" in text
+        assert rung["equation"] in text
+    explanation = page.inner_text("#ladder-chart")
+    assert "make ladder" in explanation
+    assert "bits per byte" in explanation
+    assert not page.is_visible("#ladder-x")
+    assert "1. linear" in page.inner_text("#ladder-rung")
+    page.click("#ladder-rungs [data-name=lstm]")
+    assert page.inner_text("#ladder-rung h3") == "9. lstm"
+    assert page.get_attribute("#ladder-rungs [data-name=lstm]", "aria-pressed") == "true"
+    assert page.get_attribute("#ladder-rungs [data-name=linear]", "aria-pressed") == "false"
 
 
 def test_api_reference_lists_every_field_and_limit(visit, server):
@@ -399,6 +456,106 @@ def test_runs_show_configurations_and_samples(visit, server):
     )
     assert '"rnn"' in page.inner_text("#runs-config tr.differs >> nth=0 >> xpath=..")
     assert page.locator("#runs-samples article").count() >= 2
+
+
+def only(page, *names):
+    """Select these runs."""
+    page.wait_for_selector("#runs-list input")
+    for box in page.locator("#runs-list input").all():
+        box.set_checked(box.get_attribute("value") in names)
+    legend = "#runs-chart .legend"
+    wait_until(lambda: sorted(page.locator(f"{legend} span").all_inner_texts()) == sorted(names))
+
+
+def chart_values(page):
+    """Return title, columns and the values of each run, as the chart's tooltip shows them."""
+    if not page.is_visible("#runs-chart .tooltip"):
+        return None
+    (title, *columns), *rows = [
+        row.locator("th, td").all_inner_texts()
+        for row in page.locator("#runs-chart .tooltip tr").all()
+    ]
+    return title, columns, {name: values for name, *values in rows}
+
+
+def test_runs_chart_shows_the_values_at_the_pointer_and_by_keyboard(visit, server, runs):
+    page = visit(server.address, "runs")
+    only(page, "rnn", "gpt")
+    lines = {name: read_metrics(runs / name) for name in ("gpt", "rnn")}
+
+    def logged(name, step, key):
+        return next(f"{it[key]:.3f}" for it in lines[name] if it["step"] == step and key in it)
+
+    set_slider(page, "#runs [name=smoothing]", 0)
+    chart = "#runs-chart svg"
+    assert chart_values(page) is None
+    page.focus(chart)  # the last step
+    for key, step in (("", 60), ("ArrowLeft", 58), ("Home", 2), ("ArrowRight", 4), ("End", 60)):
+        if key:
+            page.keyboard.press(key)
+        title, columns, values = chart_values(page)
+        assert (title, columns) == (f"step {step}", ["training", "validation"])
+        for name in ("gpt", "rnn"):
+            assert values[name][0] == logged(name, step, "loss")
+            assert step < 60 or values[name][1] == logged(name, step, "validation_loss")
+            assert step > 10 or values[name][1] == "–"  # validated at 20 first
+        assert page.get_attribute(chart, "aria-valuenow") == str(step)
+        spoken = page.get_attribute(chart, "aria-valuetext")
+        assert spoken.startswith(f"step {step}; ")
+        assert f"training {values['gpt'][0]}" in spoken
+    # What is polled draws the chart again: the focus and the value stay.
+    page.eval_on_selector(
+        "#runs [name=smoothing]", "e => e.dispatchEvent(new Event('input', {bubbles: true}))"
+    )
+    assert chart_values(page)[0] == "step 60"
+    assert page.evaluate("document.activeElement.classList.contains('chart')")
+    page.keyboard.press("Escape")
+    assert chart_values(page) is None
+    page.locator(chart).blur()
+    box = page.locator(chart).bounding_box()
+    page.mouse.move(box["x"] + box["width"] - 17, box["y"] + box["height"] / 2)
+    assert chart_values(page)[0] == "step 60"
+    page.mouse.move(box["x"] + 54, box["y"] + box["height"] / 2)
+    assert chart_values(page)[0] == "step 2"
+    page.mouse.move(box["x"] + 54, box["y"] - 30)
+    assert chart_values(page) is None
+
+
+def test_smoothing_is_a_debiased_exponential_moving_average(visit, server, runs):
+    page = visit(server.address, "runs")
+    only(page, "gpt")
+    losses = [line["loss"] for line in read_metrics(runs / "gpt") if "loss" in line]
+    assert page.locator("#runs-chart .curve.faint").count() == 1  # 0.6, as in TensorBoard
+    for weight in (0.6, 0.9):
+        set_slider(page, "#runs [name=smoothing]", weight)
+        assert page.inner_text("#runs-smoothing") == f"{weight:.2f}"
+        average, expected = 0.0, []
+        for i, loss in enumerate(losses, 1):
+            average = weight * average + (1 - weight) * loss
+            expected.append(f"{average / (1 - weight**i):.3f}")
+        page.focus("#runs-chart svg")
+        for key, value in (("End", expected[-1]), ("Home", expected[0]), ("PageUp", expected[3])):
+            page.keyboard.press(key)
+            _, columns, values = chart_values(page)
+            assert columns == ["training", "smoothed", "validation"]
+            assert values["gpt"][1] == value
+    set_slider(page, "#runs [name=smoothing]", 0)
+    assert page.locator("#runs-chart .curve.faint").count() == 0
+
+
+def test_runs_hides_what_is_chosen_nowhere(visit, server):
+    page = visit(server.address, "runs")
+    only(page, "gpt")
+    settings = ("#runs-settings", "#runs-chart", "#runs-config", "#runs-samples article")
+    assert all(page.is_visible(selector) for selector in settings)
+    page.click("#runs-config summary")
+    table = page.inner_text("#runs-config")
+    assert "batch_size" in table
+    assert not any(name in table for name in ("data_config", "streaming", "init_embedding"))
+    page.uncheck("#runs-list input[value=gpt]")
+    page.wait_for_selector("#runs-settings", state="hidden")
+    assert not any(page.is_visible(selector) for selector in settings)
+    assert page.inner_text("#runs-stats") == "Select a run to see its loss."
 
 
 HOSTILE_PROMPTS = {
@@ -532,10 +689,13 @@ def fill_view(page, view):
             generate(page, "The model ", 30, view=view)
             page.wait_for_selector(f"#{view}-stop:disabled")
         case "xray":
-            page.click("#xray-run")
             page.wait_for_selector("#xray-summary")
-        case "ladder" | "runs":
-            page.wait_for_selector(f"#{view}-chart svg")
+        case "ladder":
+            page.wait_for_selector("#ladder-chart svg")
+        case "runs":
+            page.wait_for_selector("#runs-chart svg[role=slider]")
+            page.focus("#runs-chart svg")
+            page.wait_for_selector("#runs-chart .tooltip")
         case "docs":
             page.wait_for_selector("#docs details[open] .fields")
             page.eval_on_selector_all(

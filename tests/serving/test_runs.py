@@ -275,8 +275,10 @@ def test_ladder_has_rows_of_the_newest_and_descriptions_of_all_rungs(server, fol
     assert ladder_row["description"].startswith(gpt.models.recurrent.__doc__.splitlines()[0])
     assert [rung["name"] for rung in ladder["rungs"]] == list(CHAPTERS)
     for rung, model_class in zip(ladder["rungs"], CHAPTERS.values(), strict=True):
-        assert set(rung) == {"name", "chapter", "year", "paper", "idea", "description"}
+        assert set(rung) == {"name", "chapter", "year", "paper", "idea", "equation", "description"}
         assert (rung["chapter"], rung["year"]) == (model_class.chapter, model_class.year)
+        assert rung["equation"].isascii() == ("·" not in rung["equation"])
+        assert len(rung["equation"]) < 50
     write_run(folder / "ladder", LINES)
     (folder / "ladder" / "ladder.json").write_text(json.dumps([row, {"rung": "of the future"}]))
     os.utime(folder / "ladder" / "ladder.json", (1, 1))

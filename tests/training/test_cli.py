@@ -20,6 +20,7 @@ from tokenizer import train_words
 from training import cli
 from training.checkpointing import list_checkpoints, newest_checkpoint
 from training.data.corpus import CorpusWriter, TextChunk
+from training.presets import PRESETS
 from training.run_directory import run_lock
 
 TINY = shlex.split("""
@@ -73,15 +74,52 @@ def test_train_prints_its_config_metrics_and_next_commands(run):
     config = json.loads((directory / "run.json").read_text())
     assert "preset gpt-nano: gpt on cpu" in out
     assert f"run: {directory}, {config['parameters']:,} parameters" in out
-    for name, value in config["config"].items():
-        if name not in ("preset", "model", "languages", "precision"):
-            assert f"{name} = {value}\n" in out
+    assert config["config"]["beta2"] == 0.95  # all settings are in run.json
+    settings = re.findall(r"^  (\w+) = (\S+) \(preset: (\S+)\)$", out, re.MULTILINE)
+    assert ("steps", "6", "640") in settings
+    assert ("width", "16", "192") in settings
+    assert ("embedding_lr", "0.01768", "0.1") in settings  # follows --batch-size
+    names = [name for name, _, _ in settings]
+    assert not {"beta2", "optimizer", "hidden", "preset", "model_args", "languages"} & {*names}
+    assert all(value != default for _, value, default in settings)
+    assert "chapter 15: the next token, by today's GPT" in out
+    assert "compile:" not in out  # never on a CPU, unless asked for
     assert "precision: float32 (auto: too few steps" in out  # instead of auto
     assert "last 10% of the characters" in out
     assert len(re.findall(r"step [36]: validation loss \d\.\d{4}, perplexity", out)) == 2
     for line in ("make sample", "make eval", "make serve"):
         assert f"{line} RUN={directory}" in out
     assert "\r" not in out
+
+
+def test_table_run_ends_with_what_its_chapter_promised(workdir):
+    code, out, err = training("train", "linear", "--run", workdir / "runs" / "line")
+    assert code == 0, err
+    assert " = " not in out.partition("data:")[0].partition("4.5 x + 5")[2]  # no setting differs
+    assert out.count("10 meters: 50 units of power (50)") == 2  # at step 500 and in the report
+    assert "\n\n\n" not in out
+    report = out.partition("with the best weights:")[2].splitlines()
+    assert "  y = 4.50 x + 5.00" in report
+    promise = "chapter 1 promises: power = 4.5 x + 5, from eight throws; so ten meters need 50"
+    assert promise in report
+    options = ("--task", "square", "--steps", "2", "--run", workdir / "runs" / "bent")
+    _, out, _ = training("train", "linear", *options)
+    assert "  task = square (preset: basketball)" in out
+    assert "promises" not in out
+
+
+def test_an_unchanged_sample_is_not_printed_again(workdir):
+    options = ("--tokenizer", "words", "--data", workdir / "text.txt", "--batch-size", "1")
+    options += ("--context-length", "8", "--width", "4", "--steps", "2", "--eval-interval", "1")
+    options += ("--learning-rate", "1e-30", "--embedding-lr", "1e-30")
+    directory = workdir / "runs" / "words"
+    code, out, err = training("train", "word2vec", *options, "--run", directory)
+    assert code == 0, err
+    assert len(re.findall(r"^step [12]: validation loss", out, re.MULTILINE)) == 2
+    assert out.count("a sample:") == 1
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    first, second = [line["sample"] for line in lines if "sample" in line]
+    assert first == second != ""
 
 
 def test_run_directory_is_complete(run):
@@ -486,14 +524,19 @@ def test_help_lists_every_option_in_lines_that_fit(command):
         assert "tinygpt presets" in out
 
 
-def test_presets_lists_models_and_tasks():
+def test_presets_lists_chapter_steps_time_and_aim_of_each():
     code, out, _ = training("presets")
     assert code == 0
-    rows = {line.split()[0]: line.split()[1:3] for line in out.splitlines()}
-    assert rows["gpt-micro"] == ["gpt", "text"]
-    assert rows["grain-experts"] == ["experts-table", "grains"]
-    assert rows["translate-attention"] == ["attention", "translation"]
-    assert rows["word2vec"] == ["word2vec", "word-vectors"]
+    head, *lines = out.splitlines()
+    assert head.split() == ["preset", "chapter", "steps", "time", "learns"]
+    rows = [re.fullmatch(r"(\S+) +(\d+) +([\d,]+)  (.{9}) (.+)", line).groups() for line in lines]
+    assert [int(chapter) for _, chapter, *_ in rows] == sorted(int(row[1]) for row in rows)
+    by_name = {name: (chapter, steps, time.strip()) for name, chapter, steps, time, _ in rows}
+    assert by_name.keys() == PRESETS.keys()
+    assert by_name["linear"] == ("1", "1,000", "5 s")
+    assert by_name["translate-gpt2"] == ("14", "1,500", "35 min")
+    assert by_name["gpt-small"] == ("15", "5,000", "on a GPU")
+    assert max(map(len, lines)) <= 130
 
 
 def test_translators_writes_a_table_and_a_plot(tmp_path, monkeypatch):

@@ -1,11 +1,12 @@
 """Presets, and how their learning rates scale with batch and width."""
 
 import dataclasses
+import re
 
 import pytest
 
 from training.config import LEARNING_RATES, scale_learning_rates
-from training.presets import PRESETS
+from training.presets import ABOUT, GPU_TIME, PRESETS, describe_preset
 
 GPT_PRESETS = ("gpt-nano", "gpt-micro", "gpt-small")
 
@@ -65,3 +66,16 @@ def test_explicit_learning_rate_is_that_of_all_parameters_where_a_preset_has_one
     assert rates == dict.fromkeys(LEARNING_RATES, 0.3)
     rates = scaled_config(name, learning_rate=0.3, vector_lr=0.2).peak_learning_rates()
     assert rates == dict.fromkeys(LEARNING_RATES, 0.3) | {"vector_lr": 0.2}
+
+
+def test_every_preset_says_what_it_learns_and_how_long_it_takes():
+    assert ABOUT.keys() == PRESETS.keys()
+    assert all(
+        about.time == GPU_TIME or re.fullmatch(r"\d+ (s|min|h)", about.time)
+        for about in ABOUT.values()
+    )
+    assert describe_preset(PRESETS["linear"]).startswith("chapter 1: power = 4.5 x + 5")
+    assert describe_preset(PRESETS["gpt-nano"]).endswith("(about 4 min on two cores)")
+    assert describe_preset(PRESETS["gpt-small"]).endswith("(on a GPU)")
+    short = dataclasses.replace(PRESETS["linear"], steps=5)
+    assert "two cores" not in describe_preset(short)

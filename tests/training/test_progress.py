@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from training.progress import MetricsLogger, printable, read_metrics
+from training.progress import MetricsLogger, format_loss, printable, read_metrics
 
 SAMPLE = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight\n"
 
@@ -41,3 +41,11 @@ def test_later_lines_the_final_score_and_incomplete_ones_are_removed_on_resume(t
 )
 def test_control_characters_do_not_reach_the_terminal(text, shown):
     assert printable(text) == shown
+
+
+@pytest.mark.parametrize(
+    ("loss", "text"),
+    [(1.23456, "1.2346"), (3.17e-11, "3.17e-11"), (0.0, "0"), (2e30, "2e+30")],
+)
+def test_small_losses_are_not_rounded_to_zero(loss, text):
+    assert format_loss(loss) == text

@@ -179,13 +179,20 @@ def test_chapter_6_experts_extrapolate_lines_and_a_network_does_not(tmp_path):
 
 def test_learned_law_is_reported_in_words(tmp_path):
     model, task, score = train("rice-sigma-pi", tmp_path, steps=800)
-    assert score.weights == {"weight": pytest.approx([2, 2, 0], abs=2e-3)}
+    assert score.formulas == [
+        "y = 2.00 x z + 2.00 x",
+        "(x: cups, z: darkness, y: cups of water)",
+    ]
     examples = task.sample(model, 40).splitlines()
     assert "10 cups of brown rice: 30 cups of water (30)" in examples
     assert "1 cup of franken-grain: 4 cups of water (1)" in examples
     assert task.sample(model, 0) == ""
     lines = task.score(model, "beyond").table().splitlines()
-    assert "  10 cups of white rice: 20 cups of water (20)" in lines
+    assert "  beyond      10 cups of white rice: 20 cups of water (20)" in lines
+    assert "              10 cups of brown rice: 30 cups of water (30)" in lines
+    assert "  franken     1 cup of franken-grain: 4 cups of water (1)" in lines
+    assert lines[-2] == "  y = 2.00 x z + 2.00 x"
+    assert "franken: 1 row, a grain it has not seen" in task.sizes
     assert any(line.split() == ["franken", "loss", "9"] for line in lines)
 
 
@@ -275,3 +282,17 @@ def test_experts_with_inputs_that_the_table_lacks_are_rejected(tmp_path):
 def test_unsupported_options_are_fields_of_the_config():
     fields = {field.name for field in dataclasses.fields(TrainingConfig)}
     assert fields >= TabularTask.unsupported_options
+
+
+def test_only_small_models_are_written_out():
+    task = open_table("rice")
+    for hidden, lines in (((8,), 10), ((16,), 0)):  # 33 and 65 weights
+        model = build_model("mlp-table", {"inputs": 2, "hidden": hidden})
+        assert len(task.score(model, "validation").formulas) == lines
+
+
+@pytest.mark.parametrize("name", TABULAR_TASKS)
+def test_inputs_of_a_small_table_have_letters(name):
+    table = open_table(name).table
+    x_BD, _ = table.splits["train"]
+    assert len(table.inputs) == (x_BD.shape[1] if x_BD.shape[1] <= 3 else 0)

@@ -71,6 +71,8 @@ class Task:
     """Options of `score` besides the split."""
     unsupported_options: ClassVar[frozenset[str]] = frozenset()
     """Fields of `TrainingConfig` that do not apply to the task."""
+    sample_in_report: ClassVar[bool] = False
+    """Whether reports hold what `sample` returns."""
 
     config: TrainingConfig
     fingerprint: str

@@ -40,7 +40,10 @@ TEXT_OPTIONS = (
 """Options that apply only to tasks on text."""
 
 MAX_LISTED_WEIGHTS = 40
-"""Reports list all weights of a model that has at most this many."""
+"""Reports write out a model that has at most this many weights."""
+MAX_EXAMPLES = 4
+"""Rows of a split that reports and samples show."""
+SPLIT_NOTES = {"beyond": "beyond the range of training", "franken": "a grain it has not seen"}
 
 Rows = tuple[Tensor, Tensor]
 """x_BD in float32 and y_B: numbers in float32, or classes in int64."""
@@ -59,6 +62,8 @@ class Table:
     """Unit of the targets, with a leading space."""
     classes: tuple[str, ...] = ()
     """Names of the classes, if the targets are classes."""
+    inputs: dict[str, str] = dataclasses.field(default_factory=dict)
+    """What the inputs are, by the letters that they have in equations; empty if they are many."""
 
 
 class Grain(NamedTuple):
@@ -120,11 +125,14 @@ def _basketball(_: int) -> Table:
         _law(lambda x_B: (x_B.unsqueeze(-1), 4.5 * x_B + 5), torch.arange(1.0, 9.0), TEN),
         lambda meters: f"{meters:g} meters",
         " units of power",
+        inputs={"x": "meters"},
     )
 
 
 def _water(description: str, splits: dict[str, Rows]) -> Table:
-    return Table(description, splits, _describe_cups, " cups of water")
+    x_BD, _ = splits["train"]
+    inputs = dict([("x", "cups"), ("z", "darkness")][: x_BD.shape[1]])
+    return Table(description, splits, _describe_cups, " cups of water", inputs=inputs)
 
 
 def _white_rice(_: int) -> Table:
@@ -156,6 +164,7 @@ def _lines(seed: int) -> Table:
         "five random lines, and a z that selects one of them",
         _law(lambda x_B: five_lines(seed, x_B), torch.linspace(-1, 1, 10), beyond_B),
         lambda x, z: f"x = {x:.3g} on the line of z = {z:g}",
+        inputs={"x": "", "z": "selects the line"},
     )
 
 
@@ -166,6 +175,7 @@ def _curve(name: str, _: int) -> Table:
         f"the curve {formula}",
         _law(lambda x_B: (x_B.unsqueeze(-1), curve(x_B)), x_B, beyond_B),
         lambda x: f"x = {x:.3g}",
+        inputs={"x": ""},
     )
 
 
@@ -184,6 +194,7 @@ def _white_or_brown(seed: int) -> Table:
         {"train": measure(100), "validation": measure(500)},
         lambda cups, water: f"{cups:.1f} cups in {water:.1f} cups of water",
         classes=(WHITE.name, BROWN.name),
+        inputs={"x": "cups", "w": "cups of water"},
     )
 
 
@@ -201,6 +212,7 @@ def _which_grain(seed: int) -> Table:
         {"train": measure(100), "validation": measure(500)},
         lambda darkness: f"darkness {darkness:.2f}",
         classes=tuple(grain.name for grain in GRAINS),
+        inputs={"z": "darkness"},
     )
 
 
@@ -221,17 +233,17 @@ CLASSIFICATION_TABLES: Tables = {"which-grain": _which_grain}
 
 @dataclass(frozen=True)
 class TableScore:
-    """Figures of a model on each split of a table, with example predictions on one of them."""
+    """Figures of a model on each split of a table, example predictions, and the model written out."""
 
     split: str
     """The split that was requested."""
     loss_name: str
     figures: dict[str, dict[str, float]]
     """Figures by name, for each split."""
-    examples: list[str]
-    """Rows of the requested split with the model's predictions."""
-    weights: dict[str, Any]
-    """The model's parameters by name, if they are few."""
+    examples: dict[str, list[str]]
+    """Rows with the model's predictions: of the requested split, and those not trained on."""
+    formulas: list[str]
+    """The model as equations, if its weights are few."""
 
     def to_json(self) -> dict[str, Any]:
         """Return the figures of the requested split, then `<split>_<name>` of all splits."""
@@ -243,15 +255,17 @@ class TableScore:
         return {**self.figures[self.split], **prefixed}
 
     def table(self) -> str:
-        """Return the figures, examples and weights as lines of text."""
+        """Return the figures, examples and equations as lines of text."""
         lines = [f"loss: {self.loss_name}"]
         for split, figures in self.figures.items():
             columns = "  ".join(f"{name} {value:<9.3g}" for name, value in figures.items())
             lines.append(f"  {split:<12}{columns}".rstrip())
-        lines.append(f"{self.split}, in brackets the true value:")
-        lines += [f"  {example}" for example in self.examples]
-        if self.weights:
-            lines += ["weights:", *(f"  {name}: {it}" for name, it in self.weights.items())]
+        lines.append("predictions, in brackets the true value:")
+        for split, examples in self.examples.items():
+            names = itertools.chain([split], itertools.repeat(""))
+            lines += [f"  {name:<12}{row}" for name, row in zip(names, examples, strict=False)]
+        if self.formulas:
+            lines += ["the model:", *(f"  {formula}" for formula in self.formulas)]
         return "\n".join(lines)
 
 
@@ -260,6 +274,7 @@ class TabularTask(Task):
 
     unit = "rows"
     unsupported_options = frozenset(TEXT_OPTIONS.split())
+    sample_in_report = True
     tables: ClassVar[Tables]
     loss_name: ClassVar[str]
 
@@ -267,7 +282,10 @@ class TabularTask(Task):
         self.config, self.table = config, table
         self.description = table.description
         self.splits = list(table.splits)
-        self.sizes = [f"{name}: {len(y_B):,} rows" for name, (_, y_B) in table.splits.items()]
+        self.sizes = []
+        for name, (_, y_B) in table.splits.items():
+            note = f", {SPLIT_NOTES[name]}" if name in SPLIT_NOTES else ""
+            self.sizes.append(f"{name}: {len(y_B):,} {'row' if len(y_B) == 1 else 'rows'}{note}")
         x_BD, _ = table.splits["train"]
         self.model_args = {"inputs": x_BD.shape[1], "classes": len(table.classes)}
         tensors = itertools.chain.from_iterable(table.splits.values())
@@ -310,27 +328,34 @@ class TabularTask(Task):
     def sample(self, model: Model, length: int) -> str:
         """Return predictions for some rows of each split but the training split."""
         splits = self.splits[1:] if length else []
-        examples = (self._examples(model, split, 4) for split in splits)
+        examples = (self._examples(model, split) for split in splits)
         return "\n".join(itertools.chain.from_iterable(examples))
 
     def score(self, model: Model, split: str, **options: Any) -> TableScore:  # noqa: ANN401, ARG002
-        """Score every split, with example predictions for the requested one."""
-        weights = {}
-        if sum(weight.numel() for weight in model.parameters()) <= MAX_LISTED_WEIGHTS:
-            for name, weight in model.named_parameters():
-                rounded = np.round(weight.detach().cpu().double().numpy(), 3)
-                weights[name] = (rounded + 0.0).tolist()  # turns -0.0 into 0.0
+        """Score every split; predict rows of the requested one and of those not trained on."""
         figures = {name: self._evaluate(model, name) for name in self.splits}
-        return TableScore(split, self.loss_name, figures, self._examples(model, split, 12), weights)
+        shown = dict.fromkeys([split, *self.splits[1:]])
+        examples = {name: self._examples(model, name) for name in shown}
+        return TableScore(split, self.loss_name, figures, examples, self._formulas(model))
+
+    def _formulas(self, model: Model) -> list[str]:
+        """Return the model written out, and what its letters mean; nothing if it is too large."""
+        num_weights = sum(weight.numel() for weight in model.parameters())
+        if num_weights > MAX_LISTED_WEIGHTS or not self.table.inputs:
+            return []
+        units = [*self.table.inputs.items(), ("y", self.table.unit.strip())]
+        letters = [f"{letter}: {meaning}" for letter, meaning in units if meaning]
+        formulas = model.formulas(list(self.table.inputs), self.table.classes)
+        return formulas + [f"({', '.join(letters)})"] * bool(letters)
 
     def _evaluate(self, model: Model, split: str) -> dict[str, float]:
         """Return the figures of a split by name."""
         return {"loss": _call(model, model.loss, *self.table.splits[split]).item()}
 
-    def _examples(self, model: Model, split: str, max_rows: int) -> list[str]:
+    def _examples(self, model: Model, split: str) -> list[str]:
         """Return evenly spaced rows of a split as text, each with its prediction and true value."""
         x_BD, y_B = self.table.splits[split]
-        rows = torch.linspace(0, len(y_B) - 1, min(max_rows, len(y_B))).long()
+        rows = torch.linspace(0, len(y_B) - 1, min(MAX_EXAMPLES, len(y_B))).long()
         outputs = _call(model, model, x_BD[rows])
         return [
             f"{self.table.describe_inputs(*x)}: {self._format_output(output)} ({self._format_target(y)})"
