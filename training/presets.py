@@ -48,6 +48,8 @@ LINEAR_TABLE = TrainingConfig(
 MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
 """Lower rates for a loss with many local minima, one of which is a linear fit."""
 
+DIGITS = replace(MLP_TABLE, batch_size=64, steps=600, eval_interval=200, checkpoint_interval=600)
+
 EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
 
 TABLE_PRESETS = {
@@ -61,6 +63,8 @@ TABLE_PRESETS = {
         ("grain-softmax", LINEAR_TABLE, "softmax-table", "which-grain", {}),
         ("curve-mlp", MLP_TABLE, "mlp-table", "square", {"hidden": (32,)}),
         ("rice-mlp", MLP_TABLE, "mlp-table", "rice", {"hidden": (32,)}),
+        ("digits-softmax", DIGITS, "softmax-table", "digits", {}),
+        ("digits-mlp", DIGITS, "mlp-classifier-table", "digits", {}),
         ("grain-mlp", MLP_TABLE, "mlp-table", "grains", {"hidden": (64,)}),
         # The experts see the cups and the gates the darkness: a line per grain, which extrapolates.
         ("grain-experts", EXPERTS_TABLE, "experts-table", "grains", {"u": (0,), "v": (1,)}),

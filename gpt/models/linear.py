@@ -195,7 +195,7 @@ class Softmax(Model):
                 "inputs and classes must be at least 1 and the temperature above 0, "
                 f"not {inputs}, {classes} and {temperature}"
             )
-        self.scores = nn.Linear(inputs, classes)
+        self.scores: nn.Module = nn.Linear(inputs, classes)
         self.temperature = temperature
 
     def forward(self, x_BD: Tensor) -> Tensor:

@@ -7,7 +7,8 @@ The models of `linear` bend only where we choose. A layer with a nonlinear activ
 three ReLUs make up to three kinks, and enough of them fit any curve. Backpropagation computes the
 gradient of each weight, from the last layer to the first. Such a network spreads what it learns
 over all its units and does not extrapolate. Gated experts separate two questions, which law holds
-and when: multiplying by a gate switches an expert off, as no sum can, and leaves its law intact.
+and when: multiplying by a gate switches an expert off, as no sum can. Gates that do not see the
+experts' input mix lines into a line, which extrapolates.
 
 Each has a language model over a window of embeddings (Bengio, Ducharme, Vincent & Jauvin 2003). It
 has separate weights for each of the last W tokens, so a longer window costs more weights. The
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.base import ActivationMap, State
-from gpt.models.linear import Regression, WindowLM, softmax
+from gpt.models.linear import Regression, Softmax, WindowLM, softmax
 
 
 def step(x: Tensor) -> Tensor:
@@ -93,6 +94,31 @@ class MLP(Regression):
         return self.output(self.hidden(x_BD)).squeeze(-1)
 
 
+class MLPClassifier(Softmax):
+    """Many classes: hidden layers with a nonlinear activation, then a softmax regression on their output.
+
+    Args:
+        classes: Number of classes, V.
+        hidden: Units of each hidden layer.
+        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
+    """
+
+    chapter: ClassVar[int] = 5
+    year: ClassVar[int] = MLP.year
+    paper: ClassVar[str] = MLP.paper
+    idea: ClassVar[str] = MLP.idea
+
+    def __init__(
+        self,
+        inputs: int = 1,
+        classes: int = 3,
+        hidden: tuple[int, ...] = (32,),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__([inputs, *hidden][-1], classes)
+        self.scores = nn.Sequential(Layers([inputs, *hidden], activation), self.scores)
+
+
 def backpropagate(
     weights_L: Tensor, biases_L: Tensor, x: Tensor, y: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,19 +142,46 @@ def backpropagate(
     return (activations[-1] - y) ** 2, weight_gradients_L, bias_gradients_L
 
 
+def backpropagate_layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], x_BF: Tensor, y_BF: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Compute the gradients of layers of many sigmoid neurons by hand: `backpropagate` with matrices.
+
+        z_l = W_l a_(l-1) + b_l,   a_l = sigmoid(z_l),   a_0 = x,   C = sum_j (a_Lj - y_j)^2
+
+    A neuron influences every neuron of the layer above, so its gradient is a sum over all of them:
+    the product with W_l. Returns C, dC/dW_l and dC/db_l of each layer, means over the batch.
+    """
+    activations = [x_BF]
+    for weight_GF, bias_G in zip(weights, biases, strict=True):
+        activations.append(torch.sigmoid(activations[-1] @ weight_GF.t() + bias_G))
+    error_BF = activations[-1] - y_BF
+    weight_gradients, bias_gradients = [], []
+    gradient_BF = 2 * error_BF / len(x_BF)  # dC/da of the last layer
+    for layer in reversed(range(len(weights))):
+        a_BF = activations[layer + 1]
+        gradient_BF = gradient_BF * a_BF * (1 - a_BF)  # dC/dz
+        weight_gradients.append(gradient_BF.t() @ activations[layer])
+        bias_gradients.append(gradient_BF.sum(0))
+        gradient_BF = gradient_BF @ weights[layer]  # dC/da of the layer below
+    cost = (error_BF**2).sum(-1).mean()
+    return cost, weight_gradients[::-1], bias_gradients[::-1]
+
+
 class GatedExperts(nn.Module):
     """A mixture of experts: y = sum_i f(u)_i softmax(g(v))_i, f and g linear.
 
     It is attention in its simplest form: a weighted average whose weights are computed. `u` and `v`
-    are the widths of the inputs of experts and gates, `outputs` that of an expert's output, D.
+    are the widths of the inputs of experts and gates, `outputs` that of an expert's output, D. Any
+    other module with as many outputs may replace `experts` or `gates`.
     """
 
     def __init__(self, u: int, v: int, experts: int, outputs: int) -> None:
         super().__init__()
         if experts < 1:
             raise ValueError(f"experts must be at least 1, not {experts}")
-        self.experts = nn.Linear(u, experts * outputs)
-        self.gates = nn.Linear(v, experts)
+        self.experts: nn.Module = nn.Linear(u, experts * outputs)
+        self.gates: nn.Module = nn.Linear(v, experts)
 
     def gate_weights(self, v_BF: Tensor) -> Tensor:
         """Return gates_BE, the weight of each expert. Any number of leading axes is allowed."""
