@@ -48,7 +48,16 @@ LINEAR_TABLE = TrainingConfig(
 MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
 """Lower rates for a loss with many local minima, one of which is a linear fit."""
 
-DIGITS = replace(MLP_TABLE, batch_size=64, steps=600, eval_interval=200, checkpoint_interval=600)
+DIGITS = replace(
+    LINEAR_TABLE,
+    batch_size=64,
+    optimizer="sgd",  # plain gradient descent, as in the chapter
+    learning_rate=0.5,
+    vector_lr=0.5,
+    steps=2000,
+    eval_interval=500,
+    checkpoint_interval=2000,
+)
 
 EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
 
@@ -64,7 +73,7 @@ TABLE_PRESETS = {
         ("curve-mlp", MLP_TABLE, "mlp-table", "square", {"hidden": (32,)}),
         ("rice-mlp", MLP_TABLE, "mlp-table", "rice", {"hidden": (32,)}),
         ("digits-softmax", DIGITS, "softmax-table", "digits", {}),
-        ("digits-mlp", DIGITS, "mlp-classifier-table", "digits", {}),
+        ("digits-mlp", DIGITS, "mlp-classifier-table", "digits", {"hidden": (64,)}),
         ("grain-mlp", MLP_TABLE, "mlp-table", "grains", {"hidden": (64,)}),
         # The experts see the cups and the gates the darkness: a line per grain, which extrapolates.
         ("grain-experts", EXPERTS_TABLE, "experts-table", "grains", {"u": (0,), "v": (1,)}),

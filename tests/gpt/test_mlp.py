@@ -17,7 +17,9 @@ from gpt.models.mlp import (
     ExpertsLM,
     GatedExperts,
     Layers,
+    MLPClassifier,
     backpropagate,
+    backpropagate_layers,
 )
 from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grain_rows
 
@@ -139,24 +141,47 @@ def test_chapter_5_backpropagation_by_hand_equals_autograd() -> None:
     torch.testing.assert_close(by_hand, (cost.detach(), *expected))
 
 
-def test_chapter_6_hand_set_relus_pass_their_own_grain_and_block_the_others() -> None:
-    """One ReLU per kind: ratio * cups - 100 * p(other kinds), p from a classifier."""
-    ratios = torch.tensor([grain.water for grain in (WHITE, BROWN, FRANKEN)])
-    model = MLP(4, (3,))
-    with torch.no_grad():
-        model.hidden.layers[0].weight.copy_(
-            torch.cat([ratios.unsqueeze(1), -100 * (1 - torch.eye(3))], dim=1)
-        )
-        model.hidden.layers[0].bias.zero_()
-        model.output.weight.fill_(1)
-        model.output.bias.zero_()
-    cups = torch.linspace(1, 10, 10)
-    for kind, ratio in enumerate(ratios):
-        p_BE = nn.functional.one_hot(torch.full((10,), kind), 3).float()
-        x_BD = torch.cat([cups.unsqueeze(1), p_BE], dim=1)
-        hidden_BE = model.hidden(x_BD)
-        torch.testing.assert_close(hidden_BE, p_BE * ratio * cups.unsqueeze(1))
-        torch.testing.assert_close(model(x_BD), ratio * cups)
+def test_chapter_5_backpropagation_by_hand_through_layers_equals_autograd() -> None:
+    torch.manual_seed(0)
+    layers = Layers([5, 4, 3, 2], "sigmoid").double()
+    x_BF, y_BF = torch.rand(6, 5).double(), torch.rand(6, 2).double()
+    cost = ((layers(x_BF) - y_BF) ** 2).sum(-1).mean()
+    cost.backward()
+    weights, biases = (
+        [getattr(layer, name) for layer in layers.layers] for name in ("weight", "bias")
+    )
+    by_hand = backpropagate_layers(
+        [w.detach() for w in weights], [b.detach() for b in biases], x_BF, y_BF
+    )
+    expected = cost.detach(), [w.grad for w in weights], [b.grad for b in biases]
+    torch.testing.assert_close(by_hand, expected)
+
+
+def test_chapter_5_a_chain_is_layers_of_one_neuron() -> None:
+    weights_L, biases_L = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    x, y = torch.tensor(0.7).double(), torch.tensor(0.2).double()
+    cost, weight_gradients_L, bias_gradients_L = backpropagate(weights_L, biases_L, x, y)
+    as_layers = backpropagate_layers(
+        [weight.view(1, 1) for weight in weights_L],
+        [bias.view(1) for bias in biases_L],
+        x.view(1, 1),
+        y.view(1, 1),
+    )
+    torch.testing.assert_close(as_layers[0], cost)
+    torch.testing.assert_close(torch.cat(as_layers[1])[:, 0], weight_gradients_L)
+    torch.testing.assert_close(torch.cat(as_layers[2]), bias_gradients_L)
+
+
+def test_chapter_5_a_classifier_is_softmax_regression_on_hidden_layers() -> None:
+    torch.manual_seed(0)
+    model = MLPClassifier(3, 4, (5, 6), "tanh").double()
+    x_BD, class_B = torch.randn(7, 3).double(), torch.randint(4, (7,))
+    hidden, output = model.scores
+    logits_BV = output(hidden(x_BD))
+    torch.testing.assert_close(model(x_BD), logits_BV.softmax(-1))
+    torch.testing.assert_close(
+        model.loss(x_BD, class_B), nn.functional.cross_entropy(logits_BV, class_B)
+    )
 
 
 def test_chapter_6_gated_experts_equal_their_formula() -> None:

@@ -55,7 +55,7 @@ def reviews() -> dict[str, Tensor]:
     rows = torch.tensor(list(REVIEWS.values())).float(), torch.tensor([1, 0, 0, 1])
     models = (
         fit(lambda: Softmax(3, 2), rows, 50),
-        fit(lambda: MLPClassifier(3, 2, (2,)), rows, 50, 4),
+        fit(lambda: MLPClassifier(3, 2, (2,)), rows, 50, 8),
     )
     with torch.no_grad():
         without, hidden = (model(rows[0].double())[:, 1] for model in models)
