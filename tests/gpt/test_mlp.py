@@ -5,7 +5,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
 from gpt.models.base import Model
 from gpt.models.linear import SigmaPi
@@ -21,26 +20,18 @@ from gpt.models.mlp import (
     backpropagate,
     backpropagate_layers,
 )
-from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grain_rows
+from training.chapters import fitting
+from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, grain_rows
 
 
 def fit_many(
-    make: Callable[[], Model], x_NBD: Tensor, y_NB: Tensor, steps: int, rate: float = 0.05
+    make: Callable[[], Model], x_NBD: Tensor, y_NB: Tensor, steps: int
 ) -> Callable[[Tensor], Tensor]:
     """Fit N models with seeds 0 to N - 1 to N data sets in parallel; return their predictions."""
-    models = []
-    for seed in range(len(x_NBD)):
-        torch.manual_seed(seed)
-        models.append(make())
-    parameters, _ = stack_module_state(models)
-    optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
-    predict = vmap(lambda parameters, x_BD: functional_call(models[0], parameters, (x_BD,)))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        optimizer.zero_grad()
-        ((predict(parameters, x_NBD) - y_NB) ** 2).mean(-1).sum().backward()
-        optimizer.step()
-    return lambda x_NBD: predict(parameters, x_NBD).detach()
+    models = fitting.fit_many(make, x_NBD, y_NB, steps, 0.05)
+    return lambda x_NBD: torch.stack(
+        [m(x_BD) for m, x_BD in zip(models, x_NBD, strict=True)]
+    ).detach()
 
 
 def num_parameters(model: Model) -> int:
@@ -207,29 +198,6 @@ def test_chapter_6_gates_and_experts_may_have_different_inputs() -> None:
     torch.testing.assert_close(model.gate_weights(x_BD).sum(-1), torch.ones(5))
     slope_B = (model.gate_weights(x_BD) * model.mixture.experts.weight[:, 0]).sum(-1)
     torch.testing.assert_close(model(more_BD) - model(x_BD), slope_B)
-
-
-def test_chapter_6_parameter_counts() -> None:
-    assert num_parameters(Experts(2, 5)) == 30
-    assert num_parameters(MLP(2, (7,))) == 29
-    assert num_parameters(MLP(2, (4, 3))) == 31
-
-
-def test_chapter_6_experts_extrapolate_five_random_lines_better_than_mlps_of_their_size() -> None:
-    def data(x_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_BDs, y_Bs = zip(*(five_lines(seed, x_B) for seed in range(16)), strict=True)
-        return torch.stack(x_BDs), torch.stack(y_Bs)
-
-    near_NBD, near_NB = data(torch.linspace(-1, 1, 10))
-    far_NBD, far_NB = data(torch.tensor([-3.0, -2.5, -2.0, -1.5, 1.5, 2.0, 2.5, 3.0]))
-
-    def error(make: Callable[[], Model]) -> float:
-        model = fit_many(make, near_NBD, near_NB, steps=2000)
-        return (model(far_NBD) - far_NB).abs().mean(-1).median().item()
-
-    experts = error(lambda: Experts(2, 5))
-    assert experts < 0.75 * error(lambda: MLP(2, (7,)))
-    assert experts < 0.75 * error(lambda: MLP(2, (4, 3)))
 
 
 @pytest.mark.parametrize("split_inputs", [False, True], ids=["u = v", "u cups, v darkness"])
