@@ -250,7 +250,7 @@ def experts() -> Sequence[Panel]:
 
 def lines() -> Sequence[Panel]:
     """Chapter 6: five random lines; beyond the points only the experts stay near them."""
-    x, seed = torch.linspace(-3, 3, 121), 3
+    x, seed = torch.linspace(-3, 3, 49), 3
     colors = (BLUE, ORANGE, GREEN, PURPLE, GREY)
     x_BD, y_B = five_lines(seed, x)
     panels = []
