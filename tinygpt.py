@@ -28,6 +28,7 @@ VERBS = {
     "describe": Verb("training.cli", "count a model's parameters by kind"),
     "plot": Verb("training.cli", "draw the loss curves of runs"),
     "xray": Verb("training.cli", "draw a model's attention maps, gates or experts"),
+    "nearest": Verb("training.cli", "list the words with the most similar vectors"),
     "translators": Verb("training.cli", "compare translation runs by BLEU"),
     "figures": Verb("training.cli", "draw the figures of docs/chapters/"),
     "tokenize": Verb("tokenizer.__main__", "turn text into token ids"),

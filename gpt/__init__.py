@@ -8,7 +8,7 @@ model in `CHAPTERS` is a language model.
 from gpt.models.base import LanguageModel, Model, State
 from gpt.models.gpt import GPT, GPT2
 from gpt.models.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
-from gpt.models.mlp import MLP, MLPLM, Experts, ExpertsLM
+from gpt.models.mlp import MLP, MLPLM, Experts, ExpertsLM, MLPClassifier
 from gpt.models.recurrent import GRU, LSTM, RNN
 from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.models.transformer import Transformer
@@ -40,6 +40,7 @@ TABULAR_MODELS: dict[str, type[Model]] = {
     "sigma-pi-table": SigmaPi,
     "softmax-table": Softmax,
     "mlp-table": MLP,
+    "mlp-classifier-table": MLPClassifier,
     "experts-table": Experts,
 }
 

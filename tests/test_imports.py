@@ -27,6 +27,7 @@ LIBRARIES = {
     "prometheus_client": "serving/metrics.py",
     "safetensors": "gpt/checkpoint.py",
     "matplotlib": "training/plots",
+    "sklearn": "training/tasks/tables.py",
 }
 """Each heavy library, and the only file or package that may import it."""
 

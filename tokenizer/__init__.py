@@ -284,6 +284,28 @@ class Tokenizer:
             raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, not {token}")
         return self._token_bytes[token]
 
+    def word_token(self, word: str) -> int:
+        """Return the token of a word: as in the middle of a text, after a space, or else without one.
+
+        Raises:
+            ValueError: The word is empty, unknown, or more than one token.
+        """
+        if not word:
+            raise ValueError("the word is empty: expected one word")
+        for text in (f" {word}", word):
+            ids = self.encode(text)
+            if len(ids) == 1 and ids[0] != self.unk_token:
+                return ids[0]
+        if self.unk_token in ids:
+            raise ValueError(
+                f"{word[:40]!r} is not in the vocabulary: choose a word of the training text"
+            )
+        pieces = " ".join(repr(self.decode([token])) for token in ids[:8])
+        raise ValueError(
+            f"{word[:40]!r} is {len(ids)} tokens ({pieces}{' …' if len(ids) > 8 else ''}), and only a "
+            f"single token has a vector: choose a more frequent word"
+        )
+
     def stream(self) -> "StreamDecoder":
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)

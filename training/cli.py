@@ -25,6 +25,7 @@ from training import distributed, launch
 from training.chapters.commands import Chapter, Figures
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
+from training.evaluation.nearest import Nearest
 from training.plots.commands import Plot, Xray
 from training.presets import ABOUT, PRESETS, chapter_of, get_preset
 from training.tasks import TASKS
@@ -182,5 +183,6 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "presets": Presets,
         "describe": Describe,
         "xray": Xray,
+        "nearest": Nearest,
     }
     cli.main(prog, "Train, evaluate and compare models.", commands, arguments)

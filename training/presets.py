@@ -46,6 +46,16 @@ LINEAR_TABLE = TrainingConfig(
 MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01)
 """Lower rates for a loss with many local minima, one of which is a linear fit."""
 
+DIGITS = replace(
+    LINEAR_TABLE,
+    batch_size=64,
+    optimizer="sgd",  # plain gradient descent, as in the chapter
+    learning_rate=0.5,
+    steps=2000,
+    eval_interval=500,
+    checkpoint_interval=2000,
+)
+
 EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05)
 
 TABLE_PRESETS = {
@@ -59,6 +69,8 @@ TABLE_PRESETS = {
         ("grain-softmax", LINEAR_TABLE, "softmax-table", "which-grain", {}),
         ("curve-mlp", MLP_TABLE, "mlp-table", "square", {"hidden": (32,)}),
         ("rice-mlp", MLP_TABLE, "mlp-table", "rice", {"hidden": (32,)}),
+        ("digits-softmax", DIGITS, "softmax-table", "digits", {}),
+        ("digits-mlp", DIGITS, "mlp-classifier-table", "digits", {"hidden": (64,)}),
         ("grain-mlp", MLP_TABLE, "mlp-table", "grains", {"hidden": (64,)}),
         # The experts see the cups and the gates the darkness: a line per grain, which extrapolates.
         ("grain-experts", EXPERTS_TABLE, "experts-table", "grains", {"u": (0,), "v": (1,)}),
@@ -287,6 +299,8 @@ ABOUT: dict[str, About] = {
     "rice-mlp": About("both rices by 32 ReLUs, which leave their lines at ten cups", TABLE_TIME),
     "grain-mlp": About("three grains by 64 ReLUs, which leave their lines at ten cups", TABLE_TIME),
     "grain-experts": About("three grains by mixed lines, which hold at ten cups", TABLE_TIME),
+    "digits-softmax": About("handwritten digits from 64 pixels, by straight borders", TABLE_TIME),
+    "digits-mlp": About("handwritten digits from 64 pixels, by a hidden layer", TABLE_TIME),
     "lines-mlp": About(
         "five random lines by seven ReLUs, which leave them beyond the data", TABLE_TIME
     ),

@@ -16,7 +16,7 @@ language model, whose inputs are the last tokens.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import ClassVar
+from typing import ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -235,7 +235,7 @@ class Softmax(Model):
                 "inputs and classes must be at least 1 and the temperature above 0, "
                 f"not {inputs}, {classes} and {temperature}"
             )
-        self.scores = nn.Linear(inputs, classes)
+        self.scores: nn.Module = nn.Linear(inputs, classes)
         self.temperature = temperature
 
     def forward(self, x_BD: Tensor) -> Tensor:
@@ -244,7 +244,7 @@ class Softmax(Model):
 
     def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:
         """Return the score of each class."""
-        scores = zip(classes, layer_sums(self.scores, inputs), strict=True)
+        scores = zip(classes, layer_sums(cast(nn.Linear, self.scores), inputs), strict=True)
         divided = "" if self.temperature == 1 else f" / {self.temperature:g}"
         return [f"p = softmax(score{divided})", *(f"score({k}) = {z}" for k, z in scores)]
 

@@ -7,7 +7,8 @@ The models of `linear` bend only where we choose. A layer with a nonlinear activ
 three ReLUs make up to three kinks, and enough of them fit any curve. Backpropagation computes the
 gradient of each weight, from the last layer to the first. Such a network spreads what it learns
 over all its units and does not extrapolate. Gated experts separate two questions, which law holds
-and when: multiplying by a gate switches an expert off, as no sum can, and leaves its law intact.
+and when: multiplying by a gate switches an expert off, as no sum can. Gates that do not see the
+experts' input mix lines into a line, which extrapolates.
 
 Each has a language model over a window of embeddings (Bengio, Ducharme, Vincent & Jauvin 2003). It
 has separate weights for each of the last W tokens, so a longer window costs more weights. The
@@ -15,7 +16,7 @@ recurrent networks avoid that.
 """
 
 import string
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import ClassVar, Literal, cast
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.base import ActivationMap, State
-from gpt.models.linear import Regression, WindowLM, layer_sums, softmax
+from gpt.models.linear import Regression, Softmax, WindowLM, layer_sums, softmax
 
 
 def step(x: Tensor) -> Tensor:
@@ -67,6 +68,18 @@ class Layers(nn.Module):
             a_BF = self.activation(layer(a_BF))
         return a_BF
 
+    def formulas(self, inputs: Sequence[str]) -> tuple[list[str], list[str]]:
+        """Return the names of the last layer's units, and each unit as an equation, layer by layer."""
+        lines, names = [], list(inputs)
+        for letter, layer in zip(string.ascii_lowercase, self.layers, strict=False):
+            sums = layer_sums(cast(nn.Linear, layer), names)
+            names = [f"{letter}{i}" for i in range(1, len(sums) + 1)]
+            lines += [
+                f"{unit} = {self.activation_name}({total})"
+                for unit, total in zip(names, sums, strict=True)
+            ]
+        return names, lines
+
 
 class MLP(Regression):
     """A multilayer perceptron: hidden layers with a nonlinear activation, then a linear output.
@@ -97,13 +110,40 @@ class MLP(Regression):
 
     def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
         """Return the output, then each unit, layer by layer."""
-        f = self.hidden.activation_name
-        lines, names = [], list(inputs)
-        for letter, layer in zip(string.ascii_lowercase, self.hidden.layers, strict=False):
-            sums = layer_sums(cast(nn.Linear, layer), names)
-            names = [f"{letter}{i}" for i in range(1, len(sums) + 1)]
-            lines += [f"{unit} = {f}({total})" for unit, total in zip(names, sums, strict=True)]
+        names, lines = self.hidden.formulas(inputs)
         return [f"y = {layer_sums(self.output, names)[0]}", *lines]
+
+
+class MLPClassifier(Softmax):
+    """Many classes: hidden layers with a nonlinear activation, then a softmax regression on their output.
+
+    Args:
+        classes: Number of classes, V.
+        hidden: Units of each hidden layer.
+        activation: Activation of the hidden layers: step, sigmoid, tanh, relu or none.
+    """
+
+    chapter: ClassVar[int] = 5
+    year: ClassVar[int] = MLP.year
+    paper: ClassVar[str] = MLP.paper
+    idea: ClassVar[str] = MLP.idea
+
+    def __init__(
+        self,
+        inputs: int = 1,
+        classes: int = 3,
+        hidden: tuple[int, ...] = (32,),
+        activation: Activation = "relu",
+    ) -> None:
+        super().__init__([inputs, *hidden][-1], classes)
+        self.scores = nn.Sequential(Layers([inputs, *hidden], activation), self.scores)
+
+    def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:
+        """Return the score of each class, then each unit, layer by layer."""
+        layers, output = cast(Iterable[nn.Module], self.scores)
+        names, lines = cast(Layers, layers).formulas(inputs)
+        scores = zip(classes, layer_sums(cast(nn.Linear, output), names), strict=True)
+        return ["p = softmax(score)", *(f"score({k}) = {z}" for k, z in scores), *lines]
 
 
 def backpropagate(
@@ -129,19 +169,46 @@ def backpropagate(
     return (activations[-1] - y) ** 2, weight_gradients_L, bias_gradients_L
 
 
+def backpropagate_layers(
+    weights: Sequence[Tensor], biases: Sequence[Tensor], x_BF: Tensor, y_BF: Tensor
+) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+    """Compute the gradients of layers of many sigmoid neurons by hand: `backpropagate` with matrices.
+
+        z_l = W_l a_(l-1) + b_l,   a_l = sigmoid(z_l),   a_0 = x,   C = sum_j (a_Lj - y_j)^2
+
+    A neuron influences every neuron of the layer above, so its gradient is a sum over all of them:
+    the product with W_l. Returns C, dC/dW_l and dC/db_l of each layer, means over the batch.
+    """
+    activations = [x_BF]
+    for weight_GF, bias_G in zip(weights, biases, strict=True):
+        activations.append(torch.sigmoid(activations[-1] @ weight_GF.t() + bias_G))
+    error_BF = activations[-1] - y_BF
+    weight_gradients, bias_gradients = [], []
+    gradient_BF = 2 * error_BF / len(x_BF)  # dC/da of the last layer
+    for layer in reversed(range(len(weights))):
+        a_BF = activations[layer + 1]
+        gradient_BF = gradient_BF * a_BF * (1 - a_BF)  # dC/dz
+        weight_gradients.append(gradient_BF.t() @ activations[layer])
+        bias_gradients.append(gradient_BF.sum(0))
+        gradient_BF = gradient_BF @ weights[layer]  # dC/da of the layer below
+    cost = (error_BF**2).sum(-1).mean()
+    return cost, weight_gradients[::-1], bias_gradients[::-1]
+
+
 class GatedExperts(nn.Module):
     """A mixture of experts: y = sum_i f(u)_i softmax(g(v))_i, f and g linear.
 
     It is attention in its simplest form: a weighted average whose weights are computed. `u` and `v`
-    are the widths of the inputs of experts and gates, `outputs` that of an expert's output, D.
+    are the widths of the inputs of experts and gates, `outputs` that of an expert's output, D. Any
+    other module with as many outputs may replace `experts` or `gates`.
     """
 
     def __init__(self, u: int, v: int, experts: int, outputs: int) -> None:
         super().__init__()
         if experts < 1:
             raise ValueError(f"experts must be at least 1, not {experts}")
-        self.experts = nn.Linear(u, experts * outputs)
-        self.gates = nn.Linear(v, experts)
+        self.experts: nn.Module = nn.Linear(u, experts * outputs)
+        self.gates: nn.Module = nn.Linear(v, experts)
 
     def gate_weights(self, v_BF: Tensor) -> Tensor:
         """Return gates_BE, the weight of each expert. Any number of leading axes is allowed."""
@@ -196,8 +263,8 @@ class Experts(Regression):
 
     def formulas(self, inputs: Sequence[str], classes: Sequence[str]) -> list[str]:  # noqa: ARG002
         """Return the mixture, then each expert with the score of its gate."""
-        experts = layer_sums(self.mixture.experts, [inputs[i] for i in self.u])
-        gates = layer_sums(self.mixture.gates, [inputs[i] for i in self.v])
+        experts = layer_sums(cast(nn.Linear, self.mixture.experts), [inputs[i] for i in self.u])
+        gates = layer_sums(cast(nn.Linear, self.mixture.gates), [inputs[i] for i in self.v])
         width = max(map(len, experts))
         lines = [
             f"f{i} = {expert:<{width}}   s{i} = {gate}"

@@ -1,18 +1,21 @@
-"""Word vectors: skip-gram with negative sampling (Mikolov et al. 2013).
+"""Word vectors: skip-gram (Mikolov et al. 2013).
 
-    loss = -log sigmoid(v_c · u_o) - sum_n log sigmoid(-v_c · u_n)
+    loss = -log sigmoid(v_c · u_o) - sum_n log sigmoid(-v_c · u_n)    with negative sampling
+    loss = -log softmax(U v_c)_o                                      without: over all words
 
 v_c is the vector of a center word c, u_o that of a context word at most `window` positions away,
 and each u_n that of a negative, a randomly drawn word. A logistic regression tells context words
 from negatives, and only its weights are kept: words with similar contexts get similar vectors.
 
-A softmax table learns each pair of words separately and normalizes over the whole vocabulary. Here
-similar words share what is learned, and a pair costs a few dot products. Limitations: a word has
-one vector for all sentences, the order of the context is lost, and no next word is predicted.
+A softmax table learns each pair of words separately. Here similar words share what is learned. The
+softmax is a dot product with every word of the vocabulary; negative sampling replaces it by a few.
+Limitations: a word has one vector for all sentences, the order of the context is lost, and no next
+word is predicted.
 
 Here N counts the negatives of a word, and W the words of a sequence.
 """
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import torch
@@ -21,14 +24,17 @@ from torch import Tensor, nn
 
 from gpt.models.base import Model
 
+LogLikelihood = Callable[[slice, slice], Tensor]
+"""Returns log_p_BW of the words of a slice of a sequence as contexts of those of another slice."""
+
 
 class Word2Vec(Model):
-    """Skip-gram with negative sampling.
+    """Skip-gram, with negative sampling or a softmax over the vocabulary.
 
     Args:
         width: Width of a vector, D.
         window: Context words are at most this many positions from the center word.
-        negatives: Randomly drawn words for each center word, N.
+        negatives: Randomly drawn words for each center word, N; 0: a softmax over all words.
     """
 
     chapter: ClassVar[int] = 7
@@ -42,10 +48,10 @@ class Word2Vec(Model):
         self, vocab_size: int, *, width: int = 256, window: int = 5, negatives: int = 5
     ) -> None:
         super().__init__()
-        if min(vocab_size, width, window, negatives) < 1:
+        if min(vocab_size, width, window) < 1 or negatives < 0:
             raise ValueError(
-                f"vocab_size, width, window and negatives must be at least 1, not {vocab_size}, "
-                f"{width}, {window} and {negatives}"
+                f"vocab_size, width and window must be at least 1 and negatives at least 0, "
+                f"not {vocab_size}, {width}, {window} and {negatives}"
             )
         self.vocab_size, self.window, self.negatives = vocab_size, window, negatives
         self.embedding = nn.Embedding(vocab_size, width)
@@ -63,17 +69,34 @@ class Word2Vec(Model):
         return self.embedding.weight.detach()
 
     def flops_per_token(self, length: int) -> float:  # noqa: ARG002 (does not depend on it)
-        """Count a dot product with each context word and negative, forward and backward."""
-        return 6.0 * (2 * self.window + self.negatives) * self.embedding.embedding_dim
+        """Count the dot products of a center word, forward and backward.
+
+        They are those with each context word and negative, or with every word.
+        """
+        products = 2 * self.window + self.negatives if self.negatives else self.vocab_size
+        return 6.0 * products * self.embedding.embedding_dim
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean over the (center, context) pairs of tokens_BT + targets_BT[:, -1].
-
-        A center word has the same negatives for all its context words. They are drawn in proportion
-        to count^0.75, as in the paper, with the counts of the words trained on so far.
-        """
+        """Return the mean over the (center, context) pairs of tokens_BT + targets_BT[:, -1]."""
         tokens_BT, targets_BT = batch
         words_BW = torch.cat([tokens_BT, targets_BT[:, -1:]], dim=1)
+        log_p = self._sampled(words_BW) if self.negatives else self._softmax(words_BW)
+        total, pairs = self.embedding.weight.new_zeros(()), 0
+        length = words_BW.shape[1]
+        for distance in range(1, min(self.window, length - 1) + 1):
+            left, right = slice(0, length - distance), slice(distance, length)
+            for center, context in ((left, right), (right, left)):
+                log_p_BW = log_p(center, context)
+                total = total + log_p_BW.sum()
+                pairs += log_p_BW.numel()
+        return -total / pairs
+
+    def _sampled(self, words_BW: Tensor) -> LogLikelihood:
+        """Draw negatives; a center word has the same ones for all its context words.
+
+        They are drawn in proportion to count^0.75, as in the paper, with the counts of the words
+        trained on so far.
+        """
         if self.training:
             ones = self.counts_V.new_ones(words_BW.numel())
             self.counts_V.index_add_(0, words_BW.flatten(), ones)
@@ -86,12 +109,18 @@ class Word2Vec(Model):
         scores_BWN = (negatives_BWND @ centers_BWD.unsqueeze(-1)).squeeze(-1)
         negative_log_p_BW = F.logsigmoid(-scores_BWN).sum(dim=-1)
 
-        total, pairs = negative_log_p_BW.new_zeros(()), 0
-        length = words_BW.shape[1]
-        for distance in range(1, min(self.window, length - 1) + 1):
-            left, right = slice(0, length - distance), slice(distance, length)
-            for center, context in ((left, right), (right, left)):
-                scores_BW = (centers_BWD[:, center] * contexts_BWD[:, context]).sum(dim=-1)
-                total = total + (F.logsigmoid(scores_BW) + negative_log_p_BW[:, center]).sum()
-                pairs += scores_BW.numel()
-        return -total / pairs
+        def log_p(center: slice, context: slice) -> Tensor:
+            scores_BW = (centers_BWD[:, center] * contexts_BWD[:, context]).sum(dim=-1)
+            return F.logsigmoid(scores_BW) + negative_log_p_BW[:, center]
+
+        return log_p
+
+    def _softmax(self, words_BW: Tensor) -> LogLikelihood:
+        """Compare each center word with the whole vocabulary."""
+        logits_BWV = self.embedding(words_BW) @ self.context_embedding.weight.t()
+        log_p_BWV = F.log_softmax(logits_BWV, dim=-1)
+
+        def log_p(center: slice, context: slice) -> Tensor:
+            return log_p_BWV[:, center].gather(-1, words_BW[:, context, None]).squeeze(-1)
+
+        return log_p

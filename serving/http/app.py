@@ -13,7 +13,7 @@ from starlette.middleware.cors import CORSMiddleware
 from serving.engine.async_engine import QueueFullError, UnavailableError
 from serving.http import introspection, schemas
 from serving.http.completions import CompletionStream, EventStreamResponse, encode_prompt
-from serving.http.introspection import NextTokenRequest, XrayRequest
+from serving.http.introspection import NearestRequest, NextTokenRequest, XrayRequest
 from serving.http.limits import Limits
 from serving.http.middleware import APIKeyMiddleware, BodySizeLimitMiddleware
 from serving.http.protocol import (
@@ -128,6 +128,12 @@ def create_app(
         """Return activation maps of the model on a text: attention, alignments, gates, experts."""
         entry = registry.get(body.model)
         work = introspection.xray_response(entry, body, limits)
+        return await _respond_unless_disconnected(request, work)
+
+    @app.post("/v1/nearest", response_model=schemas.NearestResponse, responses=on_engine)
+    async def nearest(body: NearestRequest, request: Request) -> Response:
+        """Return the tokens whose vectors in the model's embedding are most similar to that of a word."""
+        work = introspection.nearest_response(registry.get(body.model), body)
         return await _respond_unless_disconnected(request, work)
 
     @app.get("/v1/runs", response_model=schemas.RunList, responses=schemas.errors())

@@ -1,4 +1,6 @@
-"""Next-token distributions (`/v1/next`) and activation maps (`/v1/xray`) for the web page.
+"""Next-token distributions (`/v1/next`), activation maps (`/v1/xray`) and similar words (`/v1/nearest`).
+
+They are for the web page.
 
 Only the engine's thread may use the model, so every forward pass here runs on it, between two
 engine steps. Long prompts are processed in chunks so that they delay no running sequence.
@@ -16,6 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from gpt.embeddings import nearest_tokens
 from gpt.generation import prefill
 from gpt.models.base import LanguageModel
 from gpt.sampling import NAN_LOGITS, Sampler, SamplingParams, mask_logits
@@ -75,6 +78,16 @@ class XrayRequest(StrictModel):
     """return only maps whose name contains this, such as attention"""
 
 
+class NearestRequest(StrictModel):
+    """A word, whose nearest tokens in the model's embedding are returned."""
+
+    model: ModelName = None
+    word: str = Field(min_length=1, max_length=200)
+    """the token of it with a space before it, or without"""
+    k: int = Field(10, ge=1, le=100)
+    """number of tokens to return"""
+
+
 async def _run_on_engine(entry: ModelEntry, function: Callable[[], Result]) -> Result:
     """Call a function on the engine's thread; an unexpected error fails only this request."""
     try:
@@ -82,7 +95,7 @@ async def _run_on_engine(entry: ModelEntry, function: Callable[[], Result]) -> R
     except (ValueError, QueueFullError, UnavailableError):
         raise
     except Exception as error:
-        logger.exception("a request of next tokens or an X-ray has failed")
+        logger.exception("a request of next tokens, an X-ray or similar words has failed")
         raise APIError(500, "the model failed on this request") from error
 
 
@@ -354,3 +367,21 @@ async def _translate(entry: ModelEntry, source: list[int], max_tokens: int) -> l
             async for deltas in batches:
                 target += [token for delta in deltas for token in delta.token_ids]
     return target
+
+
+# Similar words.
+
+
+async def nearest_response(entry: ModelEntry, request: NearestRequest) -> bytes:
+    """Return the JSON response to a request; an APIError says what is wrong with it."""
+    tokenizer, model = entry.tokenizer, entry.engine.engine.model
+    with bad_request("word"):
+        token = tokenizer.word_token(request.word)
+    with bad_request("model"):
+        nearest = await _run_on_engine(entry, lambda: nearest_tokens(model, token, request.k))
+
+    def with_text(token: int) -> dict[str, Any]:
+        return {"id": token, "text": token_text(tokenizer, token)}
+
+    neighbors = [{**with_text(neighbor), "cosine": cosine} for neighbor, cosine in nearest]
+    return to_json({"model": entry.name, "token": with_text(token), "neighbors": neighbors})

@@ -219,6 +219,20 @@ class XrayResponse(Schema):
     maps: list[Map]
 
 
+class Neighbor(Token):
+    """A token with a similar vector."""
+
+    cosine: float
+
+
+class NearestResponse(Schema):
+    """The tokens whose vectors are nearest to that of a word, the nearest first."""
+
+    model: str
+    token: Token
+    neighbors: list[Neighbor]
+
+
 class RunSummary(Schema):
     """A run and its latest metrics; null where the run has none."""
 

@@ -4,6 +4,7 @@ import { ApiError, post } from "./api.js";
 import { addShortcuts, modelSelect } from "./controls.js";
 import { $, $$, coalesce, el, isDark } from "./dom.js";
 import { visible } from "./format.js";
+import { nearest } from "./nearest.js";
 
 const EXAMPLE = "The cat sat on the mat because the cat was tired.";
 const MIN_CELL = 15, MAX_CELL = 28, PREFERRED_HEIGHT = 420; // pixels of a row of the heatmap, and of all rows
@@ -16,6 +17,7 @@ export function xray(models) {
     updateFields();
     run();
   });
+  nearest(model);
 
   function updateFields() {
     $("#xray-translation-field").hidden = !model().translates;

@@ -7,7 +7,6 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
 
 from gpt.models.base import Model
 from gpt.models.linear import SigmaPi
@@ -19,28 +18,22 @@ from gpt.models.mlp import (
     ExpertsLM,
     GatedExperts,
     Layers,
+    MLPClassifier,
     backpropagate,
+    backpropagate_layers,
 )
-from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, five_lines, grain_rows
+from training.chapters import fitting
+from training.tasks.tables import BROWN, CURVES, FRANKEN, WHITE, grain_rows
 
 
 def fit_many(
-    make: Callable[[], Model], x_NBD: Tensor, y_NB: Tensor, steps: int, rate: float = 0.05
+    make: Callable[[], Model], x_NBD: Tensor, y_NB: Tensor, steps: int
 ) -> Callable[[Tensor], Tensor]:
     """Fit N models with seeds 0 to N - 1 to N data sets in parallel; return their predictions."""
-    models = []
-    for seed in range(len(x_NBD)):
-        torch.manual_seed(seed)
-        models.append(make())
-    parameters, _ = stack_module_state(models)
-    optimizer = torch.optim.Adam(parameters.values(), lr=rate, fused=True)
-    predict = vmap(lambda parameters, x_BD: functional_call(models[0], parameters, (x_BD,)))
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = rate * (1 - step / steps)
-        optimizer.zero_grad()
-        ((predict(parameters, x_NBD) - y_NB) ** 2).mean(-1).sum().backward()
-        optimizer.step()
-    return lambda x_NBD: predict(parameters, x_NBD).detach()
+    models = fitting.fit_many(make, x_NBD, y_NB, steps, 0.05)
+    return lambda x_NBD: torch.stack(
+        [m(x_BD) for m, x_BD in zip(models, x_NBD, strict=True)]
+    ).detach()
 
 
 def num_parameters(model: Model) -> int:
@@ -141,24 +134,47 @@ def test_chapter_5_backpropagation_by_hand_equals_autograd() -> None:
     torch.testing.assert_close(by_hand, (cost.detach(), *expected))
 
 
-def test_chapter_6_hand_set_relus_pass_their_own_grain_and_block_the_others() -> None:
-    """One ReLU per kind: ratio * cups - 100 * p(other kinds), p from a classifier."""
-    ratios = torch.tensor([grain.water for grain in (WHITE, BROWN, FRANKEN)])
-    model = MLP(4, (3,))
-    with torch.no_grad():
-        model.hidden.layers[0].weight.copy_(
-            torch.cat([ratios.unsqueeze(1), -100 * (1 - torch.eye(3))], dim=1)
-        )
-        model.hidden.layers[0].bias.zero_()
-        model.output.weight.fill_(1)
-        model.output.bias.zero_()
-    cups = torch.linspace(1, 10, 10)
-    for kind, ratio in enumerate(ratios):
-        p_BE = nn.functional.one_hot(torch.full((10,), kind), 3).float()
-        x_BD = torch.cat([cups.unsqueeze(1), p_BE], dim=1)
-        hidden_BE = model.hidden(x_BD)
-        torch.testing.assert_close(hidden_BE, p_BE * ratio * cups.unsqueeze(1))
-        torch.testing.assert_close(model(x_BD), ratio * cups)
+def test_chapter_5_backpropagation_by_hand_through_layers_equals_autograd() -> None:
+    torch.manual_seed(0)
+    layers = Layers([5, 4, 3, 2], "sigmoid").double()
+    x_BF, y_BF = torch.rand(6, 5).double(), torch.rand(6, 2).double()
+    cost = ((layers(x_BF) - y_BF) ** 2).sum(-1).mean()
+    cost.backward()
+    weights, biases = (
+        [getattr(layer, name) for layer in layers.layers] for name in ("weight", "bias")
+    )
+    by_hand = backpropagate_layers(
+        [w.detach() for w in weights], [b.detach() for b in biases], x_BF, y_BF
+    )
+    expected = cost.detach(), [w.grad for w in weights], [b.grad for b in biases]
+    torch.testing.assert_close(by_hand, expected)
+
+
+def test_chapter_5_a_chain_is_layers_of_one_neuron() -> None:
+    weights_L, biases_L = torch.randn(2, 4, generator=torch.Generator().manual_seed(0)).double()
+    x, y = torch.tensor(0.7).double(), torch.tensor(0.2).double()
+    cost, weight_gradients_L, bias_gradients_L = backpropagate(weights_L, biases_L, x, y)
+    as_layers = backpropagate_layers(
+        [weight.view(1, 1) for weight in weights_L],
+        [bias.view(1) for bias in biases_L],
+        x.view(1, 1),
+        y.view(1, 1),
+    )
+    torch.testing.assert_close(as_layers[0], cost)
+    torch.testing.assert_close(torch.cat(as_layers[1])[:, 0], weight_gradients_L)
+    torch.testing.assert_close(torch.cat(as_layers[2]), bias_gradients_L)
+
+
+def test_chapter_5_a_classifier_is_softmax_regression_on_hidden_layers() -> None:
+    torch.manual_seed(0)
+    model = MLPClassifier(3, 4, (5, 6), "tanh").double()
+    x_BD, class_B = torch.randn(7, 3).double(), torch.randint(4, (7,))
+    hidden, output = model.scores
+    logits_BV = output(hidden(x_BD))
+    torch.testing.assert_close(model(x_BD), logits_BV.softmax(-1))
+    torch.testing.assert_close(
+        model.loss(x_BD, class_B), nn.functional.cross_entropy(logits_BV, class_B)
+    )
 
 
 def test_chapter_6_gated_experts_equal_their_formula() -> None:
@@ -184,29 +200,6 @@ def test_chapter_6_gates_and_experts_may_have_different_inputs() -> None:
     torch.testing.assert_close(model.gate_weights(x_BD).sum(-1), torch.ones(5))
     slope_B = (model.gate_weights(x_BD) * model.mixture.experts.weight[:, 0]).sum(-1)
     torch.testing.assert_close(model(more_BD) - model(x_BD), slope_B)
-
-
-def test_chapter_6_parameter_counts() -> None:
-    assert num_parameters(Experts(2, 5)) == 30
-    assert num_parameters(MLP(2, (7,))) == 29
-    assert num_parameters(MLP(2, (4, 3))) == 31
-
-
-def test_chapter_6_experts_extrapolate_five_random_lines_better_than_mlps_of_their_size() -> None:
-    def data(x_B: Tensor) -> tuple[Tensor, Tensor]:
-        x_BDs, y_Bs = zip(*(five_lines(seed, x_B) for seed in range(16)), strict=True)
-        return torch.stack(x_BDs), torch.stack(y_Bs)
-
-    near_NBD, near_NB = data(torch.linspace(-1, 1, 10))
-    far_NBD, far_NB = data(torch.tensor([-3.0, -2.5, -2.0, -1.5, 1.5, 2.0, 2.5, 3.0]))
-
-    def error(make: Callable[[], Model]) -> float:
-        model = fit_many(make, near_NBD, near_NB, steps=2000)
-        return (model(far_NBD) - far_NB).abs().mean(-1).median().item()
-
-    experts = error(lambda: Experts(2, 5))
-    assert experts < 0.75 * error(lambda: MLP(2, (7,)))
-    assert experts < 0.75 * error(lambda: MLP(2, (4, 3)))
 
 
 @pytest.mark.parametrize("split_inputs", [False, True], ids=["u = v", "u cups, v darkness"])

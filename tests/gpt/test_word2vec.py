@@ -113,7 +113,31 @@ def test_flops_count_the_dot_products() -> None:
     assert Word2Vec(9, width=4, window=2, negatives=3).flops_per_token(10) == 6 * 7 * 4
 
 
-@pytest.mark.parametrize("kwargs", [{"width": 0}, {"window": 0}, {"negatives": 0}])
+@pytest.mark.parametrize("kwargs", [{"width": 0}, {"window": 0}, {"negatives": -1}])
 def test_invalid_arguments_raise(kwargs: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="at least 1"):
         Word2Vec(9, **kwargs)
+
+
+def test_without_negatives_the_loss_is_a_softmax_over_all_words() -> None:
+    torch.manual_seed(0)
+    model = Word2Vec(12, width=6, window=2, negatives=0).double()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter)
+    words_BW = torch.randint(12, (2, 5))
+    v, u = model.embedding.weight, model.context_embedding.weight
+    pairs = [
+        F.cross_entropy(u @ v[words[center]], words[context])
+        for words in words_BW
+        for center in range(5)
+        for context in range(5)
+        if 0 < abs(center - context) <= 2
+    ]
+    loss = model.loss(words_BW[:, :-1], words_BW[:, 1:])
+    torch.testing.assert_close(loss, torch.stack(pairs).mean())
+
+
+def test_a_softmax_takes_a_product_with_every_word_and_sampling_with_fifteen() -> None:
+    sampled, softmax = (Word2Vec(10_000, width=4, window=5, negatives=n) for n in (5, 0))
+    assert sampled.flops_per_token(8) == 6 * 15 * 4
+    assert softmax.flops_per_token(8) == 6 * 10_000 * 4

@@ -573,3 +573,45 @@ def test_one_introspection_call_between_two_steps(start, monkeypatch):
     calls = [i for i, event in enumerate(order) if event == "call"]
     assert len(calls) == 20
     assert all(order[i + 1] == "step" for i in calls if i + 1 < len(order))
+
+
+# Similar words.
+
+
+def test_nearest_tokens_are_those_of_the_largest_cosine(gpt_server):
+    token = TOKENIZER.word_token("a")
+    answer = post(gpt_server, "nearest", word="a", k=5)
+    assert answer["token"] == tokens_json([token])[0]
+    vectors_VD = small_model("gpt").embedding.weight.detach()
+    cosine_V = torch.cosine_similarity(vectors_VD, vectors_VD[token : token + 1])
+    cosine_V[token] = -1
+    expected = cosine_V.topk(5)
+    neighbors = answer["neighbors"]
+    texts = [{key: n[key] for key in ("id", "text")} for n in neighbors]
+    assert texts == tokens_json(expected.indices.tolist())
+    assert [n["cosine"] for n in neighbors] == pytest.approx(expected.values.tolist(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "message"),
+    [
+        ({"word": "xyz"}, "word", "'xyz' is 3 tokens"),
+        ({"word": ""}, "word", "at least 1 character"),
+        ({"word": "x" * 201}, "word", "at most 200 characters"),
+        ({"word": "\ud800"}, "word", "unicode string"),
+        ({}, "word", "required"),
+        ({"word": "a", "k": 0}, "k", "greater than or equal to 1"),
+    ],
+)
+def test_a_word_without_neighbors_is_explained(gpt_server, fields, param, message):
+    response = gpt_server.http.post("/v1/nearest", content=json.dumps(fields), headers=JSON)
+    error = response.json()["error"]
+    assert (response.status_code, error["param"]) == (400, param)
+    assert message in error["message"]
+
+
+def test_a_model_without_an_embedding_has_no_nearest_tokens(start):
+    server = start(small_model("softmax"))
+    response = server.http.post("/v1/nearest", json={"word": "a"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, "model")
+    assert "BigramLM has no embedding" in response.json()["error"]["message"]

@@ -271,6 +271,16 @@ def test_attention_rows_sum_to_one(visit, server):
     assert page.locator("#xray-result .token.selected").evaluate("span => span.position") == 11
 
 
+def test_nearest_words_are_listed_with_their_cosines(visit, server):
+    page = visit(server.address, "xray")
+    page.fill("#nearest-form [name=word]", "a")
+    page.press("#nearest-form [name=word]", "Enter")
+    page.wait_for_selector("#nearest-result li")
+    neighbors = server.request("v1/nearest", model="gpt", word="a")["neighbors"]
+    cosines = page.locator("#nearest-result li span").all_text_contents()
+    assert cosines == [f"{neighbor['cosine']:.3f}" for neighbor in neighbors]
+
+
 def test_rnn_map_is_by_units(visit, server):
     page = visit(server.address, "xray")
     page.select_option("#xray [name=model]", "rnn")  # which analyzes the text

@@ -59,6 +59,7 @@ REQUESTS = [
     ("POST", "/v1/completions", CHUNKED),
     ("POST", "/v1/next", {"prompt": "a"}),
     ("POST", "/v1/xray", {"prompt": "a"}),
+    ("POST", "/v1/nearest", {"word": "a"}),
     ("GET", "/v1/runs", None),
     ("GET", "/v1/runs/{name}", None),
     ("GET", "/v1/ladder", None),

@@ -468,3 +468,23 @@ def test_tinyshakespeare_has_65_characters(real_data):
     ids = tokenizer.encode(text)
     assert len(ids) == len(text) == 1_115_394
     assert tokenizer.decode(ids) == text
+
+
+def test_token_of_a_word_is_that_after_a_space_or_the_one_without():
+    assert BPE.decode([BPE.word_token("the")]) == " the"
+    assert BPE.decode([BPE.word_token(" the")]) == " the"
+    assert BPE.decode([BPE.word_token("\n")]) == "\n"
+    words = train_words(["one two"], 10)
+    assert words.decode([words.word_token("two")]).strip() == "two"
+
+
+def test_a_word_without_a_token_of_its_own_is_explained():
+    with pytest.raises(ValueError, match=r"'xyz' is 3 tokens \('x' 'y' 'z'\).*more frequent word"):
+        BYTES.word_token("xyz")
+    with pytest.raises(ValueError, match="'three' is not in the vocabulary"):
+        train_words(["one two"], 10).word_token("three")
+    with pytest.raises(ValueError, match="the word is empty"):
+        BPE.word_token("")
+    with pytest.raises(ValueError) as error:
+        BYTES.word_token("x" * 10_000)
+    assert len(str(error.value)) < 300

@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from training.plots.panels import BLUE, GREY, BarChart, Heatmap, LinePlot, Panel
 from training.plots.style import FIGURE_WIDTH, STYLE, save_figure
@@ -55,6 +56,8 @@ def _draw_lines(axes: Axes, panel: LinePlot) -> None:
     axes.set_ylabel(panel.y_label)
     if panel.log_y:
         axes.set_yscale("log")
+    if not any(series.x.is_floating_point() for series in panel.series):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if panel.training_range:
         axes.axvspan(*panel.training_range, color=GREY, alpha=0.12, linewidth=0)
     for series in panel.series:

@@ -10,6 +10,7 @@
     sine             sin 2x
     white-or-brown   which of two rices, from measured cups of rice and water
     which-grain      which of three grains, from a measured darkness
+    digits           which of ten handwritten digits, from 8 x 8 pixels (scikit-learn's load_digits)
 
 Each has rows to train on and, for validation, rows between them. Where the law continues, rows
 beyond the range of training tell a model that learned it from one that interpolates.
@@ -216,6 +217,28 @@ def _which_grain(seed: int) -> Table:
     )
 
 
+def digit_rows() -> dict[str, Rows]:
+    """Return the pixels, 0 to 1, and classes of handwritten digits; the last fifth is `validation`.
+
+    The rows are in the order of the people who wrote them, so most writers of `validation` are new.
+    """
+    from sklearn.datasets import load_digits  # takes a second to import
+
+    images = load_digits()
+    x_BD, class_B = torch.tensor(images.data / 16).float(), torch.tensor(images.target).long()
+    split = {"train": slice(0, -360), "validation": slice(-360, None)}
+    return {name: (x_BD[rows], class_B[rows]) for name, rows in split.items()}
+
+
+def _digits(_: int) -> Table:
+    return Table(
+        "handwritten digits of 8 x 8 pixels",
+        digit_rows(),
+        lambda *pixels: f"{sum(pixels) / len(pixels):.0%} of the paper inked",
+        classes=tuple("0123456789"),
+    )
+
+
 Tables = dict[str, Callable[[int], Table]]
 """Functions by table name that make a table from a seed."""
 
@@ -228,7 +251,7 @@ REGRESSION_TABLES: Tables = {
     **{name: functools.partial(_curve, name) for name in CURVES},
 }
 BINARY_CLASSIFICATION_TABLES: Tables = {"white-or-brown": _white_or_brown}
-CLASSIFICATION_TABLES: Tables = {"which-grain": _which_grain}
+CLASSIFICATION_TABLES: Tables = {"which-grain": _which_grain, "digits": _digits}
 
 
 @dataclass(frozen=True)

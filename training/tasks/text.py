@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from gpt import LanguageModel, Model
 from gpt.device import fork_rng
+from gpt.embeddings import cosines
 from gpt.generation import generate
 from gpt.models.word2vec import Word2Vec
 from gpt.sampling import SamplingParams
@@ -243,10 +244,9 @@ class WordVectors(Text):
         is_word = np.array([len(text) > 2 and text.isalpha() for text in texts])
         tokens = self.corpus.splits["validation"].tokens
         counts = np.bincount(tokens, minlength=len(texts)) * is_word
-        vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
         lines = []
         for token in np.argsort(-counts, kind="stable")[: SAMPLE_WORDS * min(1, length)]:
-            cosine_V = vectors_VD @ vectors_VD[token]
+            cosine_V = cosines(model, int(token)).cpu()
             cosine_V[torch.from_numpy(~is_word)] = -1
             # More than are shown: tokens that differ only in white space have the same text.
             nearest = [texts[i] for i in cosine_V.topk(2 * SAMPLE_NEIGHBORS).indices.tolist()]
