@@ -51,8 +51,20 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         for line in trainer.task.sizes:
             print(f"  {line}")
         print(f"compile: {trainer.compilation}")
+        if warning := warmup_warning(config):
+            print(warning)
         print(f"run: {directory}, {count_parameters(trainer.model):,} parameters", flush=True)
         _train_and_report(trainer)
+
+
+def warmup_warning(config: TrainingConfig) -> str:
+    """Return what to say of a run that ends before its learning rate has reached the peak, or ""."""
+    if config.steps > config.warmup_steps:
+        return ""
+    return (
+        f"WARNING: the {config.steps} steps end inside the warmup of {config.warmup_steps}, before "
+        "the learning rate reaches its peak: choose more --steps or fewer --warmup-steps"
+    )
 
 
 def resume(directory: Path, device: str, world: distributed.World) -> None:
