@@ -1,7 +1,7 @@
 """Chapter 12: look back at every encoder state."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -115,4 +115,4 @@ def bottleneck() -> Sequence[Panel]:
     return [LinePlot("length", "translated without an error (%)", series)]
 
 
-FIGURES = (alignment,)
+FIGURES: Sequence[Callable[[], Sequence[Panel]]] = (alignment, bottleneck)

@@ -1,18 +1,19 @@
 """Chapter 11: one network reads, one writes."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from gpt.models.encoder_decoder import EncoderDecoder
 from gpt.models.seq2seq import Seq2Seq
 from training.chapters.toy_translation import exact_matches, train, translate_sentences
 from training.data.toy_pairs import SPLIT_SIZES, toy_pairs
+from training.plots.panels import Panel
 
-WIDTH = 128
+WIDTH = 96
 """Numbers in the context vector."""
 LENGTHS = {"3 to 6 words": (3, 6), "7 to 10 words": (7, 10), "11 to 26 words": (11, 26)}
 """Shortest and longest sources of each group of test pairs."""
-SENTENCES = "I love cats", "She does not see him", "My sister looks for your small white birds"
+SENTENCES = "I love cats", "They look for us", "She does not see the black cat"
 
 
 @functools.cache
@@ -36,9 +37,10 @@ def examples() -> Iterator[str]:
     model = trained_seq2seq()
     for en, fr in zip(SENTENCES, translate_sentences(model, SENTENCES), strict=True):
         yield f"  {en} -> {fr}"
-    yield f"Between them is one vector of {WIDTH} numbers. Sentences without an error, by length:"
+    yield f"All that passes between them is one vector of {WIDTH} numbers."
+    yield "Test sentences without an error, by length:"
     for name, share in matches_by_length(model).items():
         yield f"  {name:<15} {share:4.0%}"
 
 
-FIGURES = ()
+FIGURES: Sequence[Callable[[], Sequence[Panel]]] = ()

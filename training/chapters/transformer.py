@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.attention import CausalSelfAttention, KVCache, Positions, attention_weights
-from gpt.models.transformer import Attention, EncoderBlock, Transformer, sinusoids
+from gpt.models.transformer import Attention, EncoderBlock, FeedForward, Transformer, sinusoids
 from training.chapters.encoder_decoder import SENTENCES, matches_by_length
 from training.chapters.toy_translation import (
     attention_over_source,
@@ -26,6 +26,10 @@ HEAD_WIDTHS = 4, 16, 64, 256, 1024
 SYMBOLS, RANDOM_LENGTH = 16, 28
 """The alphabet and the length of the random texts."""
 CROSS = "My sister does not see the small black cats"
+
+
+MASKED_SCORES = torch.tensor([[0.6, 0.0, 0.0], [0.4, 0.4, 0.0], [0.3, 0.3, 0.4]])
+"""Scores of "J'aime les chats", those of later words still to be masked."""
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -52,7 +56,7 @@ def initialized(build: Callable[[], nn.Module]) -> nn.Module:
 @functools.cache
 def trained_transformer() -> Transformer:
     """Return a translator without recurrence."""
-    return train(lambda *sizes: Transformer(*sizes, width=64, depth=2, heads=2), 450, 0.005)
+    return train(lambda *sizes: Transformer(*sizes, width=64, depth=1, heads=2), 500, 0.005)
 
 
 @functools.cache
@@ -113,6 +117,25 @@ def future_gradients() -> list[float]:
     attention(words_BTD, Positions(torch.zeros(1, 4), None))[0, 1].sum().backward()
     assert words_BTD.grad is not None
     return words_BTD.grad.norm(dim=-1)[0].tolist()
+
+
+def masked_weights() -> Tensor:
+    """Return weights_TT of `MASKED_SCORES`: minus infinity above the diagonal, then softmax."""
+    earlier_TT = torch.ones_like(MASKED_SCORES, dtype=torch.bool).tril()
+    return MASKED_SCORES.masked_fill(~earlier_TT, -torch.inf).softmax(-1)
+
+
+def two_layers_as_one(feed_forward: bool) -> float:
+    """Return by how much two averages in a row differ from one of the products of their matrices, at most.
+
+    Optionally a feed-forward layer stands between the two.
+    """
+    x_TD, values_2DD = random_vectors(4, 8), random_vectors(2, 8, 8) / 8**0.5
+    first_TT, second_TT = random_vectors(2, 4, 4).softmax(-1)
+    mlp = initialized(lambda: FeedForward(8, 32, nn.ReLU())) if feed_forward else nn.Identity()
+    two_TD = second_TT @ mlp(first_TT @ x_TD @ values_2DD[0]) @ values_2DD[1]
+    one_TD = (second_TT @ first_TT) @ x_TD @ (values_2DD[0] @ values_2DD[1])
+    return (two_TD - one_TD).abs().max().item()
 
 
 class UnmaskedSelfAttention(CausalSelfAttention):
@@ -180,7 +203,8 @@ def encoder_stack(norm: str, depth: int) -> tuple[list[EncoderBlock], list[Tenso
     for block in stack.children():
         assert isinstance(block, EncoderBlock)
         if norm == "none":
-            block.attention_norm = block.mlp_norm = nn.Identity()
+            for name in ("attention_norm", "mlp_norm"):
+                setattr(block, name, nn.Identity())
         x_BSD = block(x_BSD, mask_B11S)
         blocks.append(block)
         streams.append(x_BSD)
@@ -221,10 +245,16 @@ def examples() -> Iterator[str]:
         )
     yield "A word's vector in I eat bread and in bread eat I differs by"
     yield f"  {order_difference(False):.2f} without positions, {order_difference(True):.2f} with them"
+    yield "Weights behind the mask, while J'aime les chats is written:"
+    for row in masked_weights().tolist():
+        yield "  " + "  ".join(f"{weight:.3f}" for weight in row)
     yield "Gradients of the second of four words, by each word:"
     yield "  " + "  ".join(f"{gradient:.3f}" for gradient in future_gradients())
     yield f"Random text of {SYMBOLS} symbols, which nothing can predict:"
     yield f"  with the mask {loss_on_random_text(True):.2f} nats, without {loss_on_random_text(False):.2f}"
+    yield "Two averages in a row differ from a single one of the products of their matrices by"
+    collapsed, bent = two_layers_as_one(False), two_layers_as_one(True)
+    yield f"  {collapsed:.2f} without a feed-forward layer between them, {bent:.2f} with one"
     with_sum, without = gradient_through_layers(True)[0], gradient_through_layers(False)[0]
     yield "Gradient through 24 sigmoid layers"
     yield f"  x = layer(x)      {without:.0e}"
@@ -307,12 +337,12 @@ def highways() -> Sequence[Panel]:
 
 
 def cross_attention() -> Sequence[Panel]:
-    """Chapter 13: the cross-attention of a trained Transformer, a head of each layer."""
+    """Chapter 13: the cross-attention of a trained Transformer, the two heads of its layer."""
     words, weights_LHTS = attention_over_source(trained_transformer(), CROSS, "cross")
     return [
-        attention_panel(CROSS, words, weights_TS, f"layer 2, head {head}")
+        attention_panel(CROSS, words, weights_TS, f"head {head}")
         for head, weights_TS in enumerate(weights_LHTS[-1], 1)
     ]
 
 
-FIGURES = (mask, highways, cross_attention)
+FIGURES: Sequence[Callable[[], Sequence[Panel]]] = (mask, highways, cross_attention)
