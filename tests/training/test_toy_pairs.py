@@ -25,7 +25,10 @@ def test_no_source_is_in_two_splits():
     [
         ("You find him", "Tu le trouves"),  # a pronoun precedes the verb
         ("She looks for him", "Elle le cherche"),  # two words are one
-        ("You do not look for these boys", "Tu ne cherches pas ces garçons"),  # negation encloses the verb
+        (
+            "You do not look for these boys",
+            "Tu ne cherches pas ces garçons",
+        ),  # negation encloses the verb
         ("Your large horses do not draw her", "Tes grands chevaux ne la dessinent pas"),
         ("This bird does not eat the apple", "Cet oiseau ne mange pas la pomme"),
         ("You eat white cakes", "Tu manges les gâteaux blancs"),  # a color follows, and agrees
