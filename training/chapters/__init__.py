@@ -30,7 +30,7 @@ class Chapter(Protocol):
     """What a chapter's module provides."""
 
     @property
-    def FIGURES(self) -> Sequence[Callable[[], Sequence[Panel]]]:  # noqa: N802 (a module's constant)
+    def FIGURES(self) -> Sequence[Callable[[], Sequence[Panel]]]:
         """Functions that compute a figure's panels. A figure is named like its function."""
 
     def examples(self) -> Iterator[str]:
