@@ -25,7 +25,7 @@ SCORES = torch.tensor([0.1, 0.8, 0.6])
 HEAD_WIDTHS = 4, 16, 64, 256, 1024
 SYMBOLS, RANDOM_LENGTH = 16, 28
 """The alphabet and the length of the random texts."""
-CROSS = "My sister does not see the small black cats"
+CROSS = "My sister does not see these small black cats"
 
 
 MASKED_SCORES = torch.tensor([[0.6, 0.0, 0.0], [0.4, 0.4, 0.0], [0.3, 0.3, 0.4]])
