@@ -97,10 +97,10 @@ def alignment() -> Sequence[Panel]:
 
 def bottleneck() -> Sequence[Panel]:
     """Chapter 12: translations without an error by sentence length, with and without attention."""
-    bins = torch.arange(len(LENGTHS))
+    middles = torch.tensor([sum(borders) / 2 for borders in LENGTHS.values()])
     series = [
         Series(
-            bins,
+            middles,
             torch.tensor([100 * share for share in shares.values()]),
             color,
             label,
@@ -112,7 +112,7 @@ def bottleneck() -> Sequence[Panel]:
             (matches_by_length(trained_seq2seq()), GREY, "one vector"),
         )
     ]
-    return [LinePlot("length", "translated without an error (%)", series)]
+    return [LinePlot("words (middle of the group)", "translated without an error (%)", series)]
 
 
 FIGURES: Sequence[Callable[[], Sequence[Panel]]] = (alignment, bottleneck)
