@@ -53,6 +53,8 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         for line in trainer.task.sizes:
             print(f"  {line}")
         _print_compilation(trainer)
+        if warning := warmup_warning(config):
+            print(warning)
         size = count_parameters(trainer.model)
         print(f"run: {directory}, {size:,} parameters; run.json has all settings", flush=True)
         _train_and_report(trainer)
@@ -74,6 +76,16 @@ def _print_compilation(trainer: Trainer) -> None:
     """Print whether train steps are compiled, and why; nothing on a CPU, where `auto` never does."""
     if trainer.device.type != "cpu" or trainer.config.compile != "auto":
         print(f"compile: {trainer.compilation}")
+
+
+def warmup_warning(config: TrainingConfig) -> str:
+    """Return what to say of a run that ends before its learning rate has reached the peak, or ""."""
+    if config.steps > config.warmup_steps:
+        return ""
+    return (
+        f"WARNING: the {config.steps} steps end inside the warmup of {config.warmup_steps}, before "
+        "the learning rate reaches its peak: choose more --steps or fewer --warmup-steps"
+    )
 
 
 def resume(directory: Path, device: str, world: distributed.World) -> None:

@@ -17,9 +17,11 @@ instead of a chain of steps, and a whole sentence is computed at once. Limitatio
 compared with every other, and there are two stacks of blocks, neither of which can use what the
 other learns.
 
-Two differences from the paper: norms precede the branches instead of following the sums (Xiong et
-al. 2020), which needs no long warmup; and embeddings have an initial scale of 1, to which the paper
-scales its own by sqrt(D).
+Two differences from the paper: norms precede the branches (Xiong et al. 2020), unless `norm_first`
+is False; and embeddings have an initial scale of 1, to which the paper scales its own by sqrt(D).
+
+    pre-norm    x + branch(norm(x))      the sum itself is never normalized: a direct path for gradients
+    post-norm   norm(x + branch(x))      as in the paper; deep stacks need a long warmup
 """
 
 from collections.abc import Iterable
@@ -77,44 +79,68 @@ class FeedForward(nn.Module):
         return self.down(self.activation(self.up(x_BTD)))
 
 
-class EncoderBlock(nn.Module):
+class Block(nn.Module):
+    """A stack of branches, each of which is added to its input.
+
+    `norm_first` (torch's name) is pre-norm, otherwise post-norm.
+    """
+
+    def __init__(self, norm_first: bool, dropout: float) -> None:
+        super().__init__()
+        self.norm_first = norm_first
+        self.dropout = nn.Dropout(dropout)
+
+    def branch_input(self, x_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """Return what a branch sees of x."""
+        return norm(x_BTD) if self.norm_first else x_BTD
+
+    def add_branch(self, x_BTD: Tensor, branch_BTD: Tensor, norm: nn.Module) -> Tensor:
+        """Return x with the output of a branch added to it."""
+        x_BTD = x_BTD + self.dropout(branch_BTD)
+        return x_BTD if self.norm_first else norm(x_BTD)
+
+
+class EncoderBlock(Block):
     """One layer of the encoder."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
-        super().__init__()
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, norm_first: bool = True
+    ) -> None:
+        super().__init__(norm_first, dropout)
         self.attention_norm = nn.LayerNorm(width)
         self.attention = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FeedForward(width, hidden, nn.ReLU())
-        self.dropout = nn.Dropout(dropout)
 
     def forward(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
         """x_BSD -> x_BSD."""
-        normed_BSD = self.attention_norm(x_BSD)
-        keys_BHSK, values_BHSK = self.attention.keys_and_values(normed_BSD)
-        attended_BSD = self.attention(normed_BSD, keys_BHSK, values_BHSK, mask_B11S)
-        x_BSD = x_BSD + self.dropout(attended_BSD)
-        return x_BSD + self.dropout(self.mlp(self.mlp_norm(x_BSD)))
+        input_BSD = self.branch_input(x_BSD, self.attention_norm)
+        keys_BHSK, values_BHSK = self.attention.keys_and_values(input_BSD)
+        attended_BSD = self.attention(input_BSD, keys_BHSK, values_BHSK, mask_B11S)
+        x_BSD = self.add_branch(x_BSD, attended_BSD, self.attention_norm)
+        processed_BSD = self.mlp(self.branch_input(x_BSD, self.mlp_norm))
+        return self.add_branch(x_BSD, processed_BSD, self.mlp_norm)
 
     def attention_weights(self, x_BSD: Tensor, mask_B11S: Tensor) -> Tensor:
         """Return weights_BHSS of the attention in `forward` with the same arguments."""
-        normed_BSD = self.attention_norm(x_BSD)
-        keys_BHSK, _ = self.attention.keys_and_values(normed_BSD)
-        return self.attention.attention_weights(normed_BSD, keys_BHSK, mask_B11S)
+        input_BSD = self.branch_input(x_BSD, self.attention_norm)
+        keys_BHSK, _ = self.attention.keys_and_values(input_BSD)
+        return self.attention.attention_weights(input_BSD, keys_BHSK, mask_B11S)
 
 
-class DecoderBlock(nn.Module):
+class DecoderBlock(Block):
     """One layer of the decoder."""
 
-    def __init__(self, width: int, heads: int, hidden: int, dropout: float) -> None:
-        super().__init__()
+    def __init__(
+        self, width: int, heads: int, hidden: int, dropout: float, norm_first: bool = True
+    ) -> None:
+        super().__init__(norm_first, dropout)
         self.attention_norm = nn.LayerNorm(width)
         self.attention = CausalSelfAttention(width, heads)
         self.cross_norm = nn.LayerNorm(width)
         self.cross = Attention(width, heads)
         self.mlp_norm = nn.LayerNorm(width)
         self.mlp = FeedForward(width, hidden, nn.ReLU())
-        self.dropout = nn.Dropout(dropout)
 
     def cross_keys_and_values(self, x_BSD: Tensor) -> tuple[Tensor, Tensor]:
         """Return keys_BHSK and values_BHSK of the encoder's output.
@@ -134,19 +160,25 @@ class DecoderBlock(nn.Module):
         mask_B11S: Tensor,
     ) -> Tensor:
         """x_BTD -> x_BTD; keys, values and mask are those of the source."""
-        x_BTD = x_BTD + self.dropout(self.attention(self.attention_norm(x_BTD), positions, cache))
-        attended_BTD = self.cross(self.cross_norm(x_BTD), keys_BHSK, values_BHSK, mask_B11S)
-        x_BTD = x_BTD + self.dropout(attended_BTD)
-        return x_BTD + self.dropout(self.mlp(self.mlp_norm(x_BTD)))
+        input_BTD = self.branch_input(x_BTD, self.attention_norm)
+        attended_BTD = self.attention(input_BTD, positions, cache)
+        x_BTD = self.add_branch(x_BTD, attended_BTD, self.attention_norm)
+        input_BTD = self.branch_input(x_BTD, self.cross_norm)
+        attended_BTD = self.cross(input_BTD, keys_BHSK, values_BHSK, mask_B11S)
+        x_BTD = self.add_branch(x_BTD, attended_BTD, self.cross_norm)
+        processed_BTD = self.mlp(self.branch_input(x_BTD, self.mlp_norm))
+        return self.add_branch(x_BTD, processed_BTD, self.mlp_norm)
 
     def attention_weights(
         self, x_BTD: Tensor, positions: Positions, keys_BHSK: Tensor, mask_B11S: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return weights_BHTT of the self-attention and weights_BHTS of the cross-attention."""
-        normed_BTD = self.attention_norm(x_BTD)
-        self_BHTT = self.attention.attention_weights(normed_BTD, positions)
-        x_BTD = x_BTD + self.attention(normed_BTD, positions)
-        return self_BHTT, self.cross.attention_weights(self.cross_norm(x_BTD), keys_BHSK, mask_B11S)
+        input_BTD = self.branch_input(x_BTD, self.attention_norm)
+        self_BHTT = self.attention.attention_weights(input_BTD, positions)
+        attended_BTD = self.attention(input_BTD, positions)
+        x_BTD = self.add_branch(x_BTD, attended_BTD, self.attention_norm)
+        input_BTD = self.branch_input(x_BTD, self.cross_norm)
+        return self_BHTT, self.cross.attention_weights(input_BTD, keys_BHSK, mask_B11S)
 
 
 def sinusoids(length: int, width: int) -> Tensor:
@@ -166,6 +198,7 @@ class Transformer(EncoderDecoder):
         heads: Attention heads of each block, H.
         hidden: Width of the feed-forward layers, F; 0 means 4 times the width.
         dropout: Fraction of embeddings and branch outputs that training drops; the paper's is 0.1.
+        norm_first: Normalize the input of each branch (pre-norm); otherwise each sum (post-norm).
     """
 
     chapter = 13
@@ -184,6 +217,7 @@ class Transformer(EncoderDecoder):
         heads: int = 4,
         hidden: int = 0,
         dropout: float = 0.0,
+        norm_first: bool = True,
     ) -> None:
         super().__init__(vocab_size, context_length)
         check_sizes(width, depth, heads, hidden)
@@ -192,11 +226,11 @@ class Transformer(EncoderDecoder):
         self.embedding = nn.Embedding(vocab_size, width)
         self.dropout = nn.Dropout(dropout)
         self.encoder = nn.ModuleList(
-            EncoderBlock(width, heads, hidden, dropout) for _ in range(depth)
+            EncoderBlock(width, heads, hidden, dropout, norm_first) for _ in range(depth)
         )
         self.encoder_norm = nn.LayerNorm(width)
         self.decoder = nn.ModuleList(
-            DecoderBlock(width, heads, hidden, dropout) for _ in range(depth)
+            DecoderBlock(width, heads, hidden, dropout, norm_first) for _ in range(depth)
         )
         self.norm = nn.LayerNorm(width)
         self.unembedding = nn.Linear(width, vocab_size, bias=False)

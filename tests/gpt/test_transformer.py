@@ -1,5 +1,7 @@
 """Chapter 13: attention and the encoder-decoder transformer."""
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from gpt.models.attention import (
 from gpt.models.transformer import Attention, Transformer, sinusoids
 
 
-def build(**kwargs: int) -> Transformer:
+def build(**kwargs: Any) -> Transformer:
     torch.manual_seed(0)
     model = Transformer(30, 12, **{"width": 16, "depth": 2, "heads": 2, **kwargs}).double().eval()
     for parameter in model.parameters():
@@ -95,9 +97,11 @@ def test_chapter_13_no_gradient_flows_from_the_future() -> None:
     assert gradient_V[22] == 0
 
 
-def test_chapter_13_equals_torch_layers_weight_for_weight() -> None:
-    model = build()
-    settings = {"dim_feedforward": 64, "dropout": 0.0, "batch_first": True, "norm_first": True}
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_chapter_13_equals_torch_layers_weight_for_weight(norm_first: bool) -> None:
+    model = build(norm_first=norm_first)
+    settings: dict[str, Any] = {"dim_feedforward": 64, "dropout": 0.0, "batch_first": True}
+    settings["norm_first"] = norm_first
     encoder = nn.TransformerEncoder(
         nn.TransformerEncoderLayer(16, 2, **settings), 2, nn.LayerNorm(16), False
     ).double()
@@ -149,6 +153,22 @@ def test_chapter_13_equals_torch_layers_weight_for_weight() -> None:
     )
     encoded = model.encode(source_BS, lengths_B)
     torch.testing.assert_close(model.decode(tokens_BT, encoded), expected_BTD)
+
+
+@pytest.mark.parametrize("norm_first", [True, False], ids=["pre-norm", "post-norm"])
+def test_xray_shows_the_weights_that_the_forward_pass_uses(norm_first: bool) -> None:
+    """The values of the last layer's cross-attention, averaged by its map, are its output."""
+    model = build(norm_first=norm_first, depth=1)
+    source_BS, lengths_B = torch.tensor([[5, 17, 9]]), torch.tensor([3])
+    tokens_BT = torch.tensor([[3, 4]])
+    outputs = []
+    block = model.decoder[0]
+    block.cross.output.register_forward_hook(lambda module, args, out: outputs.append(args[0]))
+    encoded = model.encode(source_BS, lengths_B)
+    model.decode(tokens_BT, encoded)
+    weights_BHTS = model.xray(source_BS, lengths_B, tokens_BT)[2].weights[:, 0]
+    averages_BHTK = weights_BHTS @ encoded["source_values"][:, 0]
+    torch.testing.assert_close(outputs[0], averages_BHTK.transpose(1, 2).flatten(2))
 
 
 def test_chapter_13_positions_equal_the_papers_formula() -> None:

@@ -534,7 +534,7 @@ def test_presets_lists_chapter_steps_time_and_aim_of_each():
     by_name = {name: (chapter, steps, time.strip()) for name, chapter, steps, time, _ in rows}
     assert by_name.keys() == PRESETS.keys()
     assert by_name["linear"] == ("1", "1,000", "5 s")
-    assert by_name["translate-gpt2"] == ("14", "1,500", "35 min")
+    assert by_name["multi30k-gpt2"] == ("14", "1,500", "35 min")
     assert by_name["gpt-small"] == ("15", "5,000", "on a GPU")
     assert max(map(len, lines)) <= 130
 
@@ -552,7 +552,9 @@ def test_translators_writes_a_table_and_a_plot(tmp_path, monkeypatch):
     small = "--tokenizer bytes --context-length 64 --batch-size 6 --steps 2 --width 16 --device cpu"
     for name in ("seq2seq", "attention"):
         command = f"train translate-{name} --data pairs --run runs/{name} {small}"
-        assert training(*command.split())[0] == 0
+        code, out, _ = training(*command.split())
+        assert code == 0
+        assert "WARNING: the 2 steps end inside the warmup of 20" in out
     code, out, err = training("translators", "runs/seq2seq", "runs/attention", "--output", "b.svg")
     assert code == 0
     scores = json.loads((tmp_path / "b.json").read_text())

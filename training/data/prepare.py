@@ -50,6 +50,7 @@ from training.data.sources import (
     resolve_tokenizer,
     share_warning,
 )
+from training.data.toy_pairs import TOY_PAIRS, open_toy_pairs
 
 MAX_TOKENIZER_BYTES = 100_000_000
 """Train a tokenizer on at most this many bytes of text."""
@@ -145,13 +146,13 @@ def prepare_corpus(
 
 
 def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
-    """Find the standard library, a file, a folder or a hub dataset, in this order.
+    """Find the standard library, the toy pairs, a file, a folder or a hub dataset, in this order.
 
     A ValueError tells a mistyped path from an unknown dataset.
     """
     data = source.data
     path = Path(data).expanduser()
-    if data != "stdlib" and not (data and path.exists()):
+    if data not in ("stdlib", TOY_PAIRS) and not (data and path.exists()):
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) or files.detect_format(path):
             raise ValueError(f"{data}: no such file or folder")
         dataset = hub.open_hub_dataset(source, rows)
@@ -159,6 +160,8 @@ def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         raise ValueError(f"--data-config is only for hub datasets; {data} has no configurations")
     elif data == "stdlib":
         dataset = _standard_library(source, rows)
+    elif data == TOY_PAIRS:
+        dataset = open_toy_pairs(source, rows)
     elif path.is_dir():
         dataset = files.open_folder(source, rows, path.resolve())
     elif file_format := files.detect_format(path):
