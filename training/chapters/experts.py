@@ -13,6 +13,7 @@ from gpt.summary import count_parameters
 from training.chapters.fitting import fit, fit_each, fit_many, predict
 from training.chapters.products import rice_panel
 from training.plots.panels import (
+    BLACK,
     BLUE,
     GREEN,
     GREY,
@@ -231,13 +232,15 @@ def experts() -> Sequence[Panel]:
         Series(
             darkness,
             gate_B,
-            PURPLE,
+            color,
             f"{slope:.2f}x",
             "solid",
-            int(gate_B.argmax().clamp(8, 74)),
-            (-12, 10),
+            int(gate_B.argmax().clamp(8, 80)),
+            (-12, 10) if gate_B.argmax() < 80 else (4, 0),
         )
-        for gate_B, slope in zip(gates_BE.t(), slope_E.tolist(), strict=True)
+        for gate_B, slope, color in zip(
+            gates_BE.t(), slope_E.tolist(), (PURPLE, GREY, BLACK), strict=True
+        )
     ]
     return [
         rice_panel("three experts, gated", model, GRAINS),

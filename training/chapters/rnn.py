@@ -175,7 +175,13 @@ def powers() -> Sequence[Panel]:
     distances = torch.arange(steps + 1)
     weights = {2.0: ORANGE, 1.0: GREY, 0.9: BLUE, 0.5: PURPLE, 0.2: GREEN}
     scalar = [
-        Series(distances, scalar_gradients(weight, steps), color, f"w = {weight:g}")
+        Series(
+            distances,
+            scalar_gradients(weight, steps),
+            color,
+            f"w = {weight:g}",
+            label_offset=(5, {1.0: 4, 0.9: -4}.get(weight, 0)),
+        )
         for weight, color in weights.items()
     ]
     matrix = [
