@@ -25,6 +25,7 @@ from training import distributed, launch
 from training.chapters.commands import Chapter, Figures
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
+from training.interchange import Export, Import
 from training.plots.commands import Plot, Xray
 from training.presets import PRESETS, get_preset
 from training.tasks import TASKS
@@ -180,5 +181,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "presets": Presets,
         "describe": Describe,
         "xray": Xray,
+        "export": Export,
+        "import": Import,
     }
     cli.main(prog, "Train, evaluate and compare models.", commands, arguments)

@@ -168,6 +168,11 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
     A run that has not come to its first checkpoint starts at step 0.
     """
     config = dataclasses.replace(load_training_config(directory), device=device)
+    if not config.data:
+        raise ValueError(
+            f"{directory} was imported: there is no training to resume; to continue from its "
+            f"weights: tinygpt train --from {run_argument(directory)} --data …"
+        )
     check_batch_size(config, world)
     checkpoints = list_checkpoints(directory)
     if not checkpoints:

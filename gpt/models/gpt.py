@@ -137,13 +137,14 @@ class DecoderOnly(LanguageModel):
         return self.embedding(tokens_BT)
 
     @property
-    def _attention(self) -> CausalSelfAttention:
-        """The attention of the first block; those of all blocks have the same sizes."""
-        return cast(Block, self.blocks[0]).attention
+    def first_block(self) -> Block:
+        """The first block; all have the same sizes."""
+        return cast(Block, self.blocks[0])
 
     def flops_per_token(self, length: int) -> float:
         """Add attention scores and averages: 12 L H K T (Chowdhery et al. 2022)."""
-        width = self._attention.heads * self._attention.head_width
+        attention = self.first_block.attention
+        width = attention.heads * attention.head_width
         return super().flops_per_token(length) + 12.0 * self.depth * width * length
 
     # State
@@ -155,8 +156,8 @@ class DecoderOnly(LanguageModel):
 
     def init_state(self, batch_size: int, length: int) -> State:
         """Return position_B and an empty KV cache, keys_BLHSK and values_BLHSK."""
-        heads, width = self._attention.kv_heads, self._attention.head_width
-        length = min(length, self.context_length)
+        attention, length = self.first_block.attention, min(length, self.context_length)
+        heads, width = attention.kv_heads, attention.head_width
         shape_BLHSK = (batch_size, self.depth, heads, length, width)
         return init_cache(self.embedding.weight, shape_BLHSK, self.cache_dtype)
 
@@ -355,6 +356,7 @@ class GPT(DecoderOnly):
         super().__init__(
             vocab_size, context_length, width, depth, heads, block, norm, tied=tied, dropout=dropout
         )
+        self.rotary_base = rotary_base
         self.ngrams = NGrams(vocab_size, ngrams, width) if ngrams else None
         cos_SK, sin_SK = rotary_table(context_length, head_width or width // heads, rotary_base)
         self.cos_SK: Tensor
