@@ -19,6 +19,8 @@ from gpt.cli import MaybeInt, MaybeText
 
 PresetOnly: Any = tyro.conf.Suppress
 """Marks a field that a preset sets and that is no command-line option."""
+MaybeRate = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+"""A learning rate; None is that of `learning_rate`."""
 
 VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1": (
@@ -93,15 +95,15 @@ class TrainingConfig:
     optimizer: Literal["muon", "adamw", "sgd"] = "muon"
     """Optimizer of the hidden matrices. AdamW updates all other parameters; with sgd, SGD updates everything."""
     learning_rate: float = 0.02
-    """Peak learning rate of the hidden matrices. It and the next three scale with --batch-size, --context-length and --width unless given."""
-    embedding_lr: float = 0.1
-    """Peak learning rate of the embeddings."""
-    unembedding_lr: float = 0.008
-    """Peak learning rate of the unembedding (the output projection)."""
-    vector_lr: float = 0.01
-    """Peak learning rate of norms and biases."""
+    """Peak learning rate of the hidden matrices and of a regression's weights. It and the next three scale with --batch-size, --context-length and --width unless given."""
+    embedding_lr: MaybeRate = 0.1
+    """Peak learning rate of the embeddings. None: that of --learning-rate."""
+    unembedding_lr: MaybeRate = 0.008
+    """Peak learning rate of the unembedding (the output projection). None: that of --learning-rate."""
+    vector_lr: MaybeRate = 0.01
+    """Peak learning rate of norms, biases and attention's score vector. None: that of --learning-rate."""
     weight_decay: float = 0.0
-    """Decoupled weight decay of the hidden matrices: a step multiplies them by 1 - learning rate * decay."""
+    """Decoupled weight decay of the hidden matrices and of a regression's weights: a step multiplies them by 1 - learning rate * decay."""
     embedding_weight_decay: float = 0.0
     """Decoupled weight decay of the embeddings and the unembedding."""
     beta1: float = 0.9
@@ -169,6 +171,11 @@ class TrainingConfig:
                 f"--gradient-accumulation-steps {self.gradient_accumulation_steps} equal parts"
             )
 
+    def peak_learning_rates(self) -> dict[str, float]:
+        """Return the value of each of LEARNING_RATES; for None, that of `learning_rate`."""
+        rates = {name: getattr(self, name) for name in LEARNING_RATES}
+        return {k: self.learning_rate if v is None else v for k, v in rates.items()}
+
 
 LEARNING_RATES = ("learning_rate", "embedding_lr", "unembedding_lr", "vector_lr")
 """The fields that `scale_learning_rates` scales."""
@@ -193,12 +200,12 @@ def scale_learning_rates(config: TrainingConfig, preset: TrainingConfig) -> Trai
     scales["unembedding_lr"] /= width_scale
     if config.optimizer == "adamw":
         scales["learning_rate"] /= width_scale
+    rates, preset_rates = config.peak_learning_rates(), preset.peak_learning_rates()
     scaled: dict[str, Any] = {
-        name: float(f"{getattr(config, name) * scale:.4g}")
-        for name, scale in scales.items()
-        if scale != 1 and getattr(config, name) == getattr(preset, name)
+        name: float(f"{rate * scales[name]:.4g}") if rate == preset_rates[name] else rate
+        for name, rate in rates.items()
     }
-    return dataclasses.replace(config, **scaled)
+    return config if scaled == rates else dataclasses.replace(config, **scaled)
 
 
 def resolve_config(config: TrainingConfig, options: Any, preset: TrainingConfig) -> TrainingConfig:  # noqa: ANN401

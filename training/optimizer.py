@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from gpt.device import matmul_dtype
 from gpt.models.base import Model
+from gpt.models.linear import Linear, SigmaPi
 from training.config import TrainingConfig
 from training.distributed import map_full_tensors, shard_like
 
@@ -84,13 +85,20 @@ class Muon(torch.optim.Optimizer):
 
 
 def parameter_groups(model: Model) -> dict[str, list[nn.Parameter]]:
-    """Return the model's parameters as matrices, embeddings, unembedding and vectors; each is in one group."""
+    """Return the model's parameters by kind; each is in one group.
+
+    They are matrices, the weights of a line or of products (which are vectors, so not Muon's),
+    embeddings, the unembedding, and other vectors: biases, norms, attention's score vector.
+    """
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    names = ("matrices", "embeddings", "unembedding", "vectors")
+    regressions = {id(m.weight) for m in model.modules() if isinstance(m, Linear | SigmaPi)}
+    names = ("matrices", "regression", "embeddings", "unembedding", "vectors")
     groups: dict[str, list[nn.Parameter]] = {name: [] for name in names}
     for name, parameter in model.named_parameters():
         if id(parameter) in embeddings:
             groups["embeddings"].append(parameter)
+        elif id(parameter) in regressions:
+            groups["regression"].append(parameter)
         elif parameter.ndim < 2:
             groups["vectors"].append(parameter)
         else:
@@ -132,18 +140,20 @@ class Optimizers:
         self.scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
         self.skipped_steps = 0
         """Steps skipped so far because a gradient was not finite."""
+        rates = config.peak_learning_rates()
         lr_and_weight_decay = {
-            "matrices": (config.learning_rate, config.weight_decay),
-            "embeddings": (config.embedding_lr, config.embedding_weight_decay),
-            "unembedding": (config.unembedding_lr, config.embedding_weight_decay),
-            "vectors": (config.vector_lr, 0.0),
+            "matrices": (rates["learning_rate"], config.weight_decay),
+            "regression": (rates["learning_rate"], config.weight_decay),
+            "embeddings": (rates["embedding_lr"], config.embedding_weight_decay),
+            "unembedding": (rates["unembedding_lr"], config.embedding_weight_decay),
+            "vectors": (rates["vector_lr"], 0.0),
         }
         groups: dict[str, dict[str, Any]] = {}
         for name, parameters in parameter_groups(model).items():
             lr, weight_decay = lr_and_weight_decay[name]
             if parameters:
-                rates = {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
-                groups[name] = {"params": parameters, **rates}
+                settings = {"lr": lr, "peak_lr": lr, "weight_decay": weight_decay}
+                groups[name] = {"params": parameters, **settings}
         self.optimizers: list[torch.optim.Optimizer] = []
         if config.optimizer == "muon" and "matrices" in groups:
             self.optimizers.append(Muon([groups.pop("matrices")], dtype))

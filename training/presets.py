@@ -5,12 +5,10 @@ from typing import Any
 
 from gpt import CHAPTERS
 from gpt.checkpoint import did_you_mean
-from training.config import LEARNING_RATES, TrainingConfig
+from training.config import TrainingConfig
 
-
-def all_rates(learning_rate: float) -> dict[str, Any]:
-    """Return the same rate for all kinds of parameters."""
-    return dict.fromkeys(LEARNING_RATES, learning_rate)
+ONE_RATE: dict[str, Any] = {"embedding_lr": None, "unembedding_lr": None, "vector_lr": None}
+"""The rate of all kinds of parameters is `learning_rate`."""
 
 
 LADDER_PRESETS = {
@@ -34,7 +32,7 @@ LINEAR_TABLE = TrainingConfig(
     batch_size=256,  # the whole table
     optimizer="adamw",  # Muon does not suit a matrix of one row
     learning_rate=0.1,
-    vector_lr=0.1,
+    **ONE_RATE,
     warmup_steps=0,
     cooldown_fraction=1.0,
     grad_clip=0.0,
@@ -45,10 +43,10 @@ LINEAR_TABLE = TrainingConfig(
     log_interval=100,
 )
 
-MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01, vector_lr=0.01)
+MLP_TABLE = replace(LINEAR_TABLE, steps=2000, learning_rate=0.01)
 """Lower rates for a loss with many local minima, one of which is a linear fit."""
 
-EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05, vector_lr=0.05)
+EXPERTS_TABLE = replace(MLP_TABLE, learning_rate=0.05)
 
 TABLE_PRESETS = {
     name: replace(config, model=model, task=task, model_args=model_args)
@@ -88,7 +86,8 @@ NANOGPT = TrainingConfig(
     model="gpt2",
     tokenizer="characters",
     optimizer="adamw",
-    **all_rates(1e-3),
+    learning_rate=1e-3,
+    **ONE_RATE,
     weight_decay=0.1,
     embedding_weight_decay=0.1,
     beta2=0.99,
@@ -122,7 +121,8 @@ PRESETS: dict[str, TrainingConfig] = {
             context_length=20,
             stateful=True,
             optimizer="sgd",
-            **all_rates(20.0),
+            learning_rate=20.0,
+            **ONE_RATE,
             warmup_steps=0,
             cooldown_fraction=9 / 13,
             step_decays=9,
@@ -186,7 +186,7 @@ PRESETS: dict[str, TrainingConfig] = {
             model_args={"width": 768, "depth": 12, "heads": 12},
             tokenizer="bpe",
             vocab_size=50_304,
-            **all_rates(6e-4),
+            learning_rate=6e-4,
             beta2=0.95,
             steps=600_000,
             batch_size=480,

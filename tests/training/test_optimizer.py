@@ -9,7 +9,7 @@ import torch
 
 from training.config import TrainingConfig, new_model
 from training.optimizer import Muon, Optimizers, lr_schedule, orthogonalize, parameter_groups
-from training.presets import PRESETS
+from training.presets import PRESETS, TABLE_PRESETS
 
 TINY = TrainingConfig(model_args={"width": 16, "depth": 2, "heads": 2}, device="cpu")
 
@@ -90,8 +90,35 @@ def test_weight_decay_applies_to_its_groups_and_to_no_vector(model):
         for parameter in group["params"]
     }
     expected = {"matrices": 0.1, "embeddings": 0.2, "unembedding": 0.2, "vectors": 0.0}
-    for name, parameters in parameter_groups(model).items():
-        assert {decay_of[id(parameter)] for parameter in parameters} == {expected[name]}
+    for name, decay in expected.items():
+        parameters = parameter_groups(model)[name]
+        assert {decay_of[id(parameter)] for parameter in parameters} == {decay}
+
+
+@pytest.mark.parametrize("name", TABLE_PRESETS)
+def test_learning_rate_and_weight_decay_govern_every_weight_of_a_table_model(name):
+    config = dataclasses.replace(
+        TABLE_PRESETS[name], optimizer="sgd", learning_rate=0.5, weight_decay=0.1
+    )
+    model = new_model(config, {"inputs": 2, "classes": 3})
+    groups = param_groups(model, config)
+    assert {group["lr"] for group in groups} == {0.5}
+    decay_of = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert decay_of[id(parameter)] == (0.0 if name.endswith("bias") else 0.1), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "muon"])
+def test_vector_lr_is_that_of_a_line_s_bias_only(optimizer):
+    config = dataclasses.replace(
+        TABLE_PRESETS["linear"], optimizer=optimizer, learning_rate=0.5, vector_lr=0.25
+    )
+    model = new_model(config, {"inputs": 2})
+    lr_of = {id(p): group["lr"] for group in param_groups(model, config) for p in group["params"]}
+    assert {name: lr_of[id(p)] for name, p in model.named_parameters()} == {
+        "weight": 0.5,
+        "bias": 0.25,
+    }
 
 
 def test_every_parameter_is_updated_by_one_optimizer(model):

@@ -19,7 +19,8 @@ def scaled_config(name, width=None, **changes):
 
 def scales(name, **changes):
     config = scaled_config(name, **changes)
-    return {lr: getattr(config, lr) / getattr(PRESETS[name], lr) for lr in LEARNING_RATES}
+    before = PRESETS[name].peak_learning_rates()
+    return {lr: rate / before[lr] for lr, rate in config.peak_learning_rates().items()}
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -56,3 +57,11 @@ def test_explicit_learning_rate_is_not_scaled():
 def test_sgd_learning_rates_are_not_scaled():
     expected = dataclasses.replace(PRESETS["zaremba"], batch_size=5)
     assert scaled_config("zaremba", batch_size=5) == expected
+
+
+@pytest.mark.parametrize("name", ["linear", "zaremba", "nanogpt-cpu", "gpt2-124m"])
+def test_explicit_learning_rate_is_that_of_all_parameters_where_a_preset_has_one_rate(name):
+    rates = scaled_config(name, learning_rate=0.3).peak_learning_rates()
+    assert rates == dict.fromkeys(LEARNING_RATES, 0.3)
+    rates = scaled_config(name, learning_rate=0.3, vector_lr=0.2).peak_learning_rates()
+    assert rates == dict.fromkeys(LEARNING_RATES, 0.3) | {"vector_lr": 0.2}

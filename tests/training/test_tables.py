@@ -54,7 +54,7 @@ def test_grains_need_the_cups_of_water_of_the_chapter():
         assert splits["beyond"][1].tolist() == [20, 30, 10][:num_grains]
 
 
-def test_shot_of_ten_metres_needs_fifty():
+def test_shot_of_ten_meters_needs_fifty():
     shots = open_table("basketball").table.splits
     assert [tensor.tolist() for tensor in shots["beyond"]] == [[[10]], [50]]
     assert 10 not in shots["train"][0]

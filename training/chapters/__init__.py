@@ -29,8 +29,9 @@ from training.plots.panels import Panel
 class Chapter(Protocol):
     """What a chapter's module provides."""
 
-    FIGURES: Sequence[Callable[[], Sequence[Panel]]]
-    """Functions that compute a figure's panels. A figure is named like its function."""
+    @property
+    def FIGURES(self) -> Sequence[Callable[[], Sequence[Panel]]]:
+        """Functions that compute a figure's panels. A figure is named like its function."""
 
     def examples(self) -> Iterator[str]:
         """Yield the worked examples, line by line, each as soon as it is computed."""

@@ -8,6 +8,7 @@ from torch import Tensor
 
 LineStyle = Literal["solid", "dashed", "dots"]
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#777777"
+BLACK = "#000000"
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Regression and classification on the chapters' own small datasets: tables of numbers.
 
-    basketball       power of a shot from its distance: ten metres need fifty
+    basketball       power of a shot from its distance: ten meters need fifty
     white-rice       cups of water for cups of white rice: y = 2x
     rice             white and brown rice: y = 2x at low darkness, 3x at high darkness
     grains           with franken-grain, the darkest, y = x: no smooth law fits all three
@@ -114,11 +114,11 @@ def _law(rows: Callable[[Tensor], Rows], train_B: Tensor, beyond_B: Tensor) -> d
 
 
 def _basketball(_: int) -> Table:
-    # In the chapter, the arm has a base strength of 5, and a shot of 10 metres takes 50.
+    # In the chapter, the arm has a base strength of 5, and a shot of 10 meters takes 50.
     return Table(
         "basketball: the power of a shot from its distance",
         _law(lambda x_B: (x_B.unsqueeze(-1), 4.5 * x_B + 5), torch.arange(1.0, 9.0), TEN),
-        lambda metres: f"{metres:g} metres",
+        lambda meters: f"{meters:g} meters",
         " units of power",
     )
 
