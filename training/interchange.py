@@ -112,7 +112,9 @@ def export_run(run: Path, folder: Path, dtype: str) -> None:
         write_json(
             folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.context_length)
         )
-        write_atomically(folder / "README.md", model_card(run, sum(map(torch.Tensor.numel, tensors.values()))))
+        write_atomically(
+            folder / "README.md", model_card(run, sum(map(torch.Tensor.numel, tensors.values())))
+        )
     except OSError:
         shutil.rmtree(folder)
         raise
