@@ -28,8 +28,8 @@ def count_by_kind(model: Model) -> dict[str, tuple[int, int]]:
     per head; `output` is one matrix, the heads' projections from their width back to D side by
     side. A tied unembedding is counted again.
     """
-    heads = {
-        name: module.heads
+    attention = {
+        name: {"query": module.heads, "key": module.kv_heads, "value": module.kv_heads}
         for name, module in model.named_modules()
         if isinstance(module, MultiHeadAttention)
     }
@@ -38,7 +38,7 @@ def count_by_kind(model: Model) -> dict[str, tuple[int, int]]:
         *path, kind, last = name.split(".") if "." in name else ("", name, "")
         if weight.ndim < 2 or kind == "position" or last == "bias":
             continue
-        per_head = heads.get(".".join(path), 1) if kind in ("query", "key", "value") else 1
+        per_head = attention.get(".".join(path), {}).get(kind, 1)
         matrices, weights = counts.get(kind, (0, 0))
         counts[kind] = matrices + per_head, weights + weight.numel()
     return counts

@@ -306,6 +306,27 @@ class Tokenizer:
             f"single token has a vector: choose a more frequent word"
         )
 
+    def token_name(self, token: int) -> str:
+        """Return what tokenizer.json calls a token, such as <|endoftext|>."""
+        return str(self._library.id_to_token(token))
+
+    def padded(self, vocab_size: int) -> "Tokenizer":
+        """Return the tokenizer with special tokens up to a model's vocabulary; a ValueError if that is smaller.
+
+        The embeddings of released models often have more rows than there are tokens.
+        """
+        if vocab_size < self.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {self.vocab_size} ids, the model only {vocab_size}: "
+                "they are not of the same model"
+            )
+        names = [f"<|unused_{index}|>" for index in range(self.vocab_size, vocab_size)]
+        if not names:
+            return self
+        library = tokenizers.Tokenizer.from_str(self._library.to_str())
+        library.add_special_tokens(names)
+        return type(self)(library)
+
     def stream(self) -> "StreamDecoder":
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)

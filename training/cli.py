@@ -26,14 +26,15 @@ from training.chapters.commands import Chapter, Figures
 from training.config import TrainingConfig, model_options, new_model, resolve_config
 from training.evaluation.commands import Eval, Ladder, Translators
 from training.evaluation.nearest import Nearest
+from training.finetuning import finetune_config
+from training.interchange import Export, Import
 from training.plots.commands import Plot, Xray
 from training.presets import ABOUT, PRESETS, chapter_of, get_preset
 from training.tasks import TASKS
 
 
-def train_command(preset_name: str) -> Callable[..., cli.Command]:
+def train_command(preset: TrainingConfig) -> Callable[..., cli.Command]:
     """Return the `train` command whose option defaults are those of a preset."""
-    preset = get_preset(preset_name)
     options: Any = model_options(preset)
 
     def train(
@@ -60,9 +61,8 @@ def train_command(preset_name: str) -> Callable[..., cli.Command]:
     return train
 
 
-def plan_command(preset_name: str) -> Callable[..., cli.Command]:
+def plan_command(preset: TrainingConfig) -> Callable[..., cli.Command]:
     """Return the `plan` command, which takes the options of `train` and describes the hardware."""
-    preset = get_preset(preset_name)
     options: Any = model_options(preset)
 
     def plan(
@@ -157,17 +157,34 @@ class Resume:
         launch.resume(world.broadcast(find_run(self.run, "run.json")), self.device, world)
 
 
+def _take_preset(arguments: list[str]) -> TrainingConfig | None:
+    """Return what the first arguments of `train` name, a preset or `--from RUN`; remove a preset's name."""
+    names = [each.partition("=") for each in arguments]
+    parents = [
+        value if equals else arguments[index + 1 : index + 2]
+        for index, (option, equals, value) in enumerate(names)
+        if option == "--from"
+    ]
+    named = arguments[1:2] if arguments[1:2] and arguments[1][:1] != "-" else []
+    if not parents:
+        return get_preset(arguments.pop(1)) if named else None
+    if named:
+        raise ValueError(f"leave out the preset {named[0]}: --from has the model of its run")
+    run = parents[-1] if isinstance(parents[-1], str) else "".join(parents[-1])
+    return finetune_config(find_run(run))
+
+
 def main(prog: str = "python -m training", arguments: Sequence[str] | None = None) -> None:
     """Parse and run a command; `train` and `plan` take their defaults from a preset named first."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    preset = "gpt-micro" if is_gpu(resolve_device("auto")) else "gpt-nano"
+    preset = get_preset("gpt-micro" if is_gpu(resolve_device("auto")) else "gpt-nano")
     if arguments[:1] == ["train"] and "--resume" in arguments:
         arguments.remove("--resume")
         train: Callable[..., cli.Command] = Resume
     else:
-        if arguments[:1] in (["train"], ["plan"]) and arguments[1:] and arguments[1][:1] != "-":
-            preset = arguments.pop(1)
         try:
+            if arguments[:1] in (["train"], ["plan"]):
+                preset = _take_preset(arguments) or preset
             train = train_command(preset)
         except ValueError as error:
             cli.exit_with_error(prog, str(error))
@@ -184,5 +201,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "describe": Describe,
         "xray": Xray,
         "nearest": Nearest,
+        "export": Export,
+        "import": Import,
     }
     cli.main(prog, "Train, evaluate and compare models.", commands, arguments)

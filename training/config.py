@@ -79,6 +79,10 @@ class TrainingConfig:
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
     vocab_size: int = 4096
     """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
+    init_from: Annotated[
+        str | None, tyro.conf.arg(name="from", metavar="RUN", help_behavior_hint="")
+    ] = None
+    """Begin with the weights and the tokenizer of this run: a name in runs/, or a path. The other options then have the defaults of fine-tuning."""
     init_embedding: MaybeText = None
     """Initialize the embedding from this run, for example a word2vec run. Both runs need the same tokenizer."""
 

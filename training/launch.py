@@ -11,6 +11,7 @@ from gpt.device import device_name
 from gpt.summary import count_parameters
 from training import distributed
 from training.config import TrainingConfig, model_options, resolve_config
+from training.finetuning import describe_parent, parent_preset
 from training.presets import ABOUT, PRESETS, chapter_of, describe_preset, get_preset
 from training.progress import format_duration, printable
 from training.run_directory import (
@@ -45,7 +46,7 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         device = device_name(world.device(config.device))
         print(f"preset {config.preset}: {config.model} on {device}{processes}")
         check_task(config)
-        print(f"  {describe_preset(config)}")
+        print(f"  {describe_parent(config) or describe_preset(config)}")
         for line in changed_settings(config):
             print(f"  {line}")
         trainer = create_run(config, directory, world)
@@ -62,7 +63,7 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
 
 def changed_settings(config: TrainingConfig) -> list[str]:
     """Return a line for each setting that differs from its preset's, with the preset's value."""
-    preset = get_preset(config.preset)
+    preset = parent_preset(config) or get_preset(config.preset)
     preset = resolve_config(preset, model_options(preset)(), preset)  # with all model arguments
     before, after = (dataclasses.asdict(it) | it.model_args for it in (preset, config))
     return [

@@ -27,6 +27,7 @@ from training.autotune import choose_precision, choose_threads
 from training.checkpointing import list_checkpoints, read_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
+from training.finetuning import load_parent, parent_facts
 from training.progress import read_metrics
 from training.tasks import TASKS, check_task, open_task
 from training.trainer import Trainer
@@ -148,8 +149,9 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
         torch.set_num_threads(config.threads)
     trainer = Trainer(config, directory, task, device, world)
     load_init_embedding(trainer)
+    load_parent(trainer)
     # This compiles: if that is impossible, no directory is left behind.
-    facts = environment_info(trainer)
+    facts = environment_info(trainer) | parent_facts(config)
     if not world.is_main_process:
         return trainer
     (directory / "checkpoints").mkdir(parents=True)  # a run without it has lost its checkpoints
@@ -169,6 +171,11 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
     A run that has not come to its first checkpoint starts at step 0.
     """
     config = dataclasses.replace(load_training_config(directory), device=device)
+    if not config.data:
+        raise ValueError(
+            f"{directory} was imported: there is no training to resume; to continue from its "
+            f"weights: tinygpt train --from {run_argument(directory)} --data …"
+        )
     check_batch_size(config, world)
     checkpoints = list_checkpoints(directory)
     if not checkpoints:
@@ -182,6 +189,7 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
         _restore_newest(trainer, checkpoints)
     else:
         load_init_embedding(trainer)
+        load_parent(trainer)
     weights = directory / "model.safetensors"
     if not weights.exists():
         trainer.best_validation_loss = None  # the next validation writes it

@@ -5,7 +5,9 @@
 A query is compared with all keys, and the result is the average of their values, weighted by
 similarity. The causal mask hides every later key. Rotary positions (Su et al. 2021) rotate queries
 and keys by an angle proportional to their position, so that a score depends on the distance
-between the two. RMS-normalized queries and keys (Henry et al. 2020) keep scores small.
+between the two. RMS-normalized queries and keys (Henry et al. 2020) keep scores small. In grouped-query
+attention (Ainslie et al. 2023) several query heads share a head of keys and values, and the cache is
+that much smaller.
 """
 
 import torch
@@ -21,8 +23,10 @@ def attention_weights(
     """Return weights_BHTS = softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
     The layers below use torch's fused kernel instead, which computes attention without
-    materializing the weights.
+    materializing the weights. Keys may have fewer heads, each for a group of query heads.
     """
+    groups = queries_BHTK.shape[-3] // keys_BHSK.shape[-3]
+    keys_BHSK = keys_BHSK.repeat_interleave(groups, dim=-3)
     scores_BHTS = queries_BHTK @ keys_BHSK.transpose(-1, -2) / keys_BHSK.shape[-1] ** 0.5
     if mask_B1TS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, -torch.inf)
@@ -67,14 +71,26 @@ class RMSNorm(nn.RMSNorm):
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
 
-def check_sizes(width: int, depth: int, heads: int, hidden: int, rotary: bool = False) -> None:
+def check_sizes(
+    width: int,
+    depth: int,
+    heads: int,
+    hidden: int,
+    kv_heads: int = 0,
+    head_width: int = 0,
+    rotary: bool = False,
+) -> None:
     """Raise a ValueError if the sizes of a stack of attention blocks do not fit together."""
     if min(width, depth, heads) < 1 or hidden < 0:
         raise ValueError(
             f"width, depth and heads must be at least 1 and hidden at least 0, not {width}, "
             f"{depth}, {heads} and {hidden}"
         )
-    if width % (2 * heads if rotary else heads):
+    if kv_heads < 0 or (kv_heads and heads % kv_heads):
+        raise ValueError(f"kv_heads must divide heads, not {kv_heads} with {heads} heads")
+    if head_width < 0 or (rotary and head_width % 2):
+        raise ValueError(f"head_width must be even and at least 0, not {head_width}")
+    if not head_width and width % (2 * heads if rotary else heads):
         divisor = "2 * heads for rotary positions" if rotary else "heads"
         raise ValueError(f"width must be a multiple of {divisor}, not {width} with {heads} heads")
 
@@ -104,18 +120,16 @@ class Positions:
 
 
 def init_cache(
-    weight: Tensor, batch_size: int, depth: int, heads: int, length: int, dtype: torch.dtype | None
+    weight: Tensor, shape_BLHSK: tuple[int, int, int, int, int], dtype: torch.dtype | None
 ) -> State:
-    """Return an empty KV cache of `length` positions: position_B, keys_BLHSK and values_BLHSK.
+    """Return an empty KV cache of that shape: position_B, keys_BLHSK and values_BLHSK.
 
-    The last axis of `weight` is the residual stream; the cache is on its device, and has its dtype
-    if `dtype` is None.
+    It is on the device of `weight`, and has its dtype if `dtype` is None.
     """
-    shape = (batch_size, depth, heads, length, weight.shape[-1] // heads)
     return {
-        "position": torch.zeros(batch_size, dtype=torch.long, device=weight.device),
-        "keys": weight.new_zeros(shape, dtype=dtype),
-        "values": weight.new_zeros(shape, dtype=dtype),
+        "position": torch.zeros(shape_BLHSK[0], dtype=torch.long, device=weight.device),
+        "keys": weight.new_zeros(shape_BLHSK, dtype=dtype),
+        "values": weight.new_zeros(shape_BLHSK, dtype=dtype),
     }
 
 
@@ -146,21 +160,36 @@ class KVCache:
 class MultiHeadAttention(nn.Module):
     """The query, key, value and output matrices of attention, each shared by all heads.
 
-    Each of the H heads has width K = D / H; `dropout` is the fraction of attention weights that
-    training drops.
+    Args:
+        width: Width of the residual stream, D.
+        heads: Query heads, H.
+        kv_heads: Heads of keys and values, each for a group of query heads; 0 means as many.
+        head_width: Width of a head, K; 0 means D / H.
+        bias: Whether the matrices have biases.
+        dropout: Fraction of attention weights that training drops.
     """
 
-    def __init__(self, width: int, heads: int, *, bias: bool = True, dropout: float = 0.0) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        *,
+        kv_heads: int = 0,
+        head_width: int = 0,
+        bias: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
-        self.query = nn.Linear(width, width, bias=bias)
-        self.key = nn.Linear(width, width, bias=bias)
-        self.value = nn.Linear(width, width, bias=bias)
-        self.output = nn.Linear(width, width, bias=bias)
+        self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
+        self.head_width = head_width or width // heads
+        self.query = nn.Linear(width, heads * self.head_width, bias=bias)
+        self.key = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.value = nn.Linear(width, self.kv_heads * self.head_width, bias=bias)
+        self.output = nn.Linear(heads * self.head_width, width, bias=bias)
 
-    def split_heads(self, x_BTD: Tensor) -> Tensor:
-        """Return x_BHTK: the width divided among the heads."""
-        return x_BTD.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+    def split_heads(self, x_BTN: Tensor) -> Tensor:
+        """Return x_BHTK: the last axis divided into heads."""
+        return x_BTN.unflatten(-1, (-1, self.head_width)).transpose(1, 2)
 
     def attend(
         self, queries_BHTK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, mask_B1TS: Tensor | None
@@ -176,6 +205,7 @@ class MultiHeadAttention(nn.Module):
             attn_mask=mask_B1TS,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask_B1TS is None,
+            **({"enable_gqa": True} if self.kv_heads < self.heads else {}),
         )
         return self.output(averages_BHTK.transpose(1, 2).flatten(2))
 
@@ -204,10 +234,10 @@ class CausalSelfAttention(MultiHeadAttention):
 class RotarySelfAttention(CausalSelfAttention):
     """Causal self-attention without biases, with normalized and rotated queries and keys."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__(width, heads, bias=False)
-        self.query_norm = RMSNorm(width // heads)
-        self.key_norm = RMSNorm(width // heads)
+    def __init__(self, width: int, heads: int, kv_heads: int = 0, head_width: int = 0) -> None:
+        super().__init__(width, heads, kv_heads=kv_heads, head_width=head_width, bias=False)
+        self.query_norm = RMSNorm(self.head_width)
+        self.key_norm = RMSNorm(self.head_width)
 
     def queries_and_keys(self, x_BTD: Tensor, positions: Positions) -> tuple[Tensor, Tensor]:
         """Return queries_BHTK and keys_BHTK."""

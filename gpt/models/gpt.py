@@ -136,9 +136,16 @@ class DecoderOnly(LanguageModel):
         """Return x_BTD, the input of the first block."""
         return self.embedding(tokens_BT)
 
+    @property
+    def first_block(self) -> Block:
+        """The first block; all have the same sizes."""
+        return cast(Block, self.blocks[0])
+
     def flops_per_token(self, length: int) -> float:
-        """Add attention scores and averages: 12 L D T (Chowdhery et al. 2022)."""
-        return super().flops_per_token(length) + 12.0 * self.depth * self.width * length
+        """Add attention scores and averages: 12 L H K T (Chowdhery et al. 2022)."""
+        attention = self.first_block.attention
+        width = attention.heads * attention.head_width
+        return super().flops_per_token(length) + 12.0 * self.depth * width * length
 
     # State
 
@@ -149,8 +156,10 @@ class DecoderOnly(LanguageModel):
 
     def init_state(self, batch_size: int, length: int) -> State:
         """Return position_B and an empty KV cache, keys_BLHSK and values_BLHSK."""
-        weight, length = self.embedding.weight, min(length, self.context_length)
-        return init_cache(weight, batch_size, self.depth, self.heads, length, self.cache_dtype)
+        attention, length = self.first_block.attention, min(length, self.context_length)
+        heads, width = attention.kv_heads, attention.head_width
+        shape_BLHSK = (batch_size, self.depth, heads, length, width)
+        return init_cache(self.embedding.weight, shape_BLHSK, self.cache_dtype)
 
     def prefix_view(self, state: State, length: int) -> State:
         """Return a view of the first `length` positions."""
@@ -304,6 +313,8 @@ class GPT(DecoderOnly):
 
     Args:
         hidden: Width of the feed-forward layers, F; 0 means 8/3 of the width, rounded to 64.
+        kv_heads: Heads of keys and values, each for a group of query heads; 0 means as many.
+        head_width: Width of a head, K; 0 means D / H.
         dropout: Fraction of the embedding and of branch outputs that training drops.
         rotary_base: Base of the rotary angles; a larger one suits longer contexts.
         ngrams: Rows of the n-gram tables; 0 for none. Speeds up small vocabularies; not in Qwen3.
@@ -323,13 +334,15 @@ class GPT(DecoderOnly):
         width: int = 192,
         depth: int = 4,
         heads: int = 3,
+        kv_heads: int = 0,
+        head_width: int = 0,
         hidden: int = 0,
         tied: bool = False,
         dropout: float = 0.0,
         rotary_base: float = 10_000.0,
         ngrams: int = 0,
     ) -> None:
-        check_sizes(width, depth, heads, hidden, rotary=True)
+        check_sizes(width, depth, heads, hidden, kv_heads, head_width, rotary=True)
         if ngrams < 0:
             raise ValueError(f"ngrams must be at least 0, not {ngrams}")
         if rotary_base <= 0:
@@ -339,13 +352,15 @@ class GPT(DecoderOnly):
         norm = partial(RMSNorm, width)
 
         def block() -> Block:
-            return Block(norm, RotarySelfAttention(width, heads), SwiGLU(width, hidden), dropout)
+            attention = RotarySelfAttention(width, heads, kv_heads, head_width)
+            return Block(norm, attention, SwiGLU(width, hidden), dropout)
 
         super().__init__(
             vocab_size, context_length, width, depth, heads, block, norm, tied=tied, dropout=dropout
         )
+        self.rotary_base = rotary_base
         self.ngrams = NGrams(vocab_size, ngrams, width) if ngrams else None
-        cos_SK, sin_SK = rotary_table(context_length, width // heads, rotary_base)
+        cos_SK, sin_SK = rotary_table(context_length, head_width or width // heads, rotary_base)
         self.cos_SK: Tensor
         self.sin_SK: Tensor
         self.register_buffer("cos_SK", cos_SK, persistent=False)

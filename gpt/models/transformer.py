@@ -279,9 +279,13 @@ class Transformer(EncoderDecoder):
 
     def init_state(self, batch_size: int, length: int) -> State:
         """Return position_B, keys_BLHSK and values_BLHSK of the target, source_* of the source."""
-        shape, dtype = (self.embedding.weight, batch_size, self.depth, self.heads), self.cache_dtype
-        target = init_cache(*shape, min(length, self.context_length), dtype)
-        source = init_cache(*shape, self.context_length, dtype)
+        weight, head_width = self.embedding.weight, self.width // self.heads
+
+        def cache(length: int) -> State:
+            shape_BLHSK = (batch_size, self.depth, self.heads, length, head_width)
+            return init_cache(weight, shape_BLHSK, self.cache_dtype)
+
+        target, source = cache(min(length, self.context_length)), cache(self.context_length)
         return target | {
             "source_length": source["position"],
             "source_keys": source["keys"],

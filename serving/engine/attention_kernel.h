@@ -174,15 +174,16 @@ void attend(AtenTensorHandle out_BH1K, AtenTensorHandle queries_BH1K, AtenTensor
   const TensorView<float> out(out_BH1K), queries(queries_BH1K);
   const TensorView<T> keys(keys_BHSK), values(values_BHSK);
   const TensorView<bool> mask(mask_B11S);
-  const int64_t rows = keys.sizes[0], heads = keys.sizes[1], positions = keys.sizes[2];
+  const int64_t rows = keys.sizes[0], heads = queries.sizes[1], positions = keys.sizes[2];
+  const int64_t group = heads / keys.sizes[1];  // query heads that share a head of keys and values
   const int64_t width = keys.sizes[3], chunks = (positions + CHUNK - 1) / CHUNK;
   std::vector<float> partial(rows * heads * chunks * (width + 2));
 
 #pragma omp parallel for num_threads(THREADS) if (THREADS > 1)
   for (int64_t n = 0; n < rows * heads * chunks; n++) {
     const int64_t row = n / chunks / heads, head = n / chunks % heads, start = n % chunks * CHUNK;
-    const Head<T> head_keys{keys.at(row, head), keys.strides[2]};
-    const Head<T> head_values{values.at(row, head), values.strides[2]};
+    const Head<T> head_keys{keys.at(row, head / group), keys.strides[2]};
+    const Head<T> head_values{values.at(row, head / group), values.strides[2]};
     attend_chunk(partial.data() + n * (width + 2), queries.at(row, head), head_keys.from(start),
                  head_values.from(start), mask.at(row, 0) + start, std::min(CHUNK, positions - start),
                  width);

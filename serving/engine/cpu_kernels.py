@@ -52,7 +52,7 @@ def substitute_attention(program: ExportedProgram) -> None:
         queries_BHTK, dtypes = queries.meta["val"], {kv.meta["val"].dtype for kv in cached}
         is_supported = (
             len(node.args) == 4
-            and not node.kwargs
+            and not node.kwargs.keys() - {"enable_gqa"}
             and queries_BHTK.shape[2] == 1
             and queries_BHTK.shape[3] % LANES == 0
             and dtypes <= CACHE_DTYPES

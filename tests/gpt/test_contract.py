@@ -37,6 +37,10 @@ VARIANTS = {
     "gpt2": ("gpt2", {"width": 32, "depth": 2, "heads": 2}),
     "gpt": ("gpt", {"width": 32, "depth": 2, "heads": 2}),
     "gpt-ngrams": ("gpt", {"width": 32, "depth": 2, "heads": 2, "ngrams": 600}),
+    "gpt-grouped": (
+        "gpt",
+        {"width": 40, "depth": 2, "heads": 4, "kv_heads": 2, "head_width": 16},
+    ),
     "gpt-tied": ("gpt", {"width": 32, "depth": 2, "heads": 2, "tied": True}),
 }
 

@@ -27,7 +27,7 @@ def build(**kwargs: Any) -> Transformer:
 
 def causal_mask(length: int) -> Tensor:
     """The mask of attention with a KV cache."""
-    state = init_cache(torch.zeros(1, 8), 1, 1, 2, length, None)
+    state = init_cache(torch.zeros(1, 8), (1, 1, 2, length, 4), None)
     return Positions(torch.zeros(1, length, dtype=torch.long), state).mask_B1TS
 
 

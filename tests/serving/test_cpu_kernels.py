@@ -16,7 +16,7 @@ CACHE_LENGTH, LAYER = 300, 1
 
 
 class Attention(nn.Module):
-    """Attention of one query to one layer of two states, of different head widths and dtypes."""
+    """Attention of one query to one layer of two states, of different head widths, dtypes and heads."""
 
     def forward(self, queries_BH1K, wide, narrow):
         positions_S = torch.arange(wide["keys"].shape[3])
@@ -28,17 +28,20 @@ class Attention(nn.Module):
             keys, values = (
                 state[name][:, LAYER].type_as(query_BH1K) for name in ("keys", "values")
             )
-            outputs.append(F.scaled_dot_product_attention(query_BH1K, keys, values, mask_B11S))
+            grouped = {"enable_gqa": True} if keys.shape[1] < query_BH1K.shape[1] else {}
+            outputs.append(
+                F.scaled_dot_product_attention(query_BH1K, keys, values, mask_B11S, **grouped)
+            )
         return tuple(outputs)
 
 
-def make_inputs(rows, length, seed=0, heads=3):
+def make_inputs(rows, length, seed=0, heads=6):
     """Queries and two states, cut to `length` positions, of which each row attends to another number."""
     rng = torch.Generator().manual_seed(seed)
     queries_BH1K = 4 * torch.randn(rows, heads, 1, 64, generator=rng)
     states = []
-    for width, dtype in ((64, torch.float32), (16, torch.bfloat16)):
-        shape = (rows, LAYER + 2, heads, CACHE_LENGTH, width)
+    for width, dtype, kv_heads in ((64, torch.float32, heads), (16, torch.bfloat16, heads // 3)):
+        shape = (rows, LAYER + 2, kv_heads, CACHE_LENGTH, width)
         state = {name: torch.randn(shape, generator=rng).to(dtype) for name in ("keys", "values")}
         states.append({name: tensor[..., :length, :] for name, tensor in state.items()})
     position_B = torch.randint(length, (rows,), generator=rng)

@@ -162,7 +162,7 @@ def mixed_sampling_params(i):
     ][i % 4]
 
 
-@pytest.mark.parametrize("name", ["gpt", "recurrent", "transformer", "gpt-ngrams"])
+@pytest.mark.parametrize("name", ["gpt", "gpt-grouped", "recurrent", "transformer", "gpt-ngrams"])
 @pytest.mark.parametrize(("max_num_seqs", "budget"), [(1, 5), (3, 100), (8, 16)])
 def test_output_equals_the_reference_under_random_arrivals_and_aborts(name, max_num_seqs, budget):
     model = make_model(name)

@@ -63,7 +63,7 @@ def _load_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
     """Return the builder of a hub dataset, which knows its files but has downloaded none."""
     load = functools.partial(datasets.load_dataset_builder, name, config)
     if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        _check_hub_is_reachable(name)
+        check_hub_is_reachable(name)
     try:
         builder = load()
         # By default `datasets` makes each line a document, without its end; here a file is one.
@@ -95,7 +95,7 @@ def _load_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
         raise ValueError(f"{name}: {error_reason(error)}") from error
 
 
-def _check_hub_is_reachable(name: str) -> None:
+def check_hub_is_reachable(name: str) -> None:
     """Raise a ValueError within seconds where `datasets` would retry for half a minute."""
     endpoint = huggingface_hub.constants.ENDPOINT
     responses: list[object] = []
@@ -112,6 +112,6 @@ def _check_hub_is_reachable(name: str) -> None:
     if not responses:
         raise ValueError(
             f"{name} is not a local file or folder, and the hub ({endpoint}) cannot be reached to "
-            "look for it: give a local file or folder as --data, or set HF_HUB_OFFLINE=1 if it has "
+            "look for it: give a local file or folder, or set HF_HUB_OFFLINE=1 if it has "
             "been downloaded before"
         )

@@ -65,6 +65,10 @@ class Eval:
         data_options = {name: getattr(self, name) for name in names}
         if self.data is not None:
             config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)
+        elif not config.data:
+            raise ValueError(
+                f"{directory} was imported and has no corpus of its own: give --data, the text to score"
+            )
         elif any(data_options.values()):
             raise ValueError(
                 "options about the data need --data: without it, the run's own corpus is scored"

@@ -1,0 +1,265 @@
+"""The commands `export` and `import`: runs as folders that `transformers` and vLLM open, and back."""
+
+import json as jsonlib
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HfHubHTTPError
+from tyro.conf import Positional, arg
+
+from gpt.checkpoint import (
+    build_model,
+    find_run,
+    load_language_model,
+    load_tensors,
+    load_weights,
+    read_json,
+    run_argument,
+    run_path,
+    save_config,
+    save_tensors,
+    unique_state_dict,
+    write_atomically,
+)
+from gpt.cli import MaybeText
+from gpt.interchange import from_transformers, to_transformers
+from gpt.summary import count_parameters
+from tokenizer import END_OF_TEXT, Tokenizer
+from training.config import TrainingConfig
+from training.data.files import error_reason
+from training.data.hub import check_hub_is_reachable
+from training.progress import read_metrics
+from training.run_directory import save_training_config
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write a run of a GPT or GPT-2 as a folder for `transformers`, vLLM and what else opens their models."""
+
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run: a name in runs/, or a path."""
+    folder: Annotated[Positional[Path], arg(metavar="DIR")]
+    """Folder to create."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Number format of the weights; float32 is exact."""
+    push: MaybeText = None
+    """Also upload the folder to the Hugging Face hub, as the model USER/NAME. Needs `hf auth login` or HF_TOKEN."""
+    private: bool = False
+    """With --push: create a private repository."""
+
+    def __call__(self) -> None:
+        """Write the folder, upload it, and print what to type next."""
+        run = find_run(self.run)
+        if self.private and not self.push:
+            raise ValueError("--private needs --push USER/NAME")
+        if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
+            raise ValueError(f"{self.folder} exists already: choose another folder, or remove it")
+        export_run(run, self.folder, self.dtype)
+        print(f"{self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
+        if self.push:
+            push(self.folder, self.push, self.private)
+            print(f"pushed to {huggingface_hub.constants.ENDPOINT}/{self.push}")
+
+
+@dataclass(frozen=True)
+class Import:
+    """Make a run of a GPT-2 or Qwen3 model: a folder written by `transformers`, or a model of the hub."""
+
+    source: Annotated[Positional[str], arg(metavar="DIR_OR_NAME")]
+    """Folder with config.json, *.safetensors and tokenizer.json, or the name of a model on the hub."""
+    run: Annotated[Positional[str], arg(metavar="RUN")]
+    """Run to create: a name in runs/, or a path."""
+    revision: MaybeText = None
+    """Branch, tag or commit of a model on the hub."""
+
+    def __call__(self) -> None:
+        """Write the run, and print what to type next."""
+        directory = run_path(self.run)
+        if directory.exists():
+            raise ValueError(f"{directory} exists already: choose another name, or remove it")
+        folder = Path(self.source)
+        if not folder.is_dir():
+            folder = download(self.source, self.revision)
+        elif self.revision:
+            raise ValueError(f"{folder} is a folder: --revision is for models on the hub")
+        import_folder(folder, directory, self.source)
+        name = run_argument(directory)
+        size = count_parameters(load_language_model(directory))
+        print(f"{directory}: {size:,} parameters; next:")
+        print(f'  tinygpt sample {name} --prompt "..."\n  tinygpt serve {name}')
+        print(f"  tinygpt eval {name} --data FILE")
+
+
+def export_run(run: Path, folder: Path, dtype: str) -> None:
+    """Write a run's model, tokenizer and model card to a new folder; a ValueError if there is no such format."""
+    model, tokenizer = load_language_model(run), Tokenizer.load(run)
+    config, tensors = to_transformers(model)
+    ids = {"bos_token_id": tokenizer.eos_token, "eos_token_id": tokenizer.eos_token}
+    tensors = {name: tensor.to(DTYPES[dtype]) for name, tensor in tensors.items()}
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_tensors(folder / "model.safetensors", tensors)
+        tokenizer.save(folder / "tokenizer.json")
+        write_json(folder / "config.json", {**config, **ids, "dtype": dtype})
+        write_json(folder / "generation_config.json", {**ids, "do_sample": True})
+        write_json(
+            folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.context_length)
+        )
+        write_atomically(
+            folder / "README.md", model_card(run, sum(map(torch.Tensor.numel, tensors.values())))
+        )
+    except OSError:
+        shutil.rmtree(folder)
+        raise
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a JSON file."""
+    write_atomically(path, jsonlib.dumps(value, indent=2) + "\n")
+
+
+def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
+    """Return the tokenizer_config.json with which `transformers` encodes as `Tokenizer.encode` does."""
+    names = ["bos_token", "eos_token", *(["unk_token"] if tokenizer.unk_token is not None else [])]
+    ids = [tokenizer.eos_token, tokenizer.eos_token, tokenizer.unk_token]
+    return {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": context_length,
+        "clean_up_tokenization_spaces": False,
+        # Text that spells a special token is text.
+        "split_special_tokens": True,
+        **{
+            name: tokenizer.token_name(index)
+            for name, index in zip(names, ids, strict=False)
+            if index is not None
+        },
+    }
+
+
+def model_card(run: Path, num_parameters: int) -> str:
+    """Return a README.md with a YAML header: what the model is, and what was measured of it."""
+    path = run / "run.json"
+    content = read_json(path) if path.is_file() else {}
+    config, data = content.get("config", {}), content.get("data", {})
+    name = config.get("data", "")
+    is_hub_dataset = "/" in name and not Path(name).exists()
+    final: dict[str, Any] = {}
+    for line in read_metrics(run):
+        final = line if "final_loss" in line else final
+    shown = {
+        "perplexity": final.get("final_perplexity"),
+        "word_perplexity": final.get("final_word_perplexity"),
+        "bits_per_byte": final.get("final_bits_per_byte"),
+    }
+    metrics = {metric: value for metric, value in shown.items() if value is not None}
+    header = [
+        "---",
+        "license: other  # fill in the license of the model and of its data",
+        "library_name: transformers",
+        "pipeline_tag: text-generation",
+        "tags:\n- tinygpt",
+        *([f"datasets:\n- {name}"] if is_hub_dataset else []),
+        *(["metrics:", *(f"- {metric}" for metric in metrics)] if metrics else []),
+        "---",
+    ]
+    lines = [
+        f"# {run.resolve().name}",
+        "",
+        f"A language model of {num_parameters:,} parameters, trained with tinygpt"
+        + (f" on: {data['description']}." if data.get("description") else "."),
+        "",
+        f"In training, `{END_OF_TEXT}` stands before every document: start a prompt with it.",
+    ]
+    if metrics:
+        lines += ["", "| on the validation split | |", "|---|---:|"]
+        lines += [
+            f"| {metric.replace('_', ' ')} | {value:.4f} |" for metric, value in metrics.items()
+        ]
+    return "\n".join([*header, "", *lines, ""])
+
+
+def push(folder: Path, name: str, private: bool) -> None:
+    """Upload a folder to the hub; a ValueError says why that failed."""
+    check_hub_is_reachable(name)
+    api = huggingface_hub.HfApi()
+    try:
+        api.create_repo(name, private=private, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder)
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{name} could not be pushed ({error_reason(error)}): the folder {folder} is complete; "
+            f"once `hf auth login` has succeeded: hf upload {name} {folder}"
+        ) from error
+
+
+def download(name: str, revision: str | None) -> Path:
+    """Download a model of the hub to its cache, and return its folder; a ValueError says why it failed."""
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        check_hub_is_reachable(name)
+    try:
+        return Path(
+            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
+        )
+    except (HfHubHTTPError, ValueError, OSError) as error:
+        raise ValueError(
+            f"{name}: no such folder, nor can it be had from the hub: {error_reason(error)}"
+        ) from error
+
+
+def import_folder(folder: Path, directory: Path, source: str) -> None:
+    """Write a run directory of a folder's model and tokenizer; a ValueError says what does not fit."""
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder}: not a model of transformers: it has no config.json")
+    try:
+        name, model_args, tensors = from_transformers(
+            read_json(folder / "config.json"), read_tensors(folder)
+        )
+        model = build_model(name, model_args)
+        load_weights(model, tensors, folder)
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        raise ValueError(message if str(folder) in message else f"{folder}: {message}") from error
+    tokenizer = Tokenizer.load(folder).padded(model_args["vocab_size"])
+    directory.mkdir(parents=True)
+    try:
+        tokenizer.save(directory / "tokenizer.json")
+        save_config(directory, name, model_args)
+        save_tensors(directory / "model.safetensors", unique_state_dict(model))
+        config = TrainingConfig(
+            model=name,
+            model_args={
+                k: v for k, v in model_args.items() if k not in ("vocab_size", "context_length")
+            },
+            vocab_size=model_args["vocab_size"],
+            context_length=model_args["context_length"],
+            data="",
+            tokenizer=str(directory),
+        )
+        save_training_config(config, directory, {"imported_from": source})
+    except OSError:
+        shutil.rmtree(directory)
+        raise
+
+
+def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
+    """Read model.safetensors, or the shards that model.safetensors.index.json lists."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        if not (folder / "model.safetensors").is_file():
+            raise ValueError(
+                f"{folder}: has no model.safetensors: save the model again with "
+                "save_pretrained(..., safe_serialization=True)"
+            )
+        return load_tensors(folder / "model.safetensors")
+    shards = set(read_json(index).get("weight_map", {}).values())
+    missing = [shard for shard in sorted(shards) if not (folder / shard).is_file()]
+    if missing or not shards:
+        raise ValueError(f"{index}: {', '.join(missing) or 'a weight_map'} is missing")
+    return {k: v for shard in sorted(shards) for k, v in load_tensors(folder / shard).items()}
