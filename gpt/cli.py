@@ -80,9 +80,13 @@ def _parse(
     arguments: Sequence[str] | None,
 ) -> Command:
     """Return the selected command with its options; print tyro's errors in one line."""
-    stderr = io.StringIO()
+    stderr, usage = io.StringIO(), io.StringIO()
+    is_overview = list(sys.argv[1:] if arguments is None else arguments) in (["-h"], ["--help"])
     try:
-        with contextlib.redirect_stderr(stderr):
+        with contextlib.ExitStack() as streams:
+            streams.enter_context(contextlib.redirect_stderr(stderr))
+            if is_overview:
+                streams.enter_context(contextlib.redirect_stdout(usage))
             command: Any = tyro.extras.subcommand_cli_from_dict(
                 dict(commands),
                 prog=prog,
@@ -92,6 +96,8 @@ def _parse(
             )
             return command
     except SystemExit as stop:
+        # The list of all commands follows below; in the first line it would fit no terminal.
+        print(re.sub(r"\{[\w,-]+\}", "COMMAND", usage.getvalue(), count=1), end="")
         if stop.code != EXIT_USAGE_ERROR:
             raise
     exit_with_error(prog, _one_line(stderr.getvalue()))
