@@ -46,6 +46,8 @@ def quickened(command: str) -> str:
         if "=lstm" in match[1] or "=translate-attention" in match[1]:
             small = SMALL.replace("--heads 1", "").replace("--depth 1", "")
         return f'{match[1]} ARGS="{own} {small}"'
+    if command.startswith("tinygpt train --from"):
+        return f"{command} --steps 2 --eval-interval 2 --eval-tokens 256"
     if command.startswith("tinygpt train gpt-nano"):
         small = re.sub(r"--(width|depth|heads|vocab-size) \d+", "", SMALL)
         return re.sub(r"--steps \d+", "", command) + " " + small
