@@ -202,11 +202,11 @@ def examples() -> Iterator[str]:
     fit, beyond = (
         sum(it) for it in zip(*((s.loss < 0.05, s.error_at_ten < 1) for s in starts), strict=True)
     )
-    yield "The document's layer: experts and gates both see x and z."
+    yield "Experts and gates both see x and z."
     yield f"  starts that fit 1 to 5 cups: {fit} of {STARTS}; right within a cup at 10 cups: {beyond}. The best one:"
     yield from layer_as_text(lowest(starts).model)
     yield f"  its largest error at 10 cups: {lowest(starts).error_at_ten:.1f} cups of water"
-    yield "The document's trained weights, cups of water for white, brown, franken (2x, 3x, x):"
+    yield "Weights of that layer as a text printed them, cups of water for white, brown, franken (2x, 3x, x):"
     for cups in (1, 5, 10):
         x_BD, _ = grain_rows(torch.tensor([float(cups)]), *GRAINS)
         water = "  ".join(f"{y:5.2f}" for y in predict(documents_layer(), *x_BD.t()).tolist())
