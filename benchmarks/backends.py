@@ -14,8 +14,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
+from gpt import interchange
 from gpt.kernels.quantization import DType, quantize
 from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams
@@ -183,56 +183,16 @@ _discard_log = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_vo
 # Weights.
 
 
-def openai_state_dict(model: GPT2) -> dict[str, Tensor]:
-    """Return the weights by OpenAI's names, matrices as `nn.Linear` has them; absent biases are zeros."""
-    weights = model.state_dict()
-    for name, tensor in model.state_dict().items():
-        weights.setdefault(name.replace("weight", "bias"), tensor.new_zeros(len(tensor)))
-    state = {"wte": weights["embedding.weight"], "wpe": weights["position.weight"]}
-    names = {
-        "attention_norm": "ln_1",
-        "attention.output": "attn.c_proj",
-        "mlp_norm": "ln_2",
-        "mlp.up": "mlp.c_fc",
-        "mlp.down": "mlp.c_proj",
-    }
-    for kind in ("weight", "bias"):
-        state[f"ln_f.{kind}"] = weights[f"norm.{kind}"]
-        for layer in range(model.depth):
-            block = f"blocks.{layer}"
-            for name, openai_name in names.items():
-                state[f"h.{layer}.{openai_name}.{kind}"] = weights[f"{block}.{name}.{kind}"]
-            qkv = [
-                weights[f"{block}.attention.{name}.{kind}"] for name in ("query", "key", "value")
-            ]
-            state[f"h.{layer}.attn.c_attn.{kind}"] = torch.cat(qkv)
-    return state
-
-
 def to_transformers(model: GPT2, **config_args: Any) -> Any:  # noqa: ANN401 (a GPT2LMHeadModel)
     """Return the same model as a `GPT2LMHeadModel`."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    config = GPT2Config(
-        vocab_size=model.vocab_size,
-        n_positions=model.context_length,
-        n_embd=model.width,
-        n_layer=model.depth,
-        n_head=model.heads,
-        bos_token_id=None,
-        eos_token_id=None,
-        **config_args,
-    )
-    hf_model: Any = GPT2LMHeadModel(config)
+    config, tensors = interchange.to_transformers(model)
+    ids = {"bos_token_id": None, "eos_token_id": None}
+    hf_model: Any = GPT2LMHeadModel(GPT2Config(**{**config, **ids, **config_args}))
     hf_model.to(model.embedding.weight)  # its device and dtype
-    # Its matrices multiply from the right (Conv1D).
-    state = {
-        f"transformer.{name}.weight" if name in ("wte", "wpe") else f"transformer.{name}": (
-            tensor.T if tensor.ndim == 2 and name.startswith("h.") else tensor
-        )
-        for name, tensor in openai_state_dict(model).items()
-    }
-    hf_model.load_state_dict({**state, "lm_head.weight": state["transformer.wte.weight"]})
+    embedding = tensors["transformer.wte.weight"]
+    hf_model.load_state_dict({**tensors, "lm_head.weight": embedding})
     return hf_model.train(model.training)
 
 
@@ -240,7 +200,7 @@ def write_gguf(model: GPT2, path: Path, dtype: str) -> None:
     """Write a GPT-2 for llama.cpp; vectors and position embeddings stay in float32."""
     import gguf
 
-    state = openai_state_dict(model)
+    state = interchange.openai_state_dict(model)
     writer = gguf.GGUFWriter(path, "gpt2")
     writer.add_context_length(model.context_length)
     writer.add_embedding_length(model.width)
@@ -253,8 +213,8 @@ def write_gguf(model: GPT2, path: Path, dtype: str) -> None:
     names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
     names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
     for name, tensor in state.items():
-        if name in ("wte", "wpe"):
-            gguf_name = {"wte": "token_embd.weight", "wpe": "position_embd.weight"}[name]
+        if name in ("wte.weight", "wpe.weight"):
+            gguf_name = name.replace("wte", "token_embd").replace("wpe", "position_embd")
         elif name.startswith("ln_f"):
             gguf_name = name.replace("ln_f", "output_norm")
         else:
@@ -262,7 +222,7 @@ def write_gguf(model: GPT2, path: Path, dtype: str) -> None:
             module, _, kind = rest.rpartition(".")
             gguf_name = f"blk.{layer}.{names[module]}.{kind}"
         values = tensor.detach().numpy().astype(np.float32)
-        is_matrix = values.ndim == 2 and name != "wpe"
+        is_matrix = values.ndim == 2 and name != "wpe.weight"
         gguf_dtype = gguf.GGMLQuantizationType[dtype if is_matrix else "F32"]
         writer.add_tensor(gguf_name, gguf.quants.quantize(values, gguf_dtype), raw_dtype=gguf_dtype)
     writer.write_header_to_file()

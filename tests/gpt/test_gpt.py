@@ -5,54 +5,24 @@ import torch
 from torch import nn
 
 from benchmarks.backends import to_transformers
+from gpt import interchange
 from gpt.models.attention import Positions, RMSNorm, rotary_table, rotate
 from gpt.models.gpt import GPT, GPT2, NGrams
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_chapter_15_equals_transformers_qwen3_weight_for_weight(tied: bool) -> None:
+@pytest.mark.parametrize("sizes", [{}, {"tied": True}, {"kv_heads": 1, "head_width": 20}])
+def test_chapter_15_equals_transformers_qwen3_weight_for_weight(sizes: dict[str, int]) -> None:
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
     torch.manual_seed(0)
-    model = GPT(97, 32, width=48, depth=2, heads=3, hidden=80, tied=tied).double().eval()
+    model = GPT(97, 32, width=48, depth=2, heads=3, hidden=80, **sizes).double().eval()
     for parameter in model.parameters():
         nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
-    config = Qwen3Config(
-        vocab_size=97,
-        hidden_size=48,
-        intermediate_size=80,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=3,
-        head_dim=16,
-        max_position_embeddings=32,
-        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
-        tie_word_embeddings=tied,
-    )
-    theirs = Qwen3ForCausalLM(config).double().eval()
-    names = {
-        "embedding": "model.embed_tokens",
-        "unembedding": "lm_head",
-        "norm": "model.norm",
-        "attention_norm": "input_layernorm",
-        "mlp_norm": "post_attention_layernorm",
-        "query": "q_proj",
-        "key": "k_proj",
-        "value": "v_proj",
-        "output": "o_proj",
-        "query_norm": "q_norm",
-        "key_norm": "k_norm",
-        "gate": "gate_proj",
-        "up": "up_proj",
-        "down": "down_proj",
-        "attention": "self_attn",
-        "blocks": "model.layers",
-    }
-    state = {
-        ".".join(names.get(part, part) for part in name.split(".")): tensor
-        for name, tensor in model.state_dict().items()
-    }
-    theirs.load_state_dict(state)
+    config, tensors = interchange.to_transformers(model)
+    theirs = Qwen3ForCausalLM(Qwen3Config(**config)).double().eval()
+    if "tied" in sizes:
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
+    theirs.load_state_dict(tensors)
     tokens_BT = torch.randint(97, (2, 32))
     with torch.inference_mode():
         # Their rotary table is float32 whatever the model is.
