@@ -7,7 +7,6 @@ import gc
 import ipaddress
 import json
 import logging
-import os
 import secrets
 import shlex
 import socket
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
-from gpt import LanguageModel, cli
+from gpt import LanguageModel, cli, settings
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
 from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
 from gpt.device import has_cuda_graphs, resolve_device
@@ -143,7 +142,7 @@ class Serve:
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
     api_key: MaybeText = None
-    """API key that clients must send as a bearer token; default: the environment variable TINYGPT_API_KEY, which `ps` does not show."""
+    """API key that clients must send as a bearer token; the environment variable TINYGPT_API_KEY is not shown by `ps`."""
     no_api_key: bool = False
     """Allow an address that other machines can reach without an API key."""
     allowed_origins: UseAppendAction[tuple[str, ...]] = ()
@@ -170,6 +169,8 @@ class Serve:
     """Seconds without a finished engine step, while there is work, after which /health returns 503."""
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1, mps, …"""
+    config: MaybePath = None
+    """TOML file of options, such as port = 8000. Environment variables such as TINYGPT_PORT win over it, and options that are typed over both."""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -189,8 +190,8 @@ class Serve:
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
-        key = self.api_key or os.environ.get("TINYGPT_API_KEY")
-        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
@@ -350,10 +351,31 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def main(prog: str = "python -m serving", arguments: Sequence[str] | None = None) -> None:
-    """Run one command."""
+    """Run one command; `serve` takes its defaults from the environment and from its --config file."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    serve, note = Serve(), ""
+    if arguments[:1] == ["serve"]:
+        with cli.reported_errors(prog):
+            serve, note = _configured(serve, prog, arguments)
     cli.main(
         prog,
         "Generate text from a trained run, in the terminal or over HTTP.",
         {"sample": Sample, "serve": Serve},
         arguments,
+        {"serve": serve},
+        note,
     )
+
+
+def _configured(serve: Serve, prog: str, arguments: Sequence[str]) -> tuple[Serve, str]:
+    """Return the command with the options of file and environment, and a note on where they come from."""
+    options = settings.option_names(serve)
+    found = settings.read_environment(prog, [*options, "config"])
+    from_environment = found.pop("config", None)
+    path = settings.find_option(arguments, "--config")
+    if path is None and from_environment:
+        path = from_environment.value
+    if path is not None:
+        found = settings.read_settings(Path(path), ("limits", "timeouts")) | found
+    (serve,) = settings.apply(found, arguments, serve)
+    return serve, settings.describe_sources(found)
