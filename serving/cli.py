@@ -216,7 +216,7 @@ class Serve:
             registry = ModelRegistry()
 
             async def load(path: Path) -> None:
-                work = functools.partial(self._load, path, compiler, runs)
+                work = functools.partial(self.load_entry, path, compiler, runs)
                 await registry.add(await asyncio.to_thread(run_in_own_thread, work))
 
             async def load_all() -> None:
@@ -245,8 +245,19 @@ class Serve:
             if server.load_error:
                 raise server.load_error
 
-    def _load(self, run: Path, compiler: "Compiler", runs: RunBrowser) -> "ModelEntry":
-        """Load a run, print its size and return its entry, whose engine is not started yet."""
+    def load_entry(
+        self,
+        run: str | Path | None,
+        compiler: "Compiler | None" = None,
+        runs: RunBrowser | None = None,
+    ) -> "ModelEntry":
+        """Load a run, print its size and return its entry, whose engine is not started yet.
+
+        Args:
+            run: A name in runs/, or a path; None: the newest in runs/.
+            compiler: Compiles the engine's steps in the background, unless `no_compile`.
+            runs: The folder of runs in which the web page looks the run up.
+        """
         from serving.engine.async_engine import AsyncEngine
         from serving.http.registry import ModelEntry
         from serving.metrics import Metrics
@@ -281,7 +292,7 @@ class Serve:
             threads=threads,
             stream_interval=self.stream_interval,
         )
-        if not self.no_compile:
+        if compiler and not self.no_compile:
             compiler.add(engine, threads)
         return ModelEntry(
             name,
@@ -292,7 +303,7 @@ class Serve:
             dtype=self.dtype,
             num_parameters=num_parameters,
             bits_per_byte=latest_metrics(path).get("final_bits_per_byte"),
-            run=runs.name_of(path),
+            run=runs.name_of(path) if runs else None,
         )
 
 
