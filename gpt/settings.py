@@ -127,18 +127,19 @@ def check(setting: Setting, annotation: Any) -> Any:  # noqa: ANN401
     if value == "None" and type(None) in get_args(annotation):  # as on the command line
         return None
     try:
+        if get_origin(annotation) is tuple and isinstance(value, str):
+            value = shlex.split(value) if setting.is_text else [value]
         if setting.is_text:
-            is_list = get_origin(annotation) is tuple
-            return adapter.validate_python(shlex.split(value) if is_list else value)
+            return adapter.validate_python(value)
         # JSON has arrays and strings for what Python has tuples and paths for.
         return adapter.validate_json(json.dumps(value), strict=True)
     except ValidationError as error:
         reason = error.errors()[0]["msg"]
     except (TypeError, ValueError) as error:  # a date; a quotation mark that is not closed
         reason = str(error)
-    if setting.is_text and "://" in value:
+    if setting.is_text and "://" in setting.value:
         reason += "; Kubernetes sets it for a service named tinygpt: see docs/deployment.md"
-    raise ValueError(f"{setting.origin} = {str(value)[:80]!r}: {reason}")
+    raise ValueError(f"{setting.origin} = {str(setting.value)[:80]!r}: {reason}")
 
 
 def apply(settings: Settings, arguments: Sequence[str], *defaults: Any) -> list[Any]:  # noqa: ANN401

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+import shlex
 import sys
 from pathlib import Path
 
@@ -131,6 +132,7 @@ def value_of(instance, name):
     return next(getattr(each, name) for each in values if hasattr(each, name))
 
 
+DEPLOYMENT = (Path(__file__).parents[1] / "docs" / "deployment.md").read_text("utf-8")
 SERVE = {name: another(name, hint, value) for name, hint, value in fields(Serve())}
 
 
@@ -185,6 +187,11 @@ def test_options_of_the_model_in_a_table_of_their_own(parse_train):
     config, directory = parse_train("--config", "a.toml", "--width", "96")
     assert (config.steps, config.model_args["width"], config.model_args["kv_heads"]) == (7, 96, 1)
     assert directory is None
+
+
+def test_a_list_of_one_needs_no_brackets(parse):
+    Path("serve.toml").write_text('run = "a run"\n')
+    assert parse(serving_cli, "serve", "--config", "serve.toml").run == ("a run",)
 
 
 def test_flags_win_over_the_environment_which_wins_over_the_file(parse, monkeypatch):
@@ -397,3 +404,29 @@ def test_help_shows_the_values_of_the_environment_but_no_key(monkeypatch, capsys
     assert "(default: 4321)" in text
     assert "Environment variables such as TINYGPT_PORT win over it" in text
     assert "sesame" not in text
+
+
+def test_the_files_of_the_docs(parse, parse_train):
+    train, serve = re.findall(r"^```toml\n(.*?)^```", DEPLOYMENT, re.MULTILINE | re.DOTALL)
+    Path("train.toml").write_text(train)
+    Path("serve.toml").write_text(serve)
+    config, directory = parse_train("--config", "train.toml")
+    assert (config.preset, config.steps, config.model_args["heads"]) == ("gpt-nano", 1000, 4)
+    assert directory == Path("runs/wide")
+    command = parse(serving_cli, "serve", "--config", "serve.toml")
+    assert command.run == ("wide", "runs/ci")
+    assert (command.port, command.max_num_seqs, command.limits.max_tokens) == (8080, 32, 1000)
+
+
+def test_the_variables_of_the_docs(parse, monkeypatch):
+    rows = re.findall(r"^\| `([^`]+)` \| `(TINYGPT_\w+)=([^`]+)`", DEPLOYMENT, re.MULTILINE)
+    assert len(rows) == 4
+    Path("serve.toml").write_text("max-queue = 7\n")
+    for typed, name, value in rows:
+        arguments = shlex.split(typed.removeprefix("tinygpt serve "))
+        with monkeypatch.context() as patch:
+            patch.setenv(name, shlex.split(f"x={value}")[0][2:])
+            from_environment = parse(serving_cli, "serve")
+        expected = parse(serving_cli, "serve", *arguments)
+        assert dataclasses.replace(from_environment, config=expected.config) == expected
+        assert from_environment != Serve()
