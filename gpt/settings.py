@@ -137,7 +137,7 @@ def check(setting: Setting, annotation: Any) -> Any:  # noqa: ANN401
         reason = error.errors()[0]["msg"]
     except (TypeError, ValueError) as error:  # a date; a quotation mark that is not closed
         reason = str(error)
-    if setting.is_text and "://" in setting.value:
+    if setting.is_text and setting.value.startswith("tcp://"):
         reason += "; Kubernetes sets it for a service named tinygpt: see docs/deployment.md"
     raise ValueError(f"{setting.origin} = {str(setting.value)[:80]!r}: {reason}")
 

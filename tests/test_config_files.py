@@ -369,7 +369,11 @@ def test_files_that_cannot_be_used(error):
             "TINYGPT_NO_COMPILE = 'perhaps': Input should be a valid boolean",
         ),
         ("DTYPE", "int4", "TINYGPT_DTYPE = 'int4': Input should be 'float32'"),
-        ("RUN", "a 'b", 'TINYGPT_RUN = "a \'b": No closing quotation'),
+        (
+            "ALLOWED_ORIGINS",
+            "http://a 'b",
+            'TINYGPT_ALLOWED_ORIGINS = "http://a \'b": No closing quotation',
+        ),
         ("CONFIG", "no.toml", "--config no.toml: no such file"),
         ("API_KEY", "", "--api-key must be printable ASCII without spaces, and not empty"),
     ],
@@ -378,7 +382,9 @@ def test_a_mistake_in_the_environment_is_one_line_that_names_it(
     name, value, message, error, monkeypatch, tmp_path
 ):
     monkeypatch.setenv(f"TINYGPT_{name}", value)
-    assert message in error(serving_cli.main, "serve", "--watch", str(tmp_path))
+    text = error(serving_cli.main, "serve", "--watch", str(tmp_path))
+    assert message in text
+    assert ("Kubernetes" in text) == value.startswith("tcp:")
 
 
 def test_a_variable_of_no_option_is_named_in_one_warning(parse, monkeypatch, capsys):
