@@ -23,10 +23,10 @@ EXIT_USAGE_ERROR = 2
 Command = Callable[[], None]
 
 # Optional options: their help texts say what None means, in place of "(default: None)".
-MaybeText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
-MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
-MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-MaybeRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
+OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+OptionalRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
 
 
 def main(

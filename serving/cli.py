@@ -21,7 +21,7 @@ from tyro.conf import Positional, UseAppendAction, arg
 
 from gpt import LanguageModel, cli, settings
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
-from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
+from gpt.cli import OptionalInt, OptionalPath, OptionalRun, OptionalText
 from gpt.device import has_cuda_graphs, resolve_device
 from gpt.generation import generate
 from gpt.kernels.quantization import DType
@@ -54,9 +54,9 @@ MAX_THREADS = 1024
 class Sample:
     """Generate text in the terminal, token by token; with a translation run, translate the prompt."""
 
-    run: MaybeRun = None
+    run: OptionalRun = None
     """Run: a name in runs/, or a path; default: the newest in runs/."""
-    prompt: MaybeText = None
+    prompt: OptionalText = None
     """Text to continue or translate; default: standard input, or in a terminal an empty prompt, which starts a new document."""
     temperature: float = 0.8
     """Divides the logits: above 1 more random, below 1 less; 0: greedy decoding."""
@@ -76,7 +76,7 @@ class Sample:
     """Continue after the EOS token."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Stop string: the output ends before it; may be repeated."""
-    seed: MaybeInt = None
+    seed: OptionalInt = None
     """The same seed gives the same output; default: a random seed, which is printed."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """Number of outputs."""
@@ -133,15 +133,15 @@ class Serve:
 
     run: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
     """Runs: names in runs/, or paths; default: the newest in runs/."""
-    watch: MaybePath = None
+    watch: OptionalPath = None
     """Also serve each run in this folder as soon as its training has finished."""
-    runs_dir: MaybePath = None
+    runs_dir: OptionalPath = None
     """Folder of runs whose metrics the web page shows; default: the folder of the first run, or --watch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is reachable from other machines and needs an API key."""
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
-    api_key: MaybeText = None
+    api_key: OptionalText = None
     """API key that clients must send as a bearer token; the environment variable TINYGPT_API_KEY is not shown by `ps`."""
     no_api_key: bool = False
     """Allow an address that other machines can reach without an API key."""
@@ -151,13 +151,13 @@ class Serve:
     """Maximum running sequences of each model: the batch size of decoding."""
     max_queue: int = 64
     """Maximum waiting sequences of each model; requests above it get a 429 response."""
-    max_model_len: MaybeInt = None
+    max_model_len: OptionalInt = None
     """Maximum tokens of a sequence, prompt and output together; default: the maximum length of the model, if it has one."""
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     """Maximum tokens of an engine step: longer prompts are processed in chunks and delay no running sequence."""
     dtype: DType = "float32"
     """Number format of weights and products; int8, for CPUs, takes a quarter of the memory and time. Its cost in perplexity is printed."""
-    threads: MaybeInt = None
+    threads: OptionalInt = None
     """CPU threads of each model; default: the fastest number, measured at the start."""
     no_compile: bool = False
     """Do not compile steps in the background (CPU with a C++ compiler) or capture CUDA graphs (GPU)."""
@@ -169,7 +169,7 @@ class Serve:
     """Seconds without a finished engine step, while there is work, after which /health returns 503."""
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1, mps, …"""
-    config: MaybePath = None
+    config: OptionalPath = None
     """TOML file of options, such as port = 8000. Environment variables such as TINYGPT_PORT win over it, and options that are typed over both."""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)

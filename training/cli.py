@@ -23,7 +23,7 @@ from gpt.checkpoint import (
     run_argument,
     run_path,
 )
-from gpt.cli import MaybeText
+from gpt.cli import OptionalText
 from gpt.device import is_gpu, resolve_device
 from training import distributed, launch
 from training.chapters.commands import Chapter, Figures
@@ -76,7 +76,7 @@ def train_command(defaults: Defaults) -> Callable[..., cli.Command]:
     def train(
         config: TrainingConfig = defaults.config,
         model: options = defaults.model,
-        run: MaybeText = defaults.run,
+        run: OptionalText = defaults.run,
         config_file: ConfigFile = None,  # noqa: ARG001 (read by `main`)
     ) -> cli.Command:
         """Train a model: `train [PRESET] [options]`, or resume a run: `train --resume [RUN]`.
@@ -107,7 +107,7 @@ def plan_command(defaults: Defaults) -> Callable[..., cli.Command]:
         config: TrainingConfig = defaults.config,
         model: options = defaults.model,
         num_gpus: int = 1,
-        gpu: MaybeText = None,
+        gpu: OptionalText = None,
         mfu: float = 0.4,
         json: bool = False,
         config_file: ConfigFile = None,  # noqa: ARG001 (read by `main`)
@@ -184,7 +184,7 @@ class Describe:
 class Resume:
     """Resume a run from its newest checkpoint, with the result of an uninterrupted run."""
 
-    run: cli.MaybeRun = None
+    run: cli.OptionalRun = None
     """Run: a name in runs/, or a path. Default: the newest under runs/."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
