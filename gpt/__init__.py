@@ -1,10 +1,13 @@
 """Models of tensors only: no text, no corpora, no HTTP. Start reading in `gpt/models/base.py`.
 
+docs/library.md shows how to use the package from Python.
+
 `CHAPTERS` holds one model per chapter of docs/chapters/ by name, in order. `MODELS` holds the
 language models among them. `TABULAR_MODELS` holds the models of numbers of those chapters whose
 model in `CHAPTERS` is a language model.
 """
 
+from gpt.generation import generate
 from gpt.models.base import LanguageModel, Model, State
 from gpt.models.gpt import GPT, GPT2
 from gpt.models.linear import BigramLM, Linear, Logistic, SigmaPi, SigmaPiLM, Softmax
@@ -13,6 +16,7 @@ from gpt.models.recurrent import GRU, LSTM, RNN
 from gpt.models.seq2seq import Seq2Seq, Seq2SeqAttention
 from gpt.models.transformer import Transformer
 from gpt.models.word2vec import Word2Vec
+from gpt.sampling import SamplingParams
 
 CHAPTERS: dict[str, type[Model]] = {
     "linear": Linear,
@@ -44,4 +48,19 @@ TABULAR_MODELS: dict[str, type[Model]] = {
     "experts-table": Experts,
 }
 
-__all__ = ["CHAPTERS", "GPT", "GPT2", "MODELS", "TABULAR_MODELS", "LanguageModel", "Model", "State"]
+# It takes the models from here.
+from gpt.checkpoint import load_language_model  # noqa: E402
+
+__all__ = [
+    "CHAPTERS",
+    "GPT",
+    "GPT2",
+    "MODELS",
+    "TABULAR_MODELS",
+    "LanguageModel",
+    "Model",
+    "SamplingParams",
+    "State",
+    "generate",
+    "load_language_model",
+]

@@ -9,23 +9,24 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any, NoReturn, Union
 
 import torch
 import tyro
-from tyro.conf import Positional, arg
+from tyro import MISSING_NONPROP
+from tyro.conf import Positional, arg, subcommand
 
 EXIT_USAGE_ERROR = 2
 
 Command = Callable[[], None]
 
 # Optional options: their help texts say what None means, in place of "(default: None)".
-MaybeText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
-MaybeInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
-MaybePath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
-MaybeRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
+OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
+OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
+OptionalRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
 
 
 def main(
@@ -33,18 +34,35 @@ def main(
     description: str,
     commands: Mapping[str, Callable[..., Command]],
     arguments: Sequence[str] | None = None,
+    defaults: Mapping[str, Command] | None = None,
+    note: str = "",
 ) -> None:
     """Parse `arguments` (those of sys.argv if None) and run the command they select.
 
-    A user's mistake is reported in one line on standard error, with exit code 2. Set
-    TINYGPT_TRACEBACK=1 to see the traceback instead.
+    Args:
+        prog: What the user has typed before the arguments.
+        description: What the commands are for.
+        commands: Dataclasses and functions by the name of their command.
+        arguments: The name of a command, and its options.
+        defaults: Instances of commands, for defaults other than those of their classes.
+        note: Ends each message about a user's mistake.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         # Texts hold characters that a terminal's encoding may lack; as Python does on stderr.
         sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        _parse(prog, description, commands, arguments)()
+    with reported_errors(prog, note):
+        _parse(prog, description, commands, arguments, defaults)()
         sys.stdout.flush()
+
+
+@contextlib.contextmanager
+def reported_errors(prog: str, note: str = "") -> Iterator[None]:
+    """Report a user's mistake in one line on standard error that ends with `note`, and exit with code 2.
+
+    Set TINYGPT_TRACEBACK=1 to see the traceback instead.
+    """
+    try:
+        yield
     except KeyboardInterrupt:
         sys.exit(130)
     except BrokenPipeError:
@@ -55,8 +73,8 @@ def main(
         if os.environ.get("TINYGPT_TRACEBACK"):
             raise
         if isinstance(error, OSError) and error.filename and error.strerror:
-            exit_with_error(prog, f"{error.filename}: {error.strerror}")
-        exit_with_error(prog, str(error))
+            exit_with_error(prog, f"{error.filename}: {error.strerror}{note}")
+        exit_with_error(prog, f"{error}{note}")
     except (MemoryError, RuntimeError) as error:
         # torch raises RuntimeError, with these words on a CPU.
         is_out_of_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
@@ -78,8 +96,16 @@ def _parse(
     description: str,
     commands: Mapping[str, Callable[..., Command]],
     arguments: Sequence[str] | None,
+    defaults: Mapping[str, Command] | None = None,
 ) -> Command:
     """Return the selected command with its options; print tyro's errors in one line."""
+    # Like tyro.extras.subcommand_cli_from_dict, which takes no defaults. A union has two elements.
+    subcommands: list[Any] = [
+        Annotated[Any, subcommand(name, constructor=command, default=default)]
+        for name, command in commands.items()
+        for default in [(defaults or {}).get(name, MISSING_NONPROP)]
+    ]
+    subcommands.append(Annotated[None, tyro.conf.Suppress])
     stderr, usage = io.StringIO(), io.StringIO()
     is_overview = list(sys.argv[1:] if arguments is None else arguments) in (["-h"], ["--help"])
     try:
@@ -87,8 +113,9 @@ def _parse(
             streams.enter_context(contextlib.redirect_stderr(stderr))
             if is_overview:
                 streams.enter_context(contextlib.redirect_stdout(usage))
-            command: Any = tyro.extras.subcommand_cli_from_dict(
-                dict(commands),
+            choices: Any = Union[tuple(subcommands)]  # noqa: UP007 (made of a list)
+            command: Any = tyro.cli(
+                choices,
                 prog=prog,
                 description=description,
                 args=arguments,
@@ -100,7 +127,7 @@ def _parse(
         print(re.sub(r"\{[\w,-]+\}", "COMMAND", usage.getvalue(), count=1), end="")
         if stop.code != EXIT_USAGE_ERROR:
             raise
-    exit_with_error(prog, _one_line(stderr.getvalue()))
+    raise ValueError(_one_line(stderr.getvalue()))
 
 
 def _one_line(box: str) -> str:

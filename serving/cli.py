@@ -7,7 +7,6 @@ import gc
 import ipaddress
 import json
 import logging
-import os
 import secrets
 import shlex
 import socket
@@ -20,9 +19,9 @@ from typing import TYPE_CHECKING, Annotated
 import torch
 from tyro.conf import Positional, UseAppendAction, arg
 
-from gpt import LanguageModel, cli
+from gpt import LanguageModel, cli, settings
 from gpt.checkpoint import find_run, is_translation_run, load_language_model
-from gpt.cli import MaybeInt, MaybePath, MaybeRun, MaybeText
+from gpt.cli import OptionalInt, OptionalPath, OptionalRun, OptionalText
 from gpt.device import has_cuda_graphs, resolve_device
 from gpt.generation import generate
 from gpt.kernels.quantization import DType
@@ -55,9 +54,9 @@ MAX_THREADS = 1024
 class Sample:
     """Generate text in the terminal, token by token; with a translation run, translate the prompt."""
 
-    run: MaybeRun = None
+    run: OptionalRun = None
     """Run: a name in runs/, or a path; default: the newest in runs/."""
-    prompt: MaybeText = None
+    prompt: OptionalText = None
     """Text to continue or translate; default: standard input, or in a terminal an empty prompt, which starts a new document."""
     temperature: float = 0.8
     """Divides the logits: above 1 more random, below 1 less; 0: greedy decoding."""
@@ -77,7 +76,7 @@ class Sample:
     """Continue after the EOS token."""
     stop: UseAppendAction[tuple[str, ...]] = ()
     """Stop string: the output ends before it; may be repeated."""
-    seed: MaybeInt = None
+    seed: OptionalInt = None
     """The same seed gives the same output; default: a random seed, which is printed."""
     n: Annotated[int, arg(aliases=["-n"])] = 1
     """Number of outputs."""
@@ -134,16 +133,16 @@ class Serve:
 
     run: Annotated[Positional[tuple[str, ...]], arg(metavar="[RUN …]", help_behavior_hint="")] = ()
     """Runs: names in runs/, or paths; default: the newest in runs/."""
-    watch: MaybePath = None
+    watch: OptionalPath = None
     """Also serve each run in this folder as soon as its training has finished."""
-    runs_dir: MaybePath = None
+    runs_dir: OptionalPath = None
     """Folder of runs whose metrics the web page shows; default: the folder of the first run, or --watch."""
     host: str = "127.0.0.1"
     """Address to listen on; 0.0.0.0 is reachable from other machines and needs an API key."""
     port: int = 8000
     """Port to listen on; 0 chooses a free one."""
-    api_key: MaybeText = None
-    """API key that clients must send as a bearer token; default: the environment variable TINYGPT_API_KEY, which `ps` does not show."""
+    api_key: OptionalText = None
+    """API key that clients must send as a bearer token; the environment variable TINYGPT_API_KEY is not shown by `ps`."""
     no_api_key: bool = False
     """Allow an address that other machines can reach without an API key."""
     allowed_origins: UseAppendAction[tuple[str, ...]] = ()
@@ -152,13 +151,13 @@ class Serve:
     """Maximum running sequences of each model: the batch size of decoding."""
     max_queue: int = 64
     """Maximum waiting sequences of each model; requests above it get a 429 response."""
-    max_model_len: MaybeInt = None
+    max_model_len: OptionalInt = None
     """Maximum tokens of a sequence, prompt and output together; default: the maximum length of the model, if it has one."""
     max_num_batched_tokens: int = MAX_NUM_BATCHED_TOKENS
     """Maximum tokens of an engine step: longer prompts are processed in chunks and delay no running sequence."""
     dtype: DType = "float32"
     """Number format of weights and products; int8, for CPUs, takes a quarter of the memory and time. Its cost in perplexity is printed."""
-    threads: MaybeInt = None
+    threads: OptionalInt = None
     """CPU threads of each model; default: the fastest number, measured at the start."""
     no_compile: bool = False
     """Do not compile steps in the background (CPU with a C++ compiler) or capture CUDA graphs (GPU)."""
@@ -170,6 +169,8 @@ class Serve:
     """Seconds without a finished engine step, while there is work, after which /health returns 503."""
     device: str = "auto"
     """Device to compute on: auto, cpu, cuda, cuda:1, mps, …"""
+    config: OptionalPath = None
+    """TOML file of options, such as port = 8000. Environment variables such as TINYGPT_PORT win over it, and options that are typed over both."""
     limits: Limits = field(default_factory=Limits)
     timeouts: Timeouts = field(default_factory=Timeouts)
 
@@ -189,8 +190,8 @@ class Serve:
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
-        key = self.api_key or os.environ.get("TINYGPT_API_KEY")
-        if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
             raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
@@ -215,7 +216,7 @@ class Serve:
             registry = ModelRegistry()
 
             async def load(path: Path) -> None:
-                work = functools.partial(self._load, path, compiler, runs)
+                work = functools.partial(self.load_entry, path, compiler, runs)
                 await registry.add(await asyncio.to_thread(run_in_own_thread, work))
 
             async def load_all() -> None:
@@ -244,8 +245,19 @@ class Serve:
             if server.load_error:
                 raise server.load_error
 
-    def _load(self, run: Path, compiler: "Compiler", runs: RunBrowser) -> "ModelEntry":
-        """Load a run, print its size and return its entry, whose engine is not started yet."""
+    def load_entry(
+        self,
+        run: str | Path | None,
+        compiler: "Compiler | None" = None,
+        runs: RunBrowser | None = None,
+    ) -> "ModelEntry":
+        """Load a run, print its size and return its entry, whose engine is not started yet.
+
+        Args:
+            run: A name in runs/, or a path; None: the newest in runs/.
+            compiler: Compiles the engine's steps in the background, unless `no_compile`.
+            runs: The folder of runs in which the web page looks the run up.
+        """
         from serving.engine.async_engine import AsyncEngine
         from serving.http.registry import ModelEntry
         from serving.metrics import Metrics
@@ -280,7 +292,7 @@ class Serve:
             threads=threads,
             stream_interval=self.stream_interval,
         )
-        if not self.no_compile:
+        if compiler and not self.no_compile:
             compiler.add(engine, threads)
         return ModelEntry(
             name,
@@ -291,7 +303,7 @@ class Serve:
             dtype=self.dtype,
             num_parameters=num_parameters,
             bits_per_byte=latest_metrics(path).get("final_bits_per_byte"),
-            run=runs.name_of(path),
+            run=runs.name_of(path) if runs else None,
         )
 
 
@@ -350,10 +362,31 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def main(prog: str = "python -m serving", arguments: Sequence[str] | None = None) -> None:
-    """Run one command."""
+    """Run one command; `serve` takes its defaults from the environment and from its --config file."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    serve, note = Serve(), ""
+    if arguments[:1] == ["serve"]:
+        with cli.reported_errors(prog):
+            serve, note = _configured(serve, prog, arguments)
     cli.main(
         prog,
         "Generate text from a trained run, in the terminal or over HTTP.",
         {"sample": Sample, "serve": Serve},
         arguments,
+        {"serve": serve},
+        note,
     )
+
+
+def _configured(serve: Serve, prog: str, arguments: Sequence[str]) -> tuple[Serve, str]:
+    """Return the command with the options of file and environment, and a note on where they come from."""
+    options = settings.option_names(serve)
+    found = settings.read_environment(prog, [*options, "config"])
+    from_environment = found.pop("config", None)
+    path = settings.find_option(arguments, "--config")
+    if path is None and from_environment:
+        path = from_environment.value
+    if path is not None:
+        found = settings.read_settings(Path(path), ("limits", "timeouts")) | found
+    (serve,) = settings.apply(found, arguments, serve)
+    return serve, settings.describe_sources(found)

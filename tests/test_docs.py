@@ -145,7 +145,7 @@ def test_every_command_is_understood(command, monkeypatch):
         return
     monkeypatch.setattr(sys, "argv", shlex.split(command))
 
-    def parse(prog, description, commands, arguments=None):
+    def parse(prog, description, commands, arguments=None, *_):
         assert cli._parse(prog, description, commands, arguments)
 
     monkeypatch.setattr(cli, "main", parse)

@@ -15,11 +15,11 @@ import tyro
 
 from gpt import Model
 from gpt.checkpoint import build_model, constructor_arguments, model_class
-from gpt.cli import MaybeInt, MaybeText
+from gpt.cli import OptionalInt, OptionalText
 
 PresetOnly: Any = tyro.conf.Suppress
 """Marks a field that a preset sets and that is no command-line option."""
-MaybeRate = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
+OptionalRate = Annotated[float | None, tyro.conf.arg(metavar="FLOAT")]
 """A learning rate; None is that of `learning_rate`."""
 
 VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
@@ -63,17 +63,17 @@ class TrainingConfig:
     """Training task: `text` (predict the next token), `word-vectors`, `translation`, or one of the small tables of numbers."""
     data: str = "stdlib"
     """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
-    data_config: MaybeText = None
+    data_config: OptionalText = None
     """Configuration of a Hugging Face dataset that has several."""
-    data_split: MaybeText = None
+    data_split: OptionalText = None
     """Split to train on, or a part of it in the notation of `datasets`, such as train[:10%]: the first tenth of its documents. Default: `train`."""
-    text_column: MaybeText = None
+    text_column: OptionalText = None
     """Column that contains the text. Default: the column `text`, or the only column of strings."""
-    languages: MaybeText = None
+    languages: OptionalText = None
     """Source and target language of sentence pairs, such as en-fr. Default: the first two in the data."""
     streaming: bool = False
     """Stream a Hugging Face dataset instead of downloading it."""
-    data_limit: MaybeInt = None
+    data_limit: OptionalInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
@@ -83,7 +83,7 @@ class TrainingConfig:
         str | None, tyro.conf.arg(name="from", metavar="RUN", help_behavior_hint="")
     ] = None
     """Begin with the weights and the tokenizer of this run: a name in runs/, or a path. The other options then have the defaults of fine-tuning."""
-    init_embedding: MaybeText = None
+    init_embedding: OptionalText = None
     """Initialize the embedding from this run, for example a word2vec run. Both runs need the same tokenizer."""
 
     steps: int = 640
@@ -100,11 +100,11 @@ class TrainingConfig:
     """Optimizer of the hidden matrices. AdamW updates all other parameters; with sgd, SGD updates everything."""
     learning_rate: float = 0.02
     """Peak learning rate of the hidden matrices and of a regression's weights. It and the next three scale with --batch-size, --context-length and --width unless given."""
-    embedding_lr: MaybeRate = 0.1
+    embedding_lr: OptionalRate = 0.1
     """Peak learning rate of the embeddings. None: that of --learning-rate."""
-    unembedding_lr: MaybeRate = 0.008
+    unembedding_lr: OptionalRate = 0.008
     """Peak learning rate of the unembedding (the output projection). None: that of --learning-rate."""
-    vector_lr: MaybeRate = 0.01
+    vector_lr: OptionalRate = 0.01
     """Peak learning rate of norms, biases and attention's score vector. None: that of --learning-rate."""
     weight_decay: float = 0.0
     """Decoupled weight decay of the hidden matrices and of a regression's weights: a step multiplies them by 1 - learning rate * decay."""

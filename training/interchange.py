@@ -25,7 +25,7 @@ from gpt.checkpoint import (
     unique_state_dict,
     write_atomically,
 )
-from gpt.cli import MaybeText
+from gpt.cli import OptionalText
 from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
 from tokenizer import END_OF_TEXT, Tokenizer
@@ -49,7 +49,7 @@ class Export:
     """Folder to create."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """Number format of the weights; float32 is exact."""
-    push: MaybeText = None
+    push: OptionalText = None
     """Also upload the folder to the Hugging Face hub, as the model USER/NAME. Needs `hf auth login` or HF_TOKEN."""
     private: bool = False
     """With --push: create a private repository."""
@@ -76,7 +76,7 @@ class Import:
     """Folder with config.json, *.safetensors and tokenizer.json, or the name of a model on the hub."""
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run to create: a name in runs/, or a path."""
-    revision: MaybeText = None
+    revision: OptionalText = None
     """Branch, tag or commit of a model on the hub."""
 
     def __call__(self) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 
-from gpt.cli import MaybeInt
+from gpt.cli import OptionalInt
 
 
 def check_minimums(options: object, **minimums: int) -> None:
@@ -19,7 +19,7 @@ def check_minimums(options: object, **minimums: int) -> None:
 class Limits:
     """Limits of one request. A request above a limit gets a 400 response that names the limit."""
 
-    max_prompt_tokens: MaybeInt = None
+    max_prompt_tokens: OptionalInt = None
     """Maximum tokens of a prompt; default: what the model's context holds, 65,536 for models without a maximum length."""
     max_tokens: int = 65_536
     """Maximum output tokens (`max_tokens`) of each choice."""

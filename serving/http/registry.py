@@ -86,6 +86,11 @@ class ModelRegistry:
         await entry.engine.start()
         self.entries[entry.name] = entry
 
+    async def close(self) -> None:
+        """Stop the engines; sequences that still run end with an error."""
+        for entry in self.entries.values():
+            await entry.engine.close()
+
     def get(self, name: str | None) -> ModelEntry:
         """Return the model of that name, or the default one.
 

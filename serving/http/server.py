@@ -147,8 +147,7 @@ class Server(uvicorn.Server):
         while not (drains.done() or self.force_exit):
             await asyncio.wait({drains}, timeout=0.05)
         drains.cancel()
-        for async_engine in engines:
-            await async_engine.close()
+        await self.registry.close()
         await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:  # noqa: ARG002

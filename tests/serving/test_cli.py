@@ -25,7 +25,7 @@ from gpt.checkpoint import (
     save_tensors,
     unique_state_dict,
 )
-from gpt.cli import MaybeInt
+from gpt.cli import OptionalInt
 from gpt.generation import generate
 from gpt.sampling import SamplingParams
 from serving.cli import Sample, Serve
@@ -256,7 +256,7 @@ def test_every_number_is_used_or_refused_in_one_sentence(command, folder, monkey
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     unlimited = {(Sample, name) for name in ("max_tokens", "n")}
     for field in dataclasses.fields(command):
-        kind = int if field.type is MaybeInt else type(field.default)
+        kind = int if field.type is OptionalInt else type(field.default)
         if kind is float:
             numbers = [-1.0, math.nan, math.inf]
         elif kind is int:

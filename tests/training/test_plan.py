@@ -348,7 +348,7 @@ def test_commands_of_the_docs_are_valid(command, monkeypatch):
     name, options = command
     monkeypatch.setattr(sys, "argv", ["training", name, *shlex.split(options)])
 
-    def parse(prog, description, commands, arguments=None):
+    def parse(prog, description, commands, arguments=None, *_):
         assert cli._parse(prog, description, commands, arguments)
 
     monkeypatch.setattr(cli, "main", parse)

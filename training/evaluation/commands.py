@@ -11,7 +11,7 @@ from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.checkpoint import RUNS, find_run, load_model, read_json, write_atomically
-from gpt.cli import MaybeInt, MaybeText
+from gpt.cli import OptionalInt, OptionalText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
@@ -29,25 +29,25 @@ from training.tasks.translation import comparison_table
 class Eval:
     """Evaluate a run on a text: loss, perplexity and bits per byte; every token is scored once."""
 
-    run: cli.MaybeRun = None
+    run: cli.OptionalRun = None
     """Run: a name in runs/, or a path. Default: the newest under runs/."""
-    data: MaybeText = None
+    data: OptionalText = None
     """Text to score, as in `train --data`. Default: the run's own corpus."""
-    data_config: MaybeText = None
+    data_config: OptionalText = None
     """Configuration of a hub dataset that has several."""
-    data_limit: MaybeInt = None
+    data_limit: OptionalInt = None
     """Read at most this many bytes of text."""
-    text_column: MaybeText = None
+    text_column: OptionalText = None
     """Column that holds the text."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
-    split: MaybeText = None
+    split: OptionalText = None
     """Split to score. Default: validation of the run's own corpus; of other data the first of test, validation, train."""
-    stride: MaybeInt = None
+    stride: OptionalInt = None
     """Tokens that each window scores. Default: as many as the model predicts. A smaller stride is slower and gives every token more context."""
-    context_length: MaybeInt = None
+    context_length: OptionalInt = None
     """Tokens of a window. Default: the model's context length."""
-    num_beams: MaybeInt = None
+    num_beams: OptionalInt = None
     """Beam search width of translations. Default: 1, greedy."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""

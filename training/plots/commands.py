@@ -42,9 +42,9 @@ class Xray:
     """Run: a name in runs/, or a path."""
     text: Annotated[Positional[str], arg(metavar="TEXT")]
     """Text to read; for a translation run, the source sentence."""
-    translation: cli.MaybeText = None
+    translation: cli.OptionalText = None
     """Target sentence. Default: for a translation run, the model's own translation."""
-    only: cli.MaybeText = None
+    only: cli.OptionalText = None
     """Draw only maps whose name contains this: alignment, forget gate, …"""
     output: Path = Path("xray.png")
     """File to write: .png, .svg or .pdf."""
