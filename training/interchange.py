@@ -6,9 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import huggingface_hub
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 from tyro.conf import Positional, arg
 
 from gpt.checkpoint import (
@@ -30,13 +28,10 @@ from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
 from tokenizer import END_OF_TEXT, Tokenizer
 from training.config import TrainingConfig
-from training.data.files import error_reason
-from training.data.hub import check_hub_is_reachable
 from training.progress import read_metrics
 from training.run_directory import save_training_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-HUB_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
 
 
 @dataclass(frozen=True)
@@ -64,8 +59,9 @@ class Export:
         export_run(run, self.folder, self.dtype)
         print(f"{self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         if self.push:
-            push(self.folder, self.push, self.private)
-            print(f"pushed to {huggingface_hub.constants.ENDPOINT}/{self.push}")
+            from training.hub import push
+
+            print(f"pushed to {push(self.folder, self.push, self.private)}")
 
 
 @dataclass(frozen=True)
@@ -86,6 +82,8 @@ class Import:
             raise ValueError(f"{directory} exists already: choose another name, or remove it")
         folder = Path(self.source)
         if not folder.is_dir():
+            from training.hub import download
+
             folder = download(self.source, self.revision)
         elif self.revision:
             raise ValueError(f"{folder} is a folder: --revision is for models on the hub")
@@ -183,34 +181,6 @@ def model_card(run: Path, num_parameters: int) -> str:
             f"| {metric.replace('_', ' ')} | {value:.4f} |" for metric, value in metrics.items()
         ]
     return "\n".join([*header, "", *lines, ""])
-
-
-def push(folder: Path, name: str, private: bool) -> None:
-    """Upload a folder to the hub; a ValueError says why that failed."""
-    check_hub_is_reachable(name)
-    api = huggingface_hub.HfApi()
-    try:
-        api.create_repo(name, private=private, exist_ok=True)
-        api.upload_folder(repo_id=name, folder_path=folder)
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{name} could not be pushed ({error_reason(error)}): the folder {folder} is complete; "
-            f"once `hf auth login` has succeeded: hf upload {name} {folder}"
-        ) from error
-
-
-def download(name: str, revision: str | None) -> Path:
-    """Download a model of the hub to its cache, and return its folder; a ValueError says why it failed."""
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
-        check_hub_is_reachable(name)
-    try:
-        return Path(
-            huggingface_hub.snapshot_download(name, revision=revision, allow_patterns=HUB_FILES)
-        )
-    except (HfHubHTTPError, ValueError, OSError) as error:
-        raise ValueError(
-            f"{name}: no such folder, nor can it be had from the hub: {error_reason(error)}"
-        ) from error
 
 
 def import_folder(folder: Path, directory: Path, source: str) -> None:

@@ -3,7 +3,6 @@
 import contextlib
 import functools
 import re
-import threading
 from collections.abc import Iterator
 
 import datasets
@@ -14,9 +13,7 @@ from training.data.corpus import TextChunk
 from training.data.files import error_cause, error_reason
 from training.data.rows import SAMPLE_ROWS, RowReader, read_rows, table_values
 from training.data.sources import DatasetSplits, ReadReport, Source
-
-HUB_TIMEOUT_SECONDS = 4.0
-"""Time in which the hub must respond to a first request."""
+from training.hub import check_hub_is_reachable
 
 
 def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
@@ -93,25 +90,3 @@ def _load_builder(name: str, config: str | None) -> datasets.DatasetBuilder:
                 f"{name} has several configurations: --data-config can be one of {match[1]}"
             ) from None
         raise ValueError(f"{name}: {error_reason(error)}") from error
-
-
-def check_hub_is_reachable(name: str) -> None:
-    """Raise a ValueError within seconds where `datasets` would retry for half a minute."""
-    endpoint = huggingface_hub.constants.ENDPOINT
-    responses: list[object] = []
-
-    def request() -> None:
-        with contextlib.suppress(Exception):
-            session = huggingface_hub.get_session()
-            responses.append(session.head(endpoint, timeout=HUB_TIMEOUT_SECONDS))
-
-    # In a thread, because a DNS lookup has no timeout of its own.
-    thread = threading.Thread(target=request, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_SECONDS)
-    if not responses:
-        raise ValueError(
-            f"{name} is not a local file or folder, and the hub ({endpoint}) cannot be reached to "
-            "look for it: give a local file or folder, or set HF_HUB_OFFLINE=1 if it has "
-            "been downloaded before"
-        )

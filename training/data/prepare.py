@@ -36,12 +36,13 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
-from training.data.rows import RowReader, SentencePairs, Texts
+from training.data.rows import TRANSLATION_COLUMN, RowReader, SentencePairs, Texts, read_rows
 from training.data.slices import select_split
 from training.data.sources import (
     HOLD_OUT_EVERY,
     TOKENIZER_TRAINERS,
     DatasetSplits,
+    ReadReport,
     Source,
     SplitDocuments,
     assign_splits,
@@ -50,7 +51,7 @@ from training.data.sources import (
     resolve_tokenizer,
     share_warning,
 )
-from training.data.toy_pairs import TOY_PAIRS, open_toy_pairs
+from training.data.toy_pairs import TOY_PAIRS, toy_pairs
 
 MAX_TOKENIZER_BYTES = 100_000_000
 """Train a tokenizer on at most this many bytes of text."""
@@ -161,7 +162,7 @@ def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
     elif data == "stdlib":
         dataset = _standard_library(source, rows)
     elif data == TOY_PAIRS:
-        dataset = open_toy_pairs(source, rows)
+        dataset = _open_toy_pairs(source, rows)
     elif path.is_dir():
         dataset = files.open_folder(source, rows, path.resolve())
     elif file_format := files.detect_format(path):
@@ -202,6 +203,25 @@ def _standard_library(source: Source, rows: RowReader) -> DatasetSplits:
         files.open_files(source, rows, "text", splits),
         name=f"standard library of Python {platform.python_version()}",
         validation_rule=f"one file in {HOLD_OUT_EVERY}, by a hash of its path",
+    )
+
+
+def _open_toy_pairs(source: Source, rows: RowReader) -> DatasetSplits:
+    """Return the generated pairs as a dataset."""
+    rows.choose_column({TRANSLATION_COLUMN: "object"}, TOY_PAIRS)
+    report, splits = ReadReport(), toy_pairs()
+
+    def read(name: str) -> Iterator[TextChunk]:
+        values = ({"en": en, "fr": fr} for en, fr in splits[name])
+        located = ((f"pair {number}", value) for number, value in enumerate(values, 1))
+        return read_rows(located, rows, source.data, report)
+
+    text = json.dumps(splits)
+    return DatasetSplits(
+        splits={name: functools.partial(read, name) for name in splits},
+        identity=[TOY_PAIRS, hashlib.sha256(text.encode()).hexdigest()],
+        name="toy-pairs: generated English-French sentences",
+        report=report,
     )
 
 

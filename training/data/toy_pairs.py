@@ -10,15 +10,9 @@ word-by-word translation is right.
 """
 
 import functools
-import hashlib
-import json
 from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
-
-from training.data.corpus import TextChunk
-from training.data.rows import TRANSLATION_COLUMN, RowReader, read_rows
-from training.data.sources import DatasetSplits, ReadReport, Source
 
 TOY_PAIRS = "toy-pairs"
 """The value of `--data`."""
@@ -167,25 +161,6 @@ def toy_pairs() -> dict[str, list[Pair]]:
     splits = {name: [next(pairs) for _ in range(size)] for name, size in SPLIT_SIZES.items()}
     splits["validation"][0] = FIRST_PAIR
     return splits
-
-
-def open_toy_pairs(source: Source, rows: RowReader) -> DatasetSplits:
-    """Return the generated pairs as a dataset."""
-    rows.choose_column({TRANSLATION_COLUMN: "object"}, TOY_PAIRS)
-    report, splits = ReadReport(), toy_pairs()
-
-    def read(name: str) -> Iterator[TextChunk]:
-        values = ({"en": en, "fr": fr} for en, fr in splits[name])
-        located = ((f"pair {number}", value) for number, value in enumerate(values, 1))
-        return read_rows(located, rows, source.data, report)
-
-    text = json.dumps(splits)
-    return DatasetSplits(
-        splits={name: functools.partial(read, name) for name in splits},
-        identity=[TOY_PAIRS, hashlib.sha256(text.encode()).hexdigest()],
-        name="toy-pairs: generated English-French sentences",
-        report=report,
-    )
 
 
 def _clause(random: Random) -> Pair:
