@@ -122,6 +122,7 @@ def test_every_chapter_has_its_parts():
             "**Leaves broken:**",
         ):
             assert wanted in TEXTS[page], f"no {wanted} in {page.name}"
+        assert not re.search(r"```\w+\n```", TEXTS[page]), f"an empty block in {page.name}"
         assert re.search(r"\b(18|19|20)\d\d\b", TEXTS[page])
 
 

@@ -15,7 +15,7 @@ word is predicted.
 Here N counts the negatives of a word, and W the words of a sequence.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import ClassVar
 
 import torch
@@ -23,9 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gpt.models.base import Model
-
-LogLikelihood = Callable[[slice, slice], Tensor]
-"""Returns log_p_BW of the words of a slice of a sequence as contexts of those of another slice."""
 
 
 class Word2Vec(Model):
@@ -77,26 +74,15 @@ class Word2Vec(Model):
         return 6.0 * products * self.embedding.embedding_dim
 
     def loss(self, *batch: Tensor) -> Tensor:
-        """Return the mean over the (center, context) pairs of tokens_BT + targets_BT[:, -1]."""
+        """Return the mean over the (center, context) pairs of tokens_BT + targets_BT[:, -1].
+
+        A center word has the same negatives for all its context words. They are drawn in proportion
+        to count^0.75, as in the paper, with the counts of the words trained on so far.
+        """
         tokens_BT, targets_BT = batch
         words_BW = torch.cat([tokens_BT, targets_BT[:, -1:]], dim=1)
-        log_p = self._sampled(words_BW) if self.negatives else self._softmax(words_BW)
-        total, pairs = self.embedding.weight.new_zeros(()), 0
-        length = words_BW.shape[1]
-        for distance in range(1, min(self.window, length - 1) + 1):
-            left, right = slice(0, length - distance), slice(distance, length)
-            for center, context in ((left, right), (right, left)):
-                log_p_BW = log_p(center, context)
-                total = total + log_p_BW.sum()
-                pairs += log_p_BW.numel()
-        return -total / pairs
-
-    def _sampled(self, words_BW: Tensor) -> LogLikelihood:
-        """Draw negatives; a center word has the same ones for all its context words.
-
-        They are drawn in proportion to count^0.75, as in the paper, with the counts of the words
-        trained on so far.
-        """
+        if not self.negatives:
+            return self.softmax_loss(words_BW)
         if self.training:
             ones = self.counts_V.new_ones(words_BW.numel())
             self.counts_V.index_add_(0, words_BW.flatten(), ones)
@@ -109,18 +95,27 @@ class Word2Vec(Model):
         scores_BWN = (negatives_BWND @ centers_BWD.unsqueeze(-1)).squeeze(-1)
         negative_log_p_BW = F.logsigmoid(-scores_BWN).sum(dim=-1)
 
-        def log_p(center: slice, context: slice) -> Tensor:
+        total, pairs = negative_log_p_BW.new_zeros(()), 0
+        for center, context in self._pairs(words_BW.shape[1]):
             scores_BW = (centers_BWD[:, center] * contexts_BWD[:, context]).sum(dim=-1)
-            return F.logsigmoid(scores_BW) + negative_log_p_BW[:, center]
+            total = total + (F.logsigmoid(scores_BW) + negative_log_p_BW[:, center]).sum()
+            pairs += scores_BW.numel()
+        return -total / pairs
 
-        return log_p
-
-    def _softmax(self, words_BW: Tensor) -> LogLikelihood:
-        """Compare each center word with the whole vocabulary."""
+    def softmax_loss(self, words_BW: Tensor) -> Tensor:
+        """Return the mean over the same pairs, each center word compared with the whole vocabulary."""
         logits_BWV = self.embedding(words_BW) @ self.context_embedding.weight.t()
         log_p_BWV = F.log_softmax(logits_BWV, dim=-1)
+        total, pairs = log_p_BWV.new_zeros(()), 0
+        for center, context in self._pairs(words_BW.shape[1]):
+            contexts_BW1 = words_BW[:, context, None]
+            total = total + log_p_BWV[:, center].gather(-1, contexts_BW1).sum()
+            pairs += contexts_BW1.numel()
+        return -total / pairs
 
-        def log_p(center: slice, context: slice) -> Tensor:
-            return log_p_BWV[:, center].gather(-1, words_BW[:, context, None]).squeeze(-1)
-
-        return log_p
+    def _pairs(self, length: int) -> Iterator[tuple[slice, slice]]:
+        """Yield where the center and the context words of each distance and direction are."""
+        for distance in range(1, min(self.window, length - 1) + 1):
+            left, right = slice(0, length - distance), slice(distance, length)
+            yield left, right
+            yield right, left

@@ -128,6 +128,8 @@ BOUNDS = {
     "grain-softmax": (300, {"train": (0, 0.25)}),
     "curve-mlp": (600, {"validation": (0, 2e-3), "beyond": (1, 100)}),
     "rice-mlp": (800, {"validation": (0, 1e-2), "beyond": (1, 100)}),
+    "digits-softmax": (400, {"train": (0.1, 0.3), "validation": (0.2, 0.5)}),
+    "digits-mlp": (400, {"train": (0, 0.1), "validation": (0.1, 0.4)}),
     "grain-mlp": (1500, {"validation": (0, 5e-2), "beyond": (5, 500)}),
     "grain-experts": (1000, {"validation": (0, 1e-4), "beyond": (0, 1e-3)}),
     "lines-mlp": (600, {"beyond": (0.5, 100)}),
