@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from training.chapters import transformer
-from training.plots.panels import Heatmap
 
 
 def test_weights_of_the_documents_scores():
@@ -84,22 +83,3 @@ def test_post_norm_gives_the_last_block_the_larger_gradient():
     pre, post = transformer.gradients_by_block("pre"), transformer.gradients_by_block("post")
     assert post[-1] > 2 * post[0]
     assert pre[-1] < pre[0]
-
-
-@pytest.mark.long
-def test_cross_attention_finds_the_words():
-    first, second = transformer.cross_attention()
-    for panel in (first, second):
-        assert isinstance(panel, Heatmap)
-        torch.testing.assert_close(panel.values.sum(-1), torch.ones(len(panel.rows)).double())
-    most_looked_at = [
-        {
-            panel.columns[column]
-            for panel in (first, second)
-            for column in [panel.values[row].argmax()]
-        }
-        for row in range(len(first.rows))
-    ]
-    found = dict(zip(first.rows, most_looked_at, strict=True))
-    assert "cats" in found["chats"]
-    assert "black" in found["noirs"]

@@ -1,11 +1,14 @@
-"""Chapters 11 and 12: a translator with one context vector, and one that looks back."""
+"""Chapters 11 to 13: what the trained translators show. In one file, so that each is trained once."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from training.chapters import attention, encoder_decoder
+from tests.test_docs import assert_prints_what_the_page_shows
+from tests.training.test_figures import TRAINED, assert_drawn
+from training.chapters import FIGURES, attention, encoder_decoder, transformer
 from training.chapters.toy_translation import attention_over_source, translate_sentences
+from training.plots.panels import Heatmap
 
 
 @pytest.mark.long
@@ -53,3 +56,34 @@ def test_similar_meanings_have_similar_states():
     for verb, state in states.items():
         written = {word: attention.written_by(model, state, word) for word in french}
         assert max(written, key=written.__getitem__) == attention.VERBS[verb]
+
+
+@pytest.mark.long
+def test_cross_attention_finds_the_words():
+    first, second = transformer.cross_attention()
+    for panel in (first, second):
+        assert isinstance(panel, Heatmap)
+        torch.testing.assert_close(panel.values.sum(-1), torch.ones(len(panel.rows)).double())
+    most_looked_at = [
+        {
+            panel.columns[column]
+            for panel in (first, second)
+            for column in [panel.values[row].argmax()]
+        }
+        for row in range(len(first.rows))
+    ]
+    found = dict(zip(first.rows, most_looked_at, strict=True))
+    assert "cats" in found["chats"]
+    assert "black" in found["noirs"]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [11, 12, 13])
+def test_chapter_prints_what_its_page_shows(number):
+    assert_prints_what_the_page_shows(number)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", sorted(TRAINED))
+def test_figures_are_drawn(name, tmp_path):
+    assert_drawn(name, FIGURES[name](), tmp_path)
