@@ -10,7 +10,8 @@ import pytest
 TESTS = Path(__file__).with_name("on_accelerator.py")
 
 
-@pytest.mark.parametrize("like", [pytest.param("cuda", marks=pytest.mark.long), "mps"])
+@pytest.mark.long
+@pytest.mark.parametrize("like", ["cuda", "mps"])
 def test_tests_pass_on_a_fake_accelerator(like, request):
     """In a process of its own: a fake accelerator changes torch for the whole process."""
     command = [sys.executable, "-m", "pytest", TESTS, "-p", "no:cacheprovider", "--tb=short"]

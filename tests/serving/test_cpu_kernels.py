@@ -51,6 +51,7 @@ def make_inputs(rows, length, seed=0, heads=6):
 
 
 @pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # torch warns about itself
 def test_kernel_equals_torch_attention(tmp_path, monkeypatch):
     batch = {0: Dim.DYNAMIC}
@@ -123,6 +124,7 @@ class Products(nn.Module):
 
 
 @pytest.mark.skipif(not find_cpp_compiler(), reason="there is no C++ compiler")
+@pytest.mark.long
 @pytest.mark.filterwarnings("default")  # torch warns about itself
 @pytest.mark.parametrize("is_exact", [True, False])
 def test_int8_kernel_is_exact(tmp_path, is_exact, monkeypatch):

@@ -29,6 +29,7 @@ from training.launch import start_run
 from training.run_directory import check_batch_size, create_run
 from training.tasks.text import Text
 
+pytestmark = pytest.mark.long
 MODES = ("ddp", "fsdp")
 WORKER = Path(__file__).with_name("torchrun_worker.py")
 

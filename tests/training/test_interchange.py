@@ -136,30 +136,31 @@ def test_exported_run_is_imported_and_exported_to_the_same_bytes(name, tokenizer
 
 THEIR_MODELS = {
     "qwen3": (
-        transformers.Qwen3ForCausalLM,
-        transformers.Qwen3Config(
-            vocab_size=400,
-            hidden_size=48,
-            intermediate_size=80,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=16,
-            max_position_embeddings=128,
-            tie_word_embeddings=False,
-        ),
+        "Qwen3ForCausalLM",
+        {
+            "vocab_size": 400,
+            "hidden_size": 48,
+            "intermediate_size": 80,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 16,
+            "max_position_embeddings": 128,
+            "tie_word_embeddings": False,
+        },
     ),
     "gpt2": (
-        transformers.GPT2LMHeadModel,
-        transformers.GPT2Config(vocab_size=400, n_positions=128, n_embd=48, n_layer=3, n_head=4),
+        "GPT2LMHeadModel",
+        {"vocab_size": 400, "n_positions": 128, "n_embd": 48, "n_layer": 3, "n_head": 4},
     ),
 }
 
 
 def save_theirs(folder, name, tokenizer, dtype="float32", **options):
-    model_class, config = THEIR_MODELS[name]
+    class_name, sizes = THEIR_MODELS[name]
+    model_class = getattr(transformers, class_name)
     torch.manual_seed(0)
-    model = model_class(config).eval()
+    model = model_class(model_class.config_class(**sizes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.1)
     model.to(getattr(torch, dtype)).save_pretrained(folder, **options)

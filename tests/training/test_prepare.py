@@ -701,6 +701,7 @@ def test_penn_treebank_has_the_published_word_counts(real_data):
     assert words == {"train": 929_589, "validation": 73_760, "test": 82_430}
 
 
+@pytest.mark.long
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
     code = """
 import resource
