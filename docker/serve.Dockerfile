@@ -18,12 +18,12 @@ FROM python:3.11.14-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
-    && install --directory --mode 1777 /work /cache
+    && install --directory --mode 1777 /app /cache
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH USER=tinygpt HOME=/cache TINYGPT_CACHE=/cache \
     TINYGPT_HOST=0.0.0.0 TINYGPT_PORT=8000
 USER 10001:10001
-WORKDIR /work
+WORKDIR /app
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s \
     CMD ["python", "-c", "import http.client, os; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['TINYGPT_PORT']), timeout=4); c.request('GET', '/health'); raise SystemExit(c.getresponse().status != 200)"]

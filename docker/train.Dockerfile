@@ -17,12 +17,12 @@ FROM python:3.11.14-slim-bookworm
 RUN apt-get update \
     && apt-get install --yes --no-install-recommends g++ \
     && rm -rf /var/lib/apt/lists/* \
-    && install --directory --mode 1777 /work /cache
+    && install --directory --mode 1777 /app /cache
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH USER=tinygpt HOME=/cache TINYGPT_CACHE=/cache \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
-WORKDIR /work
+WORKDIR /app
 # A driver that has lost a GPU, as after Xid 79, fails or hangs.
 HEALTHCHECK --interval=60s --timeout=20s CMD ["nvidia-smi", "--list-gpus"]
 CMD ["tinygpt", "train"]

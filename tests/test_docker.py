@@ -122,6 +122,6 @@ def test_commands_of_the_docs_name_what_is_there():
         else:
             assert command[:2] == ["docker", "run"]
             assert tags & set(command)
-    for folder in ("/work", "/cache"):
+    for folder in ("/app", "/cache"):
         for file in DOCKERFILES:
             assert f" {folder}" in " ".join(instructions(file, "RUN"))
