@@ -9,8 +9,8 @@ COPY gpt gpt/
 COPY tokenizer tokenizer/
 COPY training training/
 COPY serving serving/
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /venv && /venv/bin/pip install --constraint constraints.txt .
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt .
 
 FROM python:3.11.14-slim-bookworm
 # Steps are compiled with it. A version would be gone from the package index within months.

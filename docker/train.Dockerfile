@@ -8,8 +8,8 @@ COPY gpt gpt/
 COPY tokenizer tokenizer/
 COPY training training/
 COPY serving serving/
-RUN --mount=type=cache,target=/root/.cache/pip \
-    python -m venv /venv && /venv/bin/pip install --constraint constraints.txt '.[tensorboard]'
+RUN python -m venv /venv \
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[tensorboard]'
 
 FROM python:3.11.14-slim-bookworm
 # Triton compiles with it. A version would be gone from the package index within months.

@@ -271,10 +271,15 @@ def find_run(run: str | Path | None, file: str = "model.safetensors") -> Path:
     return run
 
 
+def read_run_json(run: Path) -> dict[str, Any]:
+    """Return what a run's run.json records; nothing of a run that was not made by training."""
+    path = run / "run.json"
+    return read_json(path) if path.is_file() else {}
+
+
 def is_translation_run(run: Path) -> bool:
     """Return whether a run was trained on pairs of sentences, so that it translates its prompt."""
-    path = run / "run.json"
-    config = read_json(path).get("config") if path.is_file() else None
+    config = read_run_json(run).get("config")
     return isinstance(config, dict) and config.get("task") == "translation"
 
 

@@ -18,8 +18,8 @@ from gpt.models.gpt import GPT, GPT2
 JSON = dict[str, Any]
 
 QWEN3_NAMES = {
-    "embedding": "model.embed_tokens",
-    "blocks": "model.layers",
+    "embedding": "embed_tokens",
+    "blocks": "layers",
     "attention_norm": "input_layernorm",
     "attention": "self_attn",
     "query": "q_proj",
@@ -32,9 +32,9 @@ QWEN3_NAMES = {
     "gate": "gate_proj",
     "up": "up_proj",
     "down": "down_proj",
-    "norm": "model.norm",
     "unembedding": "lm_head",
 }
+"""Parts of names; all but `lm_head` stand behind `model.`."""
 GPT2_NAMES = {
     "embedding": "wte",
     "position": "wpe",
@@ -120,11 +120,12 @@ def _to_qwen3(model: GPT) -> tuple[JSON, dict[str, Tensor]]:
         "use_sliding_window": False,
         "tie_word_embeddings": tied,
     }
-    tensors = {
-        ".".join(QWEN3_NAMES.get(part, part) for part in name.split(".")): tensor.detach()
-        for name, tensor in model.state_dict().items()
-        if not (tied and name == "unembedding.weight")
-    }
+    tensors = {}
+    for name, tensor in model.state_dict().items():
+        theirs = ".".join(QWEN3_NAMES.get(part, part) for part in name.split("."))
+        tensors[theirs if theirs == "lm_head.weight" else f"model.{theirs}"] = tensor
+    if tied:
+        del tensors["lm_head.weight"]
     return config, tensors
 
 
@@ -138,6 +139,8 @@ def _from_qwen3(config: JSON, tensors: dict[str, Tensor]) -> tuple[str, JSON, di
         rope_scaling=None,
     )
     rope = config.get("rope_parameters") or {}
+    if not isinstance(rope, dict):
+        raise ValueError(f"rope_parameters must be an object, not {rope!r}")
     _require(rope, rope_type="default")
     tied = bool(config.get("tie_word_embeddings", False))
     model_args = {
@@ -155,8 +158,7 @@ def _from_qwen3(config: JSON, tensors: dict[str, Tensor]) -> tuple[str, JSON, di
     ours = {theirs: name for name, theirs in QWEN3_NAMES.items()}
     renamed = {}
     for name, tensor in tensors.items():
-        name = name.replace("model.layers", "blocks").replace("model.", "model-")
-        parts = [part.replace("model-", "model.") for part in name.split(".")]
+        parts = name.removeprefix("model.").split(".")
         renamed[".".join(ours.get(part, part) for part in parts)] = tensor
     if tied:
         renamed.pop("unembedding.weight", None)

@@ -4,21 +4,25 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from gpt.checkpoint import (
-    find_run,
-    load_tensors,
-    load_weights,
-    read_config,
-    read_json,
-)
-from tokenizer import Tokenizer
+from gpt.checkpoint import find_run, read_config
 from training.config import LEARNING_RATES, TASK_ARGS, TrainingConfig
-from training.distributed import shard_like
-from training.progress import read_metrics
-from training.trainer import Trainer
+from training.run_directory import load_training_config, parent_facts
 
 RATE_FRACTION = 0.5
-"""Learning rates of fine-tuning, relative to those that train from the beginning; docs/training.md has trials."""
+"""Learning rates of fine-tuning, relative to those that train from the beginning; docs/experiments.md has trials."""
+RESET = [
+    "data",
+    "data_config",
+    "data_split",
+    "text_column",
+    "streaming",
+    "data_limit",
+    "init_embedding",
+    "device",
+    "threads",
+    "precision",
+]
+"""Options that are not the parent's: they are of its data, or were chosen for its machine."""
 
 
 def finetune_config(run: Path) -> TrainingConfig:
@@ -27,35 +31,30 @@ def finetune_config(run: Path) -> TrainingConfig:
     Its model, task, tokenizer, batch and optimizer are the parent's, its rates lower and its steps fewer.
     """
     name, model_args = read_config(run)
-    content = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    fields = {field.name: field for field in dataclasses.fields(TrainingConfig)}
-    known = {key: value for key, value in content.get("config", {}).items() if key in fields}
-    own = {
-        "preset": "finetune",
-        "model": name,
-        "model_args": {k: v for k, v in model_args.items() if k not in TASK_ARGS},
-        "data": TrainingConfig.data,
-        "init_from": str(run),
-        "init_embedding": None,
-        "tokenizer": str(run),
-        "vocab_size": model_args.get("vocab_size", TrainingConfig.vocab_size),
-        "context_length": known.get("context_length") or model_args["context_length"],
-        "steps": 200,
-        "warmup_steps": 20,
-        "cooldown_fraction": 0.8,
-        "eval_interval": 50,
-        "checkpoint_interval": 50,
-        "precision": "auto",
-        "threads": 0,
-        "device": "auto",
-    }
-    parent = TrainingConfig(**{**known, **own})
-    rates: dict[str, Any] = {
+    parent = load_training_config(run) if (run / "run.json").is_file() else TrainingConfig()
+    rates = {rate: getattr(parent, rate) for rate in LEARNING_RATES}
+    changes: dict[str, Any] = {
         rate: float(f"{value * RATE_FRACTION:.4g}")
-        for rate in LEARNING_RATES
-        if (value := getattr(parent, rate)) is not None
+        for rate, value in rates.items()
+        if value is not None
     }
-    return dataclasses.replace(parent, **rates)
+    changes |= {name: getattr(TrainingConfig, name) for name in RESET}
+    return dataclasses.replace(
+        parent,
+        **changes,
+        preset="finetune",
+        model=name,
+        model_args={k: v for k, v in model_args.items() if k not in TASK_ARGS},
+        init_from=str(run),
+        tokenizer=str(run) if (run / "tokenizer.json").is_file() else parent.tokenizer,
+        vocab_size=model_args.get("vocab_size", parent.vocab_size),
+        context_length=model_args.get("context_length", parent.context_length),
+        steps=200,
+        warmup_steps=20,
+        cooldown_fraction=0.8,
+        eval_interval=50,
+        checkpoint_interval=50,
+    )
 
 
 def parent_preset(config: TrainingConfig) -> TrainingConfig | None:
@@ -75,40 +74,3 @@ def describe_parent(config: TrainingConfig) -> str:
     shown = [f"{name} {value:.4f}" for name, value in figures.items() if value is not None]
     own = f", on its own data {', '.join(shown)}" if shown else ""
     return f"begins with the weights of {parent['run']}{own}"
-
-
-def load_parent(trainer: Trainer) -> None:
-    """Copy the weights of `--from`; a ValueError says what does not fit."""
-    if trainer.config.init_from is None:
-        return
-    parent, model = find_run(trainer.config.init_from), trainer.model
-    tokenizer = trainer.task.tokenizer
-    if tokenizer and tokenizer.fingerprint != Tokenizer.load(parent).fingerprint:
-        raise ValueError(
-            f"--from {parent} has another tokenizer: its weights only fit its own; "
-            "leave out --tokenizer"
-        )
-    source = parent / "model.safetensors"
-    weights = load_tensors(source)
-    if trainer.config.fsdp:
-        own = model.state_dict()
-        weights = {name: shard_like(value, own.get(name, value)) for name, value in weights.items()}
-    try:
-        load_weights(model, weights, source)
-    except ValueError as error:
-        raise ValueError(
-            f"the weights of --from {parent} do not fit the model: {error}. Leave out the options "
-            "that change its sizes"
-        ) from error
-
-
-def parent_facts(config: TrainingConfig) -> dict[str, Any]:
-    """Return what run.json records of the parent: its name, data and final figures."""
-    if config.init_from is None:
-        return {}
-    run = find_run(config.init_from)
-    content = read_json(run / "run.json") if (run / "run.json").is_file() else {}
-    final: dict[str, Any] = {}
-    for line in read_metrics(run):
-        final = line if "final_loss" in line else final
-    return {"parent": {"run": str(run), "data": content.get("data"), "final": final}}

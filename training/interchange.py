@@ -16,6 +16,7 @@ from gpt.checkpoint import (
     load_tensors,
     load_weights,
     read_json,
+    read_run_json,
     run_argument,
     run_path,
     save_config,
@@ -27,8 +28,8 @@ from gpt.cli import OptionalText
 from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
 from tokenizer import END_OF_TEXT, Tokenizer
-from training.config import TrainingConfig
-from training.progress import read_metrics
+from training.config import TASK_ARGS, TrainingConfig
+from training.progress import final_metrics
 from training.run_directory import save_training_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -125,8 +126,11 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any]:
     """Return the tokenizer_config.json with which `transformers` encodes as `Tokenizer.encode` does."""
-    names = ["bos_token", "eos_token", *(["unk_token"] if tokenizer.unk_token is not None else [])]
-    ids = [tokenizer.eos_token, tokenizer.eos_token, tokenizer.unk_token]
+    special_tokens = {
+        "bos_token": tokenizer.eos_token,
+        "eos_token": tokenizer.eos_token,
+        "unk_token": tokenizer.unk_token,
+    }
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context_length,
@@ -134,29 +138,25 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
         # Text that spells a special token is text.
         "split_special_tokens": True,
         **{
-            name: tokenizer.token_name(index)
-            for name, index in zip(names, ids, strict=False)
-            if index is not None
+            name: tokenizer.token_name(token)
+            for name, token in special_tokens.items()
+            if token is not None
         },
     }
 
 
 def model_card(run: Path, num_parameters: int) -> str:
     """Return a README.md with a YAML header: what the model is, and what was measured of it."""
-    path = run / "run.json"
-    content = read_json(path) if path.is_file() else {}
+    content = read_run_json(run)
     config, data = content.get("config", {}), content.get("data", {})
     name = config.get("data", "")
     is_hub_dataset = "/" in name and not Path(name).exists()
-    final: dict[str, Any] = {}
-    for line in read_metrics(run):
-        final = line if "final_loss" in line else final
-    shown = {
-        "perplexity": final.get("final_perplexity"),
-        "word_perplexity": final.get("final_word_perplexity"),
-        "bits_per_byte": final.get("final_bits_per_byte"),
+    final = final_metrics(run)
+    metrics = {
+        metric: value
+        for metric in ("perplexity", "word_perplexity", "bits_per_byte")
+        if (value := final.get(f"final_{metric}")) is not None
     }
-    metrics = {metric: value for metric, value in shown.items() if value is not None}
     header = [
         "---",
         "license: other  # fill in the license of the model and of its data",
@@ -204,9 +204,7 @@ def import_folder(folder: Path, directory: Path, source: str) -> None:
         save_tensors(directory / "model.safetensors", unique_state_dict(model))
         config = TrainingConfig(
             model=name,
-            model_args={
-                k: v for k, v in model_args.items() if k not in ("vocab_size", "context_length")
-            },
+            model_args={name: value for name, value in model_args.items() if name not in TASK_ARGS},
             vocab_size=model_args["vocab_size"],
             context_length=model_args["context_length"],
             data="",
@@ -228,8 +226,11 @@ def read_tensors(folder: Path) -> dict[str, torch.Tensor]:
                 "save_pretrained(..., safe_serialization=True)"
             )
         return load_tensors(folder / "model.safetensors")
-    shards = set(read_json(index).get("weight_map", {}).values())
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise ValueError(f"{index}: a weight_map is missing")
+    shards = {str(shard) for shard in weight_map.values()}
     missing = [shard for shard in sorted(shards) if not (folder / shard).is_file()]
-    if missing or not shards:
-        raise ValueError(f"{index}: {', '.join(missing) or 'a weight_map'} is missing")
+    if missing:
+        raise ValueError(f"{index}: {', '.join(missing)} is missing")
     return {k: v for shard in sorted(shards) for k, v in load_tensors(folder / shard).items()}

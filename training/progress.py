@@ -43,6 +43,12 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return [values for line in lines if (values := _parse(line))]
 
 
+def final_metrics(run: Path) -> dict[str, Any]:
+    """Return the line of metrics.jsonl with the final figures; empty if training has not finished."""
+    finished = [line for line in read_metrics(run) if "final_loss" in line]
+    return finished[-1] if finished else {}
+
+
 def _parse(line: bytes) -> dict[str, Any] | None:
     """Return the values of a line, or None if it is not complete."""
     try:

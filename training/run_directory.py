@@ -19,7 +19,7 @@ from typing import Any, TextIO
 import torch
 
 from gpt import LanguageModel, checkpoint
-from gpt.checkpoint import RUNS, find_run, load_tensors, read_json, run_argument
+from gpt.checkpoint import RUNS, find_run, load_tensors, read_json, read_run_json, run_argument
 from gpt.device import device_name
 from gpt.summary import count_parameters
 from tokenizer import Tokenizer
@@ -27,8 +27,7 @@ from training.autotune import choose_precision, choose_threads
 from training.checkpointing import list_checkpoints, read_checkpoint
 from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
-from training.finetuning import load_parent, parent_facts
-from training.progress import read_metrics
+from training.progress import final_metrics, read_metrics
 from training.tasks import TASKS, check_task, open_task
 from training.trainer import Trainer
 
@@ -285,6 +284,36 @@ def load_init_embedding(trainer: Trainer) -> None:
         )
     with torch.no_grad():
         embedding.copy_(shard_like(source_embedding, embedding))
+
+
+def load_parent(trainer: Trainer) -> None:
+    """Copy the weights of `--from` to the model; ValueError if tokenizers or sizes differ."""
+    if trainer.config.init_from is None:
+        return
+    parent, tokenizer = find_run(trainer.config.init_from), trainer.task.tokenizer
+    if tokenizer and tokenizer.fingerprint != Tokenizer.load(parent).fingerprint:
+        raise ValueError(
+            f"--from {parent} has another tokenizer: its weights only fit its own; "
+            "leave out --tokenizer"
+        )
+    source = parent / "model.safetensors"
+    tensors = load_tensors(source)
+    try:
+        trainer.load_weights(tensors, source)
+    except ValueError as error:
+        raise ValueError(
+            f"the weights of --from {parent} do not fit the model: {error}. Leave out the options "
+            "that change its sizes"
+        ) from error
+
+
+def parent_facts(config: TrainingConfig) -> dict[str, Any]:
+    """Return what run.json records of the parent of `--from`: its name, data and final figures."""
+    if config.init_from is None:
+        return {}
+    run = find_run(config.init_from)
+    data = read_run_json(run).get("data")
+    return {"parent": {"run": str(run), "data": data, "final": final_metrics(run)}}
 
 
 def save_training_config(config: TrainingConfig, directory: Path, facts: dict[str, Any]) -> None:

@@ -386,6 +386,12 @@ class Trainer:
         """Continue from a checkpoint. Raises ValueError if it is damaged or does not fit the run."""
         self.restore(path, *checkpointing.read_checkpoint(path))
 
+    def load_weights(self, tensors: dict[str, Tensor], source: Path) -> None:
+        """Copy full tensors to the model, sharded as it is; see `gpt.checkpoint.load_weights`."""
+        own = unique_state_dict(self.model)
+        sharded = {name: shard_like(value, own.get(name, value)) for name, value in tensors.items()}
+        load_weights(self.model, sharded, source)
+
     def restore(
         self, path: Path, tensors: checkpointing.Tensors, trainer_state: dict[str, Any]
     ) -> None:
@@ -396,9 +402,7 @@ class Trainer:
                 f"{path}: was trained on another corpus than {self.config.data} contains now "
                 f"({fingerprint[:12]}, now {self.task.fingerprint[:12]}): it cannot continue exactly"
             )
-        weights, own = tensors["model"], unique_state_dict(self.model)
-        weights = {name: shard_like(value, own.get(name, value)) for name, value in weights.items()}
-        load_weights(self.model, weights, path / "model.safetensors")
+        self.load_weights(tensors["model"], path / "model.safetensors")
         self.optimizers.load_state_dict(tensors["optimizer"])
         for name in COUNTERS:
             setattr(self, name, trainer_state[name])

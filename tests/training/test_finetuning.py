@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 
 import pytest
 
@@ -9,7 +10,8 @@ from gpt.checkpoint import load_tensors
 from tests.training.helpers import read_log
 from tokenizer import Tokenizer
 from training import cli
-from training.finetuning import RATE_FRACTION
+from training.config import TrainingConfig
+from training.finetuning import RATE_FRACTION, finetune_config
 
 OPTIONS = [
     "--steps",
@@ -59,9 +61,9 @@ def folder(tmp_path_factory):
         yield folder
 
 
-def train(*arguments, steps=30):
+def train(*arguments, steps=30, options=OPTIONS):
     arguments = *map(str, arguments), "--steps", str(steps)
-    cli.main("tinygpt", ["train", *arguments, *OPTIONS])
+    cli.main("tinygpt", ["train", *arguments, *options])
 
 
 def train_child(folder, run, *arguments):
@@ -109,6 +111,27 @@ def test_first_step_is_taken_from_the_parents_weights(folder, tmp_path):
     )
     for name, tensor in parent.items():
         assert (child[name] - tensor).abs().max() < 1e-5, name
+
+
+def test_options_of_the_parents_data_and_machine_are_not_inherited(folder, tmp_path):
+    run = tmp_path / "parent"
+    shutil.copytree(folder / "parent", run)
+    content = json.loads((run / "run.json").read_text())
+    theirs = {"data": "a/b", "text_column": "story", "data_split": "train[:1%]", "streaming": True}
+    content["config"] |= {**theirs, "threads": 7, "precision": "float16", "batch_size": 9}
+    (run / "run.json").write_text(json.dumps(content))
+    child = finetune_config(run)
+    default = TrainingConfig()
+    for name in (*theirs, "threads", "precision"):
+        assert getattr(child, name) == getattr(default, name)
+    assert child.batch_size == 9
+
+
+def test_a_line_continues_from_another_line(tmp_path):
+    train("linear", "--device", "cpu", "--run", tmp_path / "parent", options=(), steps=400)
+    train("--from", tmp_path / "parent", "--run", tmp_path / "child", options=())
+    first, *_ = losses(tmp_path / "child")
+    assert first < losses(tmp_path / "parent")[0] / 10
 
 
 def test_a_longer_context_than_the_parents(folder, tmp_path):
