@@ -32,17 +32,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 END_OF_TEXT = "<|endoftext|>"
 """The EOS token: it precedes every document, and so ends the one before."""
 
-BPE_PATTERN = (
-    r"[^\r\n\p{L}\p{M}\p{N}]?[\p{L}\p{M}]{1,64}"  # a word, with the space or sign before it
-    r"| ?\p{N}{1,3}"  # up to three digits
-    r"| ?[^\s\p{L}\p{M}\p{N}]{1,64}"  # signs
-    r"|\s{0,63}[\r\n](?!\s)"  # all white space up to the start of a line
-    r"|\s{1,64}(?!\S)"  # or up to the last space, which belongs to the word after it
-    r"|\s"
-)
-"""BPE merges only within a match. Text can be cut before a line that does not start with white
-space, and between a letter or digit and white space, without changing its tokens. The limit of 64
-keeps time and memory linear for text without spaces."""
+GPT2_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
+"""BPE merges only within what GPT-2's pattern matches: a word, a number or signs, each with the space
+before it, or white space up to the last space. Other programs know this pattern by its name. Text can
+be cut between two lines, if there is no other white space, and between a letter or digit and white
+space, without changing its tokens."""
 
 WORD_PATTERN = rf"<(?={re.escape(END_OF_TEXT[1:])}(?!\S))| ?\S+| ?\n|\s"
 """A word or a line end, with the space before it. A word that spells the EOS token is cut in two."""
@@ -393,7 +387,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
             f"a vocabulary of byte pairs holds at most {MAX_BPE_VOCAB_SIZE} ids, not {vocab_size}"
         )
     library = tokenizers.Tokenizer(models.BPE())
-    library.pre_tokenizer = _pre_tokenizer(BPE_PATTERN)
+    library.pre_tokenizer = GPT2_BYTE_LEVEL
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size - 1,
         min_frequency=2,

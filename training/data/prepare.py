@@ -25,7 +25,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from gpt.checkpoint import cache_dir
-from tokenizer import BPE_PATTERN, WORD_PATTERN, Tokenizer
+from tokenizer import WORD_PATTERN, Tokenizer
 from training.data import files, hub
 from training.data.corpus import (
     FORMAT,
@@ -103,8 +103,7 @@ def prepare_corpus(
 
     splits = functools.cache(lambda: assign_splits(source, dataset, hold_out))  # reads the data
     if is_trained := used is None:
-        patterns = BPE_PATTERN, WORD_PATTERN
-        file = cached([tokenizer, vocab_size, patterns, MAX_TOKENIZER_BYTES])
+        file = cached([tokenizer, vocab_size, "gpt2", WORD_PATTERN, MAX_TOKENIZER_BYTES])
         file = file.with_name(f"{file.name}.json")
         if not file.is_file():
             with _cache_writes() as temporary:
