@@ -12,7 +12,7 @@ from gpt.summary import count_parameters
 from training import distributed
 from training.config import TrainingConfig, model_options, resolve_config
 from training.finetuning import describe_parent, parent_preset
-from training.presets import ABOUT, PRESETS, chapter_of, describe_preset, get_preset
+from training.presets import ABOUT, chapter_of, describe_preset, get_preset
 from training.progress import format_duration, printable
 from training.run_directory import (
     create_run,
@@ -47,8 +47,8 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         print(f"preset {config.preset}: {config.model} on {device}{processes}")
         check_task(config)
         print(f"  {describe_parent(config) or describe_preset(config)}")
-        for line in changed_settings(config):
-            print(f"  {line}")
+        for name, change in changed_settings(config).items():
+            print(f"  {name} = {change}")
         trainer = create_run(config, directory, world)
         print(f"data: {trainer.task.description}")
         for line in trainer.task.sizes:
@@ -61,16 +61,16 @@ def start_run(config: TrainingConfig, directory: Path | None) -> None:
         _train_and_report(trainer)
 
 
-def changed_settings(config: TrainingConfig) -> list[str]:
-    """Return a line for each setting that differs from its preset's, with the preset's value."""
+def changed_settings(config: TrainingConfig) -> dict[str, str]:
+    """Return the values of the settings that differ from the preset's, each with the preset's."""
     preset = parent_preset(config) or get_preset(config.preset)
     preset = resolve_config(preset, model_options(preset)(), preset)  # with all model arguments
     before, after = (dataclasses.asdict(it) | it.model_args for it in (preset, config))
-    return [
-        f"{name} = {value} (preset: {before[name]})"
+    return {
+        name: f"{value} (preset: {before[name]})"
         for name, value in after.items()
         if name != "model_args" and value != before[name]
-    ]
+    }
 
 
 def _print_compilation(trainer: Trainer) -> None:
@@ -132,8 +132,8 @@ def _train_and_report(trainer: Trainer) -> None:
         sample = task.sample(trainer.eval_model, min(200, trainer.config.context_length - 1))
         if sample != trainer.shown_sample:
             print(f"a sample:\n\n{printable(sample)}")
-    if promise := _promise(trainer.config):
-        print(f"\n{promise}")
+    if expectation := _expected_result(trainer.config):
+        print(f"\n{expectation}")
     print(f"\nthe run is in {trainer.directory}; next:\n  make eval RUN={directory}")
     if task.kind == "text":
         print(f'  make sample RUN={directory} PROMPT="..."\n  make serve RUN={directory}')
@@ -141,9 +141,12 @@ def _train_and_report(trainer: Trainer) -> None:
         print(f'  tinygpt xray {directory} "a sentence to translate"')
 
 
-def _promise(config: TrainingConfig) -> str | None:
-    """Return what the preset of a table is for, unless another task than its own was chosen."""
-    preset = PRESETS.get(config.preset)
-    if preset is None or preset.task != config.task or config.task not in TABULAR_TASKS:
+def _expected_result(config: TrainingConfig) -> str | None:
+    """Return what the chapter says of a table's preset; None where a setting is not the preset's.
+
+    Threads and precision do not count: a run's config has those that were chosen at its start.
+    """
+    changed = changed_settings(config).keys() - {"threads", "precision"}
+    if config.task not in TABULAR_TASKS or changed:
         return None
-    return f"chapter {chapter_of(config)} promises: {ABOUT[config.preset].learns}"
+    return f"chapter {chapter_of(config)} says: {ABOUT[config.preset].learns}"

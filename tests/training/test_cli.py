@@ -92,7 +92,7 @@ def test_train_prints_its_config_metrics_and_next_commands(run):
     assert "\r" not in out
 
 
-def test_table_run_ends_with_what_its_chapter_promised(workdir):
+def test_table_run_ends_with_what_its_chapter_says(workdir):
     code, out, err = training("train", "linear", "--run", workdir / "runs" / "line")
     assert code == 0, err
     assert " = " not in out.partition("data:")[0].partition("4.5 x + 5")[2]  # no setting differs
@@ -100,12 +100,12 @@ def test_table_run_ends_with_what_its_chapter_promised(workdir):
     assert "\n\n\n" not in out
     report = out.partition("with the best weights:")[2].splitlines()
     assert "  y = 4.50 x + 5.00" in report
-    promise = "chapter 1 promises: power = 4.5 x + 5, from eight throws; so ten meters need 50"
-    assert promise in report
+    expected = "chapter 1 says: power = 4.5 x + 5, from eight throws; so ten meters need 50"
+    assert expected in report
     options = ("--task", "square", "--steps", "2", "--run", workdir / "runs" / "bent")
     _, out, _ = training("train", "linear", *options)
     assert "  task = square (preset: basketball)" in out
-    assert "promises" not in out
+    assert "chapter 1 says" not in out
 
 
 def test_an_unchanged_sample_is_not_printed_again(workdir):
