@@ -9,7 +9,7 @@ COPY tokenizer tokenizer/
 COPY training training/
 COPY serving serving/
 RUN python -m venv /venv \
-    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[tensorboard]'
+    && /venv/bin/pip install --no-cache-dir --constraint constraints.txt '.[tensorboard,trackio,wandb]'
 
 FROM python:3.11.14-slim-bookworm
 # Triton compiles with it. A version would be gone from the package index within months.

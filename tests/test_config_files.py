@@ -22,6 +22,7 @@ SAMPLES = {
     "optimizer": "sgd",
     "precision": "float32",
     "compile": "off",
+    "track": "wandb",
     "activation": "tanh",
     "step_decays": 0,  # excludes cosine_decay
     "gradient_accumulation_steps": 1,  # excludes stateful

@@ -139,6 +139,8 @@ class TrainingConfig:
     """Length in tokens of the sample generated at each validation; 0 disables it."""
     tensorboard: bool = False
     """Also write TensorBoard events to the run directory."""
+    track: Literal["off", "trackio", "wandb"] = "off"
+    """Also log metrics and options to an experiment tracker: `trackio` (local, or in a Hugging Face Space) or `wandb` (Weights & Biases; locally with WANDB_MODE=offline). A resumed run continues its tracked run."""
     seed: int = 0
     """Random seed of weight initialization, data order and dropout."""
     device: str = "auto"

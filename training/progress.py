@@ -1,4 +1,4 @@
-"""What a run reports while it trains: a progress line, metrics.jsonl and TensorBoard events."""
+"""What a run reports while it trains: a progress line, and metrics.jsonl."""
 
 import json
 import re
@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gpt.checkpoint import write_atomically
+from training.tracking import Trackers
 
 
 def format_duration(seconds: float) -> str:
@@ -102,13 +103,13 @@ class Progress:
 
 
 class MetricsLogger:
-    """Appends JSON objects to metrics.jsonl, one per line, and optionally TensorBoard events.
+    """Appends JSON objects to metrics.jsonl, one per line, and gives them to the trackers.
 
     When training continues from step `resume_step`, later lines and the final score are removed:
-    they will be logged again. A ValueError if `tensorboard` needs a package that is missing.
+    they will be logged again.
     """
 
-    def __init__(self, directory: Path, tensorboard: bool, resume_step: int) -> None:
+    def __init__(self, directory: Path, resume_step: int, trackers: Trackers) -> None:
         self.path = directory / "metrics.jsonl"
         lines = [
             json.dumps(values, ensure_ascii=False) + "\n"
@@ -116,26 +117,10 @@ class MetricsLogger:
             if values["step"] <= resume_step and "final_loss" not in values
         ]
         write_atomically(self.path, "".join(lines))
-        self.writer: Any = None
-        if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise ValueError("--tensorboard needs a package: pip install tensorboard") from None
-            self.writer = SummaryWriter(str(directory / "tensorboard"), purge_step=resume_step + 1)
+        self.trackers = trackers
 
     def log(self, step: int, **values: Any) -> None:  # noqa: ANN401 (JSON values)
         """Append a line with the step and these values."""
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": step, **values}, ensure_ascii=False) + "\n")
-        if self.writer:
-            for name, value in values.items():
-                if isinstance(value, str):
-                    self.writer.add_text(name, value, step)
-                elif isinstance(value, int | float):
-                    self.writer.add_scalar(name, value, step)
-
-    def close(self) -> None:
-        """Flush the TensorBoard events."""
-        if self.writer:
-            self.writer.close()
+        self.trackers.log(step, values)

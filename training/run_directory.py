@@ -29,6 +29,7 @@ from training.config import TrainingConfig, model_arguments, new_model
 from training.distributed import SINGLE_PROCESS, World, shard_like
 from training.progress import final_metrics, read_metrics
 from training.tasks import TASKS, check_task, open_task
+from training.tracking import check_installed, new_tracking_id
 from training.trainer import Trainer
 
 LOCK = ".lock"
@@ -110,6 +111,7 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
     Raises ValueError if model, task, data, processes and directory do not fit together.
     """
     check_task(config)
+    check_installed(config)
     check_batch_size(config, world)
     if config.fsdp and world.size == 1:
         raise ValueError(
@@ -150,7 +152,7 @@ def create_run(config: TrainingConfig, directory: Path, world: World = SINGLE_PR
     load_init_embedding(trainer)
     load_parent(trainer)
     # This compiles: if that is impossible, no directory is left behind.
-    facts = environment_info(trainer) | parent_facts(config)
+    facts = environment_info(trainer) | parent_facts(config) | new_tracking_id(config)
     if not world.is_main_process:
         return trainer
     (directory / "checkpoints").mkdir(parents=True)  # a run without it has lost its checkpoints
@@ -175,6 +177,7 @@ def resume_run(directory: Path, device: str, world: World = SINGLE_PROCESS) -> T
             f"{directory} was imported: there is no training to resume; to continue from its "
             f"weights: tinygpt train --from {run_argument(directory)} --data …"
         )
+    check_installed(config)
     check_batch_size(config, world)
     checkpoints = list_checkpoints(directory)
     if not checkpoints:

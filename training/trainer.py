@@ -31,6 +31,7 @@ from training.distributed import SINGLE_PROCESS, World, full_tensor, shard_like
 from training.optimizer import Optimizers, lr_schedule
 from training.progress import MetricsLogger, Progress, printable
 from training.tasks.base import Prefetcher, Report, Task
+from training.tracking import Trackers
 
 
 class Stopped(Exception):
@@ -186,14 +187,15 @@ class Trainer:
     def train(self) -> None:
         """Train from the current step to the last.
 
-        Raises Stopped after SIGINT or SIGTERM, when a checkpoint has been saved, and Diverged if a
-        loss is not finite.
+        Raises Stopped after SIGINT or SIGTERM, when a checkpoint has been saved, Diverged if a
+        loss is not finite, and ValueError if a tracker cannot start.
         """
         objective = self.compilation.objective
         if self.world.size > 1 and not self.sharded:
             objective = distributed.wrap_ddp(objective)
         if self.world.is_main_process:
-            self.metrics = MetricsLogger(self.directory, self.config.tensorboard, self.step)
+            trackers = Trackers(self.config, self.directory, self.step)
+            self.metrics = MetricsLogger(self.directory, self.step, trackers)
         self.model.train()
         losses: list[Tensor] = []
         first_step, first_tokens, previous_seconds = self.step, self.tokens_seen, self.seconds
@@ -228,10 +230,12 @@ class Trainer:
                         checkpoint = self.save_checkpoint()
                         if stop_signal and not is_last:
                             raise Stopped(stop_signal, checkpoint)
+        except BaseException as error:
+            if self.world.is_main_process:
+                self.metrics.trackers.close(getattr(error, "exit_code", 1))
+            raise
         finally:
             self.prefetcher.close()
-            if self.world.is_main_process:
-                self.metrics.close()
 
     def train_step(self, objective: Callable[..., Tensor]) -> Tensor:
         """Take one optimizer step and return its loss; the mean over processes is the batch's loss.
@@ -351,7 +355,10 @@ class Trainer:
         self.progress.print(message)
 
     def score(self, **options: Any) -> Report:  # noqa: ANN401 (options of Task.score)
-        """Load the best weights into `eval_model`, score the whole validation split, log the score."""
+        """Load the best weights into `eval_model`, score the whole validation split, log the score.
+
+        It is the last that trackers get.
+        """
         model = self.eval_model.to(self.device)
         path = self.directory / "model.safetensors"
         load_weights(model, load_tensors(path), path)
@@ -361,6 +368,7 @@ class Trainer:
         report = self.task.score(model, "validation", **options)
         final = {f"final_{name}": value for name, value in report.to_json().items()}
         self.metrics.log(self.step, **final)
+        self.metrics.trackers.close()
         return report
 
     def save_checkpoint(self) -> Path:

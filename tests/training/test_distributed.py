@@ -187,9 +187,12 @@ def command_options(folder, steps):
 def test_lost_worker_is_restarted_and_the_run_is_resumed(folder, request, tmp_path):
     options = command_options(folder, 12)
     uninterrupted, broken = tmp_path / "uninterrupted", tmp_path / "broken"
-    process = torchrun(request, "-m", "--", "training", *options, "--run", uninterrupted)
+    process = torchrun(
+        request, "-m", "--", "training", *options, "--tensorboard", "--run", uninterrupted
+    )
     output, errors = process.communicate()
     assert process.returncode == 0, errors[-3000:]
+    assert len(list((uninterrupted / "tensorboard").iterdir())) == 1  # of the main process
     assert output.count("step 12: validation loss") == output.count("2 processes") == 1
 
     process = torchrun(

@@ -4,13 +4,20 @@ import json
 
 import pytest
 
+from training.config import TrainingConfig
 from training.progress import MetricsLogger, format_loss, printable, read_metrics
+from training.tracking import Trackers
+
+
+def metrics_logger(directory, resume_step):
+    return MetricsLogger(directory, resume_step, Trackers(TrainingConfig(), directory, resume_step))
+
 
 SAMPLE = "one\u2028two\u2029three\x85four\x0bfive\x0csix\x1cseven\r\neight\n"
 
 
 def test_a_sample_may_hold_any_line_separator(tmp_path):
-    logger = MetricsLogger(tmp_path, tensorboard=False, resume_step=0)
+    logger = metrics_logger(tmp_path, 0)
     logger.log(2, validation_loss=1.5, sample=SAMPLE)
     logger.log(4, loss=1.25)
     before = (tmp_path / "metrics.jsonl").read_bytes()
@@ -18,7 +25,7 @@ def test_a_sample_may_hold_any_line_separator(tmp_path):
         {"step": 2, "validation_loss": 1.5, "sample": SAMPLE},
         {"step": 4, "loss": 1.25},
     ]
-    MetricsLogger(tmp_path, tensorboard=False, resume_step=4)
+    metrics_logger(tmp_path, 4)
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
 
@@ -26,7 +33,7 @@ def test_later_lines_the_final_score_and_incomplete_ones_are_removed_on_resume(t
     lines = [{"step": 1, "loss": 2.0}, {"step": 3, "loss": 1.0}, {"step": 1, "final_loss": 1.0}]
     text = "".join(json.dumps(line) + "\n" for line in lines) + '[1]\n{"loss": 1}\n{"step": 1, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    MetricsLogger(tmp_path, tensorboard=False, resume_step=2)
+    metrics_logger(tmp_path, 2)
     assert read_metrics(tmp_path) == lines[:1]
 
 

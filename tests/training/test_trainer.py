@@ -377,9 +377,14 @@ def test_resuming_on_another_corpus_is_refused(corpus, tmp_path):
 def test_tensorboard_gets_the_values_of_the_log(corpus, tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    make_trainer(dataclasses.replace(TINY, tensorboard=True), tmp_path / "run", corpus).train()
-    events = EventAccumulator(str(tmp_path / "run" / "tensorboard"))
+    trainer = make_trainer(dataclasses.replace(TINY, tensorboard=True), tmp_path / "run", corpus)
+    trainer.train()
+    trainer.score()
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    events = EventAccumulator(str(file))
     events.Reload()
+    (final,) = events.Scalars("final_loss")
+    assert final.value == pytest.approx(read_log(tmp_path / "run")[-1]["final_loss"])
     losses = [line["loss"] for line in read_log(tmp_path / "run") if "loss" in line]
     assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses)
 
