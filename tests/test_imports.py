@@ -20,6 +20,7 @@ PACKAGES = {
 """Each package, and those that it may import."""
 LIBRARIES = {
     "datasets": "training/data",
+    "huggingface_hub": "training",
     "sacrebleu": "training/tasks/translation.py",
     "tokenizers": "tokenizer/__init__.py",
     "fastapi": "serving/http/app.py",
@@ -78,6 +79,7 @@ def test_every_library_is_installed_by_make_setup():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
     declared = {re.split("[^\\w-]", d)[0].replace("-", "_") for d in project["dependencies"]}
     declared |= {"starlette", "pydantic", "h11"}  # of fastapi and uvicorn
+    declared |= {"httpx2"}  # of huggingface_hub
     distributions = importlib.metadata.packages_distributions()
     imported = set().union(*(imported_packages(f) for name in PACKAGES for f in source_files(name)))
     for library in imported - PACKAGES.keys() - sys.stdlib_module_names:
@@ -88,7 +90,7 @@ def test_every_library_is_installed_by_make_setup():
 def test_training_and_engine_need_no_data_or_web_library():
     code = (
         "import sys, training.cli, serving.engine.engine;"
-        "print({'datasets', 'fastapi', 'uvicorn', 'pyarrow'} & sys.modules.keys())"
+        "print({'datasets', 'huggingface_hub', 'fastapi', 'uvicorn', 'pyarrow'} & sys.modules.keys())"
     )
     assert output_of(code) == "set()"
 

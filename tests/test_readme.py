@@ -87,7 +87,7 @@ def test_every_command_runs(clone):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    with hub.running(clone / "hub") as address, contextlib.ExitStack() as servers:
+    with hub.running(clone / "hub") as stand_in, contextlib.ExitStack() as servers:
         # What `make test ARGS=…` was given is not meant for the makes in here.
         given = {
             "ARGS",
@@ -102,7 +102,7 @@ def test_every_command_runs(clone):
         own = {name: value for name, value in os.environ.items() if name not in given}
         environment = own | {
             "PYTHONPATH": str(clone),
-            "HF_ENDPOINT": address,
+            "HF_ENDPOINT": stand_in.address,
             "HF_HOME": str(clone / "hf"),
             "TINYGPT_CACHE": str(clone / "cache"),
             "PORT": port,

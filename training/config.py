@@ -65,6 +65,8 @@ class TrainingConfig:
     """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
     data_config: OptionalText = None
     """Configuration of a Hugging Face dataset that has several."""
+    data_revision: OptionalText = None
+    """Branch, tag or commit of a Hugging Face dataset."""
     data_split: OptionalText = None
     """Split to train on, or a part of it in the notation of `datasets`, such as train[:10%]: the first tenth of its documents. Default: `train`."""
     text_column: OptionalText = None
@@ -76,7 +78,7 @@ class TrainingConfig:
     data_limit: OptionalInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
-    """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
+    """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or what to load it from: the path of a tokenizer.json or of a run, or a model on the Hugging Face hub such as Qwen/Qwen3-0.6B."""
     vocab_size: int = 4096
     """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
     init_from: Annotated[

@@ -13,6 +13,7 @@ RATE_FRACTION = 0.5
 RESET = [
     "data",
     "data_config",
+    "data_revision",
     "data_split",
     "text_column",
     "streaming",

@@ -61,7 +61,6 @@ csv.field_size_limit(2**31 - 1)
 datasets.config.HF_UPDATE_DOWNLOAD_COUNTS = False
 datasets.disable_progress_bars()
 datasets.logging.set_verbosity(logging.CRITICAL)
-logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def detect_format(path: Path) -> str | None:

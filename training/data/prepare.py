@@ -93,6 +93,7 @@ def prepare_corpus(
     dataset = find_dataset(source, rows)
 
     options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
+    del options["revision"]  # The identity of a hub dataset has its commit, of any revision.
     if not sentence_pairs:
         del options["languages"]
 
@@ -158,6 +159,8 @@ def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         dataset = hub.open_hub_dataset(source, rows)
     elif source.config is not None:
         raise ValueError(f"--data-config is only for hub datasets; {data} has no configurations")
+    elif source.revision is not None:
+        raise ValueError(f"--data-revision is only for hub datasets; {data} has no revisions")
     elif data == "stdlib":
         dataset = _standard_library(source, rows)
     elif data == TOY_PAIRS:

@@ -3,6 +3,7 @@
 import functools
 import hashlib
 import itertools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,6 +41,8 @@ class Source:
     """`stdlib`, `toy-pairs`, a directory of prepared tokens, a file, a folder, or the name of a hub dataset."""
     config: str | None = None
     """Configuration of a hub dataset."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub dataset."""
     split: str | None = None
     """Read only this split, or slices such as train[:10%]."""
     column: str | None = None
@@ -98,12 +101,24 @@ def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
         return None
     if tokenizer == "bytes":
         return byte_tokenizer()
-    if not Path(tokenizer).exists():
-        raise ValueError(
-            f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(TOKENIZER_TRAINERS)}, "
-            "bytes, or the path of a tokenizer.json or of a run directory"
-        )
-    return Tokenizer.load(tokenizer)
+    if Path(tokenizer).exists():
+        return Tokenizer.load(tokenizer)
+    if is_hub_name(tokenizer):
+        from training.hub import TOKENIZER_FILES, download
+
+        folder = download(tokenizer, files=TOKENIZER_FILES)
+        if not (folder / "tokenizer.json").is_file():
+            raise ValueError(f"{tokenizer}: the model on the hub has no tokenizer.json")
+        return Tokenizer.load(folder)
+    raise ValueError(
+        f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(TOKENIZER_TRAINERS)}, "
+        "bytes, the path of a tokenizer.json or of a run directory, or the name of a model on the hub"
+    )
+
+
+def is_hub_name(text: str) -> bool:
+    """Return whether a text has the form OWNER/NAME, and is not meant as the path of a file."""
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", text)) and not text.endswith(".json")
 
 
 def limit_bytes(documents: Documents, max_bytes: int) -> Iterator[TextChunk]:

@@ -35,6 +35,8 @@ class Eval:
     """Text to score, as in `train --data`. Default: the run's own corpus."""
     data_config: OptionalText = None
     """Configuration of a hub dataset that has several."""
+    data_revision: OptionalText = None
+    """Branch, tag or commit of a hub dataset."""
     data_limit: OptionalInt = None
     """Read at most this many bytes of text."""
     text_column: OptionalText = None
@@ -61,7 +63,7 @@ class Eval:
         directory = find_run(self.run)
         model = load_model(directory, resolve_device(self.device))
         config = dataclasses.replace(load_training_config(directory), precision=self.precision)
-        names = ("data_config", "text_column", "data_limit", "streaming")
+        names = ("data_config", "data_revision", "text_column", "data_limit", "streaming")
         data_options = {name: getattr(self, name) for name in names}
         if self.data is not None:
             config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)

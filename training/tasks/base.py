@@ -20,7 +20,7 @@ Batch = tuple[NDArray[Any], ...]
 
 
 TEXT_OPTIONS = (
-    *("data_config", "data_split", "text_column", "streaming", "data_limit"),
+    *("data_config", "data_revision", "data_split", "text_column", "streaming", "data_limit"),
     *("tokenizer", "vocab_size"),
 )
 """Options about text and how to tokenize it: none of them applies to prepared tokens."""

@@ -51,6 +51,7 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_trainin
     source = Source(
         config.data,
         config=config.data_config,
+        revision=config.data_revision,
         split=config.data_split,
         column=config.text_column,
         streaming=config.streaming,
