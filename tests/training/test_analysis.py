@@ -111,6 +111,16 @@ def test_difference_is_in_bits_per_byte_of_the_same_blocks():
     assert sums[0].difference(sums[0]) == {"difference": 0, "interval": (0, 0), "p": 1}
 
 
+def test_difference_is_in_nats_per_token_where_text_is_lost():
+    documents = [f"the {word} sat " * 20 for word in ("cat", "dog", "rat")]
+    words = train_words(documents, 5)
+    text = ScoredText(tokens_of(documents, words), words, "' rat' becomes ' <unk>'")
+    nll_N = np.linspace(1, 2, len(text.size_N))
+    better, worse = PairedSums(text, nll_N), PairedSums(text, nll_N + 0.25)
+    assert (better.unit, better.figures()) == ("nats per token", {})
+    assert worse.difference(better)["difference"] == pytest.approx(0.25)
+
+
 def test_loss_by_document_adds_up(tmp_path):
     split = write_corpus(tmp_path).splits["validation"]
     nll_N = np.random.default_rng(4).gamma(2.0, 1.0, len(split.tokens) - 1)

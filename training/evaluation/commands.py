@@ -39,10 +39,11 @@ class Eval:
     With nll for the sum of -ln p(token | tokens before it) over all tokens of a text:
     - loss = nll / tokens
     - perplexity = exp(loss): comparable only under the same tokenizer
-    - word perplexity = exp(nll / words): what stands between white space, and line ends, are words
-    - bits per byte = nll / (ln 2 * bytes in UTF-8): comparable under every tokenizer
-
-    The tokens are all but the first of a split, which is <|endoftext|> and context only; the words and bytes are those of the text itself. In brackets stand 95% intervals: a bootstrap over the documents, or over blocks of a text of fewer than 10 documents.
+    - word perplexity = exp(nll / words): comparable under every tokenizer
+    - bits per byte = nll / (ln 2 * bytes): comparable under every tokenizer
+    - tokens: all but the first of a split, which is <|endoftext|> and context only
+    - words, bytes: of the text itself; words stand between white space, and line ends are words
+    - [low, high]: 95% interval, by a bootstrap over documents (fewer than 10: over blocks of text)
     """
 
     run: cli.OptionalRun = None
@@ -178,8 +179,9 @@ def choose_splits(task: Task, names: Sequence[str], own_corpus: bool) -> Sequenc
 
 def score_options(command: "Eval | Compare", task: Task, *names: str) -> dict[str, Any]:
     """Return those of the named options that were given; the task must know them."""
-    given = {name: getattr(command, name) for name in names}
-    options = {name: value for name, value in given.items() if value not in (None, (), False)}
+    values = {name: getattr(command, name) for name in names}
+    # Not those that equal False: a stride of 0 is given, and refused.
+    options = {k: v for k, v in values.items() if v not in (None, ()) and v is not False}
     for name in options.keys() - task.eval_options:
         option = name.replace("_", "-")
         raise ValueError(f"--{option} has no meaning in the task {task.config.task}: leave it out")
@@ -214,9 +216,11 @@ def _check_same_data(directory: Path, config: TrainingConfig, task: Task) -> Non
 
 @dataclass(frozen=True)
 class Compare:
-    """Compare runs with the first of them on the same text: paired differences with a significance test.
+    """Compare runs with the first of them on the same text: paired, with a significance test.
 
-    Differences are in bits per byte, so that tokenizers may differ; below 0, a run is better than the first. Their 95% intervals come from a bootstrap over documents, or over blocks of a text of fewer than 10. p is that of a two-sided sign-flip test: how often a difference at least as large arises by chance, if two runs are equally good.
+    - difference: in bits per byte, so that tokenizers may differ; below 0, a run is better
+    - interval: 95%, by a bootstrap over documents (fewer than 10: over blocks of text)
+    - p: of a two-sided sign-flip test, the chance of such a difference between equally good runs
     """
 
     run: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN RUN …", help_behavior_hint="")]
@@ -243,8 +247,9 @@ class Compare:
         splits = (self.split,) if self.split else ()
         [split] = choose_splits(tasks[0], splits, own_corpus=self.data is None)
         texts = [task.scored_text(split) for task in tasks]
-        for directory, text in zip(directories, texts, strict=True):
-            if text.digest() != texts[0].digest():
+        digests = [text.digest() for text in texts]
+        for directory, digest in zip(directories, digests, strict=True):
+            if digest != digests[0]:
                 raise ValueError(
                     f"{directory} and {directories[0]} have other texts in their {split} split, or a "
                     "tokenizer that loses some of it: give one text that both hold as --data"

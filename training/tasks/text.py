@@ -176,10 +176,10 @@ class Text(CorpusTask):
         """
         by: Sequence[str] = options.pop("by", ())
         data, predictions = self._scorable(split), self.predictions(model, split, **options)
-        text, nll_N = self.scored_text(split), predictions.nll_N
+        nll_N = predictions.nll_N
         fields: dict[str, Any] = {"unknown_tokens": data.unknown, "lost": data.lost}
         if final:
-            fields["intervals"], fields["resampled"] = text.intervals(nll_N)
+            fields["intervals"], fields["resampled"] = self.scored_text(split).intervals(nll_N)
             if not data.lost and data.bytes <= MAX_COMPRESSION_BYTES:
                 decoded = self.tokenizer.decode(data.tokens.tolist())
                 fields["compressors"] = compression_baselines(decoded.encode())
@@ -189,7 +189,7 @@ class Text(CorpusTask):
         if "position" in by:
             fields["by_position"] = loss_by_position(predictions.context_N, nll_N)
         if "document" in by:
-            fields["by_document"] = text.loss_by_document(nll_N)
+            fields["by_document"] = self.scored_text(split).loss_by_document(nll_N)
         return predictions.score(data.words, data.bytes, **fields)
 
     def predictions(self, model: Model, split: str, **options: Any) -> Predictions:  # noqa: ANN401
