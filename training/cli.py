@@ -35,7 +35,7 @@ from training.config import (
     new_model,
     resolve_config,
 )
-from training.evaluation.commands import Eval, Ladder, Translators
+from training.evaluation.commands import Compare, Eval, Ladder, Translators
 from training.evaluation.nearest import Nearest
 from training.finetuning import finetune_config
 from training.interchange import Export, Import
@@ -285,6 +285,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "plan": plan_command(defaults),
         "eval": Eval,
         "ladder": Ladder,
+        "compare": Compare,
         "translators": Translators,
         "chapter": Chapter,
         "figures": Figures,

@@ -14,7 +14,8 @@ A `Model` can be trained: it computes its own loss. A `LanguageModel` predicts t
 trainer, one evaluation, one sampler and one server work with all of them.
 """
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import ClassVar, NamedTuple
 
 import torch
@@ -27,8 +28,17 @@ from gpt.kernels.cross_entropy import linear_cross_entropy
 State = dict[str, Tensor]
 """What a language model keeps of each sequence between calls. Axis 0 of every tensor is B."""
 
+TargetScore = Callable[[Tensor, Tensor], Tensor]
+"""Maps logits_NV and targets_N to a score of each target, or to their sum: `cross_entropy`, …"""
+
 MAX_LOGITS = 2**26
 """Maximum number of logits that a loss computes at a time: 256 MiB in float32."""
+
+
+def cross_entropy(logits_NV: Tensor, targets_N: Tensor, reduction: str = "none") -> Tensor:
+    """Return the cross-entropy of each target in nats, at least in float32; 0 for -100."""
+    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
+    return F.cross_entropy(logits_NV.to(dtype), targets_N, reduction=reduction)
 
 
 def batch_slice(state: State, start: int, stop: int) -> State:
@@ -201,7 +211,11 @@ class LanguageModel(Model):
 
     def nll(self, *batch: Tensor) -> Tensor:
         """Return nll_BT, the cross-entropy in nats of each target of a batch; 0 for -100."""
-        return self.token_nll(*self.features_and_targets(*batch))
+        return self.score_targets(cross_entropy, *batch)
+
+    def score_targets(self, score: TargetScore, *batch: Tensor) -> Tensor:
+        """Return the score of each target of a batch; its first axes are B and T."""
+        return self.score_features(score, *self.features_and_targets(*batch))
 
     def mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the mean cross-entropy in nats. Targets of -100 are ignored."""
@@ -214,37 +228,42 @@ class LanguageModel(Model):
                 self._loss_chunk_size,
             )
         else:
-            total = torch.stack(list(self._chunked_nll(features_BTD, targets_BT, "sum"))).sum()
+            sum_nll = functools.partial(cross_entropy, reduction="sum")
+            total = torch.stack(list(self._score_chunks(sum_nll, features_BTD, targets_BT))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 
     def token_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
         """Return nll_BT, the cross-entropy of each target in nats; 0 where it is -100."""
-        chunks = list(self._chunked_nll(features_BTD, targets_BT, "none"))
-        return torch.cat(chunks).view_as(targets_BT)
+        return self.score_features(cross_entropy, features_BTD, targets_BT)
+
+    def score_features(
+        self, score: TargetScore, features_BTD: Tensor, targets_BT: Tensor
+    ) -> Tensor:
+        """Return the score of each target, given the features it is predicted from."""
+        chunks = list(self._score_chunks(score, features_BTD, targets_BT))
+        return torch.cat(chunks).unflatten(0, targets_BT.shape)
 
     @property
     def _loss_chunk_size(self) -> int:
         """Positions whose logits a loss computes at a time."""
         return max(1, MAX_LOGITS // self.vocab_size)
 
-    def _chunked_nll(
-        self, features_BTD: Tensor, targets_BT: Tensor, reduction: str
+    def _score_chunks(
+        self, score: TargetScore, features_BTD: Tensor, targets_BT: Tensor
     ) -> Iterator[Tensor]:
-        """Yield cross-entropies in chunks, so that (B·T, V) logits never exist at once."""
+        """Yield scores in chunks, so that (B·T, V) logits never exist at once."""
 
-        def nll(features_ND: Tensor, targets_N: Tensor) -> Tensor:
-            logits_NV = self.logits(features_ND)
-            dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-            return F.cross_entropy(logits_NV.to(dtype), targets_N, reduction=reduction)
+        def score_chunk(features_ND: Tensor, targets_N: Tensor) -> Tensor:
+            return score(self.logits(features_ND), targets_N)
 
         features_ND, targets_N = features_BTD.flatten(0, 1), targets_BT.flatten()
         size = self._loss_chunk_size
         if len(targets_N) <= size:
-            yield nll(features_ND, targets_N)
+            yield score_chunk(features_ND, targets_N)
             return
         for chunk_ND, chunk_N in zip(features_ND.split(size), targets_N.split(size), strict=True):
             # The backward pass recomputes the logits: storing all chunks would undo the chunking.
-            yield checkpoint(nll, chunk_ND, chunk_N, use_reentrant=False)
+            yield checkpoint(score_chunk, chunk_ND, chunk_N, use_reentrant=False)
 
     # Translation
 

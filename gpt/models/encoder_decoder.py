@@ -9,7 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from gpt.models.base import ActivationMap, LanguageModel, State
+from gpt.models.base import ActivationMap, LanguageModel, State, TargetScore
 
 
 class EncoderDecoder(LanguageModel):
@@ -83,23 +83,26 @@ class EncoderDecoder(LanguageModel):
         source_BS, lengths_B, tokens_BT, targets_BT = batch
         return self.decode(tokens_BT, self.encode(source_BS, lengths_B)), targets_BT
 
-    def nll(self, *batch: Tensor) -> Tensor:
-        """Return nll_BT, the cross-entropy in nats of each target of a batch; 0 for -100.
+    def score_targets(self, score: TargetScore, *batch: Tensor) -> Tensor:
+        """Return the score of each target of a batch; its first axes are B and T.
 
         Targets in the first half of a text are scored with its first token as the only source.
         Only the last `max_scored_tokens` are comparable with other models.
         """
         if len(batch) != 2:
-            return super().nll(*batch)
+            return super().score_targets(score, *batch)
         tokens_BT, targets_BT = batch
-        second_half_BT = super().nll(*_split_window(tokens_BT, targets_BT))
-        length = tokens_BT.shape[1] - second_half_BT.shape[1]
+        second_half = super().score_targets(score, *_split_window(tokens_BT, targets_BT))
+        length = tokens_BT.shape[1] - second_half.shape[1]
         tokens_BT, targets_BT = tokens_BT[:, :length], targets_BT[:, :length]
         if not (targets_BT != -100).any():
-            return torch.cat([second_half_BT.new_zeros(tokens_BT.shape), second_half_BT], dim=1)
+            shape = (*tokens_BT.shape, *second_half.shape[2:])
+            return torch.cat([second_half.new_zeros(shape), second_half], dim=1)
         first_B1 = tokens_BT[:, :1]
-        first_half_BT = super().nll(first_B1, _full_lengths(first_B1), tokens_BT, targets_BT)
-        return torch.cat([first_half_BT, second_half_BT], dim=1)
+        first_half = super().score_targets(
+            score, first_B1, _full_lengths(first_B1), tokens_BT, targets_BT
+        )
+        return torch.cat([first_half, second_half], dim=1)
 
     @torch.no_grad()
     def xray(self, *batch: Tensor) -> list[ActivationMap]:

@@ -175,6 +175,6 @@ def test_evaluation_harness_computes_the_same_bits_per_byte(server, model, tmp_p
     ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(TEXT)])
     size, precision = len(TEXT.encode()), Eval.precision  # of `tinygpt eval`
     windows = {"stride": window, "context_length": window}
-    score = evaluate(model, ids, words=1, bytes=size, precision=precision, **windows)
+    score = evaluate(model, ids, precision=precision, **windows).score(1, size)
     assert score.tokens > 3 * window
     assert harness_bits_per_byte == pytest.approx(score.bits_per_byte, abs=1e-4)

@@ -513,7 +513,9 @@ def test_newest_run_is_the_default(run, workdir):
     assert json.loads(out)["run"].endswith("runs/done")
 
 
-@pytest.mark.parametrize("command", [["--help"], ["train", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "command", [["--help"], ["train", "--help"], ["eval", "--help"], ["compare", "--help"]]
+)
 def test_help_lists_every_option_in_lines_that_fit(command):
     code, out, _ = training(*command)
     assert code == 0

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import random
 
 import pytest
@@ -196,6 +197,53 @@ def test_imported_run_is_scored_and_continued(tokenizer, tmp_path, capsys, monke
     with pytest.raises(SystemExit):
         tinygpt("eval", tmp_path / "run")
     assert "give --data" in capsys.readouterr().err
+
+
+def sliding_window_perplexity(model, input_ids, max_length, stride):
+    """The method of "Perplexity of fixed-length models" in the documentation of `transformers`."""
+    seq_len = input_ids.shape[1]
+    nll_sum, n_tokens, prev_end_loc = 0.0, 0, 0
+    for begin_loc in range(0, seq_len, stride):
+        end_loc = min(begin_loc + max_length, seq_len)
+        trg_len = end_loc - prev_end_loc
+        window = input_ids[:, begin_loc:end_loc]
+        target_ids = window.clone()
+        target_ids[:, :-trg_len] = -100
+        with torch.no_grad():
+            neg_log_likelihood = model(window, labels=target_ids).loss
+        # The labels are shifted: the first token of a window has none.
+        num_loss_tokens = (target_ids[:, 1:] != -100).sum().item()
+        nll_sum += neg_log_likelihood.item() * num_loss_tokens
+        n_tokens += num_loss_tokens
+        prev_end_loc = end_loc
+        if end_loc == seq_len:
+            break
+    return math.exp(nll_sum / n_tokens), n_tokens
+
+
+@pytest.mark.parametrize("name", THEIR_MODELS)
+def test_perplexity_equals_the_sliding_window_method_of_transformers(
+    name, tokenizer, tmp_path, capsys, monkeypatch
+):
+    """Their window of C tokens makes C - 1 predictions; their last one fills only at these lengths."""
+    monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
+    save_theirs(tmp_path / "hf", name, tokenizer)
+    tinygpt("import", tmp_path / "hf", tmp_path / "run")
+    tinygpt("export", tmp_path / "run", tmp_path / "exported")
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "exported").eval()
+    text, context = make_text(random.Random(2), 300), 64
+    while len(tokenizer.encode(text)) % context:
+        text = text[:-1]
+    (tmp_path / "text.txt").write_text(text, "utf-8")
+    input_ids = torch.tensor([[tokenizer.eos_token, *tokenizer.encode(text)]])
+    options = ("--data", tmp_path / "text.txt", "--context-length", context, "--json")
+    for stride in (context, context // 2, context // 8):
+        capsys.readouterr()
+        tinygpt("eval", tmp_path / "run", "--stride", stride, *options)
+        score = json.loads(capsys.readouterr().out)
+        expected, tokens = sliding_window_perplexity(model, input_ids, context + 1, stride)
+        assert score["tokens"] == tokens > 3 * context
+        assert score["perplexity"] == pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(

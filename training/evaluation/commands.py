@@ -1,38 +1,55 @@
-"""The commands that evaluate: `eval`, `translators` and `ladder`."""
+"""The commands that evaluate: `eval`, `compare`, `translators` and `ladder`."""
 
 import dataclasses
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.checkpoint import RUNS, find_run, load_model, read_json, write_atomically
-from gpt.cli import OptionalInt, OptionalText
+from gpt.cli import OptionalInt, OptionalPath, OptionalText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
 from training.data.corpus import is_prepared
+from training.evaluation.analysis import PairedSums
 from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
 from training.progress import read_metrics
 from training.run_directory import load_run_tokenizer, load_training_config
 from training.tasks import TASKS, open_task
 from training.tasks.base import Task, refuse_text_option
+from training.tasks.text import Text
 from training.tasks.translation import comparison_table
+
+Precision = Literal["auto", "float32", "bfloat16", "float16"]
+Texts = Annotated[tuple[str, ...], arg(metavar="TEXT …", help_behavior_hint="")]
 
 
 @dataclass(frozen=True)
 class Eval:
-    """Evaluate a run on a text: loss, perplexity and bits per byte; every token is scored once."""
+    """Evaluate a run on texts; every token is scored once.
+
+    With nll for the sum of -ln p(token | tokens before it) over all tokens of a text:
+    - loss = nll / tokens
+    - perplexity = exp(loss): comparable only under the same tokenizer
+    - word perplexity = exp(nll / words): comparable under every tokenizer
+    - bits per byte = nll / (ln 2 * bytes): comparable under every tokenizer
+    - tokens: all but the first of a split, which is <|endoftext|> and context only
+    - words, bytes: of the text itself; words stand between white space, and line ends are words
+    - [low, high]: 95% interval, by a bootstrap over documents (fewer than 10: over blocks of text)
+    """
 
     run: cli.OptionalRun = None
     """Run: a name in runs/, or a path. Default: the newest under runs/."""
-    data: OptionalText = None
-    """Text to score, as in `train --data`. Default: the run's own corpus."""
+    data: Texts = ()
+    """Texts to score, each as in `train --data`. Default: the run's own corpus."""
     data_config: OptionalText = None
     """Configuration of a hub dataset that has several."""
     data_revision: OptionalText = None
@@ -43,60 +60,150 @@ class Eval:
     """Column that holds the text."""
     streaming: bool = False
     """Read a hub dataset without storing a copy of its text."""
-    split: OptionalText = None
-    """Split to score. Default: validation of the run's own corpus; of other data the first of test, validation, train."""
+    split: Texts = ()
+    """Splits to score. Default: validation of the run's own corpus; of other data the first of test, validation, train."""
     stride: OptionalInt = None
     """Tokens that each window scores. Default: as many as the model predicts. A smaller stride is slower and gives every token more context."""
     context_length: OptionalInt = None
     """Tokens of a window. Default: the model's context length."""
     num_beams: OptionalInt = None
     """Beam search width of translations. Default: 1, greedy."""
+    by: Annotated[
+        tuple[Literal["position", "document"], ...],
+        arg(metavar="{position,document}", help_behavior_hint=""),
+    ] = ()
+    """Add the loss by position (by how many tokens of context a token had), by document, or by both."""
+    accuracy: bool = False
+    """Add how often the target is the likeliest token (accuracy@1; a tie is a miss) or among the five likeliest (accuracy@5), and the expected calibration error over 15 bins."""
+    output: OptionalPath = None
+    """File of a plot of --by position and --accuracy: .svg, .png or .pdf."""
     device: str = "auto"
     """auto, cpu, cuda, cuda:1, mps."""
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "float32"
+    precision: Precision = "float32"
     """Precision of matrix products. In float32 a score is the same on every machine and equals the server's; auto is that of `train`."""
     json: bool = False
-    """Print one JSON object."""
+    """Print one JSON object, or a list of them for several texts or splits."""
+    markdown: bool = False
+    """Print a Markdown table with a row for each text and split."""
 
     def __call__(self) -> None:
         """Evaluate and print."""
+        if self.json and self.markdown:
+            raise ValueError("give --json or --markdown, not both")
+        if self.output:
+            self._check_plot(self.output)
         directory = find_run(self.run)
         model = load_model(directory, resolve_device(self.device))
-        config = dataclasses.replace(load_training_config(directory), precision=self.precision)
         names = ("data_config", "data_revision", "text_column", "data_limit", "streaming")
         data_options = {name: getattr(self, name) for name in names}
-        if self.data is not None:
-            config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)
-        elif not config.data:
-            raise ValueError(
-                f"{directory} was imported and has no corpus of its own: give --data, the text to score"
-            )
-        elif any(data_options.values()):
+        if not self.data and any(data_options.values()):
             raise ValueError(
                 "options about the data need --data: without it, the run's own corpus is scored"
             )
-        if self.data is not None and is_prepared(self.data):
-            for name in filter(data_options.get, names):
-                refuse_text_option(self.data, name)
-        task = open_task(config, load_run_tokenizer(directory), for_training=self.data is None)
-        if self.data is None and task.tokenizer:
-            _check_same_data(directory, config, task)
-        preferred = ("test", "validation", "train") if self.data else ("validation",)
-        split = self.split or next((s for s in preferred if s in task.splits), task.splits[0])
-        if split not in task.splits:
-            raise ValueError(f"no split is named {split!r}; there are {', '.join(task.splits)}")
-        eval_names = ("stride", "context_length", "num_beams")
-        options = {name: value for name in eval_names if (value := getattr(self, name)) is not None}
-        for name in options.keys() - task.eval_options:
-            option = name.replace("_", "-")
-            raise ValueError(f"--{option} has no meaning in the task {config.task}: leave it out")
-        report = task.score(model, split, final=True, **options)
-        if self.json:
+        tasks = [
+            open_data(directory, data, self.precision, data_options) for data in self.data or [None]
+        ]
+        jobs = [
+            (task, split)
+            for task in tasks
+            for split in choose_splits(task, self.split, own_corpus=not self.data)
+        ]
+        option_names = ("stride", "context_length", "num_beams", "by", "accuracy")
+        options = score_options(self, tasks[0], *option_names)
+        print_lines = not (self.json or self.markdown)
+        rows = []
+        for task, split in jobs:
+            report = task.score(model, split, final=True, **options)
             source = {"run": str(directory), "data": task.description, "split": split}
-            print(json.dumps({**source, **report.to_json()}))
-            return
-        print(f"{directory} on the {split} split of {task.description}")
-        print(report.table())
+            rows.append({**source, **report.to_json()})
+            if print_lines:
+                print(f"{directory} on the {split} split of {task.description}")
+                print(report.table(), flush=True)
+        if self.json:
+            print(json.dumps(rows if len(rows) > 1 else rows[0]))
+        if self.markdown:
+            print(markdown_table([_markdown_row(row) for row in rows]))
+        if self.output:
+            from training.plots.evaluation import plot_evaluation
+
+            plot_evaluation(rows, self.output)
+            if print_lines:
+                print(self.output)
+
+    def _check_plot(self, output: Path) -> None:
+        """Raise a ValueError if there is nothing to draw, or not in this format."""
+        from training.plots.style import check_output
+
+        check_output(output)
+        if "position" not in self.by and not self.accuracy:
+            raise ValueError(
+                "--output draws --by position and --accuracy: give one of them, or both"
+            )
+
+
+def _markdown_row(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the figures of a row of JSON that are single numbers or texts, with their intervals."""
+    cells = {name: value for name, value in row.items() if isinstance(value, int | float | str)}
+    for name, (low, high) in row.get("intervals", {}).items():
+        cells[name] = f"{cells[name]:.4f} [{low:.4f}, {high:.4f}]"
+    return cells
+
+
+def open_data(
+    directory: Path, data: str | None, precision: Precision, data_options: dict[str, Any]
+) -> Task:
+    """Open a text, or a run's own corpus if None, as the task of the run, to be scored by its model."""
+    config = dataclasses.replace(load_training_config(directory), precision=precision)
+    if data is not None:
+        if is_prepared(data):
+            for name in filter(data_options.get, data_options):
+                refuse_text_option(data, name)
+        config = dataclasses.replace(config, data=data, data_split=None, **data_options)
+    elif not config.data:
+        raise ValueError(
+            f"{directory} was imported and has no corpus of its own: give --data, the text to score"
+        )
+    task = open_task(config, load_run_tokenizer(directory), for_training=data is None)
+    if data is None and task.tokenizer:
+        _check_same_data(directory, config, task)
+    return task
+
+
+def choose_splits(task: Task, names: Sequence[str], own_corpus: bool) -> Sequence[str]:
+    """Return the named splits, which must exist, or the one that is scored by default."""
+    for name in names:
+        if name not in task.splits:
+            there = ", ".join(task.splits)
+            raise ValueError(f"no split is named {name!r}; there are {there}")
+    preferred = ("validation",) if own_corpus else ("test", "validation", "train")
+    return names or [next((s for s in preferred if s in task.splits), task.splits[0])]
+
+
+def score_options(command: "Eval | Compare", task: Task, *names: str) -> dict[str, Any]:
+    """Return those of the named options that were given; the task must know them."""
+    values = {name: getattr(command, name) for name in names}
+    # Not those that equal False: a stride of 0 is given, and refused.
+    options = {k: v for k, v in values.items() if v not in (None, ()) and v is not False}
+    for name in options.keys() - task.eval_options:
+        option = name.replace("_", "-")
+        raise ValueError(f"--{option} has no meaning in the task {task.config.task}: leave it out")
+    return options
+
+
+def markdown_table(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a Markdown table of the rows' numbers and texts, in the columns of all rows."""
+    names = list(dict.fromkeys(itertools.chain.from_iterable(rows)))
+    is_number = [any(isinstance(row.get(name), int | float) for row in rows) for name in names]
+    lines = [[name.replace("_", " ") for name in names]]
+    lines.append(["---:" if number else "---" for number in is_number])
+    lines += [[_cell(row.get(name, "")) for name in names] for row in rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else str(value).replace("|", "\\|")
 
 
 def _check_same_data(directory: Path, config: TrainingConfig, task: Task) -> None:
@@ -107,6 +214,88 @@ def _check_same_data(directory: Path, config: TrainingConfig, task: Task) -> Non
             f"{config.data} has changed since {directory} was trained on it, and its validation "
             f"split may now hold text of the training: to score it all the same, add --data {config.data}"
         )
+
+
+@dataclass(frozen=True)
+class Compare:
+    """Compare runs with the first of them on the same text: paired, with a significance test.
+
+    - difference: in bits per byte, so that tokenizers may differ; below 0, a run is better
+    - interval: 95%, by a bootstrap over documents (fewer than 10: over blocks of text)
+    - p: of a two-sided sign-flip test, the chance of such a difference between equally good runs
+    """
+
+    run: Annotated[Positional[tuple[str, ...]], arg(metavar="RUN RUN …", help_behavior_hint="")]
+    """Runs: names in runs/, or paths."""
+    data: OptionalText = None
+    """Text to score, as in `train --data`. Default: the runs' own corpus."""
+    split: OptionalText = None
+    """Split to score. Default: as in `eval`."""
+    stride: OptionalInt = None
+    """Tokens that each window scores. Default: as many as the model predicts."""
+    context_length: OptionalInt = None
+    """Tokens of a window. Default: each model's context length."""
+    device: str = "auto"
+    """auto, cpu, cuda, cuda:1, mps."""
+    json: bool = False
+    """Print a list of JSON objects."""
+
+    def __call__(self) -> None:
+        """Score each run, and print the table."""
+        if len(self.run) < 2:
+            raise ValueError("compare which runs? Two at least: `compare RUN RUN [RUN …]`")
+        directories = [find_run(run) for run in self.run]
+        tasks = [self._open(directory) for directory in directories]
+        splits = (self.split,) if self.split else ()
+        [split] = choose_splits(tasks[0], splits, own_corpus=self.data is None)
+        texts = [task.scored_text(split) for task in tasks]
+        digests = [text.digest() for text in texts]
+        for directory, digest in zip(directories, digests, strict=True):
+            if digest != digests[0]:
+                raise ValueError(
+                    f"{directory} and {directories[0]} have other texts in their {split} split, or a "
+                    "tokenizer that loses some of it: give one text that both hold as --data"
+                )
+        rows: list[dict[str, Any]] = []
+        baseline: PairedSums | None = None
+        for directory, task, text in zip(directories, tasks, texts, strict=True):
+            model = load_model(directory, resolve_device(self.device))
+            options = score_options(self, task, "stride", "context_length")
+            predictions = task.predictions(model, split, **options)
+            sums = PairedSums(text, predictions.nll_N)
+            baseline = baseline or sums
+            rows.append(
+                {
+                    "run": str(directory),
+                    "model": task.config.model,
+                    "parameters": count_parameters(model),
+                    "context_length": predictions.context_length,
+                    "stride": predictions.stride,
+                    "loss": float(predictions.nll_N.mean()),
+                    **sums.figures(),
+                    **(sums.difference(baseline) if rows else {}),
+                }
+            )
+        if self.json:
+            print(json.dumps(rows))
+            return
+        for row in rows[1:]:
+            row["difference"] = f"{row['difference']:+.4f}"
+            row["interval"] = "[{:+.4f}, {:+.4f}]".format(*row["interval"])
+        print(markdown_table(rows))
+        print(
+            f"\nThe {split} split of {tasks[0].description}. Differences from {directories[0]} in "
+            f"{sums.unit}; 95% intervals and p over {sums.description}."
+        )
+
+    def _open(self, directory: Path) -> Text:
+        """Open the text with a run's tokenizer."""
+        name = load_training_config(directory).task
+        if TASKS[name].kind != "text":
+            raise ValueError(f"{directory}: its task is {name}, and `compare` is for the task text")
+        task = open_data(directory, self.data, "float32", {})
+        assert isinstance(task, Text)
+        return task
 
 
 @dataclass(frozen=True)

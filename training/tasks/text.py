@@ -1,6 +1,7 @@
 """Tasks on text: predict the next token, or learn a vector for each token from those near it."""
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -25,7 +26,9 @@ from training.data.corpus import (
     open_corpus,
 )
 from training.data.sources import Source
+from training.evaluation.analysis import ScoredText, calibration, loss_by_position
 from training.evaluation.evaluate import (
+    Predictions,
     compression_baselines,
     estimate_loss,
     evaluate,
@@ -100,7 +103,7 @@ class Text(CorpusTask):
     """Prediction of the next token from the tokens before it."""
 
     kind = "text"
-    eval_options = frozenset({"stride", "context_length"})
+    eval_options = frozenset({"stride", "context_length", "by", "accuracy"})
     unsupported_options = frozenset({"languages"})
 
     def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
@@ -167,26 +170,44 @@ class Text(CorpusTask):
             return self.tokenizer.decode(list(generate(model, [eos], length, params, {eos})))
 
     def score(self, model: Model, split: str, *, final: bool = False, **options: Any) -> Report:  # noqa: ANN401
-        """Score every token of a split once; if `final`, add the figures of general compressors.
+        """Score every token of a split once; if `final`, add intervals and general compressors.
 
-        Options: `stride` and `context_length` as in `evaluate`.
+        Options: `stride`, `context_length` and `accuracy` as in `evaluate`; `by`, "position" or
+        "document" or both, adds the loss by these.
         """
+        by: Sequence[str] = options.pop("by", ())
+        data, predictions = self._scorable(split), self.predictions(model, split, **options)
+        nll_N = predictions.nll_N
+        fields: dict[str, Any] = {"unknown_tokens": data.unknown, "lost": data.lost}
+        if final:
+            fields["intervals"], fields["resampled"] = self.scored_text(split).intervals(nll_N)
+            if not data.lost and data.bytes <= MAX_COMPRESSION_BYTES:
+                decoded = self.tokenizer.decode(data.tokens.tolist())
+                fields["compressors"] = compression_baselines(decoded.encode())
+        if options.get("accuracy"):
+            rank_N, confidence_N = predictions.columns[:, 1:].T
+            fields["accuracy"], fields["calibration_bins"] = calibration(rank_N, confidence_N)
+        if "position" in by:
+            fields["by_position"] = loss_by_position(predictions.context_N, nll_N)
+        if "document" in by:
+            fields["by_document"] = self.scored_text(split).loss_by_document(nll_N)
+        return predictions.score(data.words, data.bytes, **fields)
+
+    def predictions(self, model: Model, split: str, **options: Any) -> Predictions:  # noqa: ANN401
+        """Score every token of a split once; the options are those of `evaluate`."""
         assert isinstance(model, LanguageModel)
-        data = self._scorable(split)
-        score = evaluate(
+        return evaluate(
             model,
-            data.tokens,
-            words=data.words,
-            bytes=data.bytes,
+            self._scorable(split).tokens,
             precision=self.config.precision,
             stateful=self.config.stateful,
             **options,
         )
-        score = dataclasses.replace(score, unknown_tokens=data.unknown, lost=data.lost)
-        if final and not data.lost and data.bytes <= MAX_COMPRESSION_BYTES:
-            text = self.tokenizer.decode(data.tokens.tolist())
-            score = dataclasses.replace(score, compressors=compression_baselines(text.encode()))
-        return score
+
+    def scored_text(self, split: str) -> ScoredText:
+        """Return documents and sizes of a split's tokens."""
+        data = self._scorable(split)
+        return ScoredText(data.tokens, self.tokenizer, data.lost)
 
 
 @dataclass(frozen=True)
