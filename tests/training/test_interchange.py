@@ -38,11 +38,11 @@ VOCAB_SIZE, CONTEXT = 320, 256
 SIZES = {"width": 32, "depth": 2, "heads": 4}
 MODELS = {
     "gpt2": (GPT2, {}),
-    "gpt2-no-bias": (GPT2, {"bias": False, "hidden": 48}),
+    "gpt2-no-bias": (GPT2, {"bias": False, "hidden": 96}),
     "gpt": (GPT, {}),
     "gpt-tied": (GPT, {"tied": True, "rotary_base": 1e6}),
     "gpt-grouped": (GPT, {"kv_heads": 2, "head_width": 16}),
-    "gpt-grouped-tied": (GPT, {"kv_heads": 1, "tied": True, "hidden": 40}),
+    "gpt-grouped-tied": (GPT, {"kv_heads": 1, "tied": True, "hidden": 96}),
 }
 
 
@@ -246,7 +246,7 @@ def corpus_run(request, tokenizer, tmp_path):
     save_config(run, "lstm" if request.param == "lstm" else "gpt", args)
     save_tensors(run / "model.safetensors", unique_state_dict(model))
     tokenizer.save(run / "tokenizer.json")
-    messages = {"lstm": "transformers has no model that is a LSTM", "ngrams": "no n-gram tables"}
+    messages = {"lstm": "has a model that is a LSTM", "ngrams": "no n-gram tables"}
     return run, messages[request.param]
 
 
