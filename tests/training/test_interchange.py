@@ -1,8 +1,15 @@
 """Exported runs in `transformers`, and models of `transformers` as runs."""
 
 import hashlib
+import importlib.util
 import json
+import os
 import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +23,8 @@ from gpt.sampling import SamplingParams
 from tests.training.helpers import write_corpus
 from tokenizer import Tokenizer, train_bpe
 from training import cli
+
+SCALE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
 
 WORDS = [
     "the",
@@ -275,3 +284,35 @@ def test_model_card_has_what_was_measured(tmp_path, monkeypatch):
     assert f"| bits per byte | {final['final_bits_per_byte']:.4f} |" in card
     assert "library_name: transformers" in card
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
+@pytest.mark.parametrize("name", ["gpt2", "gpt-grouped"])
+def test_evaluation_harness_scores_the_folder_as_eval_does(
+    name, tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", name, tokenizer)
+    tinygpt("export", "run", "wide-hf")
+    tinygpt("import", "wide-hf", "wide")
+    Path("my.txt").write_text(make_text(random.Random(4), 900), "utf-8")
+    [task] = re.findall(r"```yaml\n(task: .*?)```", SCALE, re.DOTALL)
+    Path("my_text.yaml").write_text(task)
+    [command] = re.findall(r"^lm-eval (.*)", SCALE, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *shlex.split(command)],
+        env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    [scores] = Path("scores").rglob("*.json")
+    theirs = json.loads(scores.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    [evaluation] = re.findall(r"^tinygpt (eval wide .*)", SCALE, re.MULTILINE)
+    capsys.readouterr()
+    tinygpt(*shlex.split(evaluation), "--json")
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["tokens"] > 3 * CONTEXT
+    assert theirs == pytest.approx(ours["bits_per_byte"], abs=1e-4)
