@@ -77,7 +77,7 @@ def to_gguf(model: Model, dtype: str, metadata: Mapping[str, Any]) -> Any:  # no
     for key, value in metadata.items():
         _add(writer, key, value)
     depth = config[CONFIG_KEYS[architecture]["block_count"]]
-    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], depth)
+    names: Any = gguf.get_tensor_name_map(gguf.MODEL_ARCH[architecture.upper()], depth)
     for name, tensor in tensors.items():
         values = (tensor.T if is_conv1d(name) else tensor).detach().float().cpu().numpy()
         gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))

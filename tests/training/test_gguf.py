@@ -180,6 +180,15 @@ def test_pre_tokenizers_of_well_known_models_are_recognized(name, tmp_path):
     assert fields["tokenizer.ggml.pre"] == name
 
 
+def test_normalization_that_llama_cpp_leaves_out_is_told(tmp_path, capsys):
+    tokenizer = pairs_tokenizer(PRE_TOKENIZERS["qwen2", False], False)
+    tokenizer._library.normalizer = tokenizers.normalizers.NFC()
+    run = save_small_run(tmp_path / "run", Tokenizer(tokenizer._library), heads=1)
+    fields, _ = read(export(run, tmp_path / "gguf"))
+    assert fields["tokenizer.ggml.pre"] == "qwen2"
+    assert "llama.cpp does not normalize text (NFC)" in capsys.readouterr().out
+
+
 def lower_case_tokenizer(tmp_path):
     save_lower_case_tokenizer(tmp_path / "tokenizer.json")
     return Tokenizer.load(tmp_path / "tokenizer.json")
