@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from gpt import interchange
+from gpt.gguf import save_gguf, to_gguf
 from gpt.kernels.quantization import DType, quantize
 from gpt.models.gpt import GPT2
 from gpt.sampling import SamplingParams
@@ -119,7 +120,7 @@ class LlamaCpp:
 
     Args:
         model: Its weights are passed in a GGUF file.
-        dtype: Of its matrices, as GGUF names them: F32, F16, Q8_0.
+        dtype: Of its matrices: float32, float16, q8_0.
         threads: Number of llama.cpp's threads.
         max_num_seqs: The most prompts of one `generate`.
     """
@@ -131,7 +132,7 @@ class LlamaCpp:
         self.vocab_size = model.vocab_size
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model.gguf"
-            write_gguf(model, path, dtype)
+            save_gguf(path, to_gguf(model, dtype, {"tokenizer.ggml.model": "no_vocab"}))
             self.api.llama_log_set(_discard_log, ctypes.c_void_p(0))
             self.api.llama_backend_init()
             model_params = self.api.llama_model_default_params()
@@ -194,38 +195,3 @@ def to_transformers(model: GPT2, **config_args: Any) -> Any:  # noqa: ANN401 (a 
     embedding = tensors["transformer.wte.weight"]
     hf_model.load_state_dict({**tensors, "lm_head.weight": embedding})
     return hf_model.train(model.training)
-
-
-def write_gguf(model: GPT2, path: Path, dtype: str) -> None:
-    """Write a GPT-2 for llama.cpp; vectors and position embeddings stay in float32."""
-    import gguf
-
-    state = interchange.openai_state_dict(model)
-    writer = gguf.GGUFWriter(path, "gpt2")
-    writer.add_context_length(model.context_length)
-    writer.add_embedding_length(model.width)
-    writer.add_feed_forward_length(len(state["h.0.mlp.c_fc.weight"]))
-    writer.add_block_count(model.depth)
-    writer.add_head_count(model.heads)
-    writer.add_layer_norm_eps(1e-5)
-    writer.add_tokenizer_model("no_vocab")
-    writer.add_vocab_size(model.vocab_size)
-    names = {"ln_1": "attn_norm", "attn.c_attn": "attn_qkv", "attn.c_proj": "attn_output"}
-    names |= {"ln_2": "ffn_norm", "mlp.c_fc": "ffn_up", "mlp.c_proj": "ffn_down"}
-    for name, tensor in state.items():
-        if name in ("wte.weight", "wpe.weight"):
-            gguf_name = name.replace("wte", "token_embd").replace("wpe", "position_embd")
-        elif name.startswith("ln_f"):
-            gguf_name = name.replace("ln_f", "output_norm")
-        else:
-            _, layer, rest = name.split(".", 2)
-            module, _, kind = rest.rpartition(".")
-            gguf_name = f"blk.{layer}.{names[module]}.{kind}"
-        values = tensor.detach().numpy().astype(np.float32)
-        is_matrix = values.ndim == 2 and name != "wpe.weight"
-        gguf_dtype = gguf.GGMLQuantizationType[dtype if is_matrix else "F32"]
-        writer.add_tensor(gguf_name, gguf.quants.quantize(values, gguf_dtype), raw_dtype=gguf_dtype)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()

@@ -68,7 +68,9 @@ def create_backend(
     if name.startswith("transformers"):
         return Transformers(model.bfloat16() if dtype == "bfloat16" else model)
     if name.startswith("llama.cpp"):
-        return LlamaCpp(model, name.split()[-1].upper(), threads, max_num_seqs)
+        return LlamaCpp(
+            model, "q8_0" if name.endswith("q8_0") else "float32", threads, max_num_seqs
+        )
     return TinyGPT(model, max_num_seqs, dtype)
 
 

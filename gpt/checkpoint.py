@@ -50,7 +50,7 @@ def cache_dir() -> Path:
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path) -> Iterator[Path]:
     """Yield a path to write to; on success the file replaces `path`."""
     temporary = path.with_name(path.name + ".part")
     yield temporary
@@ -61,7 +61,7 @@ def _replacing(path: Path) -> Iterator[Path]:
 
 def write_atomically(path: Path, text: str) -> None:
     """Write a text file; if that fails, the previous content stays."""
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
@@ -79,7 +79,7 @@ def save_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     # Other loaders, such as that of transformers, require the format.
     metadata = {"format": "pt", "sha256": _sha256(tensors)}
-    with _replacing(path) as temporary:
+    with replacing(path) as temporary:
         try:
             save_file(tensors, temporary, metadata)
         except SafetensorError as error:

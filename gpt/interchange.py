@@ -3,7 +3,7 @@
     GPT2   <->  GPT2LMHeadModel     OpenAI's names; matrices multiply from the right (Conv1D)
     GPT    <->  Qwen3ForCausalLM    the same matrices under other names
 
-What a format cannot express is a ValueError that says so. No function here needs `transformers`.
+`gguf` writes the same for llama.cpp. What a format cannot express is a ValueError that says so. No function here needs `transformers`.
 """
 
 from collections.abc import Callable
@@ -58,7 +58,8 @@ def to_transformers(model: Model) -> tuple[JSON, dict[str, Tensor]]:
         return _to_gpt2(model)
     if not isinstance(model, GPT):
         raise ValueError(
-            f"transformers has no model that is a {type(model).__name__}: GPT and GPT2 can be exported"
+            f"neither transformers nor llama.cpp has a model that is a {type(model).__name__}: "
+            "GPT and GPT2 can be exported"
         )
     if model.ngrams:
         raise ValueError(
@@ -183,13 +184,13 @@ def _to_gpt2(model: GPT2) -> tuple[JSON, dict[str, Tensor]]:
         "tie_word_embeddings": True,
     }
     tensors = {
-        f"transformer.{name}": tensor.T.contiguous() if _is_conv1d(name) else tensor
+        f"transformer.{name}": tensor.T.contiguous() if is_conv1d(name) else tensor
         for name, tensor in openai_state_dict(model).items()
     }
     return config, tensors
 
 
-def _is_conv1d(name: str) -> bool:
+def is_conv1d(name: str) -> bool:
     """Return whether OpenAI's tensor of that name is a matrix that multiplies from the right."""
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
@@ -239,7 +240,7 @@ def _from_gpt2(config: JSON, tensors: dict[str, Tensor]) -> tuple[str, JSON, dic
         if name.endswith((".attn.bias", ".attn.masked_bias")) or name == "lm_head.weight":
             continue  # masks, and the embedding again
         module, _, kind = name.rpartition(".")
-        if _is_conv1d(name):
+        if is_conv1d(name):
             tensor = tensor.T.contiguous()
         prefix, rest = "", module
         if module.startswith("h."):

@@ -27,6 +27,7 @@ LIBRARIES = {
     "uvicorn": "serving/http/server.py",
     "prometheus_client": "serving/metrics.py",
     "safetensors": "gpt/checkpoint.py",
+    "gguf": "gpt/gguf.py",
     "matplotlib": "training/plots",
     "sklearn": "training/tasks/tables.py",
 }
@@ -77,7 +78,8 @@ def test_each_heavy_library_is_imported_in_one_place(library):
 
 def test_every_library_is_installed_by_make_setup():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    declared = {re.split("[^\\w-]", d)[0].replace("-", "_") for d in project["dependencies"]}
+    dependencies = [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
+    declared = {re.split("[^\\w-]", d)[0].replace("-", "_") for d in dependencies}
     declared |= {"starlette", "pydantic", "h11"}  # of fastapi and uvicorn
     declared |= {"httpx2"}  # of huggingface_hub
     distributions = importlib.metadata.packages_distributions()

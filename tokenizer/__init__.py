@@ -325,6 +325,10 @@ class Tokenizer:
         """Return a decoder for tokens that arrive one by one."""
         return StreamDecoder(self)
 
+    def to_json(self) -> str:
+        """Return the content of tokenizer.json."""
+        return str(self._library.to_str())
+
     def save(self, path: Path | str) -> None:
         """Write tokenizer.json; if that fails, the previous file stays."""
         path = Path(path)

@@ -1,4 +1,4 @@
-"""The commands `export` and `import`: runs as folders that `transformers` and vLLM open, and back."""
+"""The commands `export` and `import`: runs as folders that `transformers`, vLLM or llama.cpp open, and back."""
 
 import json as jsonlib
 import shutil
@@ -25,9 +25,11 @@ from gpt.checkpoint import (
     write_atomically,
 )
 from gpt.cli import OptionalText
+from gpt.gguf import GGUF_DTYPES, save_gguf, to_gguf
 from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
 from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer.gguf import gguf_metadata, normalizes
 from training.config import TASK_ARGS, TrainingConfig
 from training.progress import final_metrics
 from training.run_directory import save_training_config
@@ -37,14 +39,16 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class Export:
-    """Write a run of a GPT or GPT-2 as a folder for `transformers`, vLLM and what else opens their models."""
+    """Write a run of a GPT or GPT-2 as a folder for `transformers` and vLLM, or with --to gguf for llama.cpp and Ollama."""
 
     run: Annotated[Positional[str], arg(metavar="RUN")]
     """Run: a name in runs/, or a path."""
     folder: Annotated[Positional[Path], arg(metavar="DIR")]
     """Folder to create."""
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Number format of the weights; float32 is exact."""
+    to: Literal["hf", "gguf"] = "hf"
+    """hf: config.json, model.safetensors and tokenizer.json; gguf: one file, model.gguf (`pip install gguf`)."""
+    dtype: Literal["float32", "bfloat16", "float16", "q8_0"] = "float32"
+    """Number format of the weights; float32 is exact. q8_0, 8-bit integers with a scale for every 32 of a row, is for gguf."""
     push: OptionalText = None
     """Also upload the folder to the Hugging Face hub, as the model USER/NAME. Needs `hf auth login` or HF_TOKEN."""
     private: bool = False
@@ -55,9 +59,14 @@ class Export:
         run = find_run(self.run)
         if self.private and not self.push:
             raise ValueError("--private needs --push USER/NAME")
+        if self.dtype not in (DTYPES if self.to == "hf" else GGUF_DTYPES):
+            raise ValueError(f"--dtype {self.dtype} needs --to gguf")
         if self.folder.exists() and (not self.folder.is_dir() or any(self.folder.iterdir())):
             raise ValueError(f"{self.folder} exists already: choose another folder, or remove it")
-        export_run(run, self.folder, self.dtype)
+        if self.to == "hf":
+            export_run(run, self.folder, self.dtype)
+        else:
+            export_gguf(run, self.folder, self.dtype)
         print(f"{self.folder}: " + ", ".join(sorted(path.name for path in self.folder.iterdir())))
         if self.push:
             from training.hub import push
@@ -119,6 +128,27 @@ def export_run(run: Path, folder: Path, dtype: str) -> None:
         raise
 
 
+def export_gguf(run: Path, folder: Path, dtype: str) -> None:
+    """Write model.gguf and a model card to a new folder; a ValueError if llama.cpp has no such model or tokenizer."""
+    model, tokenizer = load_language_model(run), Tokenizer.load(run)
+    name = {"general.name": run.resolve().name}
+    writer = to_gguf(model, dtype, {**name, **gguf_metadata(tokenizer)})
+    if normalizes(tokenizer):
+        print(
+            "note: llama.cpp does not normalize text (NFC) as this tokenizer does: an accent that is a "
+            "character of its own has other ids there"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        save_gguf(folder / "model.gguf", writer)
+        write_atomically(
+            folder / "README.md", model_card(run, count_parameters(model), library="gguf")
+        )
+    except OSError:
+        shutil.rmtree(folder)
+        raise
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write a JSON file."""
     write_atomically(path, jsonlib.dumps(value, indent=2) + "\n")
@@ -145,7 +175,7 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
     }
 
 
-def model_card(run: Path, num_parameters: int) -> str:
+def model_card(run: Path, num_parameters: int, library: str = "transformers") -> str:
     """Return a README.md with a YAML header: what the model is, and what was measured of it."""
     content = read_run_json(run)
     config, data = content.get("config", {}), content.get("data", {})
@@ -160,7 +190,7 @@ def model_card(run: Path, num_parameters: int) -> str:
     header = [
         "---",
         "license: other  # fill in the license of the model and of its data",
-        "library_name: transformers",
+        f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:\n- tinygpt",
         *([f"datasets:\n- {name}"] if is_hub_dataset else []),
@@ -173,7 +203,10 @@ def model_card(run: Path, num_parameters: int) -> str:
         f"A language model of {num_parameters:,} parameters, trained with tinygpt"
         + (f" on: {data['description']}." if data.get("description") else "."),
         "",
-        f"In training, `{END_OF_TEXT}` stands before every document: start a prompt with it.",
+        f"In training, `{END_OF_TEXT}` stands before every document: "
+        + (
+            "llama.cpp puts it before a prompt." if library == "gguf" else "start a prompt with it."
+        ),
     ]
     if metrics:
         lines += ["", "| on the validation split | |", "|---|---:|"]

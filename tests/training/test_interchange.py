@@ -1,9 +1,16 @@
 """Exported runs in `transformers`, and models of `transformers` as runs."""
 
 import hashlib
+import importlib.util
 import json
 import math
+import os
 import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +24,8 @@ from gpt.sampling import SamplingParams
 from tests.training.helpers import write_corpus
 from tokenizer import Tokenizer, train_bpe
 from training import cli
+
+SCALE = (Path(__file__).parents[2] / "docs" / "scale.md").read_text("utf-8")
 
 WORDS = [
     "the",
@@ -39,11 +48,11 @@ VOCAB_SIZE, CONTEXT = 320, 256
 SIZES = {"width": 32, "depth": 2, "heads": 4}
 MODELS = {
     "gpt2": (GPT2, {}),
-    "gpt2-no-bias": (GPT2, {"bias": False, "hidden": 48}),
+    "gpt2-no-bias": (GPT2, {"bias": False, "hidden": 96}),
     "gpt": (GPT, {}),
     "gpt-tied": (GPT, {"tied": True, "rotary_base": 1e6}),
     "gpt-grouped": (GPT, {"kv_heads": 2, "head_width": 16}),
-    "gpt-grouped-tied": (GPT, {"kv_heads": 1, "tied": True, "hidden": 40}),
+    "gpt-grouped-tied": (GPT, {"kv_heads": 1, "tied": True, "hidden": 96}),
 }
 
 
@@ -294,7 +303,7 @@ def corpus_run(request, tokenizer, tmp_path):
     save_config(run, "lstm" if request.param == "lstm" else "gpt", args)
     save_tensors(run / "model.safetensors", unique_state_dict(model))
     tokenizer.save(run / "tokenizer.json")
-    messages = {"lstm": "transformers has no model that is a LSTM", "ngrams": "no n-gram tables"}
+    messages = {"lstm": "has a model that is a LSTM", "ngrams": "no n-gram tables"}
     return run, messages[request.param]
 
 
@@ -323,3 +332,35 @@ def test_model_card_has_what_was_measured(tmp_path, monkeypatch):
     assert f"| bits per byte | {final['final_bits_per_byte']:.4f} |" in card
     assert "library_name: transformers" in card
     assert json.loads((tmp_path / "hf" / "config.json").read_text())["dtype"] == "bfloat16"
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not importlib.util.find_spec("lm_eval"), reason="lm-eval is not installed")
+@pytest.mark.parametrize("name", ["gpt2", "gpt-grouped"])
+def test_evaluation_harness_scores_the_folder_as_eval_does(
+    name, tokenizer, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    save_run(tmp_path / "run", name, tokenizer)
+    tinygpt("export", "run", "wide-hf")
+    tinygpt("import", "wide-hf", "wide")
+    Path("my.txt").write_text(make_text(random.Random(4), 900), "utf-8")
+    [task] = re.findall(r"```yaml\n(task: .*?)```", SCALE, re.DOTALL)
+    Path("my_text.yaml").write_text(task)
+    [command] = re.findall(r"^lm-eval (.*)", SCALE, re.MULTILINE)
+    done = subprocess.run(
+        [sys.executable, "-m", "lm_eval", *shlex.split(command)],
+        env={**os.environ, "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    [scores] = Path("scores").rglob("*.json")
+    theirs = json.loads(scores.read_text())["results"]["my_text"]["bits_per_byte,none"]
+    [evaluation] = re.findall(r"^tinygpt (eval wide .*)", SCALE, re.MULTILINE)
+    capsys.readouterr()
+    tinygpt(*shlex.split(evaluation), "--json")
+    ours = json.loads(capsys.readouterr().out)
+    assert ours["tokens"] > 3 * CONTEXT
+    assert theirs == pytest.approx(ours["bits_per_byte"], abs=1e-4)
