@@ -181,9 +181,6 @@ class Serve:
             raise ValueError(f"--threads must be at most {MAX_THREADS}, not {self.threads}")
         if not 0 < self.stall_timeout < 1e6:
             raise ValueError(f"--stall-timeout must be above 0, not {self.stall_timeout}")
-        key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
 
     def __call__(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
@@ -193,7 +190,7 @@ class Serve:
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
-        key = self.api_key
+        key = self.checked_key()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
         paths = self.find_runs()
@@ -222,6 +219,13 @@ class Serve:
             server.run([listener])
             if server.load_error:
                 raise server.load_error
+
+    def checked_key(self) -> str | None:
+        """Return the API key; a ValueError if no client could send it."""
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
+        return key
 
     def find_runs(self) -> list[Path]:
         """Return the directories of the runs to serve from the start; a ValueError if one is missing."""

@@ -164,6 +164,7 @@ def app(args: dict[str, Any]) -> serve.Application:
         paths = [path.absolute() for path in options.find_runs()]
         options = dataclasses.replace(
             options,
+            api_key=options.checked_key(),
             watch=options.watch and options.watch.absolute(),
             runs_dir=options.runs_dir and options.runs_dir.absolute(),
         )

@@ -122,6 +122,18 @@ def test_commands_of_the_docs(build):
         build(**args | {"run": args["run"].replace("runs/NAME", "runs/tiny")})
 
 
+def test_configuration_file_of_the_docs(build):
+    import yaml
+    from ray.serve.schema import ServeDeploySchema
+
+    (text,) = re.findall(r"^```yaml\n(http_options.*?)^```", SCALE, re.MULTILINE | re.DOTALL)
+    (application,) = ServeDeploySchema.model_validate(yaml.safe_load(text)).applications
+    deployment, options, _ = build(**application.args | {"run": ["tiny", "other"]})
+    (overridden,) = application.deployments
+    assert application.import_path == "serving.ray_serve:app"
+    assert (deployment.name, options.max_num_seqs) == (overridden.name, 32)
+
+
 def test_a_replica_with_a_failed_engine_is_unhealthy():
     from serving.cli import Serve
     from serving.ray_serve import Replica
@@ -244,9 +256,9 @@ async def use_two_replicas(process, address):
         # Chunks arrive while the sequence runs, and a client that leaves frees the slot.
         request = body(19_000, stream=True)
         async with http.stream("POST", "/v1/completions", json=request) as response:
-            async for line in response.aiter_lines():
-                assert json.loads(line.removeprefix("data: "))["choices"][0]["text"]
-                break
+            lines = response.aiter_lines()
+            first = json.loads((await anext(lines)).removeprefix("data: "))
+            assert first["choices"][0]["finish_reason"] is None
             assert (await running()).total() == 1
         await wait_for(lambda numbers: not numbers.total())
         unstreamed = asyncio.create_task(http.post("/v1/completions", json=body(19_000)))
