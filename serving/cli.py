@@ -42,7 +42,7 @@ from tokenizer import Tokenizer, decode_utf8
 
 if TYPE_CHECKING:
     from serving.engine.compilation import Compiler
-    from serving.http.registry import ModelEntry
+    from serving.http.registry import ModelEntry, ModelRegistry
 
 WATCH_INTERVAL = 2.0
 """Seconds between two scans of a watched folder."""
@@ -190,19 +190,11 @@ class Serve:
         from serving.http.registry import ModelRegistry
         from serving.http.server import Server
 
-        key = self.api_key
-        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
-            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
+        key = self.checked_key()
         logging.basicConfig(format="%(asctime)s %(message)s")
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-        paths = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
-        names = [path.resolve().name for path in paths]
-        if len(set(names)) < len(names):
-            raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
-        for option, folder in (("--watch", self.watch), ("--runs-dir", self.runs_dir)):
-            if folder and not folder.is_dir():
-                raise ValueError(f"{option} {folder}: no such folder")
-        runs = RunBrowser(self.runs_dir or (paths[0].resolve().parent if paths else self.watch))
+        paths = self.find_runs()
+        runs = self.run_browser(paths)
         with bind(self.host, self.port) as listener, contextlib.closing(Compiler()) as compiler:
             ip, port, *_ = listener.getsockname()
             is_loopback = ipaddress.ip_address(ip.partition("%")[0]).is_loopback
@@ -215,27 +207,10 @@ class Serve:
             address = f"http://{host}:{port}"
             registry = ModelRegistry()
 
-            async def load(path: Path) -> None:
-                work = functools.partial(self.load_entry, path, compiler, runs)
-                await registry.add(await asyncio.to_thread(run_in_own_thread, work))
-
             async def load_all() -> None:
-                for path in paths:
-                    await load(path)
-                registry.loading_message = ""
-                gc.freeze()  # a collection that traverses the models takes a tenth of a second
+                await self.load_runs(paths, registry, compiler, runs)
                 print(_startup_message(list(registry.entries), address, key), flush=True)
-                while self.watch:
-                    for path in finished_runs(self.watch):
-                        name = path.resolve().name
-                        if name in registry.entries:
-                            continue
-                        try:
-                            await load(path)
-                            print(f"{name}: now served", flush=True)
-                        except (ValueError, OSError) as error:  # the other models stay served
-                            logging.getLogger(__name__).error("%s", error)
-                    await asyncio.sleep(WATCH_INTERVAL)
+                await self.watch_runs(registry, compiler, runs)
 
             app = create_app(
                 registry, self.limits, key=key, allowed_origins=self.allowed_origins, runs=runs
@@ -244,6 +219,58 @@ class Serve:
             server.run([listener])
             if server.load_error:
                 raise server.load_error
+
+    def checked_key(self) -> str | None:
+        """Return the API key; a ValueError if no client could send it."""
+        key = self.api_key
+        if key is not None and not (key and key.isascii() and key.isprintable() and " " not in key):
+            raise ValueError("--api-key must be printable ASCII without spaces, and not empty")
+        return key
+
+    def find_runs(self) -> list[Path]:
+        """Return the directories of the runs to serve from the start; a ValueError if one is missing."""
+        paths = [] if self.watch and not self.run else [find_run(r) for r in self.run or (None,)]
+        names = [path.resolve().name for path in paths]
+        if len(set(names)) < len(names):
+            raise ValueError(f"two runs have one name: {', '.join(names)}; rename a directory")
+        for option, folder in (("--watch", self.watch), ("--runs-dir", self.runs_dir)):
+            if folder and not folder.is_dir():
+                raise ValueError(f"{option} {folder}: no such folder")
+        return paths
+
+    def run_browser(self, paths: Sequence[Path]) -> RunBrowser:
+        """Return the folder of runs for the web page of a server of these runs."""
+        return RunBrowser(self.runs_dir or (paths[0].resolve().parent if paths else self.watch))
+
+    async def load_runs(
+        self,
+        paths: Sequence[Path],
+        registry: "ModelRegistry",
+        compiler: "Compiler",
+        runs: RunBrowser,
+    ) -> None:
+        """Load runs and serve them, while the event loop goes on."""
+        for path in paths:
+            work = functools.partial(self.load_entry, path, compiler, runs)
+            await registry.add(await asyncio.to_thread(run_in_own_thread, work))
+        registry.loading_message = ""
+        gc.freeze()  # a collection that traverses the models takes a tenth of a second
+
+    async def watch_runs(
+        self, registry: "ModelRegistry", compiler: "Compiler", runs: RunBrowser
+    ) -> None:
+        """Serve each run in the watched folder, if there is one, once its training has finished."""
+        while self.watch:
+            for path in finished_runs(self.watch):
+                name = path.resolve().name
+                if name in registry.entries:
+                    continue
+                try:
+                    await self.load_runs([path], registry, compiler, runs)
+                    print(f"{name}: now served", flush=True)
+                except (ValueError, OSError) as error:  # the other models stay served
+                    logging.getLogger(__name__).error("%s", error)
+            await asyncio.sleep(WATCH_INTERVAL)
 
     def load_entry(
         self,
@@ -380,13 +407,18 @@ def main(prog: str = "python -m serving", arguments: Sequence[str] | None = None
 
 def _configured(serve: Serve, prog: str, arguments: Sequence[str]) -> tuple[Serve, str]:
     """Return the command with the options of file and environment, and a note on where they come from."""
-    options = settings.option_names(serve)
-    found = settings.read_environment(prog, [*options, "config"])
-    from_environment = found.pop("config", None)
-    path = settings.find_option(arguments, "--config")
-    if path is None and from_environment:
-        path = from_environment.value
-    if path is not None:
-        found = settings.read_settings(Path(path), ("limits", "timeouts")) | found
+    config = settings.find_option(arguments, "--config")
+    found = read_settings(prog, settings.option_names(serve), config)
     (serve,) = settings.apply(found, arguments, serve)
     return serve, settings.describe_sources(found)
+
+
+def read_settings(prog: str, options: Sequence[str], config: str | None) -> settings.Settings:
+    """Return the options of the configuration file and of the environment, which may name the file."""
+    found = settings.read_environment(prog, [*options, "config"])
+    from_environment = found.pop("config", None)
+    if config is None and from_environment:
+        config = from_environment.value
+    if config is not None:
+        found = settings.read_settings(Path(config), ("limits", "timeouts")) | found
+    return found

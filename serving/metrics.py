@@ -1,14 +1,20 @@
 """Prometheus metrics of requests, named as vLLM's, with the prefix `tinygpt:`."""
 
+from collections.abc import Iterable, Mapping
 from functools import partial
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.registry import Collector
 
 BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120)
 """Upper bounds of histogram buckets, in seconds."""
 
 REGISTRY = CollectorRegistry()
 """Metrics of this server only, none of its process."""
+
+Families = list[Metric]
+"""Metrics with their values."""
 
 _gauge = partial(Gauge, labelnames=("model_name",), registry=REGISTRY)
 _counter = partial(Counter, labelnames=("model_name",), registry=REGISTRY)
@@ -75,3 +81,30 @@ class Metrics:
 def render_metrics() -> bytes:
     """Return all metrics in Prometheus' text format."""
     return generate_latest(REGISTRY)
+
+
+def collect_metrics() -> Families:
+    """Return all metrics with their values, which can be sent to another process."""
+    return list(REGISTRY.collect())
+
+
+class _Replicas(Collector):
+    """The metrics of several processes as those of one, with the label `replica`."""
+
+    def __init__(self, replicas: Mapping[str, Families]) -> None:
+        self.merged: dict[str, Metric] = {}
+        for replica, metrics in replicas.items():
+            for metric in metrics:
+                empty = Metric(metric.name, metric.documentation, metric.type)
+                self.merged.setdefault(metric.name, empty).samples += [
+                    sample._replace(labels={**sample.labels, "replica": replica})
+                    for sample in metric.samples
+                ]
+
+    def collect(self) -> Iterable[Metric]:
+        return self.merged.values()
+
+
+def render_replicas(replicas: Mapping[str, Families]) -> bytes:
+    """Return the metrics of several replicas, by their names, in Prometheus' text format."""
+    return generate_latest(_Replicas(replicas))

@@ -30,6 +30,7 @@ LIBRARIES = {
     "gguf": "gpt/gguf.py",
     "matplotlib": "training/plots",
     "sklearn": "training/tasks/tables.py",
+    "ray": "serving/ray_serve.py",
 }
 """Each heavy library, and the only file or package that may import it."""
 
@@ -84,6 +85,8 @@ def test_every_library_is_installed_by_make_setup():
     declared |= {"httpx2"}  # of huggingface_hub
     distributions = importlib.metadata.packages_distributions()
     imported = set().union(*(imported_packages(f) for name in PACKAGES for f in source_files(name)))
+    assert "ray" in project["optional-dependencies"]  # click is one of uvicorn's
+    imported -= {"ray", "click"}
     for library in imported - PACKAGES.keys() - sys.stdlib_module_names:
         names = {name.lower().replace("-", "_") for name in distributions[library]}
         assert declared & names, f"{library} is no dependency"

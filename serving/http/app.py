@@ -1,7 +1,7 @@
 """The FastAPI application: its routes, from request to response."""
 
 import asyncio
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from importlib.metadata import version
 from typing import Annotated, Any
 
@@ -45,11 +45,13 @@ def create_app(
     key: str | None = None,
     allowed_origins: Sequence[str] = (),
     runs: RunBrowser | None = None,
+    all_metrics: Callable[[], Awaitable[bytes]] | None = None,
 ) -> FastAPI:
     """Return the application.
 
     Every route but `/health` and the page's files requires the API key `key`, if there is one. Other
-    web pages may send requests if their origins are in `allowed_origins` (CORS).
+    web pages may send requests if their origins are in `allowed_origins` (CORS). `all_metrics`
+    returns what `/metrics` responds, if that is more than the metrics of this process.
     """
     limits, runs = limits or Limits(), runs or RunBrowser()
 
@@ -212,9 +214,7 @@ def create_app(
     @app.get("/health", response_model=schemas.Status, responses=schemas.UNAVAILABLE)
     async def health() -> Response:
         """Return 200 while every engine works; 503 means that the server should be restarted."""
-        engines = [entry.engine for entry in registry.entries.values()]
-        healthy = not any(engine.is_stalled or engine.has_failed for engine in engines)
-        return _status_response(healthy, "an engine has stalled or failed; see the log")
+        return _status_response(registry.is_healthy, "an engine has stalled or failed; see the log")
 
     @app.get(
         "/ready", response_model=schemas.Status, responses=schemas.errors() | schemas.UNAVAILABLE
@@ -228,7 +228,8 @@ def create_app(
     @app.get("/metrics", response_class=Response, responses=schemas.errors() | schemas.METRICS)
     async def metrics() -> Response:
         """Return metrics in Prometheus' text format."""
-        return Response(render_metrics(), media_type="text/plain; version=0.0.4; charset=utf-8")
+        text = await all_metrics() if all_metrics else render_metrics()
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 
     return app
 

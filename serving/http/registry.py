@@ -81,6 +81,12 @@ class ModelRegistry:
         self.loading_message = "the server is loading its models"
         """Why models are missing; empty once all are loaded."""
 
+    @property
+    def is_healthy(self) -> bool:
+        """False once an engine has stalled or failed."""
+        engines = [entry.engine for entry in self.entries.values()]
+        return not any(engine.is_stalled or engine.has_failed for engine in engines)
+
     async def add(self, entry: ModelEntry) -> None:
         """Start a model's engine and serve it."""
         await entry.engine.start()
