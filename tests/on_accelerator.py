@@ -240,7 +240,7 @@ def test_commands_print_what_they_print_on_the_cpu(tmp_path, monkeypatch):
         assert "continues at step 3" in command(
             training_cli.main, "train", "--resume", run, "--device", device
         )
-        score = command(training_cli.main, "eval", run, "--device", device, "--json")
+        score = command(training_cli.main, "eval", run, "--device", device, "--accuracy", "--json")
         texts = [
             command(
                 serving_cli.main, "sample", run, "--prompt", "the", "--device", device, *sampling

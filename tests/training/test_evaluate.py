@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gpt import GPT, LSTM, LanguageModel, State
 from gpt.models.transformer import Transformer
+from training.evaluation.analysis import calibration
 from training.evaluation.evaluate import (
     Predictions,
     Score,
@@ -230,3 +231,11 @@ def test_a_tie_is_a_miss() -> None:
     predictions = evaluate(Uniform(7, CONTEXT), np.arange(7), accuracy=True)
     assert (predictions.columns[:, 1] == 6).all()
     np.testing.assert_allclose(predictions.columns[:, 2], 1 / 7)
+
+
+def test_a_model_that_has_diverged_hits_nothing() -> None:
+    model = Uniform(7, CONTEXT)
+    nn.init.constant_(model.weight, math.nan)
+    _, rank_N, confidence_N = evaluate(model, np.arange(7), accuracy=True).columns.T
+    figures, _ = calibration(rank_N, confidence_N)
+    assert figures["accuracy_at_1"] == figures["accuracy_at_5"] == 0

@@ -1,12 +1,15 @@
 """`eval` with several texts and figures, `compare`, and the commands of docs/evaluation.md."""
 
 import json
+import math
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
+from gpt.checkpoint import load_tensors, save_tensors
 from tests.corpora import text_lines
 from tokenizer import Tokenizer
 from training import cli
@@ -23,6 +26,7 @@ def workdir(tmp_path_factory):
     """Two runs of one text with different tokenizers, one of another text, one of a table; texts to score."""
     folder = tmp_path_factory.mktemp("workdir")
     (folder / "text.txt").write_text("".join(f"line {i} of a text\n" for i in range(200)))
+    (folder / "short.txt").write_text("short\n")
     (folder / "other.txt").write_text("".join(f"{i} is another text\n" for i in range(200)))
     splits = folder / "books"
     splits.mkdir()
@@ -41,6 +45,9 @@ def workdir(tmp_path_factory):
             cli.main("tinygpt", ["train", *TINY, *options, "--run", run])
         options = ["--task", "square", "--steps", "1", "--device", "cpu", "--run", "table"]
         cli.main("tinygpt", ["train", "linear", *options])
+    shutil.copytree(folder / "runs" / "wide", folder / "runs" / "diverged")
+    weights = folder / "runs" / "diverged" / "model.safetensors"
+    save_tensors(weights, {k: v * math.nan for k, v in load_tensors(weights).items()})
     return folder
 
 
@@ -191,6 +198,14 @@ def test_every_command_of_the_docs_runs(printed, workdir):
         "a run of another task": (
             ["compare", "wide", "table"],
             "runs/table: its task is square, and `compare` is for the task text",
+        ),
+        "a text of one line": (
+            ["compare", "wide", "narrow", "--data", "short.txt"],
+            "the train split of short.txt is too short to compare runs on: give more than 100 bytes",
+        ),
+        "a loss that is not finite": (
+            ["compare", "wide", "diverged"],
+            "runs/diverged: its loss is not finite",
         ),
         "a stride of 0": (
             ["compare", "wide", "narrow", "--stride", "0"],

@@ -202,7 +202,8 @@ def loss_by_position(context_N: Ints, nll_N: Floats) -> list[Row]:
 def calibration(rank_N: Floats, confidence_N: Floats) -> tuple[dict[str, float], list[Row]]:
     """Return accuracy@1, accuracy@5 and expected calibration error, and the bins of the last."""
     is_hit_N = rank_N < 1
-    bin_N = np.minimum((confidence_N * BINS).astype(np.int64), BINS - 1)
+    # A model that has diverged has no confidence: NaN.
+    bin_N = np.minimum((np.nan_to_num(confidence_N) * BINS).astype(np.int64), BINS - 1)
     bins = [
         {
             "tokens": int(is_in_N.sum()),

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import numpy as np
 from tyro.conf import Positional, arg
 
 from gpt import cli
@@ -18,7 +19,7 @@ from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
 from training.data.corpus import is_prepared
-from training.evaluation.analysis import PairedSums
+from training.evaluation.analysis import MIN_BLOCK_SIZE, PairedSums
 from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
 from training.progress import read_metrics
@@ -256,12 +257,21 @@ class Compare:
                     f"{directory} and {directories[0]} have other texts in their {split} split, or a "
                     "tokenizer that loses some of it: give one text that both hold as --data"
                 )
+        if texts[0].units().num_units < 2:
+            raise ValueError(
+                f"the {split} split of {tasks[0].description} is too short to compare runs on: "
+                f"give more than {MIN_BLOCK_SIZE} {texts[0].size_unit}"
+            )
         rows: list[dict[str, Any]] = []
         baseline: PairedSums | None = None
         for directory, task, text in zip(directories, tasks, texts, strict=True):
             model = load_model(directory, resolve_device(self.device))
             options = score_options(self, task, "stride", "context_length")
             predictions = task.predictions(model, split, **options)
+            if not np.isfinite(predictions.nll_N).all():
+                raise ValueError(
+                    f"{directory}: its loss is not finite: there is nothing to compare"
+                )
             sums = PairedSums(text, predictions.nll_N)
             baseline = baseline or sums
             rows.append(

@@ -220,7 +220,7 @@ def target_predictions(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """
     nll_N = cross_entropy(logits_NV, targets_N)
     target_N1 = logits_NV.gather(-1, targets_N.clamp(min=0).unsqueeze(-1)).to(nll_N.dtype)
-    rank_N = (logits_NV >= target_N1).sum(-1) - 1
+    rank_N = (~(logits_NV < target_N1)).sum(-1) - 1  # so that NaN is no hit either
     # nll = log sum exp(logits) - target's logit, so this is the largest logit's probability.
     confidence_N = (logits_NV.amax(-1) - target_N1.squeeze(-1) - nll_N).exp().clamp(max=1)
     return torch.stack([nll_N, rank_N.to(nll_N.dtype), confidence_N], dim=-1)
