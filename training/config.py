@@ -77,6 +77,8 @@ class TrainingConfig:
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
+    end_of_text: OptionalText = None
+    """Token that ends a document, of a tokenizer.json that does not name it; nothing if this is its `<|endoftext|>`, `</s>` or the like."""
     vocab_size: int = 4096
     """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
     init_from: Annotated[

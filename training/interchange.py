@@ -27,7 +27,7 @@ from gpt.checkpoint import (
 from gpt.cli import OptionalText
 from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import Tokenizer
 from training.config import TASK_ARGS, TrainingConfig
 from training.progress import final_metrics
 from training.run_directory import save_training_config
@@ -111,9 +111,9 @@ def export_run(run: Path, folder: Path, dtype: str) -> None:
         write_json(
             folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.context_length)
         )
-        write_atomically(
-            folder / "README.md", model_card(run, sum(map(torch.Tensor.numel, tensors.values())))
-        )
+        size = sum(map(torch.Tensor.numel, tensors.values()))
+        end_of_text = tokenizer.token_name(tokenizer.eos_token)
+        write_atomically(folder / "README.md", model_card(run, size, end_of_text))
     except OSError:
         shutil.rmtree(folder)
         raise
@@ -145,7 +145,7 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
     }
 
 
-def model_card(run: Path, num_parameters: int) -> str:
+def model_card(run: Path, num_parameters: int, end_of_text: str) -> str:
     """Return a README.md with a YAML header: what the model is, and what was measured of it."""
     content = read_run_json(run)
     config, data = content.get("config", {}), content.get("data", {})
@@ -173,7 +173,7 @@ def model_card(run: Path, num_parameters: int) -> str:
         f"A language model of {num_parameters:,} parameters, trained with tinygpt"
         + (f" on: {data['description']}." if data.get("description") else "."),
         "",
-        f"In training, `{END_OF_TEXT}` stands before every document: start a prompt with it.",
+        f"In training, `{end_of_text}` stands before every document: start a prompt with it.",
     ]
     if metrics:
         lines += ["", "| on the validation split | |", "|---|---:|"]

@@ -90,10 +90,16 @@ class DatasetSplits:
     report: ReadReport = field(default_factory=ReadReport)
 
 
-def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
-    """Return the tokenizer named by `--tokenizer`, or None if it is to be trained."""
+def resolve_tokenizer(
+    tokenizer: str | Tokenizer, end_of_text: str | None = None
+) -> Tokenizer | None:
+    """Return the tokenizer named by `--tokenizer` and `--end-of-text`, or None if it is to be trained."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
+    if end_of_text is not None and tokenizer in (*TOKENIZER_TRAINERS, "bytes"):
+        raise ValueError(
+            f"--end-of-text names a token of a tokenizer.json: leave it out with --tokenizer {tokenizer}"
+        )
     if tokenizer in TOKENIZER_TRAINERS:
         return None
     if tokenizer == "bytes":
@@ -103,7 +109,7 @@ def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
             f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(TOKENIZER_TRAINERS)}, "
             "bytes, or the path of a tokenizer.json or of a run directory"
         )
-    return Tokenizer.load(tokenizer)
+    return Tokenizer.load(tokenizer, end_of_text)
 
 
 def limit_bytes(documents: Documents, max_bytes: int) -> Iterator[TextChunk]:
