@@ -78,7 +78,7 @@ class TrainingConfig:
     tokenizer: str = "bpe"
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or the path of a tokenizer.json or a run to load it from."""
     end_of_text: OptionalText = None
-    """Token that ends a document, of a tokenizer.json that does not name it; nothing if this is its `<|endoftext|>`, `</s>` or the like."""
+    """Token of a tokenizer.json that ends a document. Default: the one that it, or a tokenizer_config.json beside it, names."""
     vocab_size: int = 4096
     """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
     init_from: Annotated[

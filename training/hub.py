@@ -9,7 +9,8 @@ from huggingface_hub.errors import HfHubHTTPError
 
 HUB_TIMEOUT_SECONDS = 4.0
 """Time in which the hub must respond to a first request."""
-MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json"]
+MODEL_FILES = ["config.json", "*.safetensors", "*.safetensors.index.json"]
+MODEL_FILES += ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"]
 
 
 def check_hub_is_reachable(name: str) -> None:
