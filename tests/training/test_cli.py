@@ -176,7 +176,7 @@ def test_eval_scores_all_of_another_text(run, workdir):
     ],
 )
 def test_runs_on_a_tokenizer_json_of_any_kind(workdir, tmp_path, kind, options, eos):
-    """Train, evaluate, resume; a run knows its EOS token without the option or the file."""
+    """Train, evaluate, continue; a run knows its EOS token without the option or the file."""
     KINDS[kind]().save(str(tmp_path / "t.json"))
     (tmp_path / "text.txt").write_text(TEXT * 40)
     run, corpus = workdir / f"of-{kind}", ["--data", tmp_path / "text.txt"]
