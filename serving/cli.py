@@ -112,7 +112,11 @@ class Sample:
         arguments = model, tokens.ids, self.max_tokens, sampling_params, stop_tokens
         for choice in range(self.n):
             detokenizer = IncrementalDetokenizer(
-                tokenizer, self.stop, tokens.trailing_space, min_tokens=self.min_tokens
+                tokenizer,
+                self.stop,
+                tokens.trailing_space,
+                prompt=tokens.ids,
+                min_tokens=self.min_tokens,
             )
             output = generate(*arguments, choice, tokens.allowed_first_tokens, start_token)
             if choice:

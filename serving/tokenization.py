@@ -1,10 +1,10 @@
 """Between text and token ids: prompts in; whole characters out, up to a stop string."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import Tokenizer
 
 
 class PromptTokens(NamedTuple):
@@ -64,11 +64,14 @@ def tokenize_source(tokenizer: Tokenizer, text: str) -> PromptTokens:
     return PromptTokens(ids, " ", text=text)
 
 
-def token_text(tokenizer: Tokenizer, token: int) -> str:
-    r"""Return a token as text, or as `bytes:\xc3` if it is not whole characters."""
-    if token == tokenizer.eos_token:
-        return END_OF_TEXT
-    data = tokenizer.token_bytes(token)
+def token_text(tokenizer: Tokenizer, token: int, *, is_first: bool = False) -> str:
+    r"""Return a token as text, a special one by its name, or as `bytes:\xc3` if it is not whole characters.
+
+    `is_first` tells whether it starts a text (see `Tokenizer.token_bytes`).
+    """
+    if token in tokenizer.special_tokens:
+        return tokenizer.special_tokens[token]
+    data = tokenizer.token_bytes(token, is_first=is_first)
     try:
         return data.decode()
     except UnicodeDecodeError:
@@ -84,15 +87,21 @@ def _tokens_starting_with_space(tokenizer: Tokenizer) -> Sequence[int]:
 class TextStream:
     """Decodes one token at a time into whole characters, special tokens into nothing or their names."""
 
-    def __init__(self, tokenizer: Tokenizer, skip_special_tokens: bool = True) -> None:
-        self._stream, self._shown_token = tokenizer.stream(), None
-        if not skip_special_tokens:
-            self._shown_token = tokenizer.eos_token
+    def __init__(
+        self, tokenizer: Tokenizer, skip_special_tokens: bool = True, prompt: Iterable[int] = ()
+    ) -> None:
+        self._stream = tokenizer.stream(prompt)
+        self._shown_tokens = {} if skip_special_tokens else tokenizer.special_tokens
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the next token starts the text."""
+        return self._stream.is_first
 
     def push(self, token: int) -> str:
         """Return the characters that this token completes; '' while a character is incomplete."""
-        if token == self._shown_token:
-            return self._stream.flush() + END_OF_TEXT
+        if token in self._shown_tokens:
+            return self._stream.flush() + self._shown_tokens[token]
         return self._stream.push(token)
 
     def flush(self) -> str:
@@ -111,9 +120,10 @@ class IncrementalDetokenizer:
         tokenizer: The tokenizer.
         stop_strings: The stop strings.
         omitted_prefix: Removed from the start of the output: the prompt's trailing space.
-        incomplete: The last tokens of the prompt, if the output completes their last character.
+        prompt: The tokens that the output continues.
+        incomplete: The last of them, if the output completes their last character.
         min_tokens: Number of first tokens that complete no stop string.
-        skip_special_tokens: Whether EOS tokens are left out of the text.
+        skip_special_tokens: Whether special tokens are left out of the text.
     """
 
     def __init__(
@@ -122,6 +132,7 @@ class IncrementalDetokenizer:
         stop_strings: Sequence[str] = (),
         omitted_prefix: str = "",
         *,
+        prompt: Iterable[int] = (),
         incomplete: Sequence[int] = (),
         min_tokens: int = 0,
         skip_special_tokens: bool = True,
@@ -134,11 +145,16 @@ class IncrementalDetokenizer:
         """Whole characters decoded so far, buffered ones included."""
         self.num_emitted = 0
         """Characters returned so far."""
-        self._stream, self._buffer = TextStream(tokenizer, skip_special_tokens), ""
+        self._stream, self._buffer = TextStream(tokenizer, skip_special_tokens, prompt), ""
         self._stop_strings, self._omitted_prefix = stop_strings, omitted_prefix
         self._min_tokens, self._num_tokens = min_tokens, 0
         for token in incomplete:
             self._stream.push(token)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether the next token starts a text that no prompt has begun."""
+        return self._stream.is_first
 
     def push(self, token: int) -> str:
         """Add a token; return the characters that can be emitted."""

@@ -1,4 +1,4 @@
-"""Tokenizers: byte-level BPE, plain bytes, characters, or whole words.
+"""Tokenizers: byte-level BPE, plain bytes, characters, whole words, or any tokenizer.json.
 
 Byte-pair encoding (Gage 1994; Sennrich et al. 2016) starts with the 256 bytes and repeatedly
 merges the most frequent pair of neighbors until the vocabulary is full. On bytes instead of
@@ -8,8 +8,11 @@ language models: a word that is not among the most frequent becomes ` <unk>` and
 Characters are learned in the same way; a small alphabet makes a small vocabulary. In all of them
 `<|endoftext|>` is the last id; text that contains these letters is never encoded as it.
 
-A tokenizer.json that was made elsewhere may lose text: it may write everything in lower case, drop
-spaces, or not know every byte. `Tokenizer.lost_text` and `find_loss` tell what.
+A tokenizer.json that was made elsewhere may be of any kind: byte-level, BPE with byte fallback
+(Llama), WordPiece (BERT), Unigram (T5). Each of its tokens stands for the same bytes everywhere, except
+that the first token of a text loses the space before it. Such a tokenizer may lose text: it may write
+everything in lower case, drop spaces, or not know every character. `Tokenizer.lost_text` and `find_loss`
+tell what. Its EOS token is the one that it, or a tokenizer_config.json beside it, names as others do.
 
 This is the only file that imports the `tokenizers` library. Its tokenizer.json is our file format.
 """
@@ -17,6 +20,7 @@ This is the only file that imports the `tokenizers` library. Its tokenizer.json 
 import codecs
 import hashlib
 import itertools
+import json
 import os
 import re
 from collections import Counter
@@ -30,7 +34,21 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 END_OF_TEXT = "<|endoftext|>"
-"""The EOS token: it precedes every document, and so ends the one before."""
+"""The EOS token of our own tokenizers: it precedes every document, and so ends the one before."""
+
+END_OF_TEXT_NAMES = (
+    END_OF_TEXT,
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "<|im_end|>",
+    "[EOS]",
+    "[SEP]",
+)
+"""What special token is the EOS token of a tokenizer.json if nothing else says so; the first that it has."""
+
+CONFIG = "tokenizer_config.json"
+"""The file beside a tokenizer.json in which `transformers` keeps the name of the EOS token."""
 
 GPT2_BYTE_LEVEL = pre_tokenizers.ByteLevel(add_prefix_space=False)
 """BPE merges only within what GPT-2's pattern matches: a word, a number or signs, each with the space
@@ -125,12 +143,14 @@ def describe_change(before: str, after: str) -> str:
 
 
 class Tokenizer:
-    """A byte-level tokenizer, made by `train_...`, `byte_tokenizer` or `Tokenizer.load`."""
+    """A tokenizer, made by `train_...`, `byte_tokenizer` or `Tokenizer.load`."""
 
     vocab_size: int
     """Number of ids."""
     eos_token: int
-    """The id of `<|endoftext|>`."""
+    """The id of the token that ends a document: in our own tokenizers `<|endoftext|>`."""
+    special_tokens: dict[int, str]
+    """The names of the tokens that stand for no text, `eos_token` among them."""
     unk_token: int | None
     """The id of all unknown words or characters; None if any text can be encoded."""
     fingerprint: str
@@ -141,10 +161,10 @@ class Tokenizer:
     Unknown words and characters are not meant: `unk_token` stands for them.
     """
 
-    def __init__(self, library: tokenizers.Tokenizer) -> None:
-        eos_token = library.token_to_id(END_OF_TEXT)
+    def __init__(self, library: tokenizers.Tokenizer, end_of_text: str = END_OF_TEXT) -> None:
+        eos_token = library.token_to_id(end_of_text)
         if eos_token is None:
-            raise ValueError(f"the tokenizer has no {END_OF_TEXT} token")
+            raise ValueError(f"the tokenizer has no {end_of_text} token{_list_special(library)}")
         vocabulary = library.get_vocab(with_added_tokens=True)
         self.vocab_size = 1 + max(vocabulary.values())
         self.eos_token = eos_token
@@ -154,19 +174,18 @@ class Tokenizer:
         library.no_truncation()
         if isinstance(library.model, models.BPE):
             library.model.dropout = None  # else each call would return other ids
-        self.fingerprint = hashlib.sha256(library.to_str().encode()).hexdigest()
+        identity = library.to_str() + end_of_text * (end_of_text != END_OF_TEXT)
+        self.fingerprint = hashlib.sha256(identity.encode()).hexdigest()
         self._library = library
-        self._special_tokens = {
-            index: token.content
-            for index, token in library.get_added_tokens_decoder().items()
-            if token.special
-        } | {eos_token: END_OF_TEXT}
-        self._token_bytes = self._bytes_of_tokens(vocabulary)
+        self.special_tokens = _special_tokens(library) | {eos_token: end_of_text}
+        self._token_bytes, self._first_bytes = self._bytes_of_tokens(vocabulary)
         self._probe()
 
-    def _bytes_of_tokens(self, vocabulary: dict[str, int]) -> list[bytes]:
-        """Return the bytes of each id. A ValueError if tokens are not written as bytes."""
+    def _bytes_of_tokens(self, vocabulary: dict[str, int]) -> tuple[list[bytes], dict[int, bytes]]:
+        """Return the bytes of each id, and those of ids that have others at the start of a text."""
         model, added = self._library.model, self._library.get_added_tokens_decoder()
+        decode = self._library.decoder.decode if self._library.decoder else " ".join
+        is_byte_level, has_byte_tokens = decode(["Ã©"]) == "é", decode(["<0x41>"]) == "A"
         prefix = getattr(model, "continuing_subword_prefix", None) or ""
         suffix = getattr(model, "end_of_word_suffix", None) or ""
         before = self._library.pre_tokenizer
@@ -174,20 +193,25 @@ class Tokenizer:
         # The suffix of a word stands for the space after it where the pre-tokenizer drops spaces.
         keeps_spaces = len("".join(piece for piece, _ in pieces)) > len("ab")
         word_end = b"" if keeps_spaces else b" "
-        token_bytes = [b""] * self.vocab_size
+        token_bytes: list[bytes] = [b""] * self.vocab_size
+        first_bytes: dict[int, bytes] = {}
         for token, index in vocabulary.items():
-            if index in self._special_tokens:
+            if index in self.special_tokens:
                 continue
-            if index in added:
-                token_bytes[index] = token.encode()
-                continue
-            text = token.removeprefix(prefix).removesuffix(suffix)
-            if not UNICODE_TO_BYTE.keys() >= set(text):
-                raise ValueError(f"not a byte-level tokenizer: token {index} is {token!r}")
-            token_bytes[index] = bytes(UNICODE_TO_BYTE[character] for character in text)
-            if suffix and token.endswith(suffix):
-                token_bytes[index] += word_end
-        return token_bytes
+            text = token.removesuffix(suffix)
+            end = word_end if suffix and token.endswith(suffix) else b""
+            if is_byte_level:
+                text = text.removeprefix(prefix)
+                is_bytes = index not in added and UNICODE_TO_BYTE.keys() >= set(text)
+                data = bytes(map(UNICODE_TO_BYTE.__getitem__, text)) if is_bytes else text.encode()
+            elif has_byte_tokens and re.fullmatch("<0x[89A-F][0-9A-F]>", token):
+                data = bytes.fromhex(token[3:5])  # part of a character
+            else:
+                data = decode(["x", text])[1:].encode()
+                if (first := decode([text]).encode()) != data:
+                    first_bytes[index] = first + end
+            token_bytes[index] = data + end
+        return token_bytes, first_bytes
 
     def _probe(self) -> None:
         """Encode and decode a few texts: learn what is lost, and which ids need a detour.
@@ -204,19 +228,33 @@ class Tokenizer:
             raise ValueError("it encodes no text at all: its vocabulary does not fit")
         if any(self.eos_token in ids for ids in probes.values()):
             raise ValueError(
-                f"it encodes what it does not know as {END_OF_TEXT}, which ends a document: train "
-                "it with all 256 bytes, or with another unknown token"
+                f"it encodes text, or what it does not know, as {self.special_tokens[self.eos_token]}, "
+                "which ends a document: use another token as the end of text or as the unknown one, "
+                "or train it with all 256 bytes"
             )
-        unk_name = getattr(model, "unk_token", None)
-        unk_token = self._library.token_to_id(unk_name) if unk_name else None
+        if isinstance(model, models.Unigram):  # which has no attribute for it
+            unk_token = json.loads(self._library.to_str())["model"]["unk_id"]
+        else:
+            unk_name = getattr(model, "unk_token", None)
+            unk_token = self._library.token_to_id(unk_name) if unk_name else None
         is_used = isinstance(model, models.WordLevel) or any(
             unk_token in ids for ids in probes.values()
         )
         self.unk_token = unk_token if is_used and unk_token != self.eos_token else None
+        parts = "hello", " world\n", "hello"
+        ids_of_parts = list(itertools.chain.from_iterable(map(self.encode, parts)))
+        self._needs_anchor = self.encode("".join(parts)) != ids_of_parts
+        anchors = {text: self.encode(text) for text in ("a", "a\n")}
+        known = {text: ids for text, ids in anchors.items() if self.unk_token not in ids}
+        self._anchors: dict[str, list[int]] = {"": [], **known}
         # The library's own protection fails where a special token is also a word of the model.
-        for index, token in self._special_tokens.items():
+        for index, token in self.special_tokens.items():
             if index != self.unk_token and index in self.encode(token):
-                pieces = self.encode(token[:1]) + self.encode(token[1:])
+                pieces = [
+                    piece
+                    for text in (token[:1], token[1:])
+                    for piece in self._without_anchor("a", text, self.encode(f"a{text}"))
+                ]
                 self._detours[index] = [piece for piece in pieces if piece != index]
         losses = []
         for name, text in PROBES.items():
@@ -238,22 +276,50 @@ class Tokenizer:
         except TypeError:
             raise _surrogate_error([text]) from None
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, computed on all cores."""
+    def encode_batch(self, texts: Sequence[str], continues: Sequence[bool] = ()) -> list[list[int]]:
+        """Return the ids of each text, computed on all cores.
+
+        `continues` tells for each text whether it continues another, cut as by `split_text`.
+        """
         chunks = [list(split_text(text)) for text in texts]
-        flat = list(itertools.chain.from_iterable(chunks))
-        ends = itertools.accumulate(map(len, flat))
+        flat = [
+            (self._anchor(chunk) if number or continued else "", chunk)
+            for text_chunks, continued in zip(
+                chunks, continues or [False] * len(texts), strict=True
+            )
+            for number, chunk in enumerate(text_chunks)
+        ]
+        ends = itertools.accumulate(len(chunk) for _, chunk in flat)
         batches = itertools.groupby(zip(flat, ends, strict=True), lambda x: x[1] // BATCH_SIZE)
         encoded: list[list[int]] = []
         try:
             for _, group in batches:
-                batch = [chunk for chunk, _ in group]
-                encodings = self._library.encode_batch_fast(batch, add_special_tokens=False)
-                encoded += [self._as_text(encoding.ids) for encoding in encodings]
+                batch = [anchored for anchored, _ in group]
+                inputs = [anchor + chunk for anchor, chunk in batch]
+                encodings = self._library.encode_batch_fast(inputs, add_special_tokens=False)
+                encoded += [
+                    self._without_anchor(anchor, chunk, self._as_text(encoding.ids))
+                    for (anchor, chunk), encoding in zip(batch, encodings, strict=True)
+                ]
         except TypeError:
             raise _surrogate_error(texts) from None
         ids = iter(encoded)
         return [list(itertools.chain.from_iterable(itertools.islice(ids, len(c)))) for c in chunks]
+
+    def _anchor(self, chunk: str) -> str:
+        """Return what to encode before a chunk that continues a text.
+
+        Some tokenizers write a space before all that they encode.
+        """
+        anchor = "a" if chunk[:1].isspace() else "a\n"
+        return anchor if self._needs_anchor and anchor in self._anchors else ""
+
+    def _without_anchor(self, anchor: str, text: str, ids: list[int]) -> list[int]:
+        """Return the ids of a text from those of `anchor + text`, or without it if they do not start so."""
+        prefix = self._anchors.get(anchor)
+        if prefix is None or ids[: len(prefix)] != prefix:
+            return self.encode(text)
+        return ids[len(prefix) :]
 
     def _as_text(self, ids: list[int]) -> list[int]:
         """Replace the ids of special tokens, which the text only spelled, with ids of their letters."""
@@ -261,21 +327,36 @@ class Tokenizer:
             return ids
         return [piece for token in ids for piece in self._detours.get(token, [token])]
 
-    def find_loss(self, text: str, ids: Iterable[int]) -> str:
+    def find_loss(self, text: str, ids: Iterable[int], *, continues: bool = False) -> str:
         """Return an example of what `decode(ids)` changes in the text that was encoded, or ""."""
-        decoded = b"".join([self._token_bytes[token] for token in ids])
+        decoded = b"".join(self._bytes_of_text(ids, continues))
         if decoded == text.encode():
             return ""
         return describe_change(text, decoded.decode(errors="replace"))
 
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of the ids: U+FFFD for invalid UTF-8, nothing for special tokens."""
-        return b"".join(map(self.token_bytes, ids)).decode(errors="replace")
+        return b"".join(self._bytes_of_text(ids)).decode(errors="replace")
 
-    def token_bytes(self, token: int) -> bytes:
-        """Return the bytes of one token: b"" for a special token."""
+    def _bytes_of_text(self, ids: Iterable[int], continues: bool = False) -> Iterator[bytes]:
+        """Yield the bytes of each token; the first with text is the start of one, if it does not continue it."""
+        rest = iter(ids)
+        if not continues:
+            for token in rest:
+                yield self.token_bytes(token, is_first=True)
+                if token not in self.special_tokens:
+                    break
+        yield from map(self.token_bytes, rest)
+
+    def token_bytes(self, token: int, *, is_first: bool = False) -> bytes:
+        """Return the bytes of one token: b"" for a special token.
+
+        Where `is_first`, a token that starts with a space may lack it, as at the start of a text.
+        """
         if not 0 <= token < self.vocab_size:
             raise ValueError(f"token ids go from 0 to {self.vocab_size - 1}, not {token}")
+        if is_first and token in self._first_bytes:
+            return self._first_bytes[token]
         return self._token_bytes[token]
 
     def word_token(self, word: str) -> int:
@@ -319,19 +400,25 @@ class Tokenizer:
             return self
         library = tokenizers.Tokenizer.from_str(self._library.to_str())
         library.add_special_tokens(names)
-        return type(self)(library)
+        return type(self)(library, self.special_tokens[self.eos_token])
 
-    def stream(self) -> "StreamDecoder":
-        """Return a decoder for tokens that arrive one by one."""
-        return StreamDecoder(self)
+    def stream(self, prompt: Iterable[int] = ()) -> "StreamDecoder":
+        """Return a decoder for tokens that arrive one by one after those of a prompt."""
+        return StreamDecoder(self, prompt)
 
     def to_json(self) -> str:
         """Return the content of tokenizer.json."""
         return str(self._library.to_str())
 
     def save(self, path: Path | str) -> None:
-        """Write tokenizer.json; if that fails, the previous file stays."""
-        path = Path(path)
+        """Write tokenizer.json; if that fails, the previous file stays.
+
+        If the EOS token does not follow from it, tokenizer_config.json beside it names it.
+        """
+        path, end_of_text = Path(path), self.special_tokens[self.eos_token]
+        if _usual_end_of_text(self._library) != end_of_text:
+            config = json.dumps({"eos_token": end_of_text}, indent=2)
+            path.with_name(CONFIG).write_text(config + "\n", "utf-8")
         temporary = path.with_name(path.name + ".part")
         with temporary.open("w", encoding="utf-8") as file:
             file.write(self._library.to_str(pretty=True))
@@ -340,10 +427,12 @@ class Tokenizer:
         temporary.replace(path)
 
     @classmethod
-    def load(cls, path: Path | str) -> "Tokenizer":
+    def load(cls, path: Path | str, end_of_text: str | None = None) -> "Tokenizer":
         """Read a tokenizer.json, or the one in a run directory.
 
-        A file that is missing, damaged or not of a byte-level tokenizer is a ValueError.
+        Its EOS token is `end_of_text`, else what a tokenizer_config.json or special_tokens_map.json
+        beside it calls `eos_token`, else the first of `END_OF_TEXT_NAMES` that it has. A file that is
+        missing or damaged, or a tokenizer without an EOS token, is a ValueError.
         """
         file = Path(path, "tokenizer.json") if Path(path).is_dir() else Path(path)
         if not file.exists():
@@ -354,9 +443,9 @@ class Tokenizer:
         except Exception as error:  # The library raises nothing narrower.
             raise ValueError(f"{file}: damaged, or no tokenizer.json: {error}") from error
         try:
-            if not isinstance(library.decoder, decoders.ByteLevel):
-                raise ValueError("not a byte-level tokenizer")
-            return cls(library)
+            if end_of_text is None:
+                end_of_text = _find_end_of_text(library, file.parent)
+            return cls(library, end_of_text)
         except ValueError as error:
             raise ValueError(f"{file}: {error}") from None
 
@@ -367,13 +456,17 @@ class StreamDecoder:
     The results of all `push` calls and of `flush`, joined, equal `Tokenizer.decode`.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self.is_first = all(token in tokenizer.special_tokens for token in prompt)
+        """Whether the next token starts the text."""
 
     def push(self, token: int) -> str:
         """Return the characters that this token completes; '' while a character is incomplete."""
-        return self._decoder.decode(self._tokenizer.token_bytes(token))
+        data = self._tokenizer.token_bytes(token, is_first=self.is_first)
+        self.is_first = self.is_first and token in self._tokenizer.special_tokens
+        return self._decoder.decode(data)
 
     def flush(self) -> str:
         """Return an incomplete last character as U+FFFD."""
@@ -462,6 +555,46 @@ def _byte_level(library: tokenizers.Tokenizer) -> Tokenizer:
     library.decoder = decoders.ByteLevel()
     library.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
     return Tokenizer(library)
+
+
+def _special_tokens(library: tokenizers.Tokenizer) -> dict[int, str]:
+    """Return the names of the special tokens by id."""
+    added = library.get_added_tokens_decoder().items()
+    return {index: token.content for index, token in added if token.special}
+
+
+def _list_special(library: tokenizers.Tokenizer) -> str:
+    """Return the special tokens for an error message."""
+    names = list(_special_tokens(library).values())
+    return f"; its special tokens: {', '.join(names[:8])}{', …' * (len(names) > 8)}" * bool(names)
+
+
+def _find_end_of_text(library: tokenizers.Tokenizer, folder: Path) -> str:
+    """Return the name of the EOS token by the files in a folder, or the usual one; else a ValueError."""
+    for file in (folder / CONFIG, folder / "special_tokens_map.json"):
+        if not file.is_file():
+            continue
+        try:
+            token = json.loads(decode_utf8(file.read_bytes(), str(file))).get("eos_token")
+            name = token["content"] if isinstance(token, dict) else token
+        except (json.JSONDecodeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{file.name} beside it is damaged: {error!r}") from None
+        if isinstance(name, str) and library.token_to_id(name) is not None:
+            return name
+    if name := _usual_end_of_text(library):
+        return name
+    raise ValueError(
+        "which token ends a document? Name it with --end-of-text TOKEN, or as eos_token in a "
+        f"{CONFIG} beside it{_list_special(library)}"
+    )
+
+
+def _usual_end_of_text(library: tokenizers.Tokenizer) -> str | None:
+    """Return the EOS token that a tokenizer has by its name, or None."""
+    special_tokens = _special_tokens(library).values()
+    if library.token_to_id(END_OF_TEXT) is not None:
+        return END_OF_TEXT
+    return next((name for name in END_OF_TEXT_NAMES if name in special_tokens), None)
 
 
 def _surrogate_error(texts: Iterable[str]) -> ValueError:

@@ -79,6 +79,8 @@ class TrainingConfig:
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or what to load it from: the path of a tokenizer.json or of a run, or a model on the Hugging Face hub such as Qwen/Qwen3-0.6B."""
+    end_of_text: OptionalText = None
+    """Token of a tokenizer.json that ends a document. Default: the one that it, or a tokenizer_config.json beside it, names."""
     vocab_size: int = 4096
     """Maximum number of tokens that `bpe`, `words` or `characters` learns."""
     init_from: Annotated[

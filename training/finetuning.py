@@ -18,6 +18,7 @@ RESET = [
     "text_column",
     "streaming",
     "data_limit",
+    "end_of_text",  # which the tokenizer of the parent knows
     "init_embedding",
     "device",
     "threads",

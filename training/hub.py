@@ -32,8 +32,8 @@ UPLOAD_TIMEOUT_SECONDS = 60.0
 """Time in which it must confirm what was sent to it."""
 PATIENCE_SECONDS = 10.0
 """Time without any answer, or with errors of the server only, after which nothing is asked again."""
-MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", "tokenizer.json")
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json")
+MODEL_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json", *TOKENIZER_FILES)
 
 # Each try that fails would be a line of its own, and some bars are drawn into files too.
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)

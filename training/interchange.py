@@ -28,7 +28,7 @@ from gpt.cli import OptionalText
 from gpt.gguf import GGUF_DTYPES, save_gguf, to_gguf
 from gpt.interchange import from_transformers, to_transformers
 from gpt.summary import count_parameters
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import Tokenizer
 from tokenizer.gguf import gguf_metadata, normalizes
 from training.config import TASK_ARGS, TrainingConfig
 from training.progress import final_metrics
@@ -120,9 +120,9 @@ def export_run(run: Path, folder: Path, dtype: str) -> None:
         write_json(
             folder / "tokenizer_config.json", tokenizer_config(tokenizer, model.context_length)
         )
-        write_atomically(
-            folder / "README.md", model_card(run, sum(map(torch.Tensor.numel, tensors.values())))
-        )
+        size = sum(map(torch.Tensor.numel, tensors.values()))
+        end_of_text = tokenizer.token_name(tokenizer.eos_token)
+        write_atomically(folder / "README.md", model_card(run, size, end_of_text))
     except OSError:
         shutil.rmtree(folder)
         raise
@@ -141,9 +141,9 @@ def export_gguf(run: Path, folder: Path, dtype: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     try:
         save_gguf(folder / "model.gguf", writer)
-        write_atomically(
-            folder / "README.md", model_card(run, count_parameters(model), library="gguf")
-        )
+        end_of_text = tokenizer.token_name(tokenizer.eos_token)
+        card = model_card(run, count_parameters(model), end_of_text, library="gguf")
+        write_atomically(folder / "README.md", card)
     except OSError:
         shutil.rmtree(folder)
         raise
@@ -175,7 +175,9 @@ def tokenizer_config(tokenizer: Tokenizer, context_length: int) -> dict[str, Any
     }
 
 
-def model_card(run: Path, num_parameters: int, library: str = "transformers") -> str:
+def model_card(
+    run: Path, num_parameters: int, end_of_text: str, library: str = "transformers"
+) -> str:
     """Return a README.md with a YAML header: what the model is, and what was measured of it."""
     content = read_run_json(run)
     config, data = content.get("config", {}), content.get("data", {})
@@ -203,7 +205,7 @@ def model_card(run: Path, num_parameters: int, library: str = "transformers") ->
         f"A language model of {num_parameters:,} parameters, trained with tinygpt"
         + (f" on: {data['description']}." if data.get("description") else "."),
         "",
-        f"In training, `{END_OF_TEXT}` stands before every document: "
+        f"In training, `{end_of_text}` stands before every document: "
         + (
             "llama.cpp puts it before a prompt." if library == "gguf" else "start a prompt with it."
         ),

@@ -32,7 +32,6 @@ from serving.http.runs import RunBrowser
 from serving.http.static import page_routes
 from serving.metrics import render_metrics
 from serving.tokenization import PromptTokens
-from tokenizer import END_OF_TEXT
 
 TOKENIZE_INLINE = 4096
 """Characters or token ids of prompts below which tokenizing takes no longer than passing it to a thread."""
@@ -169,9 +168,10 @@ def create_app(
         responses=schemas.errors(404, 503),
     )
     async def tokenizer_info(model: str | None = None) -> Response:
-        """Return the special tokens, as evaluation harnesses expect them: EOS is the only one."""
+        """Return the names of the special tokens, as evaluation harnesses expect them: all of them EOS."""
         tokenizer = registry.get(model).tokenizer
-        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), END_OF_TEXT)
+        eos_name = tokenizer.token_name(tokenizer.eos_token)
+        names = dict.fromkeys(("bos_token", "eos_token", "pad_token"), eos_name)
         return json_response({**names, "vocab_size": tokenizer.vocab_size})
 
     @app.post("/tokenize", response_model=schemas.TokenizeResponse, responses=on_model)
@@ -179,10 +179,11 @@ def create_app(
         """Tokenize text; `<|endoftext|>` is the EOS token only if it is the whole text."""
         entry = registry.get(body.model)
         eos_token = entry.tokenizer.eos_token
+        is_eos = body.prompt == entry.tokenizer.token_name(eos_token)
         with bad_request("prompt"):
             ids = await asyncio.to_thread(entry.tokenizer.encode, body.prompt)
         prepend_eos = body.add_special_tokens and not entry.is_translation
-        ids = [eos_token] * prepend_eos + ([eos_token] if body.prompt == END_OF_TEXT else ids)
+        ids = [eos_token] * prepend_eos + ([eos_token] if is_eos else ids)
         max_model_len = entry.max_model_len
         return json_response({"count": len(ids), "max_model_len": max_model_len, "tokens": ids})
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import logging
 import math
@@ -82,9 +83,11 @@ def encode_prompt(
     is_truncated = size is not None and len(tokens.ids) > size
     if size is not None and is_truncated:
         tokens = tokens._replace(ids=tokens.ids[-size:], eos_prepended=False)
-    if request.echo and (is_truncated or not isinstance(prompt, str)):
-        skip = request.skip_special_tokens
-        text, incomplete = decode_prompt(tokenizer, tokens.ids, skip_special_tokens=skip)
+    # What its tokens join to is not the prompt if the tokenizer loses some of it.
+    is_joined = request.needs_prompt_tokens and not entry.is_translation
+    if request.echo and (is_truncated or is_joined or not isinstance(prompt, str)):
+        skip, ids = request.skip_special_tokens, tokens.ids[tokens.eos_prepended :]
+        text, incomplete = decode_prompt(tokenizer, ids, skip_special_tokens=skip)
         tokens = tokens._replace(text=text + tokens.trailing_space, incomplete=incomplete)
     length = len(tokens.ids)
     if length > limit:
@@ -176,6 +179,7 @@ class CompletionStream:
                         entry.tokenizer,
                         request.stop,
                         prompt.trailing_space,
+                        prompt=prompt.ids,
                         incomplete=prompt.incomplete,
                         min_tokens=request.min_tokens,
                         skip_special_tokens=request.skip_special_tokens,
@@ -258,25 +262,27 @@ class CompletionStream:
                 delta.tokens += self._prompt_tokens(choice.prompt, logprobs)
         if output.token is None:  # a stop token follows the whole text
             delta.text += choice.detokenizer.flush()
-        start = choice.detokenizer.num_decoded
+        start, is_first = choice.detokenizer.num_decoded, choice.detokenizer.is_first
         if output.token is not None:
             choice.num_tokens += 1
             delta.text += choice.detokenizer.push(output.token)
         token = output.logprobs.token if output.logprobs else output.token
         if token is not None and self.needs_tokens:
             span = offset + start, offset + choice.detokenizer.num_decoded
-            info = self._token_info(token, output.logprobs, span, output.token is not None)
+            in_text = output.token is not None
+            info = self._token_info(token, output.logprobs, span, is_first, in_text)
             choice.buffered_tokens.append({**info, "id": output.token})
         if output.finish_reason:
             delta.text += choice.detokenizer.flush()
         choice.finish_reason = "stop" if choice.detokenizer.stopped else output.finish_reason
         emitted = offset + choice.detokenizer.num_emitted
         flush_all = choice.finish_reason and not choice.detokenizer.stopped
-        hidden_token = self.entry.tokenizer.eos_token if self.request.skip_special_tokens else None
+        special_tokens = self.entry.tokenizer.special_tokens
+        hidden_tokens = special_tokens if self.request.skip_special_tokens else {}
         buffered = choice.buffered_tokens
         while buffered:
             # A token without text can be emitted together with the text before it.
-            has_text = buffered[0]["id"] != hidden_token
+            has_text = buffered[0]["id"] not in hidden_tokens
             if not flush_all and buffered[0]["text_offset"] + has_text > emitted:
                 break
             delta.tokens.append(buffered.pop(0))
@@ -290,31 +296,36 @@ class CompletionStream:
         """
         infos, start = [], 0
         stream = TextStream(self.entry.tokenizer, self.request.skip_special_tokens)
-        for token, logprobs in itertools.zip_longest(prompt.ids, (None, *prompt_logprobs)):
+        tokens = itertools.zip_longest(prompt.ids, (None, *prompt_logprobs))
+        for token, logprobs in itertools.islice(tokens, prompt.eos_prepended, None):
+            is_first = stream.is_first
             end = start + len(stream.push(token))
-            infos.append(self._token_info(token, logprobs, (start, end)))
+            infos.append(self._token_info(token, logprobs, (start, end), is_first))
             start = end
-        return infos[1:] if prompt.eos_prepended else infos
+        return infos
 
     def _token_info(
         self,
         token: int,
         logprobs: TokenLogprobs | None,
         span: tuple[int, int],
+        is_first: bool,
         in_text: bool = True,
     ) -> TokenInfo:
         """Return a token's info; `span` has the lengths of the decoded text before and after it.
 
-        A stop token that ended a choice is not `in_text`.
+        `is_first` tells whether it starts the text. A stop token that ended a choice is not `in_text`.
         """
-        tokenizer = self.entry.tokenizer
-        text, (start, end) = token_text(tokenizer, token), span
+        tokenizer, (start, end) = self.entry.tokenizer, span
+        text_of = functools.partial(token_text, tokenizer, is_first=is_first)
+        text = text_of(token)
         # A token of whole characters ends the text, after those of the bytes pending before it.
-        if token == tokenizer.eos_token:
+        if token in tokenizer.special_tokens:
             is_whole = in_text and not self.request.skip_special_tokens
         else:
-            is_whole = in_text and tokenizer.token_bytes(token) == text.encode()
-        top_logprobs = logprobs and {token_text(tokenizer, t): p for t, p in logprobs.top_logprobs}
+            data = tokenizer.token_bytes(token, is_first=is_first)
+            is_whole = in_text and data == text.encode()
+        top_logprobs = logprobs and {text_of(t): p for t, p in logprobs.top_logprobs}
         return {
             "id": token,
             "tokens": text,

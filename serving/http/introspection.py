@@ -188,8 +188,9 @@ async def next_tokens_response(
             include=request.include,
         ),
     )
+    is_first = tokenizer.stream([*prompt.ids, *request.tokens]).is_first
     distribution["candidates"] = [
-        {"id": candidate["id"], "text": token_text(tokenizer, candidate["id"]), **candidate}
+        {"text": token_text(tokenizer, candidate["id"], is_first=is_first), **candidate}
         for candidate in distribution["candidates"]
     ]
     return to_json({"model": entry.name, **distribution})

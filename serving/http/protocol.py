@@ -283,7 +283,7 @@ class CompletionRequest(SamplingFields, PromptFields):
     ignore_eos: bool = False
     """continue after EOS tokens, which become part of the output"""
     skip_special_tokens: bool = True
-    """leave EOS tokens out of the text; otherwise they are shown as `<|endoftext|>`"""
+    """leave special tokens, such as EOS, out of the text; otherwise they are shown as `<|endoftext|>`"""
     logprobs: int | None = Field(None, ge=0)
     """return the logprob of each token, and of this many likeliest ones"""
     echo: bool = False

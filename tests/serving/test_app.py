@@ -34,7 +34,8 @@ from tests.serving.running_server import (
     reference,
     request_and_disconnect,
 )
-from tokenizer import END_OF_TEXT
+from tests.tokenizer.kinds import KINDS
+from tokenizer import END_OF_TEXT, Tokenizer
 
 PROMPT = b'{"prompt": "a", '
 
@@ -632,6 +633,47 @@ def test_token_ids_decode_to_the_text_streamed_and_unstreamed(server, logprobs):
                 tokens = choice["logprobs"]["tokens"]
                 assert [token_text(TOKENIZER, token) for token in ids] == tokens[: len(ids)]
                 assert tokens[len(ids) :] in ([], [END_OF_TEXT])
+
+
+@pytest.fixture(params=KINDS)
+def server_of_kind(request, tmp_path):
+    """A server of an untrained model with a tokenizer of a kind."""
+    KINDS[request.param]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    torch.manual_seed(0)
+    model = GPT(tokenizer.vocab_size, 64, width=16, depth=1, heads=1).eval()
+    server = RunningServer(model, 4, tokenizer=tokenizer)
+    yield server, tokenizer
+    server.close()
+
+
+def test_every_kind_of_tokenizer_is_served(server_of_kind):
+    """Tokens and text offsets join to the text, prompts to outputs, and chunks to responses."""
+    server, tokenizer = server_of_kind
+    eos = tokenizer.token_name(tokenizer.eos_token)
+    assert server.http.get("/tokenizer_info").json()["eos_token"] == eos
+    detokenize = {"tokens": [tokenizer.eos_token, *tokenizer.encode("the cat")]}
+    assert server.http.post("/detokenize", json=detokenize).json() == {"prompt": "the cat"}
+    body = {"max_tokens": 40, "ignore_eos": True, "logprobs": 3, "return_token_ids": True, "n": 3}
+    special = set(tokenizer.special_tokens.values())
+    for prompt in ("", "Hello world,", "the cat ", "日本 naïve"):
+        for echo in (False, True):
+            request = {**body, "prompt": prompt, "echo": echo, "seed": len(prompt)}
+            whole = server.complete(**request).json()["choices"]
+            stream = server.complete(**request, stream=True).text.split("\n")
+            texts, _, _ = read_stream([line for line in stream if line])
+            for choice in whole:
+                assert texts[choice["index"]] == choice["text"]
+                ids = choice["prompt_token_ids"] * (not echo) + choice["token_ids"]
+                text = tokenizer.decode(ids)
+                names, offsets = choice["logprobs"]["tokens"], choice["logprobs"]["text_offset"]
+                if not echo and prompt.endswith(" "):  # which the first token may start with
+                    continue
+                start = "" if echo else tokenizer.decode(choice["prompt_token_ids"])
+                assert start + choice["text"] == text
+                for name, offset in zip(names, offsets, strict=True):
+                    is_text = name not in special and not name.startswith("bytes:")
+                    assert not is_text or choice["text"].startswith(name, offset)
 
 
 def test_token_ids_are_returned_only_on_request(server):

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from serving.tokenization import IncrementalDetokenizer, tokenize_prompt
-from tokenizer import byte_tokenizer, train_bpe
+from serving.tokenization import IncrementalDetokenizer, token_text, tokenize_prompt
+from tests.tokenizer.kinds import KINDS, TEXT
+from tokenizer import Tokenizer, byte_tokenizer, train_bpe
 
 BYTES = byte_tokenizer()
 BPE = train_bpe(["the cat sat on the mat, naïve 👩‍👩‍👧 日本語 the end " * 20], 320)
@@ -19,7 +20,9 @@ class ChunkTokenizer:
         self.bytes = BYTES.stream()
         self.flush = self.bytes.flush
 
-    def stream(self):
+        self.is_first = False
+
+    def stream(self, prompt):
         return self
 
     def push(self, index):
@@ -126,3 +129,25 @@ def test_trailing_space_is_left_to_the_first_token():
     # Where a space is always a token of its own, it stays in the prompt.
     assert tokenize_prompt(BYTES, "def ")[:3] == ([256, *b"def "], "", ())
     assert tokenize_prompt(BPE, "def\n").trailing_space == ""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_continues_the_text_of_its_prompt(kind, tmp_path):
+    """The space before a word is dropped only where the word starts the whole text."""
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = [tokenizer.eos_token, *tokenizer.encode(TEXT)]
+    text = tokenizer.decode(ids)
+    for cut in range(1, len(ids)):
+        if "\N{REPLACEMENT CHARACTER}" in (start := tokenizer.decode(ids[:cut])):
+            continue
+        parts, _ = detokenize(tokenizer, ids[cut:], [], prompt=ids[:cut])
+        assert start + "".join(parts) == text
+        names = [token_text(tokenizer, token, is_first=cut == 1) for token in ids[cut:][:1]]
+        assert names == parts[:1] or names[0].startswith("bytes:")
+    prompt = tokenize_prompt(tokenizer, "Hello ")
+    if prompt.trailing_space:
+        parts, _ = detokenize(
+            tokenizer, prompt.allowed_first_tokens[:1], [], prompt=prompt.ids, omitted_prefix=" "
+        )
+        assert not "".join(parts).startswith(" ")

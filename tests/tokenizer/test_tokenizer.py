@@ -1,5 +1,6 @@
 import itertools
 import json
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 
+from tests.tokenizer.kinds import KINDS, TEXT
 from tokenizer import (
     BYTE_TO_UNICODE,
     CHUNK_SIZE,
@@ -200,8 +202,7 @@ def test_a_damaged_file_is_refused(tmp_path):
     for damaged, message in {
         "": "damaged",
         content[: len(content) // 2]: "damaged",
-        content.replace("endoftext", "eos"): "no <|endoftext|> token",
-        json.dumps(json.loads(content) | {"decoder": {"type": "Fuse"}}): "not a byte-level",
+        content.replace("endoftext", "eot"): "which token ends a document",
         "[]": "damaged",
     }.items():
         path.write_text(damaged)
@@ -318,6 +319,180 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(tmp_path):
         with pytest.raises(ValueError, match=message) as error:
             Tokenizer.load(tmp_path)
         assert str(tmp_path) in str(error.value)
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def of_kind(request, tmp_path_factory):
+    """The library's tokenizer of a kind, and ours."""
+    library, file = KINDS[request.param](), tmp_path_factory.mktemp("kind") / "tokenizer.json"
+    library.save(str(file))
+    return library, Tokenizer.load(file)
+
+
+SAMPLES = [
+    TEXT,
+    "Hello world",
+    " the  cat ",
+    "日本 naïve 👩‍🚀 ж\n\nthe end",
+    "x",
+    "</s> a[SEP]b",
+    "",
+]
+
+
+@pytest.mark.parametrize("text", SAMPLES)
+def test_every_kind_encodes_and_decodes_as_the_library(of_kind, text):
+    library, tokenizer = of_kind
+    library.encode_special_tokens = True
+    ids = tokenizer.encode(text)
+    if "<" not in text:  # a word that spells a special token has ids of its own
+        assert ids == library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.decode(ids) == library.decode(ids)
+    assert tokenizer.eos_token not in ids
+    if not tokenizer.lost_text and tokenizer.unk_token not in ids:
+        assert tokenizer.decode(ids) == text
+
+
+def test_every_kind_decodes_any_ids_as_the_library(of_kind):
+    library, tokenizer = of_kind
+    rng = random.Random(0)
+    for _ in range(1000):
+        ids = rng.choices(range(tokenizer.vocab_size), k=rng.randrange(9))
+        text, stream = tokenizer.decode(ids), tokenizer.stream()
+        if "\N{REPLACEMENT CHARACTER}" not in text:
+            assert text == library.decode(ids)
+        assert "".join(map(stream.push, ids)) + stream.flush() == text
+
+
+def test_every_kind_streams_whole_characters(of_kind):
+    _, tokenizer = of_kind
+    stream = tokenizer.stream()
+    ids = tokenizer.encode(text := "Hello 日本 👩‍🚀 café")
+    chunks = [stream.push(token) for token in ids]
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(chunks)
+    assert "".join(chunks) == tokenizer.decode(ids)
+    assert stream.flush() == ""
+    if not tokenizer.lost_text:
+        assert "".join(chunks) == text
+
+
+def test_every_kind_encodes_pieces_of_a_document_as_the_whole(of_kind):
+    """Kinds that write a space before a text write none before its later pieces."""
+    library, tokenizer = of_kind
+    text = TEXT * (3 * CHUNK_SIZE // len(TEXT))
+    whole = library.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text) == whole
+    cut = text.index("the", CHUNK_SIZE) - 1
+    assert text[cut] == " "
+    for pieces in ([text[:cut], text[cut:]], text.splitlines(keepends=True)):
+        continues = [number > 0 for number in range(len(pieces))]
+        encoded = tokenizer.encode_batch(pieces, continues)
+        assert list(itertools.chain.from_iterable(encoded)) == whole
+        if not tokenizer.lost_text:
+            for piece, ids, continued in zip(pieces, encoded, continues, strict=True):
+                assert tokenizer.find_loss(piece, ids, continues=continued) == ""
+
+
+@pytest.mark.parametrize(
+    ("kind", "eos", "lost", "unknown"),
+    [
+        ("byte_level", "</s>", "", None),
+        ("byte_fallback", "</s>", "", None),
+        ("word_piece", "[SEP]", "capital letters ('HELLO' becomes 'hello')", "[UNK]"),
+        ("unigram", "</s>", "spaces at the ends (' hello ' becomes 'hello')", "<unk>"),
+    ],
+)
+def test_every_kind_knows_its_eos_its_unknown_token_and_what_it_loses(
+    tmp_path, kind, eos, lost, unknown
+):
+    KINDS[kind]().save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.token_name(tokenizer.eos_token) == eos
+    assert tokenizer.lost_text.startswith(lost)
+    assert bool(tokenizer.lost_text) == bool(lost)
+    unk_token = tokenizer.unk_token
+    assert (None if unk_token is None else tokenizer.token_name(unk_token)) == unknown
+    assert (unk_token in tokenizer.encode("Ωξ")) == (unknown is not None)
+
+
+def test_words_without_a_decoder_are_joined_by_spaces_and_word_ends_are_spaces(tmp_path):
+    words = tokenizers.Tokenizer(models.WordLevel({"[UNK]": 0, "the": 1, "cat": 2}, "[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.add_special_tokens(["[EOS]"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.decode(tokenizer.encode("the  cat")) == "the cat"
+    suffixed = tokenizers.Tokenizer(models.BPE(unk_token="<unk>", end_of_word_suffix="</w>"))
+    suffixed.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    suffixed.decoder = decoders.BPEDecoder()
+    trainer = trainers.BpeTrainer(
+        special_tokens=["<unk>", "</s>"], end_of_word_suffix="</w>", show_progress=False
+    )
+    suffixed.train_from_iterator(["the cat sat"], trainer)
+    suffixed.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.load(tmp_path)
+    ids = tokenizer.encode("the cat")
+    assert tokenizer.decode(ids) == suffixed.decode(ids) + " "
+
+
+def without_special_tokens(path, **beside):
+    """A tokenizer.json whose EOS token nothing names, and files beside it."""
+    library = tokenizers.Tokenizer(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=alphabet, special_tokens=["<fin>", "<stop>"], show_progress=False
+    )
+    library.train_from_iterator(["a b"], trainer)
+    library.save(str(path / "tokenizer.json"))
+    for name, content in beside.items():
+        (path / f"{name}.json").write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize(
+    ("beside", "eos"),
+    [
+        ({"tokenizer_config": {"eos_token": "<fin>"}}, "<fin>"),
+        ({"tokenizer_config": {"eos_token": {"content": "<stop>", "lstrip": False}}}, "<stop>"),
+        ({"tokenizer_config": {}, "special_tokens_map": {"eos_token": "<stop>"}}, "<stop>"),
+        ({"tokenizer_config": {"eos_token": "of another model"}}, None),
+        ({}, None),
+    ],
+)
+def test_eos_token_is_named_beside_the_file_or_given(tmp_path, beside, eos):
+    without_special_tokens(tmp_path, **beside)
+    if eos is None:
+        with pytest.raises(ValueError, match=r"--end-of-text TOKEN.*special tokens: <fin>, <stop>"):
+            Tokenizer.load(tmp_path)
+    else:
+        tokenizer = Tokenizer.load(tmp_path)
+        assert tokenizer.token_name(tokenizer.eos_token) == eos
+    given = Tokenizer.load(tmp_path / "tokenizer.json", "<fin>")
+    assert given.token_name(given.eos_token) == "<fin>"
+    with pytest.raises(ValueError, match="has no <end> token; its special tokens: <fin>, <stop>"):
+        Tokenizer.load(tmp_path, "<end>")
+    with pytest.raises(ValueError, match=r"encodes text.* as a, which ends a document"):
+        Tokenizer.load(tmp_path, "a")
+
+
+def test_a_saved_tokenizer_keeps_the_eos_token_that_was_given(tmp_path):
+    without_special_tokens(tmp_path)
+    one, other = (Tokenizer.load(tmp_path, name) for name in ("<fin>", "<stop>"))
+    assert one.fingerprint != other.fingerprint  # their prepared tokens differ
+    for tokenizer in (one, other, other.padded(400)):
+        tokenizer.save(tmp_path / "tokenizer.json")
+        loaded = Tokenizer.load(tmp_path)
+        assert loaded.eos_token == tokenizer.eos_token
+        assert loaded.fingerprint == tokenizer.fingerprint
+
+
+def test_a_damaged_tokenizer_config_is_named(tmp_path):
+    without_special_tokens(tmp_path)
+    for damaged in ("{", "[]", '{"eos_token": {}}'):
+        (tmp_path / "tokenizer_config.json").write_text(damaged)
+        with pytest.raises(ValueError, match=r"tokenizer_config\.json beside it is damaged"):
+            Tokenizer.load(tmp_path)
 
 
 def test_padding_truncation_and_dropout_of_an_imported_tokenizer_are_off(tmp_path):

@@ -15,8 +15,9 @@ import sys
 import pytest
 
 from gpt.checkpoint import find_run, load_tensors
+from tests.tokenizer.kinds import KINDS, TEXT
 from tests.training.helpers import save_lower_case_tokenizer
-from tokenizer import train_words
+from tokenizer import Tokenizer, train_words
 from training import cli
 from training.checkpointing import list_checkpoints, newest_checkpoint
 from training.data.corpus import CorpusWriter, TextChunk
@@ -164,6 +165,37 @@ def test_eval_scores_all_of_another_text(run, workdir):
     code, printed, _ = training("eval", run[0], "--data", other, "--json")
     assert code == 0
     assert json.loads(printed)["bytes"] == 15
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "eos"),
+    [
+        ("byte_fallback", [], "</s>"),
+        ("unigram", [], "</s>"),
+        ("word_piece", ["--end-of-text", "[CLS]"], "[CLS]"),
+    ],
+)
+def test_runs_on_a_tokenizer_json_of_any_kind(workdir, tmp_path, kind, options, eos):
+    """Train, evaluate, continue; a run knows its EOS token without the option or the file."""
+    KINDS[kind]().save(str(tmp_path / "t.json"))
+    (tmp_path / "text.txt").write_text(TEXT * 40)
+    run, corpus = workdir / f"of-{kind}", ["--data", tmp_path / "text.txt"]
+    options = ["--tokenizer", tmp_path / "t.json", *options]
+    code, out, err = training("train", *TINY, *options, *corpus, "--steps", 5, "--run", run)
+    assert code == 0, err
+    tokenizer = Tokenizer.load(run)
+    assert tokenizer.token_name(tokenizer.eos_token) == eos
+    is_lossless = kind == "byte_fallback"
+    assert ("no bits per byte" in out) == (not is_lossless)
+    assert ("unknown)" in out) == (kind == "unigram")
+    (tmp_path / "t.json").unlink()
+    code, out, err = training("eval", run)
+    assert code == 0, err
+    assert ("bits per byte    " in out) == is_lossless
+    child = ["--from", run, *corpus, "--steps", 2, "--run", workdir / f"from-{kind}"]
+    code, _, err = training("train", *child)
+    assert code == 0, err
+    assert Tokenizer.load(workdir / f"from-{kind}").fingerprint == tokenizer.fingerprint
 
 
 def test_bits_per_byte_are_not_printed_for_text_that_was_lost(workdir):
@@ -377,6 +409,10 @@ INVALID = {
     "no heads": (["train", "--heads", "0"], "heads must be at least 1"),
     "a dropout above 1": (["train", "--dropout", "2"], "dropout probability"),
     "no such file": (["train", "--data", "./absent.txt"], "./absent.txt: no such file or folder"),
+    "an EOS token for a tokenizer of our own": (
+        ["train", "--end-of-text", "</s>"],
+        "--end-of-text names a token of a tokenizer.json: leave it out with --tokenizer bpe",
+    ),
     "no such tokenizer": (
         ["train", "--tokenizer", "absent.json"],
         "absent.json: no such tokenizer",

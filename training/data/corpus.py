@@ -4,7 +4,7 @@
     <split>.bin      token ids, little-endian uint16 (uint32 for a large vocabulary)
     tokenizer.json   the tokenizer that made them
 
-`<|endoftext|>` precedes every document, and nothing follows the last one: the first token of a split is
+The EOS token precedes every document, and nothing follows the last one: the first token of a split is
 only context, and every other token is predicted once. A sentence pair is two documents: the
 source, then the target. `training.data.prepare` makes such a directory from text. This file
 needs only numpy, so that training from prepared tokens works where `datasets` is not installed.
@@ -159,11 +159,15 @@ class CorpusWriter:
         ids: list[int] = []
         documents = [document for chunk in chunks for document in chunk.documents()]
         texts = [document.text for document in documents]
-        for document, text_ids in zip(documents, self.tokenizer.encode_batch(texts), strict=True):
-            if document.starts_document:
+        continues = [not document.starts_document for document in documents]
+        encoded = self.tokenizer.encode_batch(texts, continues)
+        for text, text_ids, continued in zip(texts, encoded, continues, strict=True):
+            if not continued:
                 ids.append(self.tokenizer.eos_token)
             ids += text_ids
-            self.lost[split] = self.lost[split] or self.tokenizer.find_loss(document.text, text_ids)
+            self.lost[split] = self.lost[split] or self.tokenizer.find_loss(
+                text, text_ids, continues=continued
+            )
         unk_token = self.tokenizer.unk_token
         self.counts[split].update(
             tokens=len(ids),

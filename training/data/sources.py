@@ -93,23 +93,29 @@ class DatasetSplits:
     report: ReadReport = field(default_factory=ReadReport)
 
 
-def resolve_tokenizer(tokenizer: str | Tokenizer) -> Tokenizer | None:
-    """Return the tokenizer named by `--tokenizer`, or None if it is to be trained."""
+def resolve_tokenizer(
+    tokenizer: str | Tokenizer, end_of_text: str | None = None
+) -> Tokenizer | None:
+    """Return the tokenizer named by `--tokenizer` and `--end-of-text`, or None if it is to be trained."""
     if isinstance(tokenizer, Tokenizer):
         return tokenizer
+    if end_of_text is not None and tokenizer in (*TOKENIZER_TRAINERS, "bytes"):
+        raise ValueError(
+            f"--end-of-text names a token of a tokenizer.json: leave it out with --tokenizer {tokenizer}"
+        )
     if tokenizer in TOKENIZER_TRAINERS:
         return None
     if tokenizer == "bytes":
         return byte_tokenizer()
     if Path(tokenizer).exists():
-        return Tokenizer.load(tokenizer)
+        return Tokenizer.load(tokenizer, end_of_text)
     if is_hub_name(tokenizer):
         from training.hub import TOKENIZER_FILES, download
 
         folder = download(tokenizer, files=TOKENIZER_FILES)
         if not (folder / "tokenizer.json").is_file():
             raise ValueError(f"{tokenizer}: the model on the hub has no tokenizer.json")
-        return Tokenizer.load(folder)
+        return Tokenizer.load(folder, end_of_text)
     raise ValueError(
         f"{tokenizer}: no such tokenizer: --tokenizer can be {', '.join(TOKENIZER_TRAINERS)}, "
         "bytes, the path of a tokenizer.json or of a run directory, or the name of a model on the hub"

@@ -14,7 +14,7 @@ from matplotlib.image import AxesImage
 from torch import Tensor
 
 from gpt.models.base import ActivationMap
-from tokenizer import END_OF_TEXT, Tokenizer
+from tokenizer import Tokenizer
 from training.plots.style import STYLE, save_figure
 
 FONT = "DejaVu Sans Mono"
@@ -184,7 +184,8 @@ def token_labels(ids: Iterable[int], tokenizer: Tokenizer) -> list[str]:
     symbols = {" ": "·", "\n": "↵", "\t": "⇥"}
 
     def label(token: int) -> str:
-        text = tokenizer.token_bytes(token).decode(errors="backslashreplace") or END_OF_TEXT
+        text = tokenizer.special_tokens.get(token)
+        text = text or tokenizer.token_bytes(token).decode(errors="backslashreplace")
         printable = "".join(
             symbols.get(letter, letter if ord(letter) in charmap else f"\\u{ord(letter):04x}")
             for letter in text

@@ -21,7 +21,7 @@ Batch = tuple[NDArray[Any], ...]
 
 TEXT_OPTIONS = (
     *("data_config", "data_revision", "data_split", "text_column", "streaming", "data_limit"),
-    *("tokenizer", "vocab_size"),
+    *("tokenizer", "vocab_size", "end_of_text"),
 )
 """Options about text and how to tokenize it: none of them applies to prepared tokens."""
 
@@ -45,7 +45,7 @@ def check_text_options(config: TrainingConfig, tokenizer: Tokenizer) -> None:
         value = getattr(config, name)
         if value == getattr(preset, name) or (name, value) == ("vocab_size", tokenizer.vocab_size):
             continue
-        given = resolve_tokenizer(value) if name == "tokenizer" else None
+        given = resolve_tokenizer(value, config.end_of_text) if name == "tokenizer" else None
         if given is None or given.fingerprint != tokenizer.fingerprint:
             refuse_text_option(config.data, name)
 
@@ -100,7 +100,7 @@ class Task:
             tokenizer = Tokenizer.load(Path(config.data).expanduser())
             check_text_options(config, tokenizer)
         else:
-            tokenizer = resolve_tokenizer(config.tokenizer)
+            tokenizer = resolve_tokenizer(config.tokenizer, config.end_of_text)
         vocab_size = tokenizer.vocab_size if tokenizer else config.vocab_size
         return {"vocab_size": vocab_size, "context_length": config.context_length}
 

@@ -25,7 +25,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
-from training.data.sources import Source
+from training.data.sources import Source, resolve_tokenizer
 from training.evaluation.analysis import ScoredText, calibration, loss_by_position
 from training.evaluation.evaluate import (
     Predictions,
@@ -61,6 +61,7 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_trainin
         limit=config.data_limit,
         languages=config.languages,
     )
+    tokenizer = tokenizer or resolve_tokenizer(config.tokenizer, config.end_of_text)
     return prepare_corpus(
         source, tokenizer or config.tokenizer, config.vocab_size, for_training, sentence_pairs
     )
