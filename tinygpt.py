@@ -18,6 +18,7 @@ class Verb(NamedTuple):
 VERBS = {
     "train": Verb("training.cli", "train a model, or --resume a run"),
     "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
+    "lm-eval": Verb("training.cli", "run tasks of EleutherAI's evaluation harness"),
     "sample": Verb("serving.cli", "generate text in the terminal"),
     "serve": Verb("serving.cli", "serve runs over HTTP, with an OpenAI-compatible API"),
     "ladder": Verb("training.cli", "train and compare every language model"),

@@ -6,6 +6,7 @@ rungs are not trained again, and an interrupted one is resumed.
 """
 
 import dataclasses
+import itertools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -13,6 +14,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from gpt import LanguageModel
@@ -21,6 +23,7 @@ from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.autotune import choose_precision, choose_threads, seconds_per_step
 from training.config import TrainingConfig
+from training.data.known_truth import KNOWN_TRUTH, LEAK_NATS, document_nll
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run, run_lock
@@ -122,6 +125,7 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         **{name: score.get(name) for name in ("loss", "perplexity", "bits_per_byte")},
         "lost": score.get("lost", ""),
         "tokens_scored": score["tokens"],
+        **known_truth(task),
         **{name: score[name] for name in ("context_length", "stride")},
         "data": task.description,
         "sample": task.sample(model, SAMPLE_TOKENS),
@@ -131,15 +135,53 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     }
 
 
+def known_truth(task: Text) -> Row:
+    """Return the entropy of the validation split, in nats per scored token, if it is known exactly.
+
+    `truth` is -log p of the very text under its source, whatever the tokens, and `truth_error` the
+    standard error of it as an estimate of the source's entropy. Both are None for other data, and
+    if the tokens do not hold all of the text.
+    """
+    split = task.corpus.splits["validation"]
+    if task.config.data != KNOWN_TRUTH or split.lost:
+        return {"truth": None, "truth_error": None}
+    # The first token starts a document, and after the last one nothing is scored, nor its end.
+    starts = np.flatnonzero(split.tokens == task.tokenizer.eos_token)
+    documents = np.split(split.tokens, starts)[1:]
+    texts = [task.tokenizer.decode(document[1:].tolist()) for document in documents]
+    ends = itertools.chain(itertools.repeat(True, len(texts) - 1), [False])
+    nlls = np.array([document_nll(*each) for each in zip(texts, ends, strict=True)])
+    lengths = np.array([len(document) for document in documents]) - [*[0] * (len(texts) - 1), 1]
+    truth = nlls.sum() / lengths.sum()
+    error = np.sqrt(np.square(nlls - truth * lengths).sum()) / lengths.sum()
+    return {"truth": float(truth), "truth_error": float(error)}
+
+
+def find_leaks(rows: Sequence[Row]) -> list[str]:
+    """Return the rungs that are further below the known truth than chance explains.
+
+    For any model, the expected ratio of its probability of the text and the source's is at most 1.
+    So by Markov's inequality it is `n` nats below the truth with a probability of at most exp(-n).
+    """
+    return [
+        row["rung"]
+        for row in rows
+        if row.get("truth") is not None
+        and (row["truth"] - row["loss"]) * row["tokens_scored"] > LEAK_NATS
+    ]
+
+
 def score_table(rows: Sequence[Row]) -> list[str]:
     """Return the lines of a Markdown table of the rows."""
+    has_truth = rows[0].get("truth") is not None
     return [
-        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |"
+        + " above the truth |" * has_truth,
+        "|---:|---|---:|---:|---:|---:|---:|---:|" + "---:|" * has_truth,
         *(
             f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
             f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-            f"| {row['loss']:.4f} | {_bits(row)} |"
+            f"| {row['loss']:.4f} | {_bits(row)} |{_gap(row) * has_truth}"
             for row in rows
         ),
     ]
@@ -151,6 +193,11 @@ def format_table(rows: Sequence[Row]) -> str:
     context_length, stride = first["context_length"], first["stride"]
     lost = f"No bits per byte: the tokenizer loses text: {first['lost']}. "
     note = lost if first["bits_per_byte"] is None else ""
+    if first.get("truth") is not None:
+        note += (
+            f"The truth is {first['truth']:.4f} nats per token: the exact -log p of this text under "
+            f"its source, whose entropy per token it estimates to ±{first['truth_error']:.4f}. "
+        )
     lines = [
         *score_table(rows),
         "",
@@ -164,6 +211,11 @@ def format_table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines += ["", row["rung"], "", "```text", row["sample"].replace("```", "` ` `"), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _gap(row: Row) -> str:
+    gap = row["loss"] - row["truth"]
+    return f" {gap:+.4f} ({gap / row['truth']:+.1%}) |"
 
 
 def _bits(row: Row) -> str:
