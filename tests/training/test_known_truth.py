@@ -52,9 +52,9 @@ def all_paths(text):
 
 
 def test_documents_repeat_their_name_and_close_their_brackets():
-    documents = list(itertools.islice(generate_documents("seed"), 300))
-    assert documents == list(itertools.islice(generate_documents("seed"), 300))
-    assert documents != list(itertools.islice(generate_documents("other"), 300))
+    documents = list(itertools.islice(generate_documents("seed"), 150))
+    assert documents == list(itertools.islice(generate_documents("seed"), 150))
+    assert documents != list(itertools.islice(generate_documents("other"), 150))
     for text in documents:
         assert set(re.findall("[A-Z]", text)) == {text[0]}
         brackets = re.sub(r"\w", "", text)
@@ -92,6 +92,7 @@ class Oracle(LanguageModel):
     def features(self, tokens_BT: Tensor, state: State | None = None) -> Tensor:
         logprobs_BTV = torch.full((*tokens_BT.shape, self.vocab_size), -torch.inf).double()
         for logprobs_TV, tokens_T in zip(logprobs_BTV, tokens_BT.tolist(), strict=True):
+            after = {}
             for logprobs_V, token in zip(logprobs_TV, tokens_T, strict=True):
                 if token == self.eos_token:
                     belief = {None: 1.0}
@@ -121,26 +122,23 @@ class Oracle(LanguageModel):
 def test_the_true_source_is_scored_at_the_exact_entropy(tokenizer):
     task = open_task(TrainingConfig(data="known-truth", tokenizer=tokenizer))
     split = task.corpus.splits["validation"]
-    truth = ladder.known_truth(task)
+    truth = task.entropy("validation")
     score = evaluate(Oracle(task, len(split.tokens)), split.tokens, words=1, bytes=1)
     assert score.tokens == len(split.tokens) - 1 > 2000
-    assert score.loss == pytest.approx(truth["truth"], abs=1e-6)
-    assert 0.01 < truth["truth_error"] < 0.1
-    row = {"rung": "oracle", "tokens_scored": score.tokens, "loss": score.loss, **truth}
-    assert ladder.find_leaks([row]) == []
+    assert score.loss == pytest.approx(truth.nats_per_token, abs=1e-6)
+    assert 0.01 < truth.standard_error < 0.1
+    row = {"rung": "oracle", "tokens_scored": score.tokens, "loss": score.loss}
+    assert ladder.find_leaks([row | {"truth": truth.nats_per_token}]) == []
+    assert f"the truth: {truth.nats_per_token:.4f} nats per validation token" in task.sizes
 
 
 def test_entropy_of_the_text_does_not_depend_on_the_tokens():
-    rows = {}
+    totals = []
     for tokenizer in ("characters", "bpe"):
         task = open_task(TrainingConfig(data="known-truth", tokenizer=tokenizer, vocab_size=300))
-        rows[tokenizer] = ladder.known_truth(task)["truth"] * (
-            len(task.corpus.splits["validation"].tokens) - 1
-        )
-    assert rows["bpe"] == pytest.approx(rows["characters"], rel=1e-12)
-    stdlib_like = dataclasses.replace(task.config, data="other")
-    task.config = stdlib_like
-    assert ladder.known_truth(task) == {"truth": None, "truth_error": None}
+        scored = len(task.corpus.splits["validation"].tokens) - 1
+        totals.append(task.entropy("validation").nats_per_token * scored)
+    assert totals[0] == pytest.approx(totals[1], rel=1e-12)
 
 
 def test_chance_is_no_leak():
@@ -161,10 +159,12 @@ def test_a_look_ahead_in_the_mask_falls_below_the_truth(monkeypatch, tmp_path):
     monkeypatch.setitem(ladder.RUNG_PRESETS, "gpt", preset)
     fields = OPTIONS | {"context_length": 32}
     rows = {}
-    for name in ("honest", "leaky"):
+    for name, tokens in {"honest": 5000, "leaky": 16_000}.items():
         if name == "leaky":
             monkeypatch.setattr("gpt.models.gpt.Positions", LeakyPositions)
-        rows[name] = ladder.run_ladder(tmp_path / name, ["gpt"], fields, 60_000, None, Trainer.train)
+        rows[name] = ladder.run_ladder(
+            tmp_path / name, ["gpt"], fields, tokens, None, Trainer.train
+        )
     assert ladder.find_leaks(rows["honest"]) == []
     assert ladder.find_leaks(rows["leaky"]) == ["gpt"]
     (row,) = rows["honest"]
@@ -180,7 +180,9 @@ def test_a_look_ahead_in_the_mask_falls_below_the_truth(monkeypatch, tmp_path):
 
 def test_the_corpus_is_cached(cache):
     first = prepare_corpus(Source("known-truth"), "bytes", 0)
-    assert {name: split.documents for name, split in first.splits.items()} == known_truth.SPLIT_SIZES
+    assert {
+        name: split.documents for name, split in first.splits.items()
+    } == known_truth.SPLIT_SIZES
     assert first.description.startswith("known-truth: documents of a hidden Markov model")
     assert prepare_corpus(Source("known-truth"), "bytes", 0).directory == first.directory
 

@@ -26,6 +26,11 @@ from collections.abc import Iterator
 from random import Random
 from typing import NamedTuple
 
+import numpy as np
+
+from tokenizer import Tokenizer
+from training.data.corpus import Split
+
 KNOWN_TRUTH = "known-truth"
 """The value of `--data`."""
 SPLIT_SIZES = {"train": 30_000, "validation": 1000}
@@ -39,6 +44,15 @@ END = ""
 """The symbol at the end of a document."""
 LEAK_NATS = 14
 """A model with this many nats less than the truth in all has seen what it predicts."""
+
+
+class Entropy(NamedTuple):
+    """The entropy of a text that is known exactly."""
+
+    nats_per_token: float
+    """-log p of the very text under its source, over its number of scored tokens."""
+    standard_error: float
+    """That of this figure as an estimate of the source's entropy per token."""
 
 
 class State(NamedTuple):
@@ -141,3 +155,20 @@ def document_nll(text: str, is_whole: bool = True) -> float:
         nll -= math.log(total)
         belief = {state: probability / total for state, probability in after.items()}
     return nll
+
+
+def split_entropy(split: Split, tokenizer: Tokenizer) -> Entropy:
+    """Return the entropy of a split, whose tokens hold all of the text, per token that is scored.
+
+    The first token, which starts a document, is context only. After the last one nothing is
+    scored: neither is its end.
+    """
+    starts = np.flatnonzero(split.tokens == tokenizer.eos_token)
+    parts = np.split(split.tokens, starts)[1:]
+    texts = [tokenizer.decode(part[1:].tolist()) for part in parts]
+    nlls = np.array([document_nll(text) for text in texts[:-1]] + [document_nll(texts[-1], False)])
+    lengths = np.array([len(part) for part in parts])
+    lengths[-1] -= 1
+    mean = nlls.sum() / lengths.sum()
+    error = np.sqrt(np.square(nlls - mean * lengths).sum()) / lengths.sum()
+    return Entropy(float(mean), float(error))

@@ -180,7 +180,7 @@ def run_lm_eval(arguments: Sequence[str]) -> None:
     try:
         from training.evaluation.harness import run_harness
     except ModuleNotFoundError as error:
-        if error.name != "lm_eval":
+        if (error.name or "").partition(".")[0] != "lm_eval":
             raise
         raise ValueError("lm-eval is not installed: pip install -e '.[clients]'") from None
     run_harness(arguments)

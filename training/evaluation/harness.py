@@ -172,9 +172,7 @@ class HarnessModel(TemplateLM):
             self.cache_hook.add_partial("loglikelihood_rolling", (text,), logprob)
         return results
 
-    def generate_until(
-        self, requests: Sequence[Instance], disable_tqdm: bool = False
-    ) -> list[str]:
+    def generate_until(self, requests: Sequence[Instance], disable_tqdm: bool = False) -> list[str]:
         """Return the text that follows each context, up to a stop string or the document's end."""
         results = []
         for context, gen_kwargs in tqdm([r.args for r in requests], disable=disable_tqdm):
@@ -204,9 +202,7 @@ class HarnessModel(TemplateLM):
             prompt = prompt[-room:]
         output: list[int] = []
         with inference_mode(self.model, self.precision):
-            for token in generate(
-                self.model, prompt, max_tokens, params, {self.eot_token_id}
-            ):
+            for token in generate(self.model, prompt, max_tokens, params, {self.eot_token_id}):
                 output.append(token)
                 text = self.tokenizer.decode(output)
                 if ends := [text.index(stop) for stop in until if stop and stop in text]:
@@ -221,5 +217,7 @@ def run_harness(arguments: Sequence[str]) -> None:
     """Run `lm-eval run --model tinygpt` with further arguments."""
     from lm_eval.__main__ import cli_evaluate
 
-    sys.argv = ["lm-eval", "run", "--model", "tinygpt", *arguments]
+    # The harness's own defaults are cuda:0 and a batch of 1; the last of equal options counts.
+    defaults = ["--model", "tinygpt", "--device", "auto", "--batch_size", "auto"]
+    sys.argv = ["lm-eval", "run", *defaults, *arguments]
     cli_evaluate()

@@ -6,7 +6,6 @@ rungs are not trained again, and an interrupted one is resumed.
 """
 
 import dataclasses
-import itertools
 import json
 import platform
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from gpt import LanguageModel
@@ -23,7 +21,7 @@ from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.autotune import choose_precision, choose_threads, seconds_per_step
 from training.config import TrainingConfig
-from training.data.known_truth import KNOWN_TRUTH, LEAK_NATS, document_nll
+from training.data.known_truth import LEAK_NATS
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run, run_lock
@@ -114,6 +112,7 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     score = trainer.score(stride=max(1, config.context_length // 2)).to_json()
     assert isinstance(model, LanguageModel)
     assert isinstance(task, Text)
+    truth = task.entropy("validation")
     return {
         "rung": name,
         "chapter": model.chapter,
@@ -125,7 +124,8 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         **{name: score.get(name) for name in ("loss", "perplexity", "bits_per_byte")},
         "lost": score.get("lost", ""),
         "tokens_scored": score["tokens"],
-        **known_truth(task),
+        "truth": truth and truth.nats_per_token,
+        "truth_error": truth and truth.standard_error,
         **{name: score[name] for name in ("context_length", "stride")},
         "data": task.description,
         "sample": task.sample(model, SAMPLE_TOKENS),
@@ -133,28 +133,6 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         "date": datetime.now(UTC).date().isoformat(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__},
     }
-
-
-def known_truth(task: Text) -> Row:
-    """Return the entropy of the validation split, in nats per scored token, if it is known exactly.
-
-    `truth` is -log p of the very text under its source, whatever the tokens, and `truth_error` the
-    standard error of it as an estimate of the source's entropy. Both are None for other data, and
-    if the tokens do not hold all of the text.
-    """
-    split = task.corpus.splits["validation"]
-    if task.config.data != KNOWN_TRUTH or split.lost:
-        return {"truth": None, "truth_error": None}
-    # The first token starts a document, and after the last one nothing is scored, nor its end.
-    starts = np.flatnonzero(split.tokens == task.tokenizer.eos_token)
-    documents = np.split(split.tokens, starts)[1:]
-    texts = [task.tokenizer.decode(document[1:].tolist()) for document in documents]
-    ends = itertools.chain(itertools.repeat(True, len(texts) - 1), [False])
-    nlls = np.array([document_nll(*each) for each in zip(texts, ends, strict=True)])
-    lengths = np.array([len(document) for document in documents]) - [*[0] * (len(texts) - 1), 1]
-    truth = nlls.sum() / lengths.sum()
-    error = np.sqrt(np.square(nlls - truth * lengths).sum()) / lengths.sum()
-    return {"truth": float(truth), "truth_error": float(error)}
 
 
 def find_leaks(rows: Sequence[Row]) -> list[str]:
