@@ -1,7 +1,7 @@
 """A generated language whose entropy is known exactly: what no honest model can beat.
 
-    Ddef(gh[ahgDf]ed)DcbDa
-    FghgFf{e(dcb)F[aFhgF]fe}F
+    E({ded{}cbahgfEedcb}afe)Ed
+    AhabacddefgAhahg[(A)ahgfA]ed({AcAbedc[bAd]})Ac[bahgfedc{Abcd[e]f}gha{}b]
 
 A document is what a small hidden Markov model emits, symbol by symbol, until it ends:
 
