@@ -159,7 +159,7 @@ def test_a_look_ahead_in_the_mask_falls_below_the_truth(monkeypatch, tmp_path):
     monkeypatch.setitem(ladder.RUNG_PRESETS, "gpt", preset)
     fields = OPTIONS | {"context_length": 32}
     rows = {}
-    for name, tokens in {"honest": 5000, "leaky": 16_000}.items():
+    for name, tokens in {"honest": 5000, "leaky": 28_000}.items():
         if name == "leaky":
             monkeypatch.setattr("gpt.models.gpt.Positions", LeakyPositions)
         rows[name] = ladder.run_ladder(

@@ -159,7 +159,7 @@ def score_table(rows: Sequence[Row]) -> list[str]:
         *(
             f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
             f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-            f"| {row['loss']:.4f} | {_bits(row)} |{_gap(row) * has_truth}"
+            f"| {row['loss']:.4f} | {_bits(row)} |{_gap(row)}"
             for row in rows
         ),
     ]
@@ -192,6 +192,8 @@ def format_table(rows: Sequence[Row]) -> str:
 
 
 def _gap(row: Row) -> str:
+    if row.get("truth") is None:
+        return ""
     gap = row["loss"] - row["truth"]
     return f" {gap:+.4f} ({gap / row['truth']:+.1%}) |"
 
