@@ -19,6 +19,7 @@ VERBS = {
     "train": Verb("training.cli", "train a model, or --resume a run"),
     "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
     "compare": Verb("training.cli", "compare runs on one text, with a significance test"),
+    "lm-eval": Verb("training.cli", "run tasks of EleutherAI's evaluation harness"),
     "sample": Verb("serving.cli", "generate text in the terminal"),
     "serve": Verb("serving.cli", "serve runs over HTTP, with an OpenAI-compatible API"),
     "ladder": Verb("training.cli", "train and compare every language model"),

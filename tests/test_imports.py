@@ -31,6 +31,7 @@ LIBRARIES = {
     "matplotlib": "training/plots",
     "sklearn": "training/tasks/tables.py",
     "ray": "serving/ray_serve.py",
+    "lm_eval": "training/evaluation/harness.py",
 }
 """Each heavy library, and the only file or package that may import it."""
 
@@ -79,16 +80,19 @@ def test_each_heavy_library_is_imported_in_one_place(library):
 
 def test_every_library_is_installed_by_make_setup():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
-    dependencies = [*project["dependencies"], *project["optional-dependencies"]["gguf"]]
+    extras = project["optional-dependencies"]
+    # lm_eval is one of the clients, an extra that may not be installed.
+    dependencies = [*project["dependencies"], *extras["gguf"], *extras["clients"]]
     declared = {re.split("[^\\w-]", d)[0].replace("-", "_") for d in dependencies}
     declared |= {"starlette", "pydantic", "h11"}  # of fastapi and uvicorn
     declared |= {"httpx2"}  # of huggingface_hub
     distributions = importlib.metadata.packages_distributions()
     imported = set().union(*(imported_packages(f) for name in PACKAGES for f in source_files(name)))
-    assert "ray" in project["optional-dependencies"]  # click is one of uvicorn's
+    assert "ray" in extras  # click is one of uvicorn's
     imported -= {"ray", "click"}
     for library in imported - PACKAGES.keys() - sys.stdlib_module_names:
-        names = {name.lower().replace("-", "_") for name in distributions[library]}
+        installed = distributions.get(library, [library])
+        names = {name.lower().replace("-", "_") for name in installed}
         assert declared & names, f"{library} is no dependency"
 
 

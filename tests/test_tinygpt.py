@@ -165,7 +165,9 @@ def test_version(run):
 def test_an_unknown_verb_is_one_line_and_exit_code_2(run):
     code, out, err = run("tinygpt", "evl")
     assert (code, out) == (2, "")
-    assert err == ("tinygpt: no verb is named 'evl' (did you mean eval?); --help lists them\n")
+    assert err == (
+        "tinygpt: no verb is named 'evl' (did you mean eval or lm-eval?); --help lists them\n"
+    )
     code, _, err = run("tinygpt", "quux")
     assert (code, err) == (2, "tinygpt: no verb is named 'quux'; --help lists them\n")
 

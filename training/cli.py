@@ -35,7 +35,14 @@ from training.config import (
     new_model,
     resolve_config,
 )
-from training.evaluation.commands import Compare, Eval, Ladder, Translators
+from training.evaluation.commands import (
+    Compare,
+    Eval,
+    Ladder,
+    LmEval,
+    Translators,
+    run_lm_eval,
+)
 from training.evaluation.nearest import Nearest
 from training.finetuning import finetune_config
 from training.interchange import Export, Import
@@ -270,6 +277,9 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
     defaults, note = preset_defaults(preset), ""
     train: Callable[..., cli.Command] = Resume
     with cli.reported_errors(prog):
+        if arguments[:1] == ["lm-eval"] and arguments[1:] not in ([], ["-h"], ["--help"]):
+            run_lm_eval(arguments[1:])
+            return
         if arguments[:1] == ["train"] and "--resume" in arguments:
             arguments.remove("--resume")
             if settings.find_option(arguments, "--config") is not None:
@@ -284,6 +294,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "train": train,
         "plan": plan_command(defaults),
         "eval": Eval,
+        "lm-eval": LmEval,
         "ladder": Ladder,
         "compare": Compare,
         "translators": Translators,

@@ -62,7 +62,7 @@ class TrainingConfig:
     task: str = "text"
     """Training task: `text` (predict the next token), `word-vectors`, `translation`, or one of the small tables of numbers."""
     data: str = "stdlib"
-    """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
+    """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), `known-truth` (a generated language of known entropy), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
     data_config: OptionalText = None
     """Configuration of a Hugging Face dataset that has several."""
     data_revision: OptionalText = None

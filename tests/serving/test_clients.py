@@ -15,6 +15,7 @@ import pytest
 
 from gpt.sampling import SamplingParams
 from tests.serving.running_server import (
+    CONTEXT_LENGTH,
     DEADLINE,
     LONG,
     TOKENIZER,
@@ -22,6 +23,8 @@ from tests.serving.running_server import (
     reference,
     wait_until,
 )
+from tests.training.helpers import save_run
+from training.config import TrainingConfig
 from training.evaluation.commands import Eval
 from training.evaluation.evaluate import evaluate
 
@@ -132,23 +135,40 @@ HARNESS = """
 import json, sys
 import lm_eval
 from lm_eval.tasks import TaskManager
-evaluation = lm_eval.simple_evaluate(
-    model="local-completions",
-    model_args=json.loads(sys.argv[1]),
-    tasks=["own_text"],
-    task_manager=TaskManager(include_path=sys.argv[2]),
-    bootstrap_iters=0,
-)
-print(json.dumps(evaluation["results"]["own_text"]["bits_per_byte,none"]))
+import training.evaluation.harness
+def evaluate(model, model_args):
+    evaluation = lm_eval.simple_evaluate(
+        model=model,
+        model_args=model_args,
+        device="cpu",
+        batch_size=8,
+        tasks=["own_text", "own_pairs"],
+        task_manager=TaskManager(include_path=sys.argv[3], include_defaults=False),
+        bootstrap_iters=0,
+    )
+    logprobs = [
+        logprob for sample in evaluation["samples"]["own_pairs"] for logprob, _ in sample["filtered_resps"]
+    ]
+    return evaluation["results"]["own_text"]["bits_per_byte,none"], logprobs
+by_http = evaluate("local-completions", json.loads(sys.argv[1]))
+print(json.dumps([by_http, evaluate("tinygpt", json.loads(sys.argv[2]))]))
 """
 
 
-def test_evaluation_harness_computes_the_same_bits_per_byte(server, model, tmp_path):
-    """Its windows are disjoint and two tokens shorter than its `max_length`."""
+def test_evaluation_harness_by_http_and_on_the_run_agrees_with_eval(server, model, tmp_path):
+    """Its windows are disjoint; by HTTP they are two tokens shorter than its `max_length`."""
     pytest.importorskip("lm_eval")
     window = 100
     (tmp_path / "text.txt").write_text(TEXT, "utf-8")
-    task = {
+    pairs = [
+        {
+            "sentence_good": f"the {noun} sits on the mat",
+            "sentence_bad": f"the {noun} sit on the mat",
+        }
+        for noun in ("cat", "dog", "black bird \N{CAT FACE}")
+    ]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    text_task = {
         "task": "own_text",
         "dataset_path": "text",
         "dataset_kwargs": {
@@ -162,7 +182,27 @@ def test_evaluation_harness_computes_the_same_bits_per_byte(server, model, tmp_p
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    (tmp_path / "own_text.yaml").write_text(json.dumps(task))
+    pairs_task = {
+        "task": "own_pairs",
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(tmp_path / "pairs.jsonl")},
+            "cache_dir": str(tmp_path),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "target_delimiter": "",
+        "doc_to_choice": "{{[sentence_bad, sentence_good]}}",
+        "doc_to_target": 1,
+        "metric_list": [{"metric": "acc"}],
+    }
+    for task in (text_task, pairs_task):
+        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+    config = TrainingConfig(tokenizer="bytes")
+    sizes = {"context_length": CONTEXT_LENGTH, "width": 16, "depth": 2, "heads": 2}
+    model_args = {"vocab_size": TOKENIZER.vocab_size, **sizes}
+    save_run(tmp_path / "run", model, model_args, config, TOKENIZER)
     arguments = {
         "model": "tiny",
         "base_url": f"{server.address}/v1/completions",
@@ -171,10 +211,20 @@ def test_evaluation_harness_computes_the_same_bits_per_byte(server, model, tmp_p
         "max_length": window + 2,
         "num_concurrent": 2,
     }
-    harness_bits_per_byte = run_client(HARNESS, json.dumps(arguments), str(tmp_path))
+    run = {"run": str(tmp_path / "run"), "context_length": window}
+    (http_bits, http_logprobs), (bits, logprobs) = run_client(
+        HARNESS, json.dumps(arguments), json.dumps(run), str(tmp_path)
+    )
     ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(TEXT)])
     size, precision = len(TEXT.encode()), Eval.precision  # of `tinygpt eval`
     windows = {"stride": window, "context_length": window}
     score = evaluate(model, ids, precision=precision, **windows).score(1, size)
     assert score.tokens > 3 * window
-    assert harness_bits_per_byte == pytest.approx(score.bits_per_byte, abs=1e-4)
+    assert http_bits == pytest.approx(score.bits_per_byte, abs=1e-4)
+    assert bits == pytest.approx(score.bits_per_byte, abs=1e-4)
+    assert logprobs == pytest.approx(http_logprobs, abs=1e-4)
+    sentences = [pair[name] for pair in pairs for name in ("sentence_bad", "sentence_good")]
+    for logprob, sentence in zip(logprobs, sentences, strict=True):
+        ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(sentence)])
+        score = evaluate(model, ids, words=1, bytes=1, precision=precision)
+        assert logprob == pytest.approx(-score.nll, abs=1e-4)

@@ -1,10 +1,12 @@
 """A tiny corpus, trainers on it, and what they wrote."""
 
+import dataclasses
 import json
 import random
 
 import torch
 
+from gpt.checkpoint import FORMAT, save_config, save_tensors, unique_state_dict
 from tokenizer import byte_tokenizer
 from training.data.corpus import CorpusWriter, TextChunk, open_corpus
 from training.distributed import SINGLE_PROCESS
@@ -46,3 +48,13 @@ def read_log(directory):
         {k: v for k, v in line.items() if k != "seconds" and not k.endswith("_per_second")}
         for line in lines
     ]
+
+
+def save_run(directory, model, model_args, config, tokenizer):
+    """Write the run directory of a model that was not trained."""
+    directory.mkdir(parents=True)
+    save_config(directory, config.model, model_args)
+    save_tensors(directory / "model.safetensors", unique_state_dict(model))
+    tokenizer.save(directory / "tokenizer.json")
+    content = {"format": FORMAT, "config": dataclasses.asdict(config)}
+    (directory / "run.json").write_text(json.dumps(content), "utf-8")

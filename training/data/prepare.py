@@ -36,6 +36,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
+from training.data.known_truth import KNOWN_TRUTH, SPLIT_SIZES, documents
 from training.data.rows import TRANSLATION_COLUMN, RowReader, SentencePairs, Texts, read_rows
 from training.data.slices import select_split
 from training.data.sources import (
@@ -147,13 +148,13 @@ def prepare_corpus(
 
 
 def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
-    """Find the standard library, the toy pairs, a file, a folder or a hub dataset, in this order.
+    """Find the standard library, a generated dataset, a file, a folder or a hub dataset, in this order.
 
     A ValueError tells a mistyped path from an unknown dataset.
     """
     data = source.data
     path = Path(data).expanduser()
-    if data not in ("stdlib", TOY_PAIRS) and not (data and path.exists()):
+    if data not in ("stdlib", TOY_PAIRS, KNOWN_TRUTH) and not (data and path.exists()):
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) or files.detect_format(path):
             raise ValueError(f"{data}: no such file or folder")
         dataset = hub.open_hub_dataset(source, rows)
@@ -165,6 +166,8 @@ def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         dataset = _standard_library(source, rows)
     elif data == TOY_PAIRS:
         dataset = _open_toy_pairs(source, rows)
+    elif data == KNOWN_TRUTH:
+        dataset = _open_known_truth(rows)
     elif path.is_dir():
         dataset = files.open_folder(source, rows, path.resolve())
     elif file_format := files.detect_format(path):
@@ -224,6 +227,21 @@ def _open_toy_pairs(source: Source, rows: RowReader) -> DatasetSplits:
         identity=[TOY_PAIRS, hashlib.sha256(text.encode()).hexdigest()],
         name="toy-pairs: generated English-French sentences",
         report=report,
+    )
+
+
+def _open_known_truth(rows: RowReader) -> DatasetSplits:
+    """Return the documents of the language of known entropy as a dataset."""
+    rows.choose_column({"text": "string"}, KNOWN_TRUTH)
+
+    def read(split: str) -> Iterator[TextChunk]:
+        return (TextChunk(text, True) for text in documents(split))
+
+    first = {split: list(itertools.islice(documents(split), 100)) for split in SPLIT_SIZES}
+    return DatasetSplits(
+        splits={split: functools.partial(read, split) for split in SPLIT_SIZES},
+        identity=[KNOWN_TRUTH, SPLIT_SIZES, first],
+        name="known-truth: documents of a hidden Markov model",
     )
 
 

@@ -38,7 +38,7 @@ class Source:
     """The location of a dataset and how to read it."""
 
     data: str = "stdlib"
-    """`stdlib`, `toy-pairs`, a directory of prepared tokens, a file, a folder, or the name of a hub dataset."""
+    """`stdlib`, `toy-pairs`, `known-truth`, a directory of prepared tokens, a file, a folder, or the name of a hub dataset."""
     config: str | None = None
     """Configuration of a hub dataset."""
     revision: str | None = None

@@ -20,7 +20,7 @@ from gpt.summary import count_parameters
 from training.config import TrainingConfig
 from training.data.corpus import is_prepared
 from training.evaluation.analysis import MIN_BLOCK_SIZE, PairedSums
-from training.evaluation.ladder import format_table, run_ladder
+from training.evaluation.ladder import find_leaks, format_table, run_ladder
 from training.launch import train_or_exit
 from training.progress import read_metrics
 from training.run_directory import load_run_tokenizer, load_training_config
@@ -363,6 +363,30 @@ class Translators:
 
 
 @dataclass(frozen=True)
+class LmEval:
+    """Run tasks of EleutherAI's evaluation harness on a run: `lm-eval --model_args run=RUN --tasks TASK`.
+
+    The options are those of `lm-eval run --model tinygpt`; `lm-eval run --help` lists them. They go
+    to the harness unread, which is an extra: pip install -e '.[clients]'.
+    """
+
+    def __call__(self) -> None:
+        """Run it without options: it needs some."""
+        raise ValueError("which tasks? `lm-eval --model_args run=RUN --tasks TASK`")
+
+
+def run_lm_eval(arguments: Sequence[str]) -> None:
+    """Run the harness with the options that were typed."""
+    try:
+        from training.evaluation.harness import run_harness
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "lm_eval":
+            raise
+        raise ValueError("lm-eval is not installed: pip install -e '.[clients]'") from None
+    run_harness(arguments)
+
+
+@dataclass(frozen=True)
 class Ladder:
     """Train every language model on one corpus under one budget, and compare them: table and plot."""
 
@@ -403,3 +427,8 @@ class Ladder:
         write_atomically(self.output / "ladder.md", table)
         plot_ladder(rows, self.output / "ladder.svg")
         print(f"\n{table}\n{self.output / 'ladder.svg'}")
+        if leaks := find_leaks(rows):
+            raise ValueError(
+                f"{', '.join(leaks)}: below the truth by more than chance, which no model can be: it "
+                "has seen what it predicts"
+            )

@@ -21,6 +21,7 @@ from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.autotune import choose_precision, choose_threads, seconds_per_step
 from training.config import TrainingConfig
+from training.data.known_truth import LEAK_NATS
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
 from training.run_directory import create_run, resume_run, run_lock
@@ -111,6 +112,7 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     score = trainer.score(stride=max(1, config.context_length // 2)).to_json()
     assert isinstance(model, LanguageModel)
     assert isinstance(task, Text)
+    truth = task.entropy("validation")
     return {
         "rung": name,
         "chapter": model.chapter,
@@ -122,6 +124,8 @@ def score_rung(name: str, trainer: Trainer) -> Row:
         **{name: score.get(name) for name in ("loss", "perplexity", "bits_per_byte")},
         "lost": score.get("lost", ""),
         "tokens_scored": score["tokens"],
+        "truth": truth and truth.nats_per_token,
+        "truth_error": truth and truth.standard_error,
         **{name: score[name] for name in ("context_length", "stride")},
         "data": task.description,
         "sample": task.sample(model, SAMPLE_TOKENS),
@@ -131,15 +135,31 @@ def score_rung(name: str, trainer: Trainer) -> Row:
     }
 
 
+def find_leaks(rows: Sequence[Row]) -> list[str]:
+    """Return the rungs that are further below the known truth than chance explains.
+
+    For any model, the expected ratio of its probability of the text and the source's is at most 1.
+    So by Markov's inequality it is `n` nats below the truth with a probability of at most exp(-n).
+    """
+    return [
+        row["rung"]
+        for row in rows
+        if row.get("truth") is not None
+        and (row["truth"] - row["loss"]) * row["tokens_scored"] > LEAK_NATS
+    ]
+
+
 def score_table(rows: Sequence[Row]) -> list[str]:
     """Return the lines of a Markdown table of the rows."""
+    has_truth = rows[0].get("truth") is not None
     return [
-        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |",
-        "|---:|---|---:|---:|---:|---:|---:|---:|",
+        "| chapter | rung | year | parameters | training | tokens/s | loss | bits per byte |"
+        + " above the truth |" * has_truth,
+        "|---:|---|---:|---:|---:|---:|---:|---:|" + "---:|" * has_truth,
         *(
             f"| {row['chapter']} | {row['rung']} | {row['year']} | {row['parameters']:,} "
             f"| {format_duration(row['seconds'])} | {row['tokens'] / row['seconds']:,.0f} "
-            f"| {row['loss']:.4f} | {_bits(row)} |"
+            f"| {row['loss']:.4f} | {_bits(row)} |{_gap(row)}"
             for row in rows
         ),
     ]
@@ -151,6 +171,11 @@ def format_table(rows: Sequence[Row]) -> str:
     context_length, stride = first["context_length"], first["stride"]
     lost = f"No bits per byte: the tokenizer loses text: {first['lost']}. "
     note = lost if first["bits_per_byte"] is None else ""
+    if first.get("truth") is not None:
+        note += (
+            f"The truth is {first['truth']:.4f} nats per token: the exact -log p of this text under "
+            f"its source, whose entropy per token it estimates to ±{first['truth_error']:.4f}. "
+        )
     lines = [
         *score_table(rows),
         "",
@@ -164,6 +189,13 @@ def format_table(rows: Sequence[Row]) -> str:
     for row in rows:
         lines += ["", row["rung"], "", "```text", row["sample"].replace("```", "` ` `"), "```"]
     return "\n".join(lines) + "\n"
+
+
+def _gap(row: Row) -> str:
+    if row.get("truth") is None:
+        return ""
+    gap = row["loss"] - row["truth"]
+    return f" {gap:+.4f} ({gap / row['truth']:+.1%}) |"
 
 
 def _bits(row: Row) -> str:

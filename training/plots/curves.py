@@ -55,7 +55,8 @@ def plot_losses(runs: Sequence[Path], output: Path) -> None:
 def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
     """Plot each rung's bits per byte against its parameters, and against its training time.
 
-    Where the tokenizer loses text, so that there are no bits per byte, plot the loss.
+    Where the tokenizer loses text, so that there are no bits per byte, plot the loss. Where the
+    entropy of the text is known, a line shows it.
     """
     has_bits = all(row["bits_per_byte"] is not None for row in rows)
     y, y_label = ("bits_per_byte", "bits per byte") if has_bits else ("loss", "nats per token")
@@ -72,6 +73,10 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
             axes.set_xlabel(label)
             axes.margins(x=0.15)
             axes.set_ylabel(y_label)
+            if (truth := rows[0].get("truth")) is not None:
+                level = truth * rows[0][y] / rows[0]["loss"]
+                axes.axhline(level, color="C1", linestyle="--", label="the truth")
+                axes.legend()
         figure.draw_without_rendering()  # fixes the layout, which the labels' places depend on
         figure.set_layout_engine("none")
         for axes, key in zip(panels, x_labels, strict=True):

@@ -1,6 +1,7 @@
 """Tasks on text: predict the next token, or learn a vector for each token from those near it."""
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -25,6 +26,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
+from training.data.known_truth import KNOWN_TRUTH, Entropy, split_entropy
 from training.data.sources import Source, resolve_tokenizer
 from training.evaluation.analysis import ScoredText, calibration, loss_by_position
 from training.evaluation.evaluate import (
@@ -117,6 +119,8 @@ class Text(CorpusTask):
         ]
         self.sizes += self.tokenizer_notes()
         self.sequence_length = config.context_length
+        if self.kind == "text" and (truth := self.entropy("validation")):
+            self.sizes.append(f"the truth: {truth.nats_per_token:.4f} nats per validation token")
         if not for_training:
             return
         self._scorable("validation")
@@ -138,6 +142,14 @@ class Text(CorpusTask):
                 f"{self.config.data}: the {name} split has no token to predict: give it more text"
             )
         return split
+
+    def entropy(self, name: str) -> Entropy | None:
+        """Return the entropy of a split if it is known exactly, else None."""
+        if self.config.data != KNOWN_TRUTH or self.corpus.splits[name].lost:
+            return None
+        entropy = split_entropy(self.corpus.splits[name], self.tokenizer)
+        # Options such as --data-limit may cut a document, so that the text starts within it.
+        return entropy if math.isfinite(entropy.nats_per_token) else None
 
     def batch(self, index: int) -> Batch:
         """Return (tokens_BT, targets_BT)."""
