@@ -17,6 +17,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("training.cli", "train a model, or --resume a run"),
+    "prepare": Verb("training.cli", "tokenize a text once, into a folder for many runs"),
     "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
     "sample": Verb("serving.cli", "generate text in the terminal"),
     "serve": Verb("serving.cli", "serve runs over HTTP, with an OpenAI-compatible API"),

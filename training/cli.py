@@ -35,6 +35,8 @@ from training.config import (
     new_model,
     resolve_config,
 )
+from training.data.commands import Prepare
+from training.data.mixture import join_data_options
 from training.evaluation.commands import Eval, Ladder, Translators
 from training.evaluation.nearest import Nearest
 from training.finetuning import finetune_config
@@ -270,6 +272,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
     defaults, note = preset_defaults(preset), ""
     train: Callable[..., cli.Command] = Resume
     with cli.reported_errors(prog):
+        arguments = join_data_options(arguments)
         if arguments[:1] == ["train"] and "--resume" in arguments:
             arguments.remove("--resume")
             if settings.find_option(arguments, "--config") is not None:
@@ -283,6 +286,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
         "plan": plan_command(defaults),
+        "prepare": Prepare,
         "eval": Eval,
         "ladder": Ladder,
         "translators": Translators,

@@ -16,6 +16,7 @@ RESET = [
     "data_split",
     "text_column",
     "streaming",
+    "shuffle_buffer",
     "data_limit",
     "init_embedding",
     "device",

@@ -15,7 +15,7 @@ from gpt.cli import OptionalInt, OptionalText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
-from training.data.corpus import is_prepared
+from training.data.mixture import prepared_source
 from training.evaluation.ladder import format_table, run_ladder
 from training.launch import train_or_exit
 from training.progress import read_metrics
@@ -64,7 +64,9 @@ class Eval:
         names = ("data_config", "text_column", "data_limit", "streaming")
         data_options = {name: getattr(self, name) for name in names}
         if self.data is not None:
-            config = dataclasses.replace(config, data=self.data, data_split=None, **data_options)
+            config = dataclasses.replace(
+                config, data=self.data, data_split=None, shuffle_buffer=None, **data_options
+            )
         elif not config.data:
             raise ValueError(
                 f"{directory} was imported and has no corpus of its own: give --data, the text to score"
@@ -73,9 +75,9 @@ class Eval:
             raise ValueError(
                 "options about the data need --data: without it, the run's own corpus is scored"
             )
-        if self.data is not None and is_prepared(self.data):
+        if self.data is not None and (prepared := prepared_source(self.data)):
             for name in filter(data_options.get, names):
-                refuse_text_option(self.data, name)
+                refuse_text_option(prepared, name)
         task = open_task(config, load_run_tokenizer(directory), for_training=self.data is None)
         if self.data is None and task.tokenizer:
             _check_same_data(directory, config, task)
