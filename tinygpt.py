@@ -17,6 +17,7 @@ class Verb(NamedTuple):
 
 VERBS = {
     "train": Verb("training.cli", "train a model, or --resume a run"),
+    "prepare": Verb("training.cli", "tokenize a text once, into a folder for many runs"),
     "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
     "compare": Verb("training.cli", "compare runs on one text, with a significance test"),
     "lm-eval": Verb("training.cli", "run tasks of EleutherAI's evaluation harness"),

@@ -35,6 +35,8 @@ from training.config import (
     new_model,
     resolve_config,
 )
+from training.data.commands import Prepare
+from training.data.mixture import join_data_options
 from training.evaluation.commands import (
     Compare,
     Eval,
@@ -280,6 +282,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         if arguments[:1] == ["lm-eval"] and arguments[1:] not in ([], ["-h"], ["--help"]):
             run_lm_eval(arguments[1:])
             return
+        arguments = join_data_options(arguments)
         if arguments[:1] == ["train"] and "--resume" in arguments:
             arguments.remove("--resume")
             if settings.find_option(arguments, "--config") is not None:
@@ -293,6 +296,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
     commands: dict[str, Callable[..., cli.Command]] = {
         "train": train,
         "plan": plan_command(defaults),
+        "prepare": Prepare,
         "eval": Eval,
         "lm-eval": LmEval,
         "ladder": Ladder,

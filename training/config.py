@@ -26,7 +26,7 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at least 1": (
         lambda v: v >= 1,
         "steps batch_size context_length gradient_accumulation_steps vocab_size data_limit "
-        "eval_interval eval_tokens checkpoint_interval log_interval",
+        "shuffle_buffer eval_interval eval_tokens checkpoint_interval log_interval",
     ),
     "at least 0": (
         lambda v: v >= 0,
@@ -36,7 +36,7 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "at most 2147483647": (
         lambda v: v < 2**31,
         "steps batch_size context_length gradient_accumulation_steps vocab_size eval_interval "
-        "checkpoint_interval log_interval warmup_steps sample_tokens step_decays",
+        "checkpoint_interval log_interval warmup_steps sample_tokens step_decays shuffle_buffer",
     ),
     "at most 1024": (lambda v: v <= 1024, "threads"),
     "at most 9223372036854775807": (lambda v: v < 2**63, "data_limit eval_tokens seed"),
@@ -62,7 +62,7 @@ class TrainingConfig:
     task: str = "text"
     """Training task: `text` (predict the next token), `word-vectors`, `translation`, or one of the small tables of numbers."""
     data: str = "stdlib"
-    """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), `known-truth` (a generated language of known entropy), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories."""
+    """Corpus: `stdlib` (the standard library of this Python), `toy-pairs` (generated English-French sentence pairs, for the task translation), `known-truth` (a generated language of known entropy), a file (.txt .jsonl .csv .parquet, also compressed), a folder, or a Hugging Face dataset such as roneneldan/TinyStories. Several, each with its weight, are mixed: --data a.txt:0.7 --data b.txt:0.3."""
     data_config: OptionalText = None
     """Configuration of a Hugging Face dataset that has several."""
     data_revision: OptionalText = None
@@ -75,6 +75,8 @@ class TrainingConfig:
     """Source and target language of sentence pairs, such as en-fr. Default: the first two in the data."""
     streaming: bool = False
     """Stream a Hugging Face dataset instead of downloading it."""
+    shuffle_buffer: OptionalInt = None
+    """Stream the files in random order, and their documents through a buffer of this many: with --data-limit, a sample of the whole."""
     data_limit: OptionalInt = None
     """Read at most this many bytes of text from each split."""
     tokenizer: str = "bpe"
@@ -175,6 +177,8 @@ class TrainingConfig:
             raise ValueError(
                 "--stateful cannot split a batch: leave out --gradient-accumulation-steps"
             )
+        if self.shuffle_buffer is not None and not self.streaming:
+            raise ValueError("--shuffle-buffer is of a stream: add --streaming")
         if self.batch_size % self.gradient_accumulation_steps:
             raise ValueError(
                 f"--batch-size {self.batch_size} cannot be divided into "

@@ -17,6 +17,7 @@ RESET = [
     "data_split",
     "text_column",
     "streaming",
+    "shuffle_buffer",
     "data_limit",
     "end_of_text",  # which the tokenizer of the parent knows
     "init_embedding",

@@ -31,6 +31,7 @@ from gpt.summary import count_parameters
 from tokenizer import Tokenizer
 from tokenizer.gguf import gguf_metadata, normalizes
 from training.config import TASK_ARGS, TrainingConfig
+from training.data.mixture import parse_data
 from training.progress import final_metrics
 from training.run_directory import save_training_config
 
@@ -181,8 +182,8 @@ def model_card(
     """Return a README.md with a YAML header: what the model is, and what was measured of it."""
     content = read_run_json(run)
     config, data = content.get("config", {}), content.get("data", {})
-    name = config.get("data", "")
-    is_hub_dataset = "/" in name and not Path(name).exists()
+    names = [source.data for source in parse_data(config.get("data", ""))]
+    hub_datasets = [name for name in names if "/" in name and not Path(name).exists()]
     final = final_metrics(run)
     metrics = {
         metric: value
@@ -195,7 +196,7 @@ def model_card(
         f"library_name: {library}",
         "pipeline_tag: text-generation",
         "tags:\n- tinygpt",
-        *([f"datasets:\n- {name}"] if is_hub_dataset else []),
+        *(["datasets:", *(f"- {name}" for name in hub_datasets)] if hub_datasets else []),
         *(["metrics:", *(f"- {metric}" for metric in metrics)] if metrics else []),
         "---",
     ]

@@ -344,7 +344,8 @@ class Trainer:
         sample = self.task.sample(self.eval_model, self.config.sample_tokens)
         if self.sharded:
             self.eval_model.cpu()
-        self.metrics.log(self.step, validation_loss=loss, sample=sample)
+        by_source = {"validation_losses": dict(it)} if (it := self.task.source_losses) else {}
+        self.metrics.log(self.step, validation_loss=loss, **by_source, sample=sample)
         self.progress.validation_loss = loss
         message = f"\nstep {self.step}: {self.task.format_loss(loss)}"
         is_in_report = self.task.sample_in_report and self.step == self.config.steps

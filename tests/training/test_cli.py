@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,10 @@ from training import cli
 from training.checkpointing import list_checkpoints, newest_checkpoint
 from training.data.corpus import CorpusWriter, TextChunk
 from training.presets import PRESETS
+from training.progress import read_metrics
 from training.run_directory import run_lock
 
+TRAINING_MD = (Path(__file__).parents[2] / "docs" / "training.md").read_text("utf-8")
 TINY = shlex.split("""
     --tokenizer bytes --steps 6 --batch-size 4 --context-length 32 --width 16 --depth 1 --heads 1
     --warmup-steps 1 --eval-interval 3 --checkpoint-interval 3 --log-interval 1 --sample-tokens 5
@@ -239,6 +242,70 @@ def test_train_from_prepared_tokens(run, workdir):
     assert code == 0, err
     weights = "model.safetensors"
     assert (workdir / "runs" / "prepared" / weights).read_bytes() == (run[0] / weights).read_bytes()
+
+
+def test_train_and_eval_on_a_mixture(workdir):
+    (workdir / "other.txt").write_text("".join(f"{i} other lines\n" for i in range(300)))
+    directory = workdir / "runs" / "mixture"
+    two = ("--data", "text.txt:3", "--data", "other.txt:1")
+    code, out, err = training("train", *TINY, *two, "--run", directory)
+    assert code == 0, err
+    assert "mixture by weight of tokens: 75.00% text.txt, 25.00% other.txt" in out
+    run = json.loads((directory / "run.json").read_text())
+    assert run["config"]["data"] == "text.txt:3 other.txt:1"
+    (last,) = [line for line in read_metrics(directory) if "final_loss" in line]
+    code, out, err = training("eval", directory, "--json")
+    report = json.loads(out)
+    assert report["split"] == "validation"
+    assert report["loss"] == pytest.approx(last["final_loss"], rel=1e-6)
+    by_source = {name: score["loss"] for name, score in report["sources"].items()}
+    assert by_source.keys() == {"text.txt", "other.txt"}
+    for name, loss in by_source.items():
+        alone = training("eval", directory, "--data", name, "--split", "train", "--json")[1]
+        assert json.loads(alone)["loss"] == pytest.approx(loss, rel=0.1)
+    code, out, err = training("eval", directory, *two, "--json", "--split", "train")
+    assert json.loads(out)["sources"].keys() == by_source.keys()
+    code, _, err = training("train", "--data", "text.txt", "--data", "other.txt:1")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "text.txt: no such file, or no weight" in err
+    # What run.json says repeats the run, and one value says what two options do.
+    again = workdir / "runs" / "mixture-again"
+    code, _, err = training("train", "--config", directory / "run.json", "--run", again)
+    assert code == 0, err
+    weights = "model.safetensors"
+    assert (again / weights).read_bytes() == (directory / weights).read_bytes()
+
+
+def test_prepare_writes_a_folder_to_train_on(run, workdir):
+    code, out, err = training("prepare", "text.txt", "tokens", "--tokenizer", "bytes")
+    assert code == 0, err
+    assert "train: " in out
+    assert "next: tinygpt train --data tokens" in out
+    example = re.findall(r"^```py\n(.*?)^```$", TRAINING_MD, re.MULTILINE | re.DOTALL)[0]
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example)
+    assert printed.getvalue() == (workdir / "text.txt").read_text()[:99] + "\n"
+    directory = workdir / "runs" / "from-tokens"
+    code, _, err = training("train", *TINY, "--data", "tokens", "--run", directory)
+    assert code == 0, err
+    weights = "model.safetensors"
+    assert (directory / weights).read_bytes() == (run[0] / weights).read_bytes()
+    for arguments, message in {
+        ("text.txt", "tokens"): "tokens exists and is not empty: choose another folder",
+        ("tokens", "more"): "tokens holds prepared tokens already",
+        ("text.txt:1 a.txt:2", "more"): "prepare each source of the mixture alone",
+        ("text.txt", "more", "--vocab-size", "0"): "--vocab-size must be at least 1",
+        ("text.txt", "more", "--languages", "en-fr"): "add --task translation",
+        ("text.txt", "more", "--shuffle-buffer", "9"): "--shuffle-buffer is of a stream",
+        ("text.txt", "more", "--shuffle-buffer", "9", "--streaming"): "text.txt is local",
+        ("no.txt", "more"): "no.txt: no such file or folder",
+    }.items():
+        code, out, err = training("prepare", *arguments)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert message in err
+    assert not (workdir / "more").exists()
+    assert not (workdir / "more.part").exists()
 
 
 def test_signals_save_a_checkpoint_that_resume_continues(workdir, request):

@@ -16,7 +16,7 @@ import torch
 from gpt.checkpoint import build_model, load_tensors, save_config, save_tensors, unique_state_dict
 from tests import hub
 from tests.corpora import PAIRS, ROWS, STORY, pair_lines, run_python, text_lines
-from tokenizer import train_bpe
+from tokenizer import Tokenizer, train_bpe
 from training.data.corpus import open_corpus
 from training.data.prepare import prepare_corpus
 from training.data.sources import Source
@@ -62,6 +62,7 @@ def test_hub_datasets_downloaded_and_streamed(tmp_path, hub_folder):
         Source("some/tongues"), Source("some/tongues", config="de"),
         Source("some/tongues", config="fr"), Source("some/stories", column="id"),
         Source("some/pairs", split="train"), Source("some/pairs", split="train", streaming=True),
+        Source("some/stories", streaming=True, shuffle_buffer=40),
         Source("some/pairs", languages="fr-en")]"""
     with hub.running(hub_folder) as stand_in:
         home = {"HF_HOME": str(tmp_path / "home")}
@@ -81,7 +82,7 @@ def test_hub_datasets_downloaded_and_streamed(tmp_path, hub_folder):
     assert "the hub has no dataset of that name" in unknown
     assert "the hub has no dataset of that name" in unknown_owner
     assert "--data-split can be train, validation" in split
-    no_config, wrong_config, french, column, pairs, pairs_streamed, bad_pair = rest
+    no_config, wrong_config, french, column, pairs, pairs_streamed, shuffled, bad_pair = rest
     assert "--data-config can be one of ['en', 'fr']" in no_config
     assert "--data-config can be one of ['en', 'fr']" in wrong_config
     assert open_corpus(french).splits["train"].documents
@@ -92,6 +93,13 @@ def test_hub_datasets_downloaded_and_streamed(tmp_path, hub_folder):
     ).fingerprint
     for directory in (pairs, pairs_streamed):
         assert open_corpus(directory, sentence_pairs=True).fingerprint == fingerprint
+    in_order, in_another = (
+        Tokenizer.load(directory).decode(open_corpus(directory).splits["train"].tokens)
+        for directory in (streamed, shuffled)
+    )
+    assert in_order != in_another
+    assert sorted(in_order.splitlines()) == sorted(in_another.splitlines())
+    assert "shuffled with a buffer of 40" in open_corpus(shuffled).description
     assert "some/pairs, split test, row 2: no 'fr' sentence, only en" in bad_pair
     # Offline, what was downloaded is still there, and already tokenized.
     sources = '[Source("some/stories"), Source("some/plain"), Source("some/none")]'

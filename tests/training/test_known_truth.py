@@ -121,7 +121,7 @@ class Oracle(LanguageModel):
 @pytest.mark.parametrize("tokenizer", ["characters", "bytes"])
 def test_the_true_source_is_scored_at_the_exact_entropy(tokenizer):
     task = open_task(TrainingConfig(data="known-truth", tokenizer=tokenizer))
-    split = task.corpus.splits["validation"]
+    split = task.parts[0].corpus.splits["validation"]
     truth = task.entropy("validation")
     score = evaluate(Oracle(task, len(split.tokens)), split.tokens).score(1, 1)
     assert score.tokens == len(split.tokens) - 1 > 2000
@@ -136,7 +136,7 @@ def test_entropy_of_the_text_does_not_depend_on_the_tokens():
     totals = []
     for tokenizer in ("characters", "bpe"):
         task = open_task(TrainingConfig(data="known-truth", tokenizer=tokenizer, vocab_size=300))
-        scored = len(task.corpus.splits["validation"].tokens) - 1
+        scored = len(task.parts[0].corpus.splits["validation"].tokens) - 1
         totals.append(task.entropy("validation").nats_per_token * scored)
     assert totals[0] == pytest.approx(totals[1], rel=1e-12)
 

@@ -20,8 +20,9 @@ from tokenizer import Tokenizer, byte_tokenizer, train_bpe
 from training.config import TrainingConfig
 from training.data import files, prepare
 from training.data import rows as rows_module
+from training.data.corpus import CorpusWriter, TextChunk
 from training.data.prepare import prepare_corpus
-from training.data.sources import Source, hash_split
+from training.data.sources import ReadInterrupted, Source, assign_splits, hash_split
 from training.tasks.text import load_corpus
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -614,6 +615,97 @@ def test_interrupted_preparation_leaves_no_files(tmp_path, monkeypatch, cache, i
     with pytest.raises((KeyboardInterrupt, OSError)):
         read_documents(tmp_path / "a.txt")
     assert list(cache.iterdir()) == []
+
+
+@pytest.fixture
+def interrupted(tmp_path, monkeypatch):
+    """Interrupt the preparation of a.jsonl, which has 6,000 documents, by an error after 4,000.
+
+    Progress is saved after every few hundred documents.
+    """
+    monkeypatch.setattr(prepare, "WRITE_CHARS", 1000)
+    monkeypatch.setattr(prepare, "WRITES_BETWEEN_PROGRESS", 5)
+    (tmp_path / "a.jsonl").write_text(text_lines(f"document number {i}\n" for i in range(6000)))
+
+    def interrupt(error):
+        def broken_off(*arguments):
+            read, rule = assign_splits(*arguments)
+
+            def broken():
+                yield from itertools.islice(read(), 4000)
+                raise error
+
+            return broken, rule
+
+        with monkeypatch.context() as patch:
+            patch.setattr(prepare, "assign_splits", broken_off)
+            with pytest.raises(type(error)):
+                prepare_corpus(Source(str(tmp_path / "a.jsonl")), "bytes", 0)
+
+    return interrupt
+
+
+def test_the_next_documents_of_an_interrupted_preparation_are_those_of_an_undisturbed_one(
+    tmp_path, monkeypatch, cache, interrupted
+):
+    texts = []
+    write = CorpusWriter.write
+
+    def recorded(self, split, chunks):
+        texts.extend((split, chunk.text) for chunk in chunks)
+        write(self, split, chunks)
+
+    monkeypatch.setattr(CorpusWriter, "write", recorded)
+    source = Source(str(tmp_path / "a.jsonl"))
+    with monkeypatch.context() as patch:
+        patch.setenv("TINYGPT_CACHE", str(tmp_path / "undisturbed"))
+        expected = prepare_corpus(source, "bytes", 0)
+        undisturbed = list(texts)
+    texts.clear()
+    interrupted(KeyboardInterrupt())
+    [unfinished] = cache.iterdir()
+    saved = json.loads((unfinished / "progress.json").read_text())["num_chunks"]
+    assert len(texts) - 500 < saved < len(texts)  # what came after the progress is written again
+    texts.clear()
+    corpus = prepare_corpus(source, "bytes", 0)
+    assert texts == undisturbed[saved:]
+    assert len(texts) > 1000
+    assert corpus.fingerprint == expected.fingerprint
+    assert corpus.splits.keys() == expected.splits.keys()
+    for name, split in corpus.splits.items():
+        other = expected.splits[name]
+        assert split.tokens.tolist() == other.tokens.tolist()
+        assert (split.bytes, split.words, split.documents) == (other.bytes, other.words, other.documents)  # fmt: skip
+    assert list(cache.iterdir()) == [corpus.directory]
+    assert {path.name for path in corpus.directory.iterdir()} == {
+        *("corpus.json", "tokenizer.json", "train.bin", "validation.bin")
+    }
+
+
+def test_a_dataset_that_breaks_off_is_continued_and_one_that_is_wrong_is_not(
+    tmp_path, cache, interrupted
+):
+    interrupted(ValueError("a row that is no text"))
+    assert list(cache.iterdir()) == []
+    interrupted(ReadInterrupted("the connection is lost"))
+    [unfinished] = cache.iterdir()
+    assert (unfinished / "progress.json").is_file()
+
+
+def test_what_another_recipe_has_left_unfinished_is_not_continued(tmp_path, interrupted):
+    (tmp_path / "folder.part").mkdir()
+    tokenizer = byte_tokenizer()
+    writer = CorpusWriter(tmp_path / "folder.part", tokenizer, "another recipe")
+    for split in ("train", "test"):
+        writer.write(split, [TextChunk("another text", True)])
+    writer.save_progress()
+    source = Source(str(tmp_path / "a.jsonl"))
+    corpus = prepare_corpus(source, "bytes", 0, directory=tmp_path / "folder")
+    assert corpus.directory == tmp_path / "folder"
+    assert corpus.fingerprint == prepare_corpus(source, "bytes", 0).fingerprint
+    assert {path.name for path in corpus.directory.iterdir()} == {
+        *("corpus.json", "tokenizer.json", "train.bin", "validation.bin")
+    }
 
 
 def test_full_disk_error_names_the_file(tmp_path):

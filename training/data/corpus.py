@@ -7,28 +7,33 @@
 The EOS token precedes every document, and nothing follows the last one: the first token of a split is
 only context, and every other token is predicted once. A sentence pair is two documents: the
 source, then the target. `training.data.prepare` makes such a directory from text. This file
-needs only numpy, so that training from prepared tokens works where `datasets` is not installed.
+does not need `datasets`, so that training from prepared tokens works where it is not installed.
 """
 
 import functools
 import hashlib
 import json
 import mmap
+import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gpt.checkpoint import write_atomically
 from tokenizer import Tokenizer
 
 FORMAT = 2
 """Version of corpus.json; others are refused."""
 
 MANIFEST = "corpus.json"
+PROGRESS = "progress.json"
+"""How far a writer has come, in a directory that is not finished."""
 
 Tokens = NDArray[np.unsignedinteger[Any]]
 
@@ -71,6 +76,20 @@ class Corpus:
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
         return Tokenizer.load(self.directory)
+
+    @property
+    def parts(self) -> "tuple[Part, ...]":
+        """The corpus itself, as a mixture of one."""
+        return (Part(self.description, Fraction(1), self),)
+
+
+class Part(NamedTuple):
+    """A corpus in a mixture, by the name of its source."""
+
+    name: str
+    share: Fraction
+    """Its share of the tokens."""
+    corpus: Corpus
 
 
 def is_prepared(data: str) -> bool:
@@ -145,14 +164,53 @@ class TextChunk(NamedTuple):
 
 
 class CorpusWriter:
-    """Writes prepared tokens into an existing empty directory, which can be opened after `close`."""
+    """Writes prepared tokens into an existing directory, which can be opened after `close`.
 
-    def __init__(self, directory: Path, tokenizer: Tokenizer) -> None:
-        self.directory, self.tokenizer = directory, tokenizer
+    If the writing is interrupted after `save_progress`, another writer with the same `recipe`, in
+    the same directory, continues: its `num_chunks` tells how many chunks it has.
+    """
+
+    def __init__(self, directory: Path, tokenizer: Tokenizer, recipe: str | None = None) -> None:
+        self.directory, self.tokenizer, self.recipe = directory, tokenizer, recipe
         self.dtype = np.dtype("<u2" if tokenizer.vocab_size <= 2**16 else "<u4")
+        self.num_chunks = 0
+        """Chunks of all splits that were written."""
         self.counts: dict[str, Counter[str]] = defaultdict(Counter)
         self.digests: dict[str, Any] = defaultdict(hashlib.sha256)
         self.lost: dict[str, str] = defaultdict(str)
+        if recipe is not None:
+            self._restore_progress()
+
+    def save_progress(self) -> None:
+        """Let a writer continue from here, also after a power failure."""
+        for name in self.counts:
+            with (self.directory / f"{name}.bin").open("rb+") as file:
+                os.fsync(file.fileno())
+        progress = {
+            "recipe": self.recipe,
+            "num_chunks": self.num_chunks,
+            "counts": self.counts,
+            "lost": self.lost,
+        }
+        write_atomically(self.directory / PROGRESS, json.dumps(progress))
+
+    def _restore_progress(self) -> None:
+        """Continue after the last `save_progress`; without one of this recipe, begin anew."""
+        file = self.directory / PROGRESS
+        progress = json.loads(file.read_text("utf-8")) if file.is_file() else {}
+        counts = progress["counts"] if progress.get("recipe") == self.recipe else {}
+        sizes = {name: count["tokens"] * self.dtype.itemsize for name, count in counts.items()}
+        for path in self.directory.glob("*.bin"):
+            if path.stem not in sizes:  # begun after the last progress, or of another recipe
+                path.unlink()
+        for name, size in sizes.items():
+            path = self.directory / f"{name}.bin"
+            os.truncate(path, size)
+            with path.open("rb") as content:
+                self.digests[name] = hashlib.file_digest(content, "sha256")
+            self.counts[name].update(counts[name])
+            self.lost[name] = progress["lost"][name]
+        self.num_chunks = progress["num_chunks"] if counts else 0
 
     def write(self, split: str, chunks: Sequence[TextChunk]) -> None:
         """Append text to a split."""
@@ -169,6 +227,7 @@ class CorpusWriter:
                 text, text_ids, continues=continued
             )
         unk_token = self.tokenizer.unk_token
+        self.num_chunks += len(chunks)
         self.counts[split].update(
             tokens=len(ids),
             bytes=sum(len(text.encode()) for text in texts),
@@ -207,10 +266,11 @@ class CorpusWriter:
         if languages:
             manifest["languages"] = languages
         self.tokenizer.save(self.directory / "tokenizer.json")
+        (self.directory / PROGRESS).unlink(missing_ok=True)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
 
 
-def _gather_windows(tokens: Tokens, starts_B: NDArray[np.int64], length: int) -> Windows:
+def gather_windows(tokens: Tokens, starts_B: NDArray[np.int64], length: int) -> Windows:
     """Copy a window of `length` tokens from each start, without keeping pages of the file mapped.
 
     The operating system caches the pages that were read for as long as there is free memory.
@@ -241,7 +301,7 @@ class StatefulBatches:
     def batch(self, index: int) -> Windows:
         """Return (tokens_BT, targets_BT) of step `index`."""
         offset = index % self.batches_per_epoch * self.context_length
-        return _gather_windows(self.tokens, self.starts_B + offset, self.context_length)
+        return gather_windows(self.tokens, self.starts_B + offset, self.context_length)
 
 
 class ShuffledWindows:
@@ -276,9 +336,12 @@ class ShuffledWindows:
 
     def batch(self, index: int) -> Windows:
         """Return (tokens_BT, targets_BT) of step `index`."""
-        starts = []
-        for position in range(index * self.batch_size, (index + 1) * self.batch_size):
-            epoch, window = divmod(position, self.windows_per_epoch)
-            offset, order = self._epoch_order(epoch)
-            starts.append(offset + self.context_length * int(order[window]))
-        return _gather_windows(self.tokens, np.array(starts), self.context_length)
+        positions = range(index * self.batch_size, (index + 1) * self.batch_size)
+        starts_B = np.array([self.start(position) for position in positions])
+        return gather_windows(self.tokens, starts_B, self.context_length)
+
+    def start(self, position: int) -> int:
+        """Return where the window starts that is number `position` in the order of all epochs."""
+        epoch, window = divmod(position, self.windows_per_epoch)
+        offset, order = self._epoch_order(epoch)
+        return offset + self.context_length * int(order[window])

@@ -14,11 +14,14 @@ import pyarrow as pa
 from training.data.corpus import TextChunk
 from training.data.files import error_cause, error_reason
 from training.data.rows import SAMPLE_ROWS, RowReader, read_rows, table_values
-from training.data.sources import DatasetSplits, ReadReport, Source
+from training.data.sources import DatasetSplits, ReadInterrupted, ReadReport, Source
 from training.hub import check_hub_is_reachable, remove_damaged
 
 # huggingface_hub tries again by itself; by default `datasets` would try that twenty times.
 datasets.config.STREAMING_OPEN_MAX_RETRIES = datasets.config.STREAMING_READ_MAX_RETRIES = 1
+
+SHUFFLE_SEED = 0
+"""The order of a shuffled stream is always the same, so that its tokens are found in the cache."""
 
 
 def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
@@ -34,7 +37,9 @@ def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
     @functools.cache
     def load(split: str) -> datasets.IterableDataset | datasets.Dataset:
         if source.streaming:
-            return builder.as_streaming_dataset(split=split)
+            stream = builder.as_streaming_dataset(split=split)
+            size = source.shuffle_buffer
+            return stream.shuffle(SHUFFLE_SEED, buffer_size=size) if size else stream
         _download(builder)
         return builder.as_dataset(split=split)
 
@@ -45,7 +50,7 @@ def open_hub_dataset(source: Source, rows: RowReader) -> DatasetSplits:
             cause = error_cause(error)
             if isinstance(cause, OSError) and cause.errno:  # such as a full disk
                 raise cause from error
-            raise ValueError(f"{name}: {error_reason(error)}") from error
+            raise ReadInterrupted(f"{name}: {error_reason(error)}") from error
 
     report = ReadReport()
 

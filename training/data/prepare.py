@@ -2,25 +2,32 @@
 
 `prepare_corpus` finds the dataset, makes a validation split if there is none, trains the
 tokenizer if requested, and writes the tokens. Nothing grows with the corpus but its file.
+What was interrupted continues at the very next document.
 
     <name>-<key>.json   a trained tokenizer; the key is of the data and of what it was trained with
     <name>-<key>/       prepared tokens; the key is of the data and of the tokenizer itself, so that
                         a run that trained its tokenizer and later ones that load it share them
+    <name>-<key>.part/  prepared tokens that are not finished
 """
 
 import contextlib
+import fcntl
 import functools
 import hashlib
 import itertools
 import json
+import os
 import platform
 import re
+import shutil
 import sysconfig
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
+from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -30,6 +37,7 @@ from training.data import files, hub
 from training.data.corpus import (
     FORMAT,
     MANIFEST,
+    PROGRESS,
     Corpus,
     CorpusWriter,
     TextChunk,
@@ -43,6 +51,7 @@ from training.data.sources import (
     HOLD_OUT_EVERY,
     TOKENIZER_TRAINERS,
     DatasetSplits,
+    ReadInterrupted,
     ReadReport,
     Source,
     SplitDocuments,
@@ -58,6 +67,57 @@ MAX_TOKENIZER_BYTES = 100_000_000
 """Train a tokenizer on at most this many bytes of text."""
 WRITE_CHARS = 2**20
 """Characters that are tokenized between two writes."""
+WRITES_BETWEEN_PROGRESS = 64
+"""Writes, each of some tenths of a second, after which an interrupted call can continue."""
+
+
+class _Dataset:
+    """A dataset that was found but not read, and what its tokens depend on besides the tokenizer."""
+
+    def __init__(self, source: Source, hold_out: bool, sentence_pairs: bool) -> None:
+        self.source, self.hold_out = source, hold_out
+        self.pairs = SentencePairs(source) if sentence_pairs else None
+        self.rows = self.pairs or Texts(source)
+        self.found = find_dataset(source, self.rows)
+        self.options = {**asdict(source), "data": self.found.identity, "hold_out": hold_out}
+        del self.options[
+            "revision"
+        ]  # The identity of a hub dataset has its commit, of any revision.
+        if not sentence_pairs:
+            del self.options["languages"]
+        if source.shuffle_buffer is None:
+            del self.options["shuffle_buffer"]
+
+    @functools.cached_property
+    def splits(self) -> tuple[Callable[[], SplitDocuments], str]:
+        """What `assign_splits` returns; this reads the data."""
+        return assign_splits(self.source, self.found, self.hold_out)
+
+    def training_documents(self, max_bytes: int) -> Iterator[TextChunk]:
+        """Yield the first documents of the training split, to train a tokenizer on."""
+        documents = (
+            document
+            for split, chunk in self.splits[0]()
+            if split == "train"
+            for document in chunk.documents()
+        )
+        return limit_bytes(lambda: documents, max_bytes)
+
+    def describe(self, writer: CorpusWriter) -> str:
+        """Return one line about the dataset, which was read to its end by the writer."""
+        description = self.found.name
+        if self.source.split:
+            description += f", split {self.source.split}"
+        if self.source.shuffle_buffer:
+            description += f", shuffled with a buffer of {self.source.shuffle_buffer:,}"
+        if isinstance(self.rows, Texts) and self.rows.guessed_column:
+            description += f"; text: column {self.rows.guessed_column!r}"
+        if str(self.found.report):
+            description += f"; left out: {self.found.report}"
+        if rule := self.splits[1]:
+            sizes = {name: counts["bytes"] for name, counts in writer.counts.items()}
+            description += f"; validation: {rule}{share_warning(rule, sizes)}"
+        return description
 
 
 def prepare_corpus(
@@ -66,8 +126,11 @@ def prepare_corpus(
     vocab_size: int,
     hold_out: bool = True,
     sentence_pairs: bool = False,
+    directory: Path | None = None,
 ) -> Corpus:
     """Open the prepared tokens of a source, making them first if they are not in the cache.
+
+    If this is interrupted, the next call continues with the next document.
 
     Args:
         source: The dataset.
@@ -76,6 +139,7 @@ def prepare_corpus(
         vocab_size: Vocabulary size of a tokenizer that is trained.
         hold_out: Make a validation split if there is none; else keep the splits as they are.
         sentence_pairs: Rows are sentence pairs rather than text.
+        directory: Where to write the tokens; None for the cache.
 
     Raises:
         ValueError: The data is missing, unreachable, unreadable, or holds no text or no sentence pairs.
@@ -89,62 +153,125 @@ def prepare_corpus(
                 "--tokenizer go with them"
             )
         return open_corpus(source.data, sentence_pairs, used)
-    pairs = SentencePairs(source) if sentence_pairs else None
-    rows = pairs or Texts(source)
-    dataset = find_dataset(source, rows)
-
-    options = {**asdict(source), "data": dataset.identity, "hold_out": hold_out}
-    del options["revision"]  # The identity of a hub dataset has its commit, of any revision.
-    if not sentence_pairs:
-        del options["languages"]
-
-    def cached(recipe: object) -> Path:
-        key = hashlib.sha256(json.dumps([FORMAT, options, recipe]).encode()).hexdigest()[:16]
-        name = re.sub(r"[^\w.-]+", "-", Path(source.data).name)[:40]
-        return cache_dir() / f"{name}-{key}"
-
-    splits = functools.cache(lambda: assign_splits(source, dataset, hold_out))  # reads the data
+    dataset = _Dataset(source, hold_out, sentence_pairs)
     if is_trained := used is None:
-        file = cached([tokenizer, vocab_size, "gpt2", WORD_PATTERN, MAX_TOKENIZER_BYTES])
-        file = file.with_name(f"{file.name}.json")
-        if not file.is_file():
-            with _cache_writes() as temporary:
-                trained = _train_tokenizer(source, splits()[0](), str(tokenizer), vocab_size)
-                trained.save(temporary / file.name)
-                (temporary / file.name).replace(file)
-        used = Tokenizer.load(file)
-    directory = cached(used.fingerprint)
+        used = _trained_tokenizer([(dataset, MAX_TOKENIZER_BYTES)], str(tokenizer), vocab_size)
+    recipe = [dataset.options, used.fingerprint]
+    directory = directory or _cached(source.data, recipe)
     if (directory / MANIFEST).is_file():
         return open_corpus(directory, sentence_pairs)
 
-    read_splits, validation_rule = splits()
-    with _cache_writes() as temporary:
-        writer = CorpusWriter(temporary, used)
-        _tokenize(read_splits(), writer, dataset.size)
+    with _unfinished(directory) as unfinished:
+        writer = CorpusWriter(unfinished, used, _key(recipe))
+        _tokenize(dataset.splits[0](), writer, dataset.found.size)
         for split in ("train", "validation") if hold_out else ():
             if split not in writer.counts:
                 raise ValueError(f"{source.data}: too little text, none for the {split} split")
         if not writer.counts:
             raise ValueError(f"{source.data}: there is no text in it")
-        description = dataset.name
-        if source.split:
-            description += f", split {source.split}"
-        if isinstance(rows, Texts) and rows.guessed_column:
-            description += f"; text: column {rows.guessed_column!r}"
-        if str(dataset.report):
-            description += f"; left out: {dataset.report}"
-        if validation_rule:
-            sizes = {name: counts["bytes"] for name, counts in writer.counts.items()}
-            description += f"; validation: {validation_rule}{share_warning(validation_rule, sizes)}"
+        description = dataset.describe(writer)
         if is_trained and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
             description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
-        writer.close(description, pairs.languages if pairs else None)
+        writer.close(description, dataset.pairs.languages if dataset.pairs else None)
         # One by one, corpus.json last: the folder may hold files of an earlier tinygpt that was
         # interrupted, or another process may write the same tokens at the same time.
-        directory.mkdir(exist_ok=True)
-        for path in sorted(temporary.iterdir(), key=lambda path: path.name == MANIFEST):
+        directory.mkdir(parents=True, exist_ok=True)
+        for path in sorted(unfinished.iterdir(), key=lambda path: path.name == MANIFEST):
             path.replace(directory / path.name)
     return open_corpus(directory, sentence_pairs)
+
+
+def mixture_tokenizer(
+    sources: Sequence[tuple[Source, Fraction]], tokenizer: str, vocab_size: int
+) -> Tokenizer:
+    """Return the tokenizer of a mixture of texts with these shares; arguments as in `prepare_corpus`.
+
+    One that is trained reads of each source as many bytes of the training split as its share says,
+    or all that there are.
+    """
+    if used := resolve_tokenizer(tokenizer):
+        return used
+    datasets = [
+        (_Dataset(source, hold_out=True, sentence_pairs=False), int(MAX_TOKENIZER_BYTES * share))
+        for source, share in sources
+    ]
+    return _trained_tokenizer(datasets, tokenizer, vocab_size)
+
+
+def _trained_tokenizer(
+    datasets: Sequence[tuple[_Dataset, int]], name: str, vocab_size: int
+) -> Tokenizer:
+    """Return a tokenizer trained on the first bytes of datasets, each with the most bytes to read."""
+    of_one = len(datasets) == 1
+    options = [[dataset.options, max_bytes] for dataset, max_bytes in datasets]
+    recipe = [name, vocab_size, "gpt2", WORD_PATTERN, MAX_TOKENIZER_BYTES]
+    file = _cached(
+        datasets[0][0].source.data if of_one else "mixture",
+        [datasets[0][0].options if of_one else options, recipe],
+    )
+    file = file.with_name(f"{file.name}.json")
+    if not file.is_file():
+        texts = (
+            document.text
+            for dataset, max_bytes in datasets
+            for document in dataset.training_documents(max_bytes)
+        )
+        if (first := next(texts, None)) is None:
+            names = ", ".join(dataset.source.data for dataset, _ in datasets)
+            raise ValueError(f"{names}: there is no text in a train split to train a tokenizer")
+        trained = TOKENIZER_TRAINERS[name](itertools.chain([first], texts), vocab_size)
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix="part-", dir=cache_dir()) as temporary:
+            trained.save(Path(temporary, file.name))
+            Path(temporary, file.name).replace(file)
+    return Tokenizer.load(file)
+
+
+def _key(recipe: list[Any]) -> str:
+    """Return a name of all that prepared tokens, or a trained tokenizer, depend on."""
+    return hashlib.sha256(json.dumps([FORMAT, *recipe]).encode()).hexdigest()[:16]
+
+
+def _cached(data: str, recipe: list[Any]) -> Path:
+    """Return the path in the cache of what is made of data by a recipe."""
+    name = re.sub(r"[^\w.-]+", "-", Path(data).name)[:40]
+    return cache_dir() / f"{name}-{_key(recipe)}"
+
+
+@contextlib.contextmanager
+def _unfinished(directory: Path) -> Iterator[Path]:
+    """Yield the directory in which the files of `directory` are written, and locked meanwhile.
+
+    It stays if the process is killed, if the user stops it, or if a dataset on another machine
+    cannot be read further, so that the next call can continue; otherwise it is removed. If another
+    process has locked it, a directory of its own is yielded.
+    """
+    unfinished = directory.with_name(f"{directory.name}.part")
+    unfinished.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(unfinished, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Unless the process that had locked it has just finished, and removed it.
+            is_own = os.path.samestat(os.fstat(descriptor), unfinished.stat())
+        except OSError:
+            is_own = False
+        if not is_own:
+            with tempfile.TemporaryDirectory(prefix="part-", dir=directory.parent) as own:
+                yield Path(own)
+            return
+        try:
+            yield unfinished
+        except (KeyboardInterrupt, ReadInterrupted):
+            if not (unfinished / PROGRESS).is_file():
+                shutil.rmtree(unfinished)
+            raise
+        except BaseException:
+            shutil.rmtree(unfinished)
+            raise
+        unfinished.rmdir()
+    finally:
+        os.close(descriptor)
 
 
 def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
@@ -158,6 +285,8 @@ def find_dataset(source: Source, rows: RowReader) -> DatasetSplits:
         if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", data) or files.detect_format(path):
             raise ValueError(f"{data}: no such file or folder")
         dataset = hub.open_hub_dataset(source, rows)
+    elif source.shuffle_buffer is not None:
+        raise ValueError(f"--shuffle-buffer is only for streams of hub datasets; {data} is local")
     elif source.config is not None:
         raise ValueError(f"--data-config is only for hub datasets; {data} has no configurations")
     elif source.revision is not None:
@@ -245,21 +374,12 @@ def _open_known_truth(rows: RowReader) -> DatasetSplits:
     )
 
 
-def _train_tokenizer(
-    source: Source, documents: SplitDocuments, name: str, vocab_size: int
-) -> Tokenizer:
-    """Train a tokenizer on the first `MAX_TOKENIZER_BYTES` of the training split."""
-    chunks = (
-        document for split, chunk in documents if split == "train" for document in chunk.documents()
-    )
-    texts = (chunk.text for chunk in limit_bytes(lambda: chunks, MAX_TOKENIZER_BYTES))
-    if (first := next(texts, None)) is None:
-        raise ValueError(f"{source.data}: there is no text in a train split to train a tokenizer")
-    return TOKENIZER_TRAINERS[name](itertools.chain([first], texts), vocab_size)
-
-
 def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None) -> None:
-    """Tokenize and write all documents, about `WRITE_CHARS` characters at a time."""
+    """Tokenize and write all documents that are not written yet, `WRITE_CHARS` characters at a time.
+
+    Documents that an interrupted call has written are read again, but not tokenized: that takes a
+    small part of the time, and holds for every kind of source.
+    """
     pending: dict[str, list[TextChunk]] = defaultdict(list)
 
     def flush() -> None:
@@ -270,8 +390,8 @@ def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None)
     with tqdm(
         total=size, desc="tokenizing", unit="B", unit_scale=True, delay=1, leave=False, disable=None
     ) as progress:
-        characters = 0
-        for split, chunk in documents:
+        characters, writes = 0, 0
+        for split, chunk in itertools.islice(documents, writer.num_chunks, None):
             pending[split].append(chunk)
             characters += len(chunk.text)
             if characters >= WRITE_CHARS:
@@ -279,13 +399,7 @@ def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None)
                 progress.update(
                     sum(counts["bytes"] for counts in writer.counts.values()) - progress.n
                 )
-                characters = 0
+                characters, writes = 0, writes + 1
+                if writes % WRITES_BETWEEN_PROGRESS == 0:
+                    writer.save_progress()
         flush()
-
-
-@contextlib.contextmanager
-def _cache_writes() -> Iterator[Path]:
-    """Yield a temporary directory in the cache; what is not moved out of it is removed."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="part-", dir=cache_dir()) as temporary:
-        yield Path(temporary)

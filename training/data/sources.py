@@ -49,10 +49,16 @@ class Source:
     """Column of the text (None: "text", or the only one of strings) or of the sentence pairs."""
     streaming: bool = False
     """Read a hub dataset as it is downloaded, without keeping a copy."""
+    shuffle_buffer: int | None = None
+    """Stream files in random order, and documents through a buffer of this many; None: in their order."""
     limit: int | None = None
     """Read at most this many bytes of text from each split."""
     languages: str | None = None
     """Source and target language of sentence pairs, like "en-fr"; None: the first two of the first row."""
+
+
+class ReadInterrupted(ValueError):
+    """A dataset on another machine could not be read to its end; later it may be."""
 
 
 @dataclass

@@ -18,7 +18,7 @@ from gpt.cli import OptionalInt, OptionalPath, OptionalText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
-from training.data.corpus import is_prepared
+from training.data.mixture import prepared_source
 from training.evaluation.analysis import MIN_BLOCK_SIZE, PairedSums
 from training.evaluation.ladder import find_leaks, format_table, run_ladder
 from training.launch import train_or_exit
@@ -156,10 +156,12 @@ def open_data(
     """Open a text, or a run's own corpus if None, as the task of the run, to be scored by its model."""
     config = dataclasses.replace(load_training_config(directory), precision=precision)
     if data is not None:
-        if is_prepared(data):
+        if prepared := prepared_source(data):
             for name in filter(data_options.get, data_options):
-                refuse_text_option(data, name)
-        config = dataclasses.replace(config, data=data, data_split=None, **data_options)
+                refuse_text_option(prepared, name)
+        config = dataclasses.replace(
+            config, data=data, data_split=None, shuffle_buffer=None, **data_options
+        )
     elif not config.data:
         raise ValueError(
             f"{directory} was imported and has no corpus of its own: give --data, the text to score"
@@ -249,7 +251,10 @@ class Compare:
         tasks = [self._open(directory) for directory in directories]
         splits = (self.split,) if self.split else ()
         [split] = choose_splits(tasks[0], splits, own_corpus=self.data is None)
-        texts = [task.scored_text(split) for task in tasks]
+        if any(task.is_mixture for task in tasks):
+            raise ValueError("compare scores one text: give one source of the mixture as --data")
+        splits_of_runs = [task.split_of(task.parts[0], split) for task in tasks]
+        texts = [task.scored_text(data) for task, data in zip(tasks, splits_of_runs, strict=True)]
         digests = [text.digest() for text in texts]
         for directory, digest in zip(directories, digests, strict=True):
             if digest != digests[0]:
@@ -264,10 +269,12 @@ class Compare:
             )
         rows: list[dict[str, Any]] = []
         baseline: PairedSums | None = None
-        for directory, task, text in zip(directories, tasks, texts, strict=True):
+        for directory, task, data, text in zip(
+            directories, tasks, splits_of_runs, texts, strict=True
+        ):
             model = load_model(directory, resolve_device(self.device))
             options = score_options(self, task, "stride", "context_length")
-            predictions = task.predictions(model, split, **options)
+            predictions = task.predictions(model, data, **options)
             if not np.isfinite(predictions.nll_N).all():
                 raise ValueError(
                     f"{directory}: its loss is not finite: there is nothing to compare"

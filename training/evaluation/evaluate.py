@@ -21,7 +21,7 @@ import gzip
 import itertools
 import lzma
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,6 +191,65 @@ class Predictions:
         """Return the metrics of a text of so many words and bytes."""
         counts = len(self.nll_N), words, num_bytes, self.context_length, self.stride
         return Score(float(self.nll_N.sum()), *counts, **fields)
+
+
+@dataclass(frozen=True)
+class MixtureScore:
+    """Scores of the sources of a mixture, and those of the mixture.
+
+    A token of the mixture is of a source with the probability that is the source's share. So its
+    loss is the mean of theirs, weighted by the shares, whatever the sizes of their splits.
+    """
+
+    sources: dict[str, Score]
+    shares: dict[str, float]
+
+    def _mean(self, value: Callable[[Score], float]) -> float:
+        return sum(share * value(self.sources[name]) for name, share in self.shares.items())
+
+    @property
+    def loss(self) -> float:
+        """Nats per token."""
+        return self._mean(lambda score: score.loss)
+
+    @property
+    def perplexity(self) -> float:
+        """Perplexity per token."""
+        return _exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """Bits per byte; NaN if the tokens of a source do not hold all of its text."""
+        if any(math.isnan(score.bits_per_byte) for score in self.sources.values()):
+            return math.nan
+        return self.loss / (math.log(2) * self._mean(lambda score: score.bytes / score.tokens))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the mixture's figures by name, and under `sources` those of each."""
+        metrics = {name: getattr(self, name) for name in ("loss", "perplexity", "bits_per_byte")}
+        first = next(iter(self.sources.values()))
+        return {
+            **{name: value for name, value in metrics.items() if not math.isnan(value)},
+            "tokens": sum(score.tokens for score in self.sources.values()),
+            "context_length": first.context_length,
+            "stride": first.stride,
+            "sources": {
+                name: {"share": self.shares[name], **score.to_json()}
+                for name, score in self.sources.items()
+            },
+        }
+
+    def table(self) -> str:
+        """Return the mixture's figures, then those of each source, as lines of text."""
+        lines = [
+            f"  loss             {self.loss:.4f} nats per token",
+            f"  perplexity       {self.perplexity:.3f} per token",
+        ]
+        if not math.isnan(self.bits_per_byte):
+            lines.append(f"  bits per byte    {self.bits_per_byte:.4f}")
+        for name, score in self.sources.items():
+            lines += [f"{self.shares[name]:.2%} {name}", score.table()]
+        return "\n".join(lines)
 
 
 def _exp(x: float) -> float:

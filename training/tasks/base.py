@@ -1,8 +1,10 @@
 """The interface of a training task: batches, also made ahead, a validation loss, samples, a score."""
 
 import math
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, NoReturn, Protocol, Self
 
 import numpy as np
@@ -11,7 +13,7 @@ from numpy.typing import NDArray
 from gpt import Model
 from tokenizer import Tokenizer
 from training.config import TrainingConfig
-from training.data.corpus import is_prepared
+from training.data.mixture import prepared_source
 from training.data.sources import resolve_tokenizer
 from training.presets import PRESETS
 
@@ -20,8 +22,8 @@ Batch = tuple[NDArray[Any], ...]
 
 
 TEXT_OPTIONS = (
-    *("data_config", "data_revision", "data_split", "text_column", "streaming", "data_limit"),
-    *("tokenizer", "vocab_size", "end_of_text"),
+    *("data_config", "data_revision", "data_split", "text_column", "streaming", "shuffle_buffer"),
+    *("data_limit", "tokenizer", "vocab_size", "end_of_text"),
 )
 """Options about text and how to tokenize it: none of them applies to prepared tokens."""
 
@@ -47,7 +49,7 @@ def check_text_options(config: TrainingConfig, tokenizer: Tokenizer) -> None:
             continue
         given = resolve_tokenizer(value, config.end_of_text) if name == "tokenizer" else None
         if given is None or given.fingerprint != tokenizer.fingerprint:
-            refuse_text_option(config.data, name)
+            refuse_text_option(prepared_source(config.data) or config.data, name)
 
 
 class Report(Protocol):
@@ -89,6 +91,8 @@ class Task:
     """The tokenizer of the data, if the data is tokens."""
     sequence_length: int | None = None
     """Tokens of a row, if all rows have the same length."""
+    source_losses: Mapping[str, float] = MappingProxyType({})
+    """The loss of each source of a mixture at the last validation."""
     calibration_tokens: NDArray[Any] | None = None
     """The first tokens of the validation split, if it is text; they are saved with the run."""
 
@@ -96,8 +100,8 @@ class Task:
     def expected_model_args(cls, config: TrainingConfig) -> dict[str, Any]:
         """Return `model_args` as far as they are known before the data is read."""
         tokenizer: Tokenizer | None
-        if is_prepared(config.data):
-            tokenizer = Tokenizer.load(Path(config.data).expanduser())
+        if prepared := prepared_source(config.data):
+            tokenizer = Tokenizer.load(Path(prepared).expanduser())
             check_text_options(config, tokenizer)
         else:
             tokenizer = resolve_tokenizer(config.tokenizer, config.end_of_text)
@@ -129,7 +133,11 @@ class Task:
 
     def format_loss(self, loss: float) -> str:
         """Return a validation loss as text, with its perplexity if the model predicts tokens."""
-        return f"validation loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}"
+        sources = "; ".join(f"{name} {value:.4f}" for name, value in self.source_losses.items())
+        perplexity = math.exp(min(loss, 700))
+        return f"validation loss {loss:.4f}, perplexity {perplexity:.2f}" + (
+            f" ({sources})" if sources else ""
+        )
 
     def sample(self, model: Model, length: int) -> str:
         """Return an example of the model's output, at most `length` tokens; deterministic."""

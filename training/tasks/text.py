@@ -4,6 +4,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, Self
 
 import numpy as np
@@ -20,6 +21,7 @@ from tokenizer import Tokenizer
 from training.config import TrainingConfig
 from training.data.corpus import (
     Corpus,
+    Part,
     ShuffledWindows,
     Split,
     StatefulBatches,
@@ -27,10 +29,13 @@ from training.data.corpus import (
     open_corpus,
 )
 from training.data.known_truth import KNOWN_TRUTH, Entropy, split_entropy
+from training.data.mixture import MixedWindows, Mixture, parse_data, prepared_source
 from training.data.sources import Source, resolve_tokenizer
 from training.evaluation.analysis import ScoredText, calibration, loss_by_position
 from training.evaluation.evaluate import (
+    MixtureScore,
     Predictions,
+    Score,
     compression_baselines,
     estimate_loss,
     evaluate,
@@ -47,25 +52,69 @@ SAMPLE_NEIGHBORS = 6
 
 
 def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Corpus:
-    """Return a run's data as tokens; already prepared tokens are opened without `datasets`."""
+    """Return one source of data as tokens; already prepared tokens are opened without `datasets`."""
     sentence_pairs = config.task == "translation"
-    if is_prepared(config.data):
-        return open_corpus(config.data, sentence_pairs, tokenizer)
+    (one, *others) = parse_data(config.data)
+    if others:
+        raise ValueError(
+            f"a mixture is of text, for the task text: give one --data, not {config.data}"
+        )
+    if is_prepared(one.data):
+        return open_corpus(one.data, sentence_pairs, tokenizer)
     from training.data.prepare import prepare_corpus
 
-    source = Source(
-        config.data,
+    tokenizer = tokenizer or resolve_tokenizer(config.tokenizer, config.end_of_text)
+    return prepare_corpus(
+        _source(config, one.data),
+        tokenizer or config.tokenizer,
+        config.vocab_size,
+        for_training,
+        sentence_pairs,
+    )
+
+
+def load_texts(
+    config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool
+) -> Corpus | Mixture:
+    """Return text as tokens, also a mixture.
+
+    Without a tokenizer it is that of prepared tokens in the mixture, or trained on the mixture.
+    """
+    sources = parse_data(config.data)
+    if len(sources) == 1:
+        return load_corpus(config, tokenizer, for_training)
+    if tokenizer is None and (prepared := prepared_source(config.data)):
+        tokenizer = open_corpus(prepared).tokenizer
+    tokenizer = tokenizer or resolve_tokenizer(config.tokenizer, config.end_of_text)
+    if tokenizer is None:
+        from training.data.prepare import mixture_tokenizer
+
+        tokenizer = mixture_tokenizer(
+            [(_source(config, source.data), source.share) for source in sources],
+            config.tokenizer,
+            config.vocab_size,
+        )
+    parts = []
+    for data, _, share in sources:
+        one = dataclasses.replace(config, data=data)
+        parts.append(Part(data, share, load_corpus(one, tokenizer, for_training)))
+    mixture = Mixture(tuple(parts), sum((source.weight for source in sources), Fraction(0)))
+    if not mixture.splits:
+        raise ValueError(f"{config.data}: no split is in every source of the mixture")
+    return mixture
+
+
+def _source(config: TrainingConfig, data: str) -> Source:
+    return Source(
+        data,
         config=config.data_config,
         revision=config.data_revision,
         split=config.data_split,
         column=config.text_column,
         streaming=config.streaming,
+        shuffle_buffer=config.shuffle_buffer,
         limit=config.data_limit,
         languages=config.languages,
-    )
-    tokenizer = tokenizer or resolve_tokenizer(config.tokenizer, config.end_of_text)
-    return prepare_corpus(
-        source, tokenizer or config.tokenizer, config.vocab_size, for_training, sentence_pairs
     )
 
 
@@ -74,8 +123,13 @@ class CorpusTask(Task):
 
     tokenizer: Tokenizer
 
-    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:  # noqa: ARG002 (for batches)
-        self.config, self.corpus = config, corpus
+    def __init__(
+        self,
+        config: TrainingConfig,
+        corpus: Corpus | Mixture,
+        for_training: bool = True,  # noqa: ARG002 (for batches)
+    ) -> None:
+        self.config, self.parts = config, corpus.parts
         self.fingerprint, self.description = corpus.fingerprint, corpus.description
         self.tokenizer = corpus.tokenizer
         self.splits = list(corpus.splits)
@@ -84,14 +138,30 @@ class CorpusTask(Task):
             "context_length": config.context_length,
         }
 
+    @property
+    def is_mixture(self) -> bool:
+        """Whether there are several sources."""
+        return len(self.parts) > 1
+
+    def split_of(self, part: Part, name: str) -> Split:
+        """Return a split of one source; a ValueError if it has no token to predict."""
+        split = part.corpus.splits[name]
+        if len(split.tokens) < 2:
+            raise ValueError(
+                f"{part.name if self.is_mixture else self.config.data}: the {name} split has no "
+                "token to predict: give it more text"
+            )
+        return split
+
     def tokenizer_notes(self) -> list[str]:
         """Return a line about the tokenizer of prepared tokens, and one about text that is lost."""
         notes = []
-        if is_prepared(self.config.data):
+        if prepared_source(self.config.data):
             notes.append(f"tokenizer: that of the data, {self.tokenizer.vocab_size:,} ids")
-        if lossy := [split for split in self.corpus.splits.values() if split.lost]:
-            names = ", ".join(split.name for split in lossy)
-            notes.append(f"no bits per byte of {names}: the tokenizer loses text: {lossy[0].lost}")
+        splits = [split for part in self.parts for split in part.corpus.splits.values()]
+        if lossy := {split.name: split.lost for split in splits if split.lost}:
+            names, example = ", ".join(lossy), next(iter(lossy.values()))
+            notes.append(f"no bits per byte of {names}: the tokenizer loses text: {example}")
         elif self.tokenizer.lost_text:
             notes.append(f"the tokenizer loses other text than this: {self.tokenizer.lost_text}")
         return notes
@@ -99,7 +169,8 @@ class CorpusTask(Task):
     @classmethod
     def open(cls, config: TrainingConfig, tokenizer: Tokenizer | None, for_training: bool) -> Self:
         """Open the task with its corpus."""
-        return cls(config, load_corpus(config, tokenizer, for_training), for_training)
+        load = load_corpus if cls.kind == "translation" else load_texts
+        return cls(config, load(config, tokenizer, for_training), for_training)
 
 
 class Text(CorpusTask):
@@ -109,45 +180,70 @@ class Text(CorpusTask):
     eval_options = frozenset({"stride", "context_length", "by", "accuracy"})
     unsupported_options = frozenset({"languages"})
 
-    def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
+    def __init__(
+        self, config: TrainingConfig, corpus: Corpus | Mixture, for_training: bool = True
+    ) -> None:
         super().__init__(config, corpus)
-        self.sizes = [
-            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens"
-            + f" ({split.unknown:,} unknown)" * bool(split.unknown)
-            + f", {split.documents:,} documents"
-            for split in corpus.splits.values()
-        ]
+        self.sizes = [line for part in self.parts for line in self._part_sizes(part, for_training)]
         self.sizes += self.tokenizer_notes()
         self.sequence_length = config.context_length
         if self.kind == "text" and (truth := self.entropy("validation")):
             self.sizes.append(f"the truth: {truth.nats_per_token:.4f} nats per validation token")
         if not for_training:
             return
-        self._scorable("validation")
+        validation = [
+            self.split_of(part, "validation").tokens[: math.ceil(CALIBRATION_TOKENS * part.share)]
+            for part in self.parts
+        ]
         if self.kind == "text":
-            self.calibration_tokens = corpus.splits["validation"].tokens[:CALIBRATION_TOKENS]
-        tokens = corpus.splits["train"].tokens
-        shape = config.context_length, config.batch_size
-        self.batches: StatefulBatches | ShuffledWindows
-        if config.stateful:
-            self.batches = StatefulBatches(tokens, *shape)
-        else:
-            self.batches = ShuffledWindows(tokens, *shape, config.seed)
+            self.calibration_tokens = np.concatenate(validation)
+        self.batches = self._make_batches()
 
-    def _scorable(self, name: str) -> Split:
-        """Return a split; a ValueError if it has no token to predict."""
-        split = self.corpus.splits[name]
-        if len(split.tokens) < 2:
-            raise ValueError(
-                f"{self.config.data}: the {name} split has no token to predict: give it more text"
-            )
-        return split
+    def _part_sizes(self, part: Part, for_training: bool) -> list[str]:
+        """Return a line about each split of a source, in a mixture after one about the source."""
+        lines = [
+            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens"
+            + f" ({split.unknown:,} unknown)" * bool(split.unknown)
+            + f", {split.documents:,} documents"
+            for split in part.corpus.splits.values()
+        ]
+        if not self.is_mixture:
+            return lines
+        head = f"{float(part.share):.2%} {part.corpus.description}"
+        if for_training:
+            config, tokens = self.config, len(part.corpus.splits["train"].tokens)
+            drawn = config.steps * config.batch_size * config.context_length * part.share
+            head += f"; its training split is read {float(drawn / tokens):.2g} times"
+        return [head, *(f"  {line}" for line in lines)]
+
+    def _make_batches(self) -> "StatefulBatches | ShuffledWindows | MixedWindows":
+        config, windows = self.config, []
+        if config.stateful:
+            if self.is_mixture:
+                raise ValueError(
+                    "--stateful reads one text from its start to its end: give one --data, or "
+                    "leave out --stateful"
+                )
+            tokens = self.parts[0].corpus.splits["train"].tokens
+            return StatefulBatches(tokens, config.context_length, config.batch_size)
+        for part in self.parts:
+            tokens = part.corpus.splits["train"].tokens
+            try:
+                windows.append(
+                    ShuffledWindows(tokens, config.context_length, config.batch_size, config.seed)
+                )
+            except ValueError as error:
+                raise ValueError(f"{part.name}: {error}" if self.is_mixture else error) from None
+        if not self.is_mixture:
+            return windows[0]
+        return MixedWindows(windows, [part.share for part in self.parts])
 
     def entropy(self, name: str) -> Entropy | None:
         """Return the entropy of a split if it is known exactly, else None."""
-        if self.config.data != KNOWN_TRUTH or self.corpus.splits[name].lost:
+        split = self.parts[0].corpus.splits[name]
+        if self.config.data != KNOWN_TRUTH or split.lost:
             return None
-        entropy = split_entropy(self.corpus.splits[name], self.tokenizer)
+        entropy = split_entropy(split, self.tokenizer)
         # Options such as --data-limit may cut a document, so that the text starts within it.
         return entropy if math.isfinite(entropy.nats_per_token) else None
 
@@ -163,12 +259,21 @@ class Text(CorpusTask):
         )
 
     def validate(self, model: Model) -> float:
-        """Return nats per token over about `eval_tokens` tokens of the validation split."""
+        """Return nats per token over about `eval_tokens` tokens of the validation split.
+
+        Of a mixture it is the mean over its sources, weighted by their shares.
+        """
+        losses = {part.name: self._estimate(model, part) for part in self.parts}
+        self.source_losses = losses if self.is_mixture else {}
+        return sum(float(part.share) * losses[part.name] for part in self.parts)
+
+    def _estimate(self, model: Model, part: Part) -> float:
+        """Return the loss on some of the validation split of a source."""
         assert isinstance(model, LanguageModel)
         return estimate_loss(
             model,
-            self.corpus.splits["validation"].tokens,
-            self.config.eval_tokens,
+            part.corpus.splits["validation"].tokens,
+            math.ceil(self.config.eval_tokens * part.share),
             self.config.precision,
             self.config.stateful,
         )
@@ -186,14 +291,29 @@ class Text(CorpusTask):
         """Score every token of a split once; if `final`, add intervals and general compressors.
 
         Options: `stride`, `context_length` and `accuracy` as in `evaluate`; `by`, "position" or
-        "document" or both, adds the loss by these.
+        "document" or both, adds the loss by these. Of a mixture each source is scored.
         """
-        by: Sequence[str] = options.pop("by", ())
-        data, predictions = self._scorable(split), self.predictions(model, split, **options)
-        nll_N = predictions.nll_N
+        scores = {
+            part.name: self._score(model, self.split_of(part, split), final, **options)
+            for part in self.parts
+        }
+        if not self.is_mixture:
+            return next(iter(scores.values()))
+        return MixtureScore(scores, {part.name: float(part.share) for part in self.parts})
+
+    def _score(
+        self,
+        model: Model,
+        data: Split,
+        final: bool,
+        by: Sequence[str] = (),
+        **options: Any,  # noqa: ANN401
+    ) -> Score:
+        predictions = self.predictions(model, data, **options)
+        text, nll_N = self.scored_text(data), predictions.nll_N
         fields: dict[str, Any] = {"unknown_tokens": data.unknown, "lost": data.lost}
         if final:
-            fields["intervals"], fields["resampled"] = self.scored_text(split).intervals(nll_N)
+            fields["intervals"], fields["resampled"] = text.intervals(nll_N)
             if not data.lost and data.bytes <= MAX_COMPRESSION_BYTES:
                 decoded = self.tokenizer.decode(data.tokens.tolist())
                 fields["compressors"] = compression_baselines(decoded.encode())
@@ -203,23 +323,22 @@ class Text(CorpusTask):
         if "position" in by:
             fields["by_position"] = loss_by_position(predictions.context_N, nll_N)
         if "document" in by:
-            fields["by_document"] = self.scored_text(split).loss_by_document(nll_N)
+            fields["by_document"] = text.loss_by_document(nll_N)
         return predictions.score(data.words, data.bytes, **fields)
 
-    def predictions(self, model: Model, split: str, **options: Any) -> Predictions:  # noqa: ANN401
+    def predictions(self, model: Model, data: Split, **options: Any) -> Predictions:  # noqa: ANN401
         """Score every token of a split once; the options are those of `evaluate`."""
         assert isinstance(model, LanguageModel)
         return evaluate(
             model,
-            self._scorable(split).tokens,
+            data.tokens,
             precision=self.config.precision,
             stateful=self.config.stateful,
             **options,
         )
 
-    def scored_text(self, split: str) -> ScoredText:
+    def scored_text(self, data: Split) -> ScoredText:
         """Return documents and sizes of a split's tokens."""
-        data = self._scorable(split)
         return ScoredText(data.tokens, self.tokenizer, data.lost)
 
 
@@ -253,9 +372,9 @@ class WordVectors(Text):
     eval_options = frozenset()
     unsupported_options = Text.unsupported_options | {"stateful", "init_embedding"}
 
-    def validate(self, model: Model) -> float:
+    def _estimate(self, model: Model, part: Part) -> float:
         """Return nats per pair over some of the validation split, with the same negatives each time."""
-        return self._loss(model, self.corpus.splits["validation"], self.config.eval_tokens)
+        return self._loss(model, part.corpus.splits["validation"], self.config.eval_tokens)
 
     def _loss(self, model: Model, split: Split, num_tokens: int) -> float:
         device = next(model.parameters()).device
@@ -277,8 +396,10 @@ class WordVectors(Text):
         assert isinstance(model, Word2Vec)
         texts = [self.tokenizer.decode([i]).strip() for i in range(self.tokenizer.vocab_size)]
         is_word = np.array([len(text) > 2 and text.isalpha() for text in texts])
-        tokens = self.corpus.splits["validation"].tokens
-        counts = np.bincount(tokens, minlength=len(texts)) * is_word
+        counts = is_word * sum(
+            np.bincount(part.corpus.splits["validation"].tokens, minlength=len(texts))
+            for part in self.parts
+        )
         lines = []
         for token in np.argsort(-counts, kind="stable")[: SAMPLE_WORDS * min(1, length)]:
             cosine_V = cosines(model, int(token)).cpu()
@@ -290,9 +411,18 @@ class WordVectors(Text):
         return "\n".join(lines)
 
     def score(self, model: Model, split: str, **options: Any) -> WordVectorScore:  # noqa: ANN401, ARG002
-        """Return the loss over a split, and the mean cosine of adjacent and of random tokens."""
+        """Return the loss over a split, and the mean cosine of adjacent and of random tokens.
+
+        Of a mixture they are the means over its sources, weighted by their shares.
+        """
+        scores = [self._cosines(model, self.split_of(part, split)) for part in self.parts]
+        shares = [float(part.share) for part in self.parts]
+        figures = [(it.loss, it.adjacent_cosine, it.random_cosine) for it in scores]
+        loss, adjacent, random = np.average(figures, 0, shares).tolist()
+        return WordVectorScore(loss, adjacent, random, sum(it.pairs for it in scores))
+
+    def _cosines(self, model: Model, data: Split) -> WordVectorScore:
         assert isinstance(model, Word2Vec)
-        data = self._scorable(split)
         tokens = torch.from_numpy(data.tokens.astype(np.int64))
         vectors_VD = F.normalize(model.vectors_VD.float().cpu(), dim=-1)
         shuffled = tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))]
