@@ -98,7 +98,7 @@ def test_hub_datasets_downloaded_and_streamed(tmp_path, hub_folder):
         for directory in (streamed, shuffled)
     )
     assert in_order != in_another
-    assert sorted(in_order.splitlines()) == sorted(in_another.splitlines())
+    assert sorted(in_order.split("Row ")) == sorted(in_another.split("Row "))
     assert "shuffled with a buffer of 40" in open_corpus(shuffled).description
     assert "some/pairs, split test, row 2: no 'fr' sentence, only en" in bad_pair
     # Offline, what was downloaded is still there, and already tokenized.
