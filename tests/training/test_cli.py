@@ -465,8 +465,8 @@ INVALID = {
         ["train", "--gradient-accumulation-steps", "5"],
         "--batch-size 16 cannot be divided",
     ),
-    "an unknown command": (["trian"], "Available subcommands: train, plan, eval, ladder,"),
-    "no command": ([], "Expected one of {train, plan, eval, ladder,"),
+    "an unknown command": (["trian"], "Available subcommands: train, plan, prepare, eval,"),
+    "no command": ([], "Expected one of {train, plan, prepare, eval,"),
     "no such device": (["train", "--device", "tpu"], "--device must be auto, cpu, cuda"),
     "no card": (["train", "--device", "cuda:99"], "--device cuda:99: there is none"),
     "heads that do not divide": (

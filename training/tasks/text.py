@@ -240,8 +240,8 @@ class Text(CorpusTask):
 
     def entropy(self, name: str) -> Entropy | None:
         """Return the entropy of a split if it is known exactly, else None."""
-        split = self.parts[0].corpus.splits[name]
-        if self.config.data != KNOWN_TRUTH or split.lost:
+        split = self.parts[0].corpus.splits.get(name)
+        if self.config.data != KNOWN_TRUTH or split is None or split.lost:
             return None
         entropy = split_entropy(split, self.tokenizer)
         # Options such as --data-limit may cut a document, so that the text starts within it.
