@@ -34,7 +34,7 @@ VERBS = {
     "nearest": Verb("training.cli", "list the words with the most similar vectors"),
     "translators": Verb("training.cli", "compare translation runs by BLEU"),
     "figures": Verb("training.cli", "draw the figures of docs/chapters/"),
-    "export": Verb("training.cli", "write a run for transformers and vLLM"),
+    "export": Verb("training.cli", "write a run for transformers, vLLM or llama.cpp"),
     "import": Verb("training.cli", "make a run of a GPT-2 or Qwen3 model"),
     "tokenize": Verb("tokenizer.__main__", "turn text into token ids"),
     "detokenize": Verb("tokenizer.__main__", "turn token ids into text"),

@@ -266,7 +266,8 @@ PRESETS: dict[str, TrainingConfig] = {
             batch_size=64,
             context_length=256,
         ),
-        "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 4, "heads": 3}),
+        # Two layers and more steps: in the same time better than four or three layers.
+        "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 2, "heads": 3}, steps=860),
         "gpt-micro": TrainingConfig(
             model_args={"width": 384, "depth": 6, "heads": 6},
             unembedding_lr=0.004,
