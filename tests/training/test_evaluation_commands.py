@@ -156,10 +156,11 @@ def test_runs_with_different_tokenizers_are_compared_per_byte(printed):
 
 def test_every_command_of_the_docs_runs(printed, workdir):
     [block] = re.findall(r"^```sh\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
-    assert len(block.splitlines()) == 8
+    assert len(block.splitlines()) == 9
     for command in block.splitlines():
         assert printed(*shlex.split(command)[1:])
     assert (workdir / "wide.svg").exists()
+    assert (workdir / "samples.svg").exists()
 
 
 @pytest.mark.parametrize(
