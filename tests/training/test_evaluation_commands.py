@@ -200,6 +200,26 @@ def test_every_command_of_the_docs_runs(printed, workdir):
             ["compare", "wide", "table"],
             "runs/table: its task is square, and `compare` is for the task text",
         ),
+        "a mixture": (
+            ["compare", "wide", "narrow", "--data", "other.txt:1 text.txt:1"],
+            "compare scores one text: give one source of the mixture as --data",
+        ),
+        "samples of a mixture": (
+            ["sample-quality", "wide", "--data", "other.txt:1 text.txt:1"],
+            "sample-quality scores one text: give one source of the mixture as --data",
+        ),
+        "samples of a text of one line": (
+            ["sample-quality", "wide", "--data", "short.txt"],
+            "the text has room for 0 prompts with --tokens 10",
+        ),
+        "samples of a table": (
+            ["sample-quality", "table"],
+            "runs/table: its task is square, and `sample-quality` is for the task text",
+        ),
+        "a judge of another task": (
+            ["sample-quality", "wide", "--judge", "table"],
+            "runs/table: a judge is a run of the task text, not square",
+        ),
         "a text of one line": (
             ["compare", "wide", "narrow", "--data", "short.txt"],
             "the train split of short.txt is too short to compare runs on: give more than 100 bytes",

@@ -1,6 +1,7 @@
 """distinct-n, repetition and the judge's loss of hand-made texts and models; the command."""
 
 import json
+import math
 import random
 
 import numpy as np
@@ -103,7 +104,7 @@ def test_a_judge_scores_the_text_in_its_own_tokens():
     text = "the cat sat on the mat and saw that dog. " * 5
     source = train_bpe([text], 300)
     torch.manual_seed(0)
-    model = GPT(BYTES.vocab_size, 16, width=16, depth=1, heads=1).eval()
+    model = GPT(BYTES.vocab_size, 256, width=16, depth=1, heads=1).eval()
     torch.nn.init.normal_(model.unembedding.weight, std=0.5)
     eos, ids = source.eos_token, source.encode(text)
     prompt, continuation = [eos, *ids[:5]], [*ids[5:20], eos, *ids[20:30]]
@@ -112,8 +113,14 @@ def test_a_judge_scores_the_text_in_its_own_tokens():
     before, first, second = (source.decode(ids[i:j]) for i, j in ((0, 5), (5, 20), (20, 30)))
     same = [BYTES.encode(piece) for piece in (before, first, second)]
     assert (tokens, num_bytes) == (len(first + second) + 1, len(first + second))
-    rejoined = [*same[1], BYTES.eos_token, *same[2]]
-    assert judge(model).score([BYTES.eos_token, *same[0]], rejoined) == (nll, tokens, num_bytes)
+    context, rejoined = [BYTES.eos_token, *same[0]], [*same[1], BYTES.eos_token, *same[2]]
+    assert judge(model).score(context, rejoined) == (nll, tokens, num_bytes)
+    with torch.inference_mode():
+        logprobs_TV = model(torch.tensor([context + rejoined[:-1]]))[0].log_softmax(-1)
+    expected = -sum(
+        row[token] for row, token in zip(logprobs_TV[len(context) - 1 :], rejoined, strict=True)
+    )
+    assert nll == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -127,13 +134,14 @@ def workdir(tmp_path_factory):
         "small": BYTES,
         "large": train_bpe(lines, 280),
         "words": train_words(lines[:1], 20),
+        "diverged": BYTES,
     }
     for name, tokenizer in tokenizers.items():
         config = TrainingConfig(data="text.jsonl", model="gpt", context_length=48)
         args = {"vocab_size": tokenizer.vocab_size, "context_length": 48, "width": 16}
         torch.manual_seed(0)
         model = GPT(**args, depth=1, heads=1)
-        torch.nn.init.normal_(model.unembedding.weight, std=0.5)
+        torch.nn.init.normal_(model.unembedding.weight, math.nan if name == "diverged" else 0, 0.5)
         save_run(folder / "runs" / name, model, {**args, "depth": 1, "heads": 1}, config, tokenizer)
     return folder
 
@@ -204,11 +212,18 @@ def first_column(table):
             ["--tokens", "40"],
             "--tokens must be at least 4, and with a prompt of half as many fit in 48, not 40",
         ),
-        "too many samples": (["--samples", "500"], "--samples must be between 2 and"),
+        "too many samples": (
+            ["--samples", "500"],
+            "--samples must be at least 2 and at most that, not 500",
+        ),
         "an unknown format": (["--output", "x.doc"], "--output must end in .svg"),
         "a judge that loses words": (
             ["--judge", "words"],
             "runs/words has another tokenizer than the samples, and text is lost between them",
+        ),
+        "a judge that diverged": (
+            ["--judge", "diverged", "--samples", "2"],
+            "the judge's loss is not finite",
         ),
         "a judge that is not there": (["--judge", "absent"], "absent"),
     }.values(),

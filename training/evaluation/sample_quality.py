@@ -137,6 +137,8 @@ def measure(prompts_NT: Ints, texts_NT: Ints, judge: Judge) -> dict[str, Any]:
     texts = texts_NT.tolist()
     scores = [judge.score(*pair) for pair in zip(prompts_NT.tolist(), texts, strict=True)]
     nll_N, tokens_N, bytes_N = np.array(scores).T
+    if not np.isfinite(nll_N).all():
+        raise ValueError("the judge's loss is not finite: its weights may be damaged")
     repetition_N = np.array([1 - distinct([text], 4) for text in texts])
     ratios = {
         "repetition": (repetition_N, np.ones_like(repetition_N)),
@@ -251,8 +253,8 @@ class SampleQuality:
         samples = min(MAX_SAMPLES, room) if self.samples is None else self.samples
         if not 2 <= samples <= room:
             raise ValueError(
-                f"--samples must be between 2 and {room}, as many as the text has room for with "
-                f"--tokens {tokens}, not {samples}"
+                f"the text has room for {room} prompts with --tokens {tokens}: --samples must be at "
+                f"least 2 and at most that, not {samples}; or give a longer text as --data"
             )
         return samples, tokens
 
