@@ -21,6 +21,7 @@ VERBS = {
     "eval": Verb("training.cli", "score a run: loss, perplexity, bits per byte"),
     "compare": Verb("training.cli", "compare runs on one text, with a significance test"),
     "lm-eval": Verb("training.cli", "run tasks of EleutherAI's evaluation harness"),
+    "sample-quality": Verb("training.cli", "measure sampled text beside real text, by temperature"),
     "sample": Verb("serving.cli", "generate text in the terminal"),
     "serve": Verb("serving.cli", "serve runs over HTTP, with an OpenAI-compatible API"),
     "ladder": Verb("training.cli", "train and compare every language model"),

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import inspect
 import io
+import json
 import os
 
 import pytest
@@ -241,13 +242,20 @@ def test_commands_print_what_they_print_on_the_cpu(tmp_path, monkeypatch):
             training_cli.main, "train", "--resume", run, "--device", device
         )
         score = command(training_cli.main, "eval", run, "--device", device, "--accuracy", "--json")
+        quality = command(
+            training_cli.main, "sample-quality", run, "--device", device, "--samples", "4", "--json"
+        )
+        shares = [
+            (row["distinct_2"], row["repetition"], round(row["loss"], 4))
+            for row in json.loads(quality)["rows"]
+        ]
         texts = [
             command(
                 serving_cli.main, "sample", run, "--prompt", "the", "--device", device, *sampling
             )
             for sampling in (["--temperature", "0"], ["--seed", "1", "-n", "2"])
         ]
-        printed.append([score.partition('"loss"')[2][:8], *texts])
+        printed.append([score.partition('"loss"')[2][:8], shares, *texts])
     assert printed[0] == printed[1]
 
 

@@ -46,6 +46,7 @@ from training.evaluation.commands import (
     run_lm_eval,
 )
 from training.evaluation.nearest import Nearest
+from training.evaluation.sample_quality import SampleQuality
 from training.finetuning import finetune_config
 from training.interchange import Export, Import
 from training.plots.commands import Plot, Xray
@@ -301,6 +302,7 @@ def main(prog: str = "python -m training", arguments: Sequence[str] | None = Non
         "lm-eval": LmEval,
         "ladder": Ladder,
         "compare": Compare,
+        "sample-quality": SampleQuality,
         "translators": Translators,
         "chapter": Chapter,
         "figures": Figures,

@@ -156,10 +156,11 @@ def test_runs_with_different_tokenizers_are_compared_per_byte(printed):
 
 def test_every_command_of_the_docs_runs(printed, workdir):
     [block] = re.findall(r"^```sh\n(.*?)^```$", DOCS, re.MULTILINE | re.DOTALL)
-    assert len(block.splitlines()) == 8
+    assert len(block.splitlines()) == 9
     for command in block.splitlines():
         assert printed(*shlex.split(command)[1:])
     assert (workdir / "wide.svg").exists()
+    assert (workdir / "samples.svg").exists()
 
 
 @pytest.mark.parametrize(
@@ -198,6 +199,26 @@ def test_every_command_of_the_docs_runs(printed, workdir):
         "a run of another task": (
             ["compare", "wide", "table"],
             "runs/table: its task is square, and `compare` is for the task text",
+        ),
+        "a mixture": (
+            ["compare", "wide", "narrow", "--data", "other.txt:1 text.txt:1"],
+            "compare scores one text: give one source of the mixture as --data",
+        ),
+        "samples of a mixture": (
+            ["sample-quality", "wide", "--data", "other.txt:1 text.txt:1"],
+            "sample-quality scores one text: give one source of the mixture as --data",
+        ),
+        "samples of a text of one line": (
+            ["sample-quality", "wide", "--data", "short.txt"],
+            "the text has room for 0 prompts with --tokens 10",
+        ),
+        "samples of a table": (
+            ["sample-quality", "table"],
+            "runs/table: its task is square, and `sample-quality` is for the task text",
+        ),
+        "a judge of another task": (
+            ["sample-quality", "wide", "--judge", "table"],
+            "runs/table: a judge is a run of the task text, not square",
         ),
         "a text of one line": (
             ["compare", "wide", "narrow", "--data", "short.txt"],

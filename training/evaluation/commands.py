@@ -123,7 +123,7 @@ class Eval:
         if self.json:
             print(json.dumps(rows if len(rows) > 1 else rows[0]))
         if self.markdown:
-            print(markdown_table([_markdown_row(row) for row in rows]))
+            print(markdown_table([markdown_row(row) for row in rows]))
         if self.output:
             from training.plots.evaluation import plot_evaluation
 
@@ -142,7 +142,7 @@ class Eval:
             )
 
 
-def _markdown_row(row: dict[str, Any]) -> dict[str, Any]:
+def markdown_row(row: dict[str, Any]) -> dict[str, Any]:
     """Return the figures of a row of JSON that are single numbers or texts, with their intervals."""
     cells = {name: value for name, value in row.items() if isinstance(value, int | float | str)}
     for name, (low, high) in row.get("intervals", {}).items():
@@ -169,6 +169,18 @@ def open_data(
     task = open_task(config, load_run_tokenizer(directory), for_training=data is None)
     if data is None and task.tokenizer:
         _check_same_data(directory, config, task)
+    return task
+
+
+def open_text(directory: Path, data: str | None, verb: str) -> Text:
+    """Open one text, or a run's own, for a command that takes only runs of the task text."""
+    name = load_training_config(directory).task
+    if TASKS[name].kind != "text":
+        raise ValueError(f"{directory}: its task is {name}, and `{verb}` is for the task text")
+    task = open_data(directory, data, "float32", {})
+    assert isinstance(task, Text)
+    if task.is_mixture:
+        raise ValueError(f"{verb} scores one text: give one source of the mixture as --data")
     return task
 
 
@@ -248,11 +260,9 @@ class Compare:
         if len(self.run) < 2:
             raise ValueError("compare which runs? Two at least: `compare RUN RUN [RUN …]`")
         directories = [find_run(run) for run in self.run]
-        tasks = [self._open(directory) for directory in directories]
+        tasks = [open_text(directory, self.data, "compare") for directory in directories]
         splits = (self.split,) if self.split else ()
         [split] = choose_splits(tasks[0], splits, own_corpus=self.data is None)
-        if any(task.is_mixture for task in tasks):
-            raise ValueError("compare scores one text: give one source of the mixture as --data")
         splits_of_runs = [task.split_of(task.parts[0], split) for task in tasks]
         texts = [task.scored_text(data) for task, data in zip(tasks, splits_of_runs, strict=True)]
         digests = [text.digest() for text in texts]
@@ -304,15 +314,6 @@ class Compare:
             f"\nThe {split} split of {tasks[0].description}. Differences from {directories[0]} in "
             f"{sums.unit}; 95% intervals and p over {sums.description}."
         )
-
-    def _open(self, directory: Path) -> Text:
-        """Open the text with a run's tokenizer."""
-        name = load_training_config(directory).task
-        if TASKS[name].kind != "text":
-            raise ValueError(f"{directory}: its task is {name}, and `compare` is for the task text")
-        task = open_data(directory, self.data, "float32", {})
-        assert isinstance(task, Text)
-        return task
 
 
 @dataclass(frozen=True)

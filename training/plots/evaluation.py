@@ -1,4 +1,4 @@
-"""Plots of `eval`: the loss by position, and the reliability of probabilities."""
+"""Plots of `eval`: loss by position, reliability of probabilities; and of `sample-quality`."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -49,6 +49,39 @@ def _draw_reliability(axes: Axes, reports: Sequence[dict[str, Any]]) -> None:
         axes.plot(x, y, "o-", label=_name(report))
     axes.set_xlabel("probability of the likeliest token")
     axes.set_ylabel("share of hits")
+
+
+def plot_sample_quality(rows: Sequence[dict[str, Any]], output: Path) -> None:
+    """Plot figures by temperature and, as dashed lines, those of the text itself.
+
+    The rows are those of the JSON of `sample-quality`: the first is of the text itself.
+    """
+    own, samples = rows[0], sorted(rows[1:], key=lambda row: row["temperature"])
+    has_bits = all("bits_per_byte" in row for row in rows)
+    loss, unit = ("bits_per_byte", "bits per byte") if has_bits else ("loss", "nats per token")
+    panels = {
+        "distinct-n": ["distinct_1", "distinct_2", "distinct_3"],
+        "repetition": ["repetition"],
+        f"{unit} under the judge": [loss],
+    }
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(FIGURE_WIDTH, 3 * len(panels)), layout="constrained")
+        all_axes = figure.subplots(len(panels), 1, sharex=True)
+        x = [row["temperature"] for row in samples]
+        for axes, (title, names) in zip(all_axes, panels.items(), strict=True):
+            for number, name in enumerate(names):
+                color = f"C{number}"
+                label = name.replace("_", "-") if len(names) > 1 else "samples"
+                axes.plot(x, [row[name] for row in samples], "o-", color=color, label=label)
+                text = own["text"] if name == names[-1] else None
+                axes.axhline(own[name], color=color, linestyle="--", label=text)
+                if name in own["intervals"]:
+                    bounds = zip(*(row["intervals"][name] for row in samples), strict=True)
+                    axes.fill_between(x, *bounds, color=color, alpha=0.2, linewidth=0)
+            axes.set_ylabel(title)
+            axes.legend(frameon=True)  # dashed lines cross the whole panel
+        all_axes[-1].set_xlabel("temperature")
+        save_figure(figure, output)
 
 
 def _name(report: dict[str, Any]) -> str:
