@@ -313,14 +313,14 @@ def test_validation_documents_in_train_are_told_and_dropped(workdir):
     rows = [json.dumps({"text": f"{i} is a number of {i} letters. " * 20}) for i in range(40)]
     (workdir / "leaky" / "train.jsonl").write_text("\n".join(rows[:35]))
     (workdir / "leaky" / "validation.jsonl").write_text("\n".join(rows[34:]))
-    warning = "  WARNING: 1 of 6 validation documents has a duplicate in train (1 exact); "
+    note = "  1 of 6 validation documents has a duplicate in train (1 exact); "
     code, out, err = training("prepare", "leaky", "leaky-tokens", "--tokenizer", "bytes")
     assert code == 0, err
-    assert warning in out
+    assert note in out
     for data in ("leaky", "leaky-tokens"):
         code, out, err = training("train", *TINY, "--data", data, "--run", workdir / f"of-{data}")
         assert code == 0, err
-        assert warning in out
+        assert note in out
     code, out, err = training("train", "--data", "leaky-tokens", "--drop-duplicates")
     assert code == 2
     assert "prepared tokens, which are used as they are: leave out --drop-duplicates" in err
@@ -329,7 +329,7 @@ def test_validation_documents_in_train_are_told_and_dropped(workdir):
     assert code == 0, err
     assert "duplicates dropped from train: 1 of 35 documents\n" in out
     assert ", 34 documents\n" in out
-    assert "WARNING" not in out
+    assert "a duplicate in train" not in out
     # Whatever opens the run again uses the same tokens.
     before = sorted((workdir / "cache").iterdir())
     shutil.rmtree(newest_checkpoint(directory))

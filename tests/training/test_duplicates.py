@@ -1,17 +1,20 @@
 """Documents of train that are in validation or test too: reported, and dropped if asked for."""
 
+import dataclasses
 import random
 
 import pytest
 
 from tests.corpora import pair_lines, text_lines
 from tests.training.helpers import save_lower_case_tokenizer
+from training.config import TrainingConfig
 from training.data import duplicates
 from training.data.corpus import open_corpus
 from training.data.duplicates import find_duplicates
 from training.data.prepare import prepare_corpus
 from training.data.sources import Source
 from training.finetuning import RESET
+from training.tasks.text import Text, load_texts
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -70,7 +73,7 @@ def test_planted_copies_are_reported_and_dropped(write, tokenizer):
     reported = prepare(data, tokenizer)
     assert reported.duplicates == {"validation": {"exact": 1, "near": 1}}
     assert reported.duplicate_notes() == [
-        "WARNING: 2 of 10 validation documents have a duplicate in train (1 exact, 1 near); "
+        "2 of 10 validation documents have a duplicate in train (1 exact, 1 near); "
         "--drop-duplicates drops such documents from train"
     ]
     dropped = prepare(data, tokenizer, drop_duplicates=True)
@@ -197,6 +200,25 @@ def test_documents_of_a_folder_of_an_earlier_version_are_unknown(write):
     assert '"duplicates"' in text
     manifest.write_text(text.replace('"duplicates"', '"unknown"'))
     assert open_corpus(corpus.directory).duplicate_notes() == []
+
+
+def test_the_sources_of_a_mixture_are_compared_each_by_itself(write):
+    first = write("first", train=[*TRAIN[:15], HELD_OUT[0]], validation=HELD_OUT[:5])
+    second = write("second", train=[*TRAIN[15:], HELD_OUT[1]], validation=HELD_OUT[5:])
+    config = TrainingConfig(data=f"{first}:1 {second}:2", tokenizer="bytes")
+    assert Text(config, load_texts(config, None, True)).sizes[3].startswith("  1 of 5 validation")
+    config = dataclasses.replace(config, drop_duplicates=True)
+    parts = load_texts(config, None, True).parts
+    assert [part.corpus.splits["train"].documents for part in parts] == [15, 16]
+
+
+@pytest.mark.parametrize("damage", ['"duplicates": {"dev": {}}', '"duplicates": {"validation": 1}'])
+def test_a_damaged_manifest_is_told(write, damage):
+    corpus = prepare(write(train=TRAIN, validation=HELD_OUT))
+    manifest = corpus.directory / "corpus.json"
+    manifest.write_text(manifest.read_text().replace('"duplicates"', f'{damage}, "old"'))
+    with pytest.raises(ValueError, match="damaged"):
+        open_corpus(corpus.directory)
 
 
 def test_a_run_that_begins_with_another_reads_its_own_text():

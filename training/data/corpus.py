@@ -87,7 +87,7 @@ class Corpus:
                 documents = self.splits[name].documents // (2 if self.languages else 1)
                 kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
                 notes.append(
-                    f"WARNING: {found:,} of {documents:,} {name} {unit} {'has' if found == 1 else 'have'} "
+                    f"{found:,} of {documents:,} {name} {unit} {'has' if found == 1 else 'have'} "
                     f"a duplicate in train ({kinds}); --drop-duplicates drops such {unit} from train"
                 )
         return notes
@@ -142,13 +142,12 @@ def open_corpus(
                 raise ValueError(f"{path}: {size} bytes, expected {expected}; {advice}")
             splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
         languages = tuple(meta["languages"]) if "languages" in meta else None
+        duplicates = {
+            splits[name].name: {kind: int(count) for kind, count in counts.items()}
+            for name, counts in meta.get("duplicates", {}).items()
+        }
         corpus = Corpus(
-            directory,
-            meta["fingerprint"],
-            meta["description"],
-            splits,
-            languages,
-            meta.get("duplicates", {}),
+            directory, meta["fingerprint"], meta["description"], splits, languages, duplicates
         )
     except FileNotFoundError:
         raise ValueError(f"{directory}: no prepared tokens here: {MANIFEST} is missing") from None

@@ -1,4 +1,4 @@
-"""Find documents of train that are in validation or test too: a score of these is of what was learned by heart.
+"""Find documents of train that are in validation or test too: a low loss on these may be memorized.
 
 Documents are compared as wholes, by their prepared tokens.
 
