@@ -20,6 +20,7 @@ PACKAGES = {
 """Each package, and those that it may import."""
 LIBRARIES = {
     "datasets": "training/data",
+    "datasketch": "training/data/duplicates.py",
     "huggingface_hub": "training",
     "sacrebleu": "training/tasks/translation.py",
     "tokenizers": "tokenizer/__init__.py",

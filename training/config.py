@@ -79,6 +79,8 @@ class TrainingConfig:
     """Stream the files in random order, and their documents through a buffer of this many: with --data-limit, a sample of the whole."""
     data_limit: OptionalInt = None
     """Read at most this many bytes of text from each split."""
+    drop_duplicates: bool = False
+    """Drop from train the documents that are in validation or test too, exactly or nearly (at least half of their shingles of 50 characters in common)."""
     tokenizer: str = "bpe"
     """Tokenizer: `bpe` (byte pairs learned on the training split), `words` (its most frequent words), `characters` (its most frequent characters), `bytes` (one token per byte), or what to load it from: the path of a tokenizer.json or of a run, or a model on the Hugging Face hub such as Qwen/Qwen3-0.6B."""
     end_of_text: OptionalText = None

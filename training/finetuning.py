@@ -19,6 +19,7 @@ RESET = [
     "streaming",
     "shuffle_buffer",
     "data_limit",
+    "drop_duplicates",
     "end_of_text",  # which the tokenizer of the parent knows
     "init_embedding",
     "device",

@@ -308,6 +308,40 @@ def test_prepare_writes_a_folder_to_train_on(run, workdir):
     assert not (workdir / "more.part").exists()
 
 
+def test_validation_documents_in_train_are_told_and_dropped(workdir):
+    (workdir / "leaky").mkdir()
+    rows = [json.dumps({"text": f"{i} is a number of {i} letters. " * 20}) for i in range(40)]
+    (workdir / "leaky" / "train.jsonl").write_text("\n".join(rows[:35]))
+    (workdir / "leaky" / "validation.jsonl").write_text("\n".join(rows[34:]))
+    note = "  1 of 6 validation documents has a duplicate in train (1 exact); "
+    code, out, err = training("prepare", "leaky", "leaky-tokens", "--tokenizer", "bytes")
+    assert code == 0, err
+    assert note in out
+    for data in ("leaky", "leaky-tokens"):
+        code, out, err = training("train", *TINY, "--data", data, "--run", workdir / f"of-{data}")
+        assert code == 0, err
+        assert note in out
+    code, out, err = training("train", "--data", "leaky-tokens", "--drop-duplicates")
+    assert code == 2
+    assert "prepared tokens, which are used as they are: leave out --drop-duplicates" in err
+    directory, options = workdir / "dropped", ["--data", "leaky", "--drop-duplicates"]
+    code, out, err = training("train", *TINY, *options, "--run", directory)
+    assert code == 0, err
+    assert "duplicates dropped from train: 1 of 35 documents\n" in out
+    assert ", 34 documents\n" in out
+    assert "a duplicate in train" not in out
+    # Whatever opens the run again uses the same tokens.
+    before = sorted((workdir / "cache").iterdir())
+    shutil.rmtree(newest_checkpoint(directory))
+    for arguments in (["train", "--resume", directory], ["eval", directory]):
+        code, out, err = training(*arguments)
+        assert code == 0, err
+    assert sorted((workdir / "cache").iterdir()) == before
+    code, out, err = training("prepare", "leaky", "clean-tokens", *TINY[:2], "--drop-duplicates")
+    assert code == 0, err
+    assert "dropped from train: 1 of 35 documents\n  train: " in out
+
+
 def test_signals_save_a_checkpoint_that_resume_continues(workdir, request):
     directory = workdir / "runs" / "stopped"
     environment = os.environ | {"PYTHONPATH": str(request.config.rootpath)}

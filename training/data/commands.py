@@ -35,6 +35,8 @@ class Prepare:
     """Stream the files in random order, and their documents through a buffer of this many."""
     data_limit: OptionalInt = None
     """Read at most this many bytes of text from each split."""
+    drop_duplicates: bool = False
+    """Drop from train the documents that are in validation or test too, exactly or nearly."""
     tokenizer: str = TrainingConfig.tokenizer
     """Tokenizer, as in `train`; that of a run or of another prepared folder if it is their path."""
     vocab_size: int = TrainingConfig.vocab_size
@@ -72,6 +74,7 @@ class Prepare:
                 shuffle_buffer=self.shuffle_buffer,
                 limit=self.data_limit,
                 languages=self.languages,
+                drop_duplicates=self.drop_duplicates,
             ),
             self.tokenizer,
             self.vocab_size,
@@ -84,6 +87,8 @@ class Prepare:
                 f"  {split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
                 f"{split.documents:,} documents"
             )
+        for note in corpus.duplicate_notes():
+            print(f"  {note}")
         print(
             f"tokenizer: {corpus.tokenizer.vocab_size:,} ids\nnext: tinygpt train --data {directory}"
         )

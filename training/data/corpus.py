@@ -17,7 +17,7 @@ import mmap
 import os
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -71,11 +71,26 @@ class Corpus:
     splits: dict[str, Split]
     languages: tuple[str, str] | None = None
     """Source and target language of sentence pairs; None for text."""
+    duplicates: dict[str, dict[str, int]] = field(default_factory=dict)
+    """Of held-out splits the documents with an `exact` and those with a `near` duplicate in train."""
 
     @functools.cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made the tokens."""
         return Tokenizer.load(self.directory)
+
+    def duplicate_notes(self) -> list[str]:
+        """Return a line about each held-out split of which documents are in train too."""
+        notes, unit = [], "pairs" if self.languages else "documents"
+        for name, counts in self.duplicates.items():
+            if found := sum(counts.values()):
+                documents = self.splits[name].documents // (2 if self.languages else 1)
+                kinds = ", ".join(f"{count:,} {kind}" for kind, count in counts.items() if count)
+                notes.append(
+                    f"{found:,} of {documents:,} {name} {unit} {'has' if found == 1 else 'have'} "
+                    f"a duplicate in train ({kinds}); --drop-duplicates drops such {unit} from train"
+                )
+        return notes
 
     @property
     def parts(self) -> "tuple[Part, ...]":
@@ -127,7 +142,13 @@ def open_corpus(
                 raise ValueError(f"{path}: {size} bytes, expected {expected}; {advice}")
             splits[name] = Split(name, np.memmap(path, dtype, "r", shape=(length,)), **counts)
         languages = tuple(meta["languages"]) if "languages" in meta else None
-        corpus = Corpus(directory, meta["fingerprint"], meta["description"], splits, languages)
+        duplicates = {
+            splits[name].name: {kind: int(count) for kind, count in counts.items()}
+            for name, counts in meta.get("duplicates", {}).items()
+        }
+        corpus = Corpus(
+            directory, meta["fingerprint"], meta["description"], splits, languages, duplicates
+        )
     except FileNotFoundError:
         raise ValueError(f"{directory}: no prepared tokens here: {MANIFEST} is missing") from None
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -245,10 +266,22 @@ class CorpusWriter:
             # The error of a full disk comes from `write`, without the name of the file.
             raise OSError(error.errno, error.strerror, str(path)) from error
 
-    def close(self, description: str, languages: tuple[str, str] | None = None) -> None:
+    def tokens(self) -> dict[str, Tokens]:
+        """Return the tokens of each split that were written so far."""
+        return {
+            name: np.memmap(self.directory / f"{name}.bin", self.dtype, "r") for name in self.counts
+        }
+
+    def close(
+        self,
+        description: str,
+        languages: tuple[str, str] | None = None,
+        duplicates: dict[str, dict[str, int]] | None = None,
+    ) -> None:
         """Write the tokenizer and then, as the last file, corpus.json.
 
-        `languages` are the source and the target language of sentence pairs.
+        `languages` are the source and the target language of sentence pairs, `duplicates` those
+        of `Corpus`.
         """
         fingerprint = hashlib.sha256(str(self.dtype).encode())
         for name, digest in sorted(self.digests.items()):
@@ -265,6 +298,8 @@ class CorpusWriter:
         }
         if languages:
             manifest["languages"] = languages
+        if duplicates:
+            manifest["duplicates"] = duplicates
         self.tokenizer.save(self.directory / "tokenizer.json")
         (self.directory / PROGRESS).unlink(missing_ok=True)
         (self.directory / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", "utf-8")
@@ -278,9 +313,14 @@ def gather_windows(tokens: Tokens, starts_B: NDArray[np.int64], length: int) -> 
     much as the corpus is large.
     """
     windows = tokens[starts_B[:, None] + np.arange(length + 1)].astype(np.int64)
+    release_pages(tokens)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def release_pages(tokens: Tokens) -> None:
+    """Unmap the pages of a memory map that were read, so that they are no memory of this process."""
     if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
         tokens.base.madvise(mmap.MADV_DONTNEED)
-    return windows[:, :-1], windows[:, 1:]
 
 
 class StatefulBatches:

@@ -80,9 +80,9 @@ class _Dataset:
         self.rows = self.pairs or Texts(source)
         self.found = find_dataset(source, self.rows)
         self.options = {**asdict(source), "data": self.found.identity, "hold_out": hold_out}
-        del self.options[
-            "revision"
-        ]  # The identity of a hub dataset has its commit, of any revision.
+        # The identity of a hub dataset has its commit, of any revision.
+        # A tokenizer is the same whatever is dropped from train, so that losses can be compared.
+        del self.options["revision"], self.options["drop_duplicates"]
         if not sentence_pairs:
             del self.options["languages"]
         if source.shuffle_buffer is None:
@@ -156,23 +156,42 @@ def prepare_corpus(
     dataset = _Dataset(source, hold_out, sentence_pairs)
     if is_trained := used is None:
         used = _trained_tokenizer([(dataset, MAX_TOKENIZER_BYTES)], str(tokenizer), vocab_size)
-    recipe = [dataset.options, used.fingerprint]
+    recipe = [dataset.options, used.fingerprint, *["drop duplicates"] * source.drop_duplicates]
     directory = directory or _cached(source.data, recipe)
     if (directory / MANIFEST).is_file():
         return open_corpus(directory, sentence_pairs)
 
+    from training.data.duplicates import MAX_NEAR_BYTES, find_duplicates
+
+    documents, is_dropped = dataset.splits[0], bytearray()
+    if source.drop_duplicates:
+        everything = replace(source, drop_duplicates=False)
+        whole = prepare_corpus(everything, used, vocab_size, hold_out, sentence_pairs)
+        tokens = {name: split.tokens for name, split in whole.splits.items()}
+        if "train" in tokens:
+            is_dropped = find_duplicates(tokens, used, sentence_pairs, near=True).is_dropped
     with _unfinished(directory) as unfinished:
         writer = CorpusWriter(unfinished, used, _key(recipe))
-        _tokenize(dataset.splits[0](), writer, dataset.found.size)
+        _tokenize(_drop(documents(), is_dropped), writer, dataset.found.size)
         for split in ("train", "validation") if hold_out else ():
             if split not in writer.counts:
-                raise ValueError(f"{source.data}: too little text, none for the {split} split")
+                cause = "all of it is in validation too" if is_dropped else "too little text"
+                raise ValueError(f"{source.data}: {cause}, none for the {split} split")
         if not writer.counts:
             raise ValueError(f"{source.data}: there is no text in it")
         description = dataset.describe(writer)
         if is_trained and writer.counts["train"]["bytes"] > MAX_TOKENIZER_BYTES:
             description += f"; tokenizer: trained on the first {MAX_TOKENIZER_BYTES:,} bytes"
-        writer.close(description, dataset.pairs.languages if dataset.pairs else None)
+        duplicates = {}
+        if source.drop_duplicates:
+            unit = "pairs" if sentence_pairs else "documents"
+            dropped = f"{sum(is_dropped):,} of {len(is_dropped):,} {unit}"
+            description += f"; duplicates dropped from train: {dropped}"
+        elif "train" in writer.counts and len(writer.counts) > 1:
+            near = writer.counts["train"]["bytes"] <= MAX_NEAR_BYTES
+            duplicates = find_duplicates(writer.tokens(), used, sentence_pairs, near).held_out
+        languages = dataset.pairs.languages if dataset.pairs else None
+        writer.close(description, languages, duplicates)
         # One by one, corpus.json last: the folder may hold files of an earlier tinygpt that was
         # interrupted, or another process may write the same tokens at the same time.
         directory.mkdir(parents=True, exist_ok=True)
@@ -372,6 +391,17 @@ def _open_known_truth(rows: RowReader) -> DatasetSplits:
         identity=[KNOWN_TRUTH, SPLIT_SIZES, first],
         name="known-truth: documents of a hidden Markov model",
     )
+
+
+def _drop(documents: SplitDocuments, is_dropped: bytearray) -> SplitDocuments:
+    """Yield documents without those of train that are dropped; nothing is if this is empty."""
+    number = -1
+    for split, chunk in documents:
+        if split == "train" and is_dropped:
+            number += chunk.starts_document
+            if is_dropped[number]:
+                continue
+        yield split, chunk
 
 
 def _tokenize(documents: SplitDocuments, writer: CorpusWriter, size: int | None) -> None:

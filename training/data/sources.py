@@ -55,6 +55,8 @@ class Source:
     """Read at most this many bytes of text from each split."""
     languages: str | None = None
     """Source and target language of sentence pairs, like "en-fr"; None: the first two of the first row."""
+    drop_duplicates: bool = False
+    """Drop from train the documents that are in validation or test too."""
 
 
 class ReadInterrupted(ValueError):

@@ -160,7 +160,12 @@ def open_data(
             for name in filter(data_options.get, data_options):
                 refuse_text_option(prepared, name)
         config = dataclasses.replace(
-            config, data=data, data_split=None, shuffle_buffer=None, **data_options
+            config,
+            data=data,
+            data_split=None,
+            shuffle_buffer=None,
+            drop_duplicates=False,
+            **data_options,
         )
     elif not config.data:
         raise ValueError(

@@ -23,7 +23,7 @@ Batch = tuple[NDArray[Any], ...]
 
 TEXT_OPTIONS = (
     *("data_config", "data_revision", "data_split", "text_column", "streaming", "shuffle_buffer"),
-    *("data_limit", "tokenizer", "vocab_size", "end_of_text"),
+    *("data_limit", "drop_duplicates", "tokenizer", "vocab_size", "end_of_text"),
 )
 """Options about text and how to tokenize it: none of them applies to prepared tokens."""
 

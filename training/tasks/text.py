@@ -115,6 +115,7 @@ def _source(config: TrainingConfig, data: str) -> Source:
         shuffle_buffer=config.shuffle_buffer,
         limit=config.data_limit,
         languages=config.languages,
+        drop_duplicates=config.drop_duplicates,
     )
 
 
@@ -206,7 +207,7 @@ class Text(CorpusTask):
             + f" ({split.unknown:,} unknown)" * bool(split.unknown)
             + f", {split.documents:,} documents"
             for split in part.corpus.splits.values()
-        ]
+        ] + part.corpus.duplicate_notes()
         if not self.is_mixture:
             return lines
         head = f"{float(part.share):.2%} {part.corpus.description}"

@@ -139,7 +139,7 @@ class Translation(CorpusTask):
             if too_long:
                 line += f"; {too_long:,} pairs longer than half a window are left out"
             self.sizes.append(line)
-        self.sizes += self.tokenizer_notes()
+        self.sizes += corpus.duplicate_notes() + self.tokenizer_notes()
         if for_training:
             self._epoch_batches = functools.lru_cache(maxsize=2)(self._shuffle_epoch)
             self.batches_per_epoch = len(self._epoch_batches(0))
