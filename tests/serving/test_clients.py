@@ -226,5 +226,5 @@ def test_evaluation_harness_by_http_and_on_the_run_agrees_with_eval(server, mode
     sentences = [pair[name] for pair in pairs for name in ("sentence_bad", "sentence_good")]
     for logprob, sentence in zip(logprobs, sentences, strict=True):
         ids = np.array([TOKENIZER.eos_token, *TOKENIZER.encode(sentence)])
-        score = evaluate(model, ids, words=1, bytes=1, precision=precision)
+        score = evaluate(model, ids, precision=precision).score(1, 1)
         assert logprob == pytest.approx(-score.nll, abs=1e-4)

@@ -86,7 +86,7 @@ def test_auto_compiles_long_runs_on_every_gpu(name, monkeypatch):
 @pytest.mark.parametrize(
     ("name", "settings", "reason"),
     [
-        ("gpt-nano", {}, "s of training without, 8 s of compiling"),
+        ("gpt-nano", {}, "s of training without, 4 s of compiling"),
         ("gpt-micro", {"steps": 100}, "s of training without, 12 s of compiling"),
         ("gpt-micro", {"num_devices": 8}, "s of training without, 12 s of compiling"),
         ("gpt-small", {"device": "cpu"}, "on a GPU only, not on cpu"),
