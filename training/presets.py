@@ -356,7 +356,7 @@ ABOUT: dict[str, About] = {
     **{
         f"{kind}-{model}": About(f"{pairs}, {how}", time)
         for kind, pairs, times in [
-            ("translate", TOY_PAIRS, ("1 min", "1 min", "1 min", "1 min", "1 min")),
+            ("translate", TOY_PAIRS, ("30 s", "30 s", "30 s", "30 s", "30 s")),
             ("multi30k", MULTI30K_PAIRS, ("30 min", "35 min", "40 min", "35 min", "35 min")),
         ]
         for (model, how), time in zip(TRANSLATORS.items(), times, strict=True)
