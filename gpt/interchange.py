@@ -185,7 +185,7 @@ def _to_gpt2(model: GPT2) -> tuple[JSON, dict[str, Tensor]]:
     }
     tensors = {
         f"transformer.{name}": tensor.T.contiguous() if is_conv1d(name) else tensor
-        for name, tensor in openai_state_dict(model).items()
+        for name, tensor in _openai_state_dict(model).items()
     }
     return config, tensors
 
@@ -195,7 +195,7 @@ def is_conv1d(name: str) -> bool:
     return name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight"))
 
 
-def openai_state_dict(model: GPT2) -> dict[str, Tensor]:
+def _openai_state_dict(model: GPT2) -> dict[str, Tensor]:
     """Return the weights by OpenAI's names, matrices as `nn.Linear` has them; absent biases are zeros."""
     weights = model.state_dict()
     for name, tensor in model.state_dict().items():

@@ -22,6 +22,30 @@ def pair_lines(pairs, languages=("en", "fr")):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
 
+def write_pairs_task(folder, name, pairs):
+    """Write a task of lm-eval in BLiMP's form, of pairs with a sentence_good and a sentence_bad.
+
+    The wrong sentence comes first: of equal log-likelihoods the harness takes the first.
+    """
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    task = {
+        "task": name,
+        "dataset_path": "json",
+        "dataset_kwargs": {
+            "data_files": {"test": str(folder / "pairs.jsonl")},
+            "cache_dir": str(folder),
+        },
+        "test_split": "test",
+        "output_type": "multiple_choice",
+        "doc_to_text": "",
+        "target_delimiter": "",
+        "doc_to_choice": "{{[sentence_bad, sentence_good]}}",
+        "doc_to_target": 1,
+        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
+    }
+    (folder / f"{name}.yaml").write_text(json.dumps(task))
+
+
 def run_python(code, **environment):
     """What a new interpreter prints; it must not write to stderr."""
     process = subprocess.run(

@@ -14,6 +14,7 @@ import openai
 import pytest
 
 from gpt.sampling import SamplingParams
+from tests.corpora import write_pairs_task
 from tests.serving.running_server import (
     CONTEXT_LENGTH,
     DEADLINE,
@@ -167,7 +168,6 @@ def test_evaluation_harness_by_http_and_on_the_run_agrees_with_eval(server, mode
         }
         for noun in ("cat", "dog", "black bird \N{CAT FACE}")
     ]
-    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     text_task = {
         "task": "own_text",
         "dataset_path": "text",
@@ -182,23 +182,8 @@ def test_evaluation_harness_by_http_and_on_the_run_agrees_with_eval(server, mode
         "doc_to_target": "{{text}}",
         "metric_list": [{"metric": "bits_per_byte"}],
     }
-    pairs_task = {
-        "task": "own_pairs",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(tmp_path / "pairs.jsonl")},
-            "cache_dir": str(tmp_path),
-        },
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "",
-        "target_delimiter": "",
-        "doc_to_choice": "{{[sentence_bad, sentence_good]}}",
-        "doc_to_target": 1,
-        "metric_list": [{"metric": "acc"}],
-    }
-    for task in (text_task, pairs_task):
-        (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
+    (tmp_path / "own_text.yaml").write_text(json.dumps(text_task))
+    write_pairs_task(tmp_path, "own_pairs", pairs)
     config = TrainingConfig(tokenizer="bytes")
     sizes = {"context_length": CONTEXT_LENGTH, "width": 16, "depth": 2, "heads": 2}
     model_args = {"vocab_size": TOKENIZER.vocab_size, **sizes}

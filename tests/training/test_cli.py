@@ -299,6 +299,8 @@ def test_prepare_writes_a_folder_to_train_on(run, workdir):
         ("text.txt", "more", "--languages", "en-fr"): "add --task translation",
         ("text.txt", "more", "--shuffle-buffer", "9"): "--shuffle-buffer is of a stream",
         ("text.txt", "more", "--shuffle-buffer", "9", "--streaming"): "text.txt is local",
+        ("text.txt", "more", "--data-revision", "v1"): "--data-revision is only for hub datasets",
+        ("text.txt", "more", "--end-of-text", "</s>"): "leave it out with --tokenizer bpe",
         ("no.txt", "more"): "no.txt: no such file or folder",
     }.items():
         code, out, err = training("prepare", *arguments)

@@ -19,6 +19,7 @@ import torch
 from gpt.checkpoint import build_model
 from gpt.generation import generate
 from gpt.sampling import SamplingParams
+from tests.corpora import write_pairs_task
 from tests.training.helpers import save_run
 from tokenizer import byte_tokenizer
 from training import cli
@@ -156,10 +157,7 @@ def test_generated_texts_end_before_a_stop_string(run, model):
 
 
 def write_minimal_pairs(folder):
-    """Write a task in BLiMP's form, where a bracket is closed by its own kind or by another.
-
-    The wrong sentence comes first: of equal log-likelihoods the harness takes the first.
-    """
+    """Write a task of minimal pairs, where a bracket is closed by its own kind or by another."""
     rng, pairs = random.Random(0), []
     for text in generate_documents("minimal pairs"):
         closings = [number for number, symbol in enumerate(text) if symbol in ")]}"]
@@ -170,24 +168,7 @@ def write_minimal_pairs(folder):
             pairs.append({"sentence_good": text, "sentence_bad": bad})
         if len(pairs) == 40:
             break
-    lines = [json.dumps(pair) + "\n" for pair in pairs]
-    (folder / "pairs.jsonl").write_text("".join(lines))
-    task = {
-        "task": "own_brackets",
-        "dataset_path": "json",
-        "dataset_kwargs": {
-            "data_files": {"test": str(folder / "pairs.jsonl")},
-            "cache_dir": str(folder),
-        },
-        "test_split": "test",
-        "output_type": "multiple_choice",
-        "doc_to_text": "",
-        "target_delimiter": "",
-        "doc_to_choice": "{{[sentence_bad, sentence_good]}}",
-        "doc_to_target": 1,
-        "metric_list": [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}],
-    }
-    (folder / "own_brackets.yaml").write_text(json.dumps(task))
+    write_pairs_task(folder, "own_brackets", pairs)
     return pairs
 
 

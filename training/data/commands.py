@@ -10,7 +10,7 @@ from gpt.cli import OptionalInt, OptionalText
 from training.config import TrainingConfig
 from training.data.corpus import is_prepared
 from training.data.mixture import parse_data
-from training.data.sources import Source
+from training.data.sources import resolve_tokenizer, source_of
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,8 @@ class Prepare:
     """Folder to write: corpus.json, a .bin file of token ids for each split, tokenizer.json."""
     data_config: OptionalText = None
     """Configuration of a Hugging Face dataset that has several."""
+    data_revision: OptionalText = None
+    """Branch, tag or commit of a Hugging Face dataset."""
     data_split: OptionalText = None
     """Split to train on, or a part of it such as train[:10%]."""
     text_column: OptionalText = None
@@ -39,6 +41,8 @@ class Prepare:
     """Drop from train the documents that are in validation or test too, exactly or nearly."""
     tokenizer: str = TrainingConfig.tokenizer
     """Tokenizer, as in `train`; that of a run or of another prepared folder if it is their path."""
+    end_of_text: OptionalText = None
+    """Token of a tokenizer.json that ends a document, as in `train`."""
     vocab_size: int = TrainingConfig.vocab_size
     """Number of tokens that the tokenizer learns."""
     task: Literal["text", "translation"] = "text"
@@ -46,9 +50,7 @@ class Prepare:
 
     def __call__(self) -> None:
         """Prepare, and print what was written."""
-        # Checks the ranges.
-        names = ("data_limit", "vocab_size", "streaming", "shuffle_buffer")
-        TrainingConfig(**{name: getattr(self, name) for name in names})
+        config = TrainingConfig(**{k: v for k, v in vars(self).items() if k != "directory"})
         if self.task == "text" and self.languages:
             raise ValueError("--languages is of sentence pairs: add --task translation")
         (source, *others) = parse_data(self.data)
@@ -65,30 +67,15 @@ class Prepare:
         from training.data.prepare import prepare_corpus
 
         corpus = prepare_corpus(
-            Source(
-                source.data,
-                config=self.data_config,
-                split=self.data_split,
-                column=self.text_column,
-                streaming=self.streaming,
-                shuffle_buffer=self.shuffle_buffer,
-                limit=self.data_limit,
-                languages=self.languages,
-                drop_duplicates=self.drop_duplicates,
-            ),
-            self.tokenizer,
+            source_of(config, source.data),
+            resolve_tokenizer(self.tokenizer, self.end_of_text) or self.tokenizer,
             self.vocab_size,
             sentence_pairs=self.task == "translation",
             directory=directory,
         )
         print(f"data: {corpus.description}")
-        for split in corpus.splits.values():
-            print(
-                f"  {split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens, "
-                f"{split.documents:,} documents"
-            )
-        for note in corpus.duplicate_notes():
-            print(f"  {note}")
+        for line in corpus.size_lines():
+            print(f"  {line}")
         print(
             f"tokenizer: {corpus.tokenizer.vocab_size:,} ids\nnext: tinygpt train --data {directory}"
         )

@@ -79,6 +79,15 @@ class Corpus:
         """The tokenizer that made the tokens."""
         return Tokenizer.load(self.directory)
 
+    def size_lines(self) -> list[str]:
+        """Return a line about each split, then the notes of duplicates."""
+        return [
+            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens"
+            + f" ({split.unknown:,} unknown)" * bool(split.unknown)
+            + f", {split.documents:,} documents"
+            for split in self.splits.values()
+        ] + self.duplicate_notes()
+
     def duplicate_notes(self) -> list[str]:
         """Return a line about each held-out split of which documents are in train too."""
         notes, unit = [], "pairs" if self.languages else "documents"

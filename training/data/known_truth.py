@@ -122,7 +122,7 @@ def generate_documents(seed: str) -> Iterator[str]:
         yield "".join(symbols)
 
 
-def documents(split: str) -> Iterator[str]:
+def split_documents(split: str) -> Iterator[str]:
     """Yield the documents of a split."""
     return itertools.islice(generate_documents(split), SPLIT_SIZES[split])
 

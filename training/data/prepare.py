@@ -44,7 +44,7 @@ from training.data.corpus import (
     is_prepared,
     open_corpus,
 )
-from training.data.known_truth import KNOWN_TRUTH, SPLIT_SIZES, documents
+from training.data.known_truth import KNOWN_TRUTH, SPLIT_SIZES, split_documents
 from training.data.rows import TRANSLATION_COLUMN, RowReader, SentencePairs, Texts, read_rows
 from training.data.slices import select_split
 from training.data.sources import (
@@ -203,13 +203,11 @@ def prepare_corpus(
 def mixture_tokenizer(
     sources: Sequence[tuple[Source, Fraction]], tokenizer: str, vocab_size: int
 ) -> Tokenizer:
-    """Return the tokenizer of a mixture of texts with these shares; arguments as in `prepare_corpus`.
+    """Train a tokenizer on texts that are mixed in these shares, or return the cached one.
 
-    One that is trained reads of each source as many bytes of the training split as its share says,
-    or all that there are.
+    It reads of each source as many bytes of the training split as its share says, or all that there
+    are. The other arguments are those of `prepare_corpus`.
     """
-    if used := resolve_tokenizer(tokenizer):
-        return used
     datasets = [
         (_Dataset(source, hold_out=True, sentence_pairs=False), int(MAX_TOKENIZER_BYTES * share))
         for source, share in sources
@@ -383,9 +381,9 @@ def _open_known_truth(rows: RowReader) -> DatasetSplits:
     rows.choose_column({"text": "string"}, KNOWN_TRUTH)
 
     def read(split: str) -> Iterator[TextChunk]:
-        return (TextChunk(text, True) for text in documents(split))
+        return (TextChunk(text, True) for text in split_documents(split))
 
-    first = {split: list(itertools.islice(documents(split), 100)) for split in SPLIT_SIZES}
+    first = {split: list(itertools.islice(split_documents(split), 100)) for split in SPLIT_SIZES}
     return DatasetSplits(
         splits={split: functools.partial(read, split) for split in SPLIT_SIZES},
         identity=[KNOWN_TRUTH, SPLIT_SIZES, first],

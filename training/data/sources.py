@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenizer import Tokenizer, byte_tokenizer, train_bpe, train_characters, train_words
+from training.config import TrainingConfig
 from training.data.corpus import TextChunk
 
 TOKENIZER_TRAINERS = {"bpe": train_bpe, "words": train_words, "characters": train_characters}
@@ -57,6 +58,22 @@ class Source:
     """Source and target language of sentence pairs, like "en-fr"; None: the first two of the first row."""
     drop_duplicates: bool = False
     """Drop from train the documents that are in validation or test too."""
+
+
+def source_of(config: TrainingConfig, data: str) -> Source:
+    """Return the source that `data` names, read as a run's options say."""
+    return Source(
+        data,
+        config=config.data_config,
+        revision=config.data_revision,
+        split=config.data_split,
+        column=config.text_column,
+        streaming=config.streaming,
+        shuffle_buffer=config.shuffle_buffer,
+        limit=config.data_limit,
+        languages=config.languages,
+        drop_duplicates=config.drop_duplicates,
+    )
 
 
 class ReadInterrupted(ValueError):

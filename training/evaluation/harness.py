@@ -23,7 +23,12 @@ from gpt.device import resolve_device
 from gpt.generation import generate
 from gpt.models.base import MAX_LOGITS
 from gpt.sampling import SamplingParams
-from training.evaluation.evaluate import MAX_BATCH_TOKENS, evaluate, inference_mode
+from training.evaluation.evaluate import (
+    MAX_BATCH_TOKENS,
+    evaluate,
+    inference_mode,
+    target_predictions,
+)
 from training.run_directory import load_run_tokenizer, load_training_config
 
 Request = tuple[Any, list[int], list[int]]
@@ -127,14 +132,12 @@ class HarnessModel(TemplateLM):
                     scored_T[len(row) - num_scored : len(row)] = True
                 tokens_BT, scored_BT = tokens_BT.to(device), scored_BT[:, 1:].to(device)
                 features_ND = self.model.features(tokens_BT[:, :-1])[scored_BT]
-                logits_NV = self.model.logits(features_ND).float()
-                targets_N1 = tokens_BT[:, 1:][scored_BT].unsqueeze(-1)
-                logprobs_N = logits_NV.log_softmax(-1).gather(-1, targets_N1)[:, 0].double()
-                greedy_N = (logits_NV >= logits_NV.gather(-1, targets_N1)).sum(-1) == 1
+                targets_N = tokens_BT[:, 1:][scored_BT]
+                columns_N3 = target_predictions(self.model.logits(features_ND), targets_N)
                 counts = [len(requests[number][2]) for number in batch]
-                split = zip(batch, logprobs_N.split(counts), greedy_N.split(counts), strict=True)
-                for number, logprobs_C, greedy_C in split:
-                    results[number] = (logprobs_C.sum().item(), bool(greedy_C.all()))
+                for number, columns_C3 in zip(batch, columns_N3.cpu().split(counts), strict=True):
+                    nll_C, rank_C, _ = columns_C3.double().unbind(-1)
+                    results[number] = (-nll_C.sum().item(), bool((rank_C < 1).all()))
                 bar.update(len(batch))
         for (key, *_), result in zip(requests, results, strict=True):
             self.cache_hook.add_partial("loglikelihood", key, result)
@@ -198,14 +201,13 @@ class HarnessModel(TemplateLM):
                     f"{max_length}: give --gen_kwargs max_gen_toks={max_length // 2}"
                 )
             prompt = prompt[-room:]
-        output: list[int] = []
+        text, stream = "", self.tokenizer.stream(prompt)
         with inference_mode(self.model, self.precision):
             for token in generate(self.model, prompt, max_tokens, params, {self.eot_token_id}):
-                output.append(token)
-                text = self.tokenizer.decode(output)
+                text += stream.push(token)
                 if ends := [text.index(stop) for stop in until if stop and stop in text]:
                     return text[: min(ends)]
-        return self.tokenizer.decode(output)
+        return text + stream.flush()
 
 
 register_model("tinygpt")(HarnessModel)

@@ -30,7 +30,7 @@ from training.data.corpus import (
 )
 from training.data.known_truth import KNOWN_TRUTH, Entropy, split_entropy
 from training.data.mixture import MixedWindows, Mixture, parse_data, prepared_source
-from training.data.sources import Source, resolve_tokenizer
+from training.data.sources import resolve_tokenizer, source_of
 from training.evaluation.analysis import ScoredText, calibration, loss_by_position
 from training.evaluation.evaluate import (
     MixtureScore,
@@ -65,7 +65,7 @@ def load_corpus(config: TrainingConfig, tokenizer: Tokenizer | None, for_trainin
 
     tokenizer = tokenizer or resolve_tokenizer(config.tokenizer, config.end_of_text)
     return prepare_corpus(
-        _source(config, one.data),
+        source_of(config, one.data),
         tokenizer or config.tokenizer,
         config.vocab_size,
         for_training,
@@ -90,7 +90,7 @@ def load_texts(
         from training.data.prepare import mixture_tokenizer
 
         tokenizer = mixture_tokenizer(
-            [(_source(config, source.data), source.share) for source in sources],
+            [(source_of(config, source.data), source.share) for source in sources],
             config.tokenizer,
             config.vocab_size,
         )
@@ -102,21 +102,6 @@ def load_texts(
     if not mixture.splits:
         raise ValueError(f"{config.data}: no split is in every source of the mixture")
     return mixture
-
-
-def _source(config: TrainingConfig, data: str) -> Source:
-    return Source(
-        data,
-        config=config.data_config,
-        revision=config.data_revision,
-        split=config.data_split,
-        column=config.text_column,
-        streaming=config.streaming,
-        shuffle_buffer=config.shuffle_buffer,
-        limit=config.data_limit,
-        languages=config.languages,
-        drop_duplicates=config.drop_duplicates,
-    )
 
 
 class CorpusTask(Task):
@@ -202,12 +187,7 @@ class Text(CorpusTask):
 
     def _part_sizes(self, part: Part, for_training: bool) -> list[str]:
         """Return a line about each split of a source, in a mixture after one about the source."""
-        lines = [
-            f"{split.name}: {split.bytes:,} bytes, {len(split.tokens):,} tokens"
-            + f" ({split.unknown:,} unknown)" * bool(split.unknown)
-            + f", {split.documents:,} documents"
-            for split in part.corpus.splits.values()
-        ] + part.corpus.duplicate_notes()
+        lines = part.corpus.size_lines()
         if not self.is_mixture:
             return lines
         head = f"{float(part.share):.2%} {part.corpus.description}"
