@@ -1,4 +1,4 @@
-"""Models for benchmarks only: GPT-2 from `transformers`, and GPT with one component removed."""
+"""Models for benchmarks only: GPT-2 from `transformers`, and GPT with one component changed."""
 
 from typing import Any, cast
 
@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from gpt import LanguageModel, State
 from gpt.checkpoint import MODEL_CLASSES
 from gpt.models.attention import RotarySelfAttention
-from gpt.models.gpt import GPT, Block
+from gpt.models.gpt import GPT, Block, SwiGLU
+from gpt.models.transformer import FeedForward
 
 
 class TransformersGPT2(LanguageModel):
@@ -42,11 +43,24 @@ class TransformersGPT2(LanguageModel):
         return self.model.lm_head(features_BTD)
 
 
-ABLATIONS = ("rotary positions", "QK-norm", "zero initialization")
+class SquaredReLU(nn.Module):
+    """relu(x)^2 (So et al. 2021)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu().square()
+
+
+ABLATIONS = {
+    "rotary positions": "no rotary positions",
+    "QK-norm": "no QK-norm",
+    "zero initialization": "no zero initialization",
+    "SwiGLU": "ReLU² instead of SwiGLU",
+}
+"""Components of GPT, and what a model without them is called in a table."""
 
 
 class AblatedGPT(GPT):
-    """GPT without one of the components in `ABLATIONS`."""
+    """GPT without one of the components in `ABLATIONS`. ReLU² has as many weights as SwiGLU."""
 
     def __init__(
         self,
@@ -70,6 +84,12 @@ class AblatedGPT(GPT):
             attention = cast(RotarySelfAttention, block.attention)
             if without == "QK-norm":
                 attention.query_norm = attention.key_norm = nn.Identity()  # type: ignore[assignment]
+            if without == "SwiGLU":
+                gated = cast(SwiGLU, block.mlp)
+                hidden = gated.gate.out_features * 3 // 2
+                block.mlp = FeedForward(width, hidden, SquaredReLU(), bias=False)
+                nn.init.normal_(block.mlp.up.weight, std=width**-0.5)
+                nn.init.zeros_(block.mlp.down.weight)
             if without == "zero initialization":
                 for matrix in (attention.output, block.mlp.down):
                     nn.init.normal_(matrix.weight, std=(2 * depth * matrix.in_features) ** -0.5)

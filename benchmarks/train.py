@@ -20,14 +20,16 @@ import time
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from benchmarks import report, training_configs
 from benchmarks.report import Result
-from benchmarks.training_configs import Comparison, Configs
+from benchmarks.training_configs import AveragedConfig, Comparison, Configs
 from benchmarks.worker import Worker
+from gpt import Model
 from gpt.device import peak_flops, resolve_device
 from tokenizer.__main__ import Parser
 from training.config import TrainingConfig
@@ -52,6 +54,10 @@ class TrainingSession:
         self.trainer = Trainer(config, Path(), open_task(config), self.device)
         start = time.perf_counter()
         self.objective = self.trainer.compilation.objective
+        self.average = None
+        if isinstance(config, AveragedConfig):
+            average = get_ema_multi_avg_fn(config.ema_decay)
+            self.average = AveragedModel(self.trainer.model, multi_avg_fn=average)
         self.seconds = time.perf_counter() - start
         self.compile_seconds = self.seconds if self.trainer.compilation.enabled else 0.0
 
@@ -69,14 +75,17 @@ class TrainingSession:
         for _ in range(steps):
             self.trainer.train_step(self.objective)
             self.trainer.step += 1
+            if self.average:
+                self.average.update_parameters(self.trainer.model)
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.seconds += time.perf_counter() - start
+        model = cast(Model, self.average.module) if self.average else self.trainer.model
         return {
             "step": self.trainer.step,
             "seconds": self.seconds,
             "peak_bytes": peak_bytes(self.device),
-            "loss": self.trainer.task.validate(self.trainer.model),
+            "loss": self.trainer.task.validate(model),
         }
 
 

@@ -19,6 +19,14 @@ Configs = dict[str, TrainingConfig]
 
 
 @dataclass(frozen=True)
+class AveragedConfig(TrainingConfig):
+    """A config whose loss is that of the exponential moving average (EMA) of the weights."""
+
+    ema_decay: float = 0.99
+    """A step keeps this share of the average."""
+
+
+@dataclass(frozen=True)
 class Comparison:
     """Training configs that are compared by the time they take to a target loss."""
 
@@ -68,16 +76,24 @@ def ablation_study() -> Comparison:
         "no n-grams": variant(ngrams=0),
         "n-grams, 4,096 rows": variant(ngrams=4096),
         "AdamW instead of Muon": variant(adamw | dict.fromkeys(LEARNING_RATES, 0.002)),
-        **{f"no {name}": variant({"model": "gpt-ablated"}, without=name) for name in ABLATIONS},
+        **{
+            title: variant({"model": "gpt-ablated"}, without=name)
+            for name, title in ABLATIONS.items()
+        },
         "tied unembedding": variant({"embedding_lr": 0.005}, tied=True),
         "cooldown over 60%": variant({"cooldown_fraction": 0.6}),
         "cosine cooldown": variant({"cosine_decay": True}),
         "weight decay 0.1": variant({"weight_decay": 0.1}),
         "dropout 0.1": variant(dropout=0.1),
+        "label smoothing 0.05": variant({"label_smoothing": 0.05}),
         "context of 64": variant({"context_length": 64, "batch_size": 24}),
         "context of 256": variant({"context_length": 256, "batch_size": 6}),
         "batches of 24": scale_learning_rates(variant({"batch_size": 24}), base),
+        "EMA of the weights, decay 0.99": AveragedConfig(**dataclasses.asdict(base)),
         "2 layers of 192": variant(depth=2, width=192, heads=6),
+        "2 layers of 192, context of 256": variant(
+            {"context_length": 256, "batch_size": 6}, depth=2, width=192, heads=6
+        ),
     }
     configs = on_device("cpu", configs)
     return Comparison("CPU: ablations", configs, "shakespeare", 1.886, segments=20)

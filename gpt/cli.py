@@ -25,6 +25,7 @@ Command = Callable[[], None]
 # Optional options: their help texts say what None means, in place of "(default: None)".
 OptionalText = Annotated[str | None, arg(metavar="TEXT", help_behavior_hint="")]
 OptionalInt = Annotated[int | None, arg(metavar="INT", help_behavior_hint="")]
+OptionalFloat = Annotated[float | None, arg(metavar="FLOAT", help_behavior_hint="")]
 OptionalPath = Annotated[Path | None, arg(metavar="PATH", help_behavior_hint="")]
 OptionalRun = Positional[Annotated[str | None, arg(metavar="[RUN]", help_behavior_hint="")]]
 

@@ -45,7 +45,7 @@ VALID_RANGES: dict[str, tuple[Callable[[Any], bool], str]] = {
         "learning_rate embedding_lr unembedding_lr vector_lr weight_decay embedding_weight_decay "
         "grad_clip",
     ),
-    "at least 0 and below 1": (lambda v: 0 <= v < 1, "beta1 beta2"),
+    "at least 0 and below 1": (lambda v: 0 <= v < 1, "beta1 beta2 label_smoothing"),
     "between 0 and 1": (lambda v: 0 <= v <= 1, "cooldown_fraction final_lr_fraction"),
 }
 """Ranges in words, as a test, and the names of the fields that have them."""
@@ -134,6 +134,8 @@ class TrainingConfig:
     """Decay by halving the learning rates this many times instead of linearly."""
     grad_clip: float = 1.0
     """Maximum gradient norm; 0 disables clipping."""
+    label_smoothing: float = 0.0
+    """Share of each target that the training loss spreads evenly over the vocabulary. Validation and evaluation do without."""
 
     eval_interval: int = 100
     """Steps between validations."""

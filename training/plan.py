@@ -218,14 +218,16 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
         if isinstance(model, LanguageModel):
             mean_nll = model.mean_nll
 
-            def recording_mean_nll(features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+            def recording_mean_nll(
+                features_BTD: Tensor, targets_BT: Tensor, label_smoothing: float = 0.0
+            ) -> Tensor:
                 activations.append(memory.current - permanent)
-                return mean_nll(features_BTD, targets_BT)
+                return mean_nll(features_BTD, targets_BT, label_smoothing)
 
             model.mean_nll = recording_mean_nll  # type: ignore[method-assign]
         memory.peak = memory.current
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            loss = Objective(model)(*batch, state=state)
+            loss = Objective(model, config.label_smoothing)(*batch, state=state)
         activations.append(memory.current - permanent)  # for a model without logits
         loss.backward()
     return Memory(

@@ -316,9 +316,9 @@ ABOUT: dict[str, About] = {
     "sigma-pi": About("the next token, from products of the last four", "2 min"),
     "softmax": About("the next token from the last one: a table of bigrams", "1 min"),
     "mlp": About("the next token, by layers over the last eight", "2 min"),
-    "experts": About("the next token, by layers and gated experts over the last eight", "2 min"),
-    "rnn": About("the next token, from a state that is fed back", "2 min"),
-    "lstm": About("the next token, from a cell state behind four gates", "3 min"),
+    "experts": About("the next token, by layers and gated experts over the last eight", "3 min"),
+    "rnn": About("the next token, from a state that is fed back", "3 min"),
+    "lstm": About("the next token, from a cell state behind four gates", "4 min"),
     "gru": About("the next token, from a state behind two gates", "3 min"),
     "seq2seq": About("the second half of a text, from one vector of the first", "3 min"),
     "attention": About(

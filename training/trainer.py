@@ -70,16 +70,17 @@ def deferred_signals() -> Iterator[list[int]]:
 class Objective(nn.Module):
     """A module whose forward pass is the model's loss. It is compiled and wrapped; the model is saved."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        self.options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     def forward(self, *batch: Tensor, state: State | None = None) -> Tensor:
         """Return the loss; with a state, of a batch that continues from it."""
         if state is None:
-            return self.model.loss(*batch)
+            return self.model.loss(*batch, **self.options)
         assert isinstance(self.model, LanguageModel)
-        return self.model.stateful_loss(state, *batch)
+        return self.model.stateful_loss(state, *batch, **self.options)
 
 
 COUNTERS = ("step", "best_validation_loss", "unlogged_losses", "tokens_seen", "seconds")
@@ -106,7 +107,7 @@ class Trainer:
         self.device, self.world = device, world
         torch.manual_seed(config.seed)
         self.model = new_model(config, task.model_args)
-        self.objective = Objective(self.model)
+        self.objective = Objective(self.model, config.label_smoothing)
         self.eval_model = self.model
         """The model that rank 0 validates and samples: a full copy if training is sharded."""
         self.sharded = config.fsdp and world.size > 1

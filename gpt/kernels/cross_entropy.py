@@ -3,6 +3,10 @@
     loss             = sum_n  -log softmax(W x_n + b)[target_n]
     d loss/d logits  = softmax(W x_n + b) - onehot(target_n)
 
+With label smoothing e (Szegedy et al. 2016) the target is a distribution: 1 - e on the token itself
+and e spread evenly over all V of them. It takes the place of onehot, and the loss is the
+cross-entropy with it.
+
 The gradient is known as soon as the logits are. So each chunk of positions is unembedded and
 scored, and its part of the gradients of x, W and b is computed at once; then its logits are
 dropped (as in Liger Kernel, Hsu et al. 2024). No logit is computed twice: the backward pass only
@@ -25,27 +29,37 @@ def linear_cross_entropy(
     bias_V: Tensor | None,
     targets_N: Tensor,
     chunk_size: int,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """Return the sum of the cross-entropies in nats; targets of -100 are ignored.
 
     Weight and bias are the unembedding's, and `chunk_size` is in positions. Under autocast,
     products are computed in its precision, and the softmax in float32.
     """
-    return _LinearCrossEntropy.apply(features_ND, weight_VD, bias_V, targets_N, chunk_size)  # type: ignore[no-untyped-call]
+    return _LinearCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        features_ND, weight_VD, bias_V, targets_N, chunk_size, label_smoothing
+    )
 
 
 def _loss_and_gradient(
-    logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype
+    logits_NV: Tensor, targets_N: Tensor, dtype: torch.dtype, label_smoothing: float
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the cross-entropies, computed in `dtype`, and its gradient grad_NV."""
     counted_N = (targets_N != -100).to(dtype)
     at_targets = torch.arange(len(targets_N), device=targets_N.device), targets_N.clamp(min=0)
     log_p_NV = logits_NV.log_softmax(-1, dtype=dtype)
     log_p_N = log_p_NV[at_targets]
-    grad_NV = log_p_NV.exp_().mul_(counted_N.unsqueeze(1)).to(logits_NV.dtype)
+    loss_N, spread = -log_p_N, label_smoothing / logits_NV.shape[-1]
+    if label_smoothing:
+        loss_N = (1 - label_smoothing) * loss_N - label_smoothing * log_p_NV.mean(-1)
+    grad_NV = log_p_NV.exp_()
+    if label_smoothing:
+        grad_NV -= spread
+    grad_NV = grad_NV.mul_(counted_N.unsqueeze(1)).to(logits_NV.dtype)
     # p - 1 at the target: rounded only after the subtraction, however near to 1 p is.
-    grad_NV[at_targets] = (log_p_N.expm1() * counted_N).to(logits_NV.dtype)
-    return -(log_p_N * counted_N).sum(), grad_NV
+    grad_N = log_p_N.expm1() + (label_smoothing - spread)
+    grad_NV[at_targets] = (grad_N * counted_N).to(logits_NV.dtype)
+    return (loss_N * counted_N).sum(), grad_NV
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -57,6 +71,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         bias_V: Tensor | None,
         targets_N: Tensor,
         chunk_size: int,
+        label_smoothing: float,
     ) -> Tensor:
         device_type, dtype = features_ND.device.type, weight_VD.dtype
         if torch.is_autocast_enabled(device_type):
@@ -74,7 +89,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for chunk_ND, chunk_targets_N in chunks:
             x_ND = chunk_ND.to(dtype)
             logits_NV = F.linear(x_ND, cast_weight_VD, cast_bias_V)
-            loss, grad_NV = _loss_and_gradient(logits_NV, chunk_targets_N, sum_dtype)
+            loss, grad_NV = _loss_and_gradient(
+                logits_NV, chunk_targets_N, sum_dtype, label_smoothing
+            )
             total += loss
             grad_features.append((grad_NV @ cast_weight_VD).to(features_ND.dtype))
             grad_weight_VD += grad_NV.mT @ x_ND
@@ -92,4 +109,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
         def scale(grad: Tensor | None) -> Tensor | None:
             return None if grad is None else (grad.to(grad_total.dtype) * grad_total).to(grad.dtype)
 
-        return *map(scale, ctx.saved_tensors), None, None
+        return *map(scale, ctx.saved_tensors), None, None, None

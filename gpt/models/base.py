@@ -35,10 +35,14 @@ MAX_LOGITS = 2**26
 """Maximum number of logits that a loss computes at a time: 256 MiB in float32."""
 
 
-def cross_entropy(logits_NV: Tensor, targets_N: Tensor, reduction: str = "none") -> Tensor:
+def cross_entropy(
+    logits_NV: Tensor, targets_N: Tensor, reduction: str = "none", label_smoothing: float = 0.0
+) -> Tensor:
     """Return the cross-entropy of each target in nats, at least in float32; 0 for -100."""
-    dtype = torch.promote_types(logits_NV.dtype, torch.float32)
-    return F.cross_entropy(logits_NV.to(dtype), targets_N, reduction=reduction)
+    logits_NV = logits_NV.to(torch.promote_types(logits_NV.dtype, torch.float32))
+    return F.cross_entropy(
+        logits_NV, targets_N, reduction=reduction, label_smoothing=label_smoothing
+    )
 
 
 def batch_slice(state: State, start: int, stop: int) -> State:
@@ -198,16 +202,18 @@ class LanguageModel(Model):
         tokens_BT, targets_BT = batch
         return self.features(tokens_BT), targets_BT
 
-    def loss(self, *batch: Tensor) -> Tensor:
+    def loss(self, *batch: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the mean cross-entropy of a batch in nats. Targets of -100 are ignored.
 
-        The batch is as in `features_and_targets`.
+        The batch is as in `features_and_targets`. Of each target, `label_smoothing` is spread evenly
+        over the vocabulary (Szegedy et al. 2016).
         """
-        return self.mean_nll(*self.features_and_targets(*batch))
+        return self.mean_nll(*self.features_and_targets(*batch), label_smoothing)
 
-    def stateful_loss(self, state: State, tokens_BT: Tensor, targets_BT: Tensor) -> Tensor:
+    def stateful_loss(self, state: State, *batch: Tensor, label_smoothing: float = 0.0) -> Tensor:
         """Return the loss of text that continues from a state, which is updated in place."""
-        return self.mean_nll(self.features(tokens_BT, state), targets_BT)
+        tokens_BT, targets_BT = batch
+        return self.mean_nll(self.features(tokens_BT, state), targets_BT, label_smoothing)
 
     def nll(self, *batch: Tensor) -> Tensor:
         """Return nll_BT, the cross-entropy in nats of each target of a batch; 0 for -100."""
@@ -217,7 +223,9 @@ class LanguageModel(Model):
         """Return the score of each target of a batch; its first axes are B and T."""
         return self.score_features(score, *self.features_and_targets(*batch))
 
-    def mean_nll(self, features_BTD: Tensor, targets_BT: Tensor) -> Tensor:
+    def mean_nll(
+        self, features_BTD: Tensor, targets_BT: Tensor, label_smoothing: float = 0.0
+    ) -> Tensor:
         """Return the mean cross-entropy in nats. Targets of -100 are ignored."""
         if type(self).logits is LanguageModel.logits:
             total = linear_cross_entropy(
@@ -226,9 +234,12 @@ class LanguageModel(Model):
                 self.unembedding.bias,
                 targets_BT.flatten(),
                 self._loss_chunk_size,
+                label_smoothing,
             )
         else:
-            sum_nll = functools.partial(cross_entropy, reduction="sum")
+            sum_nll = functools.partial(
+                cross_entropy, reduction="sum", label_smoothing=label_smoothing
+            )
             total = torch.stack(list(self._score_chunks(sum_nll, features_BTD, targets_BT))).sum()
         return total / (targets_BT != -100).sum().clamp(min=1)
 

@@ -153,6 +153,18 @@ def test_ablations(local, data):
     assert "after each 50% of the steps" in table
 
 
+def test_averaged_config_scores_the_average_of_the_weights(data):
+    base = tiny(PRESETS["shakespeare"], data)
+    averaged = [
+        training_configs.AveragedConfig(**dataclasses.asdict(base), ema_decay=decay)
+        for decay in (0.0, 0.9)
+    ]
+    plain, without_decay, with_decay = (
+        TrainingSession(config).train(6)["loss"] for config in (base, *averaged)
+    )
+    assert plain == without_decay < with_decay
+
+
 def test_gpu_comparison(local, data):
     comparison = training_configs.gpu_comparison()
     assert {config.device for config in comparison.configs.values()} == {"cuda"}

@@ -26,13 +26,14 @@ def gradients(loss, *tensors):
 
 @pytest.mark.parametrize("chunk_size", [N, 7, 1])
 @pytest.mark.parametrize("has_bias", [True, False])
-def test_value_and_gradients_equal_torch(chunk_size, has_bias, inputs):
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_value_and_gradients_equal_torch(chunk_size, has_bias, smoothing, inputs):
     features_ND, weight_VD, bias_V, targets_N = inputs
     tensors = (features_ND, weight_VD, bias_V)[: 2 + has_bias]
     bias_V = bias_V if has_bias else None
     logits_NV = F.linear(features_ND, weight_VD, bias_V)
-    expected = F.cross_entropy(logits_NV, targets_N, reduction="sum")
-    loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N, chunk_size)
+    expected = F.cross_entropy(logits_NV, targets_N, reduction="sum", label_smoothing=smoothing)
+    loss = linear_cross_entropy(features_ND, weight_VD, bias_V, targets_N, chunk_size, smoothing)
     torch.testing.assert_close(loss, expected)
     # The incoming gradient is not 1, as for a mean over several micro-batches.
     torch.testing.assert_close(gradients(loss / 17, *tensors), gradients(expected / 17, *tensors))

@@ -104,10 +104,10 @@ class RealStep:
         if hasattr(self.model, "mean_nll"):
             mean_nll = self.model.mean_nll
 
-            def recording_mean_nll(features, targets):
+            def recording_mean_nll(features, targets, *options):
                 save(features)
                 sizes.append(sum(storage.nbytes() for storage in storages.values()))
-                return mean_nll(features, targets)
+                return mean_nll(features, targets, *options)
 
             self.model.mean_nll = recording_mean_nll
         with torch.autograd.graph.saved_tensors_hooks(save, lambda tensor: tensor):

@@ -14,6 +14,7 @@ import threading
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from gpt.checkpoint import load_tensors, model_class, save_tensors
 from tests.training.helpers import make_trainer, read_log, write_corpus
@@ -263,6 +264,38 @@ def test_gradient_accumulation_does_not_change_the_losses(corpus, tmp_path):
         losses.append([line["loss"] for line in read_log(directory) if "loss" in line])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     assert losses[0] == pytest.approx(losses[2], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("model", "model_args", "stateful"),
+    [
+        ("lstm", {"width": 16}, True),
+        ("gpt", {"width": 16, "depth": 1, "heads": 2}, False),
+        ("attention", {"width": 16}, False),  # has a `logits` of its own
+    ],
+)
+def test_label_smoothing_is_in_the_training_loss_only(
+    model, model_args, stateful, corpus, tmp_path
+):
+    config = dataclasses.replace(
+        TINY,
+        model=model,
+        model_args=model_args,
+        stateful=stateful,
+        gradient_accumulation_steps=1,
+        precision="float32",
+        label_smoothing=0.2,
+    )
+    trainer = make_trainer(config, tmp_path, corpus)
+    features_BTD, targets_BT = trainer.model.features_and_targets(
+        *map(torch.from_numpy, trainer.task.batch(0))
+    )
+    logits_NV, targets_N = trainer.model.logits(features_BTD).flatten(0, 1), targets_BT.flatten()
+    expected = F.cross_entropy(logits_NV, targets_N, label_smoothing=0.2)
+    plain = dataclasses.replace(config, label_smoothing=0.0)
+    plain_trainer = make_trainer(plain, tmp_path, corpus)
+    assert trainer.task.validate(trainer.model) == plain_trainer.task.validate(plain_trainer.model)
+    torch.testing.assert_close(trainer.train_step(trainer.objective), expected.detach())
 
 
 def test_training_lowers_the_loss_and_saves_the_best_weights(corpus, tmp_path):

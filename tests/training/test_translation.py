@@ -154,6 +154,15 @@ def test_invalid_options_are_rejected(small, tmp_path):
     model = GPT(257, 64, width=16, depth=1, heads=1)
     with pytest.raises(ValueError, match="--num-beams must be at least 1, not 0"):
         Translation(TrainingConfig(context_length=64), small).score(model, "test", num_beams=0)
+    for penalty in (-1, 11, math.nan):
+        with pytest.raises(ValueError, match="--length-penalty must be between 0 and 10, not"):
+            Translation(TrainingConfig(context_length=64), small).score(
+                model, "test", num_beams=4, length_penalty=penalty
+            )
+    with pytest.raises(ValueError, match="add --num-beams 4"):
+        Translation(TrainingConfig(context_length=64), small).score(
+            model, "test", length_penalty=0.5
+        )
 
 
 class Copier(LanguageModel):
@@ -303,5 +312,5 @@ def test_score_reports_its_figures_and_settings(small):
     assert "translations" not in figures
     table = score.table()
     assert f"BLEU             {score.bleu:.2f}  nrefs:1|case:mixed" in table
-    assert "en-fr, beams 2; 8 pairs" in table
+    assert "en-fr, 2 beams, length penalty 1; 8 pairs" in table
     assert " words, " in table

@@ -14,7 +14,7 @@ from tyro.conf import Positional, arg
 
 from gpt import cli
 from gpt.checkpoint import RUNS, find_run, load_model, read_json, write_atomically
-from gpt.cli import OptionalInt, OptionalPath, OptionalText
+from gpt.cli import OptionalFloat, OptionalInt, OptionalPath, OptionalText
 from gpt.device import resolve_device
 from gpt.summary import count_parameters
 from training.config import TrainingConfig
@@ -69,6 +69,8 @@ class Eval:
     """Tokens of a window. Default: the model's context length."""
     num_beams: OptionalInt = None
     """Beam search width of translations. Default: 1, greedy."""
+    length_penalty: OptionalFloat = None
+    """Power of the length that divides the score of a beam search's hypothesis. Default: 1, the mean; less prefers shorter translations."""
     by: Annotated[
         tuple[Literal["position", "document"], ...],
         arg(metavar="{position,document}", help_behavior_hint=""),
@@ -109,7 +111,7 @@ class Eval:
             for task in tasks
             for split in choose_splits(task, self.split, own_corpus=not self.data)
         ]
-        option_names = ("stride", "context_length", "num_beams", "by", "accuracy")
+        option_names = ("stride", "context_length", "num_beams", "length_penalty", "by", "accuracy")
         options = score_options(self, tasks[0], *option_names)
         print_lines = not (self.json or self.markdown)
         rows = []

@@ -37,7 +37,8 @@ from training.tasks.base import Batch, Task
 TEXT_OPTIONS = (
     "data data_config data_revision data_split text_column streaming data_limit "
     "drop_duplicates tokenizer vocab_size end_of_text "
-    "init_embedding languages context_length stateful gradient_accumulation_steps eval_tokens"
+    "init_embedding languages context_length stateful gradient_accumulation_steps eval_tokens "
+    "label_smoothing"
 )
 """Options that apply only to tasks on text."""
 

@@ -351,7 +351,11 @@ class WordVectors(Text):
 
     kind = "word-vectors"
     eval_options = frozenset()
-    unsupported_options = Text.unsupported_options | {"stateful", "init_embedding"}
+    unsupported_options = Text.unsupported_options | {
+        "stateful",
+        "init_embedding",
+        "label_smoothing",
+    }
 
     def _estimate(self, model: Model, part: Part) -> float:
         """Return nats per pair over some of the validation split, with the same negatives each time."""

@@ -37,6 +37,8 @@ BATCHES_SORTED_TOGETHER = 100
 """Batches whose pairs are sorted by length together: more give less padding, but less randomness."""
 MAX_BEAMS_AT_ONCE = 128
 """Sentences, times beams of each, that are translated in one batch."""
+MAX_LENGTH_PENALTY = 10
+"""Of `--length-penalty`: the power of a length must stay finite."""
 IGNORE_INDEX = -100
 """Target of padding, as in torch's cross-entropy."""
 BUCKETS = ("short", "middle", "long")
@@ -103,7 +105,7 @@ class Translation(CorpusTask):
     """Translation of a sentence, token by token."""
 
     kind = "translation"
-    eval_options = frozenset({"num_beams"})
+    eval_options = frozenset({"num_beams", "length_penalty"})
     unsupported_options = frozenset({"stateful"})
 
     def __init__(self, config: TrainingConfig, corpus: Corpus, for_training: bool = True) -> None:
@@ -209,21 +211,31 @@ class Translation(CorpusTask):
     def score(self, model: Model, split: str, **options: Any) -> "TranslationScore":  # noqa: ANN401
         """Translate all of a split, compare it with the references, and compute the loss.
 
-        Options: `num_beams` of the beam search (default 1), and `limit`, the number of pairs
-        (default all). A source longer than half the context length is truncated.
+        Options: `num_beams` and `length_penalty` of the beam search (default 1 for both), and
+        `limit`, the number of pairs (default all). A source longer than half the context length is truncated.
         """
         assert isinstance(model, LanguageModel)
         bleu, chrf = _metrics()
         num_beams, limit = options.get("num_beams", 1), options.get("limit")
+        length_penalty = options.get("length_penalty", 1.0)
         if num_beams < 1:
             raise ValueError(f"--num-beams must be at least 1, not {num_beams}")
+        if not 0 <= length_penalty <= MAX_LENGTH_PENALTY:
+            raise ValueError(
+                f"--length-penalty must be between 0 and {MAX_LENGTH_PENALTY}, not {length_penalty}"
+            )
+        if num_beams == 1 and "length_penalty" in options:
+            raise ValueError(
+                "--length-penalty compares the hypotheses of several beams: add --num-beams 4"
+            )
+        search = {"num_beams": num_beams, "length_penalty": length_penalty}
         pairs, usable = self.pairs[split], self._usable_pairs(split, limit)
         indices = range(len(pairs))[:limit]
         sources = [pairs.sentence(i, 0) for i in indices]
         source_words = np.array([len(self.tokenizer.decode(source).split()) for source in sources])
         references = [self.tokenizer.decode(pairs.sentence(i, 1)) for i in indices]
         truncated = [source[: self.max_sentence_tokens] for source in sources]
-        translations = self._translate(model, truncated, self.max_sentence_tokens, num_beams)
+        translations = self._translate(model, truncated, self.max_sentence_tokens, **search)
         nll, tokens = self._nll(model, pairs, usable)
         return TranslationScore(
             languages="-".join(self.languages),
@@ -233,7 +245,7 @@ class Translation(CorpusTask):
             tokens=tokens,
             pairs=len(indices),
             too_long=len(indices) - len(usable),
-            num_beams=num_beams,
+            **search,
             bleu_signature=str(bleu.get_signature()),
             chrf_signature=str(chrf.get_signature()),
             buckets=_buckets(bleu, source_words, translations, references),
@@ -254,7 +266,12 @@ class Translation(CorpusTask):
         return nll, count
 
     def _translate(
-        self, model: LanguageModel, sources: list[list[int]], max_tokens: int, num_beams: int = 1
+        self,
+        model: LanguageModel,
+        sources: list[list[int]],
+        max_tokens: int,
+        num_beams: int = 1,
+        length_penalty: float = 1.0,
     ) -> list[str]:
         """Translate sources in order of length, so that those of a batch have similar lengths."""
         eos_token = self.tokenizer.eos_token
@@ -271,6 +288,7 @@ class Translation(CorpusTask):
                     eos_token=eos_token,
                     max_tokens=max_tokens,
                     num_beams=num_beams,
+                    length_penalty=length_penalty,
                 )
                 for i, target in zip(indices, targets, strict=True):
                     translations[i] = self.tokenizer.decode(target)
@@ -302,6 +320,8 @@ class TranslationScore:
     too_long: int
     """Pairs that do not fit into the context length: translated from a truncated source, without a loss."""
     num_beams: int
+    length_penalty: float
+    """Power of the length that divides the score of a hypothesis."""
     bleu_signature: str
     chrf_signature: str
     buckets: list[Bucket]
@@ -317,6 +337,13 @@ class TranslationScore:
     def perplexity(self) -> float:
         """Perplexity per target token."""
         return math.exp(min(self.loss, 700))
+
+    @property
+    def search(self) -> str:
+        """How the translations were found."""
+        if self.num_beams == 1:
+            return "greedy"
+        return f"{self.num_beams} beams, length penalty {self.length_penalty:g}"
 
     def to_json(self) -> dict[str, Any]:
         """Return all figures by name, without the translations."""
@@ -337,7 +364,7 @@ class TranslationScore:
             f"  chrF             {self.chrf:.2f}  {self.chrf_signature}",
             f"  loss             {self.loss:.4f} nats per token",
             f"  perplexity       {self.perplexity:.3f} per token",
-            f"  {self.languages}, beams {self.num_beams}; {self.pairs:,} pairs, "
+            f"  {self.languages}, {self.search}; {self.pairs:,} pairs, "
             f"{self.tokens:,} tokens{too_long}",
         ]
         return "\n".join(lines)
