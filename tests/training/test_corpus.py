@@ -9,7 +9,14 @@ from hypothesis import strategies as st
 
 from benchmarks.growth import memory_of
 from tokenizer import byte_tokenizer, train_words
-from training.data.corpus import CorpusWriter, ShuffledWindows, TextChunk, open_corpus
+from training.data import duplicates
+from training.data.corpus import (
+    CorpusWriter,
+    ShuffledWindows,
+    TextChunk,
+    open_corpus,
+    release_pages,
+)
 
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token
@@ -60,6 +67,31 @@ def test_reading_a_corpus_does_not_fill_memory(tmp_path):
         nonzero += int((windows.batch(index)[0] > 0).sum())
         assert file_pages() - initial < 4 * 2**20
     assert nonzero > 3000
+
+
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux reports a process's pages of files (RssFile)"
+)
+def test_comparing_a_long_document_does_not_fill_memory(tmp_path, monkeypatch):
+    """One document of 64 MB, as a text file without an end-of-text token is."""
+    tokens = np.memmap(tmp_path / "train.bin", np.uint16, "w+", shape=(2**25,))
+    tokens[:] = 1
+    tokens[0] = EOS
+    tokens.flush()
+    del tokens
+    train = np.memmap(tmp_path / "train.bin", np.uint16, "r", shape=(2**25,))
+    initial, most = memory_of(os.getpid())["RssFile"], 0
+
+    def release_and_watch(tokens):
+        nonlocal most
+        most = max(most, memory_of(os.getpid())["RssFile"] - initial)
+        release_pages(tokens)
+
+    monkeypatch.setattr(duplicates, "release_pages", release_and_watch)
+    splits = {"train": train, "validation": np.array([EOS, 2], np.uint16)}
+    duplicates.find_duplicates(splits, TOKENIZER, sentence_pairs=False, near=False)
+    assert 2**22 < most < 2**25
+    assert memory_of(os.getpid())["RssFile"] - initial < 2**22
 
 
 def test_unknown_tokens_and_lost_text_are_recorded(tmp_path):

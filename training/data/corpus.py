@@ -327,9 +327,15 @@ def gather_windows(tokens: Tokens, starts_B: NDArray[np.int64], length: int) -> 
 
 
 def release_pages(tokens: Tokens) -> None:
-    """Unmap the pages of a memory map that were read, so that they are no memory of this process."""
-    if isinstance(tokens.base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
-        tokens.base.madvise(mmap.MADV_DONTNEED)
+    """Unmap the pages of a memory map that were read, so that they are no memory of this process.
+
+    The tokens may be any view of the map.
+    """
+    base: object = tokens
+    while isinstance(base, np.ndarray):
+        base = base.base
+    if isinstance(base, mmap.mmap) and hasattr(mmap, "MADV_DONTNEED"):
+        base.madvise(mmap.MADV_DONTNEED)
 
 
 class StatefulBatches:

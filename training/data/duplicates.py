@@ -127,7 +127,12 @@ def _documents(tokens: Tokens, tokenizer: Tokenizer, sentence_pairs: bool) -> It
 
 
 def _digest(document: Tokens) -> bytes:
-    return hashlib.blake2b(document.data, digest_size=16).digest()
+    digest = hashlib.blake2b(digest_size=16)
+    for offset in range(0, len(document), BLOCK):
+        digest.update(document[offset : offset + BLOCK].data)
+        if len(document) > BLOCK:  # one document can be all of a large corpus
+            release_pages(document)
+    return digest.digest()
 
 
 def _minhash(document: Tokens, tokenizer: Tokenizer) -> MinHash | None:
