@@ -35,6 +35,7 @@ from gpt.device import (
 )
 from gpt.summary import count_by_kind, count_parameters, describe
 from training.config import TrainingConfig, new_model
+from training.cpu import tune_for_cpu
 from training.distributed import fsdp_layers
 from training.optimizer import Optimizers
 from training.progress import format_duration
@@ -196,6 +197,8 @@ def measure_memory(config: TrainingConfig, micro_batch_size: int, hardware: Hard
         for tensor in batch:
             memory.count(tensor)
         model = new_model(config, model_args).train()
+        if hardware.device == "cpu":
+            tune_for_cpu(model, hardware.precision, config.context_length)
         gradients = _shard_bytes(model.parameters(), num_shards)
         full_weights = _shard_bytes(model.parameters(), 1)
         weights = gradients + _shard_bytes(model.buffers(), 1)

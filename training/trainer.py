@@ -27,6 +27,7 @@ from gpt.device import autocast, copy_to_device, fork_rng, peak_flops, retain_fr
 from training import checkpointing, distributed
 from training.compilation import Compilation, should_compile
 from training.config import TrainingConfig, new_model
+from training.cpu import tune_for_cpu
 from training.distributed import SINGLE_PROCESS, World, full_tensor, shard_like
 from training.optimizer import Optimizers, lr_schedule
 from training.progress import MetricsLogger, Progress, printable
@@ -107,6 +108,8 @@ class Trainer:
         self.device, self.world = device, world
         torch.manual_seed(config.seed)
         self.model = new_model(config, task.model_args)
+        if device.type == "cpu":
+            tune_for_cpu(self.model, config.precision, config.context_length)
         self.objective = Objective(self.model, config.label_smoothing)
         self.eval_model = self.model
         """The model that rank 0 validates and samples: a full copy if training is sharded."""

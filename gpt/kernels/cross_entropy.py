@@ -47,15 +47,16 @@ def _loss_and_gradient(
     """Return the sum of the cross-entropies, computed in `dtype`, and its gradient grad_NV."""
     counted_N = (targets_N != -100).to(dtype)
     at_targets = torch.arange(len(targets_N), device=targets_N.device), targets_N.clamp(min=0)
-    log_p_NV = logits_NV.log_softmax(-1, dtype=dtype)
-    log_p_N = log_p_NV[at_targets]
+    p_NV = logits_NV.softmax(-1, dtype=dtype)
+    # log p is the logit less the largest, plus its log p: exact also where p is too small for a float.
+    max_logit_N, max_log_p_N = logits_NV.amax(-1).to(dtype), p_NV.amax(-1).log()
+    log_p_N = logits_NV[at_targets] - max_logit_N + max_log_p_N
     loss_N, spread = -log_p_N, label_smoothing / logits_NV.shape[-1]
     if label_smoothing:
-        loss_N = (1 - label_smoothing) * loss_N - label_smoothing * log_p_NV.mean(-1)
-    grad_NV = log_p_NV.exp_()
-    if label_smoothing:
-        grad_NV -= spread
-    grad_NV = grad_NV.mul_(counted_N.unsqueeze(1)).to(logits_NV.dtype)
+        mean_log_p_N = logits_NV.mean(-1, dtype=dtype) - max_logit_N + max_log_p_N
+        loss_N = (1 - label_smoothing) * loss_N - label_smoothing * mean_log_p_N
+        p_NV -= spread
+    grad_NV = p_NV.to(logits_NV.dtype).mul_(counted_N.to(logits_NV.dtype).unsqueeze(1))
     # p - 1 at the target: rounded only after the subtraction, however near to 1 p is.
     grad_N = log_p_N.expm1() + (label_smoothing - spread)
     grad_NV[at_targets] = (grad_N * counted_N).to(logits_NV.dtype)

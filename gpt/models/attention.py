@@ -25,12 +25,39 @@ def attention_weights(
     The layers below use torch's fused kernel instead, which computes attention without
     materializing the weights. Keys may have fewer heads, each for a group of query heads.
     """
-    groups = queries_BHTK.shape[-3] // keys_BHSK.shape[-3]
-    keys_BHSK = keys_BHSK.repeat_interleave(groups, dim=-3)
-    scores_BHTS = queries_BHTK @ keys_BHSK.transpose(-1, -2) / keys_BHSK.shape[-1] ** 0.5
+    keys_BHSK = repeat_heads(keys_BHSK, queries_BHTK.shape[-3])
+    scores_BHTS = (queries_BHTK / keys_BHSK.shape[-1] ** 0.5) @ keys_BHSK.transpose(-1, -2)
     if mask_B1TS is not None:
         scores_BHTS = scores_BHTS.masked_fill(~mask_B1TS, -torch.inf)
     return scores_BHTS.softmax(dim=-1)
+
+
+def repeat_heads(x_BHSK: Tensor, heads: int) -> Tensor:
+    """Return keys or values with as many heads as there are query heads."""
+    groups = heads // x_BHSK.shape[-3]
+    return x_BHSK.repeat_interleave(groups, dim=-3) if groups > 1 else x_BHSK
+
+
+def chunked_causal_attention(
+    queries_BHTK: Tensor, keys_BHSK: Tensor, values_BHSK: Tensor, chunk: int
+) -> Tensor:
+    """Return averages_BHTK of causal attention, S = T, for `chunk` queries at a time.
+
+    The weights of a chunk are computed for the keys up to its last query only, and kept for the
+    backward pass. It is computed in the values' precision.
+    """
+    queries_BHTK, keys_BHSK = queries_BHTK.type_as(values_BHSK), keys_BHSK.type_as(values_BHSK)
+    values_BHSK = repeat_heads(values_BHSK, queries_BHTK.shape[-3])
+    length = queries_BHTK.shape[2]
+    mask_TS = torch.ones(length, length, dtype=torch.bool, device=queries_BHTK.device).tril()
+    averages = []
+    for start in range(0, length, chunk):
+        queries, seen = slice(start, start + chunk), slice(start + chunk)
+        weights_BHTS = attention_weights(
+            queries_BHTK[:, :, queries], keys_BHSK[:, :, seen], mask_TS[queries, seen]
+        )
+        averages.append(weights_BHTS @ values_BHSK[:, :, seen])
+    return torch.cat(averages, dim=2)
 
 
 def source_mask(lengths_B: Tensor, length: int) -> Tensor:
@@ -180,6 +207,8 @@ class MultiHeadAttention(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
+        self.query_chunk = 0
+        """Training computes causal attention for this many queries at a time; 0: by torch's fused kernel."""
         self.heads, self.kv_heads, self.dropout = heads, kv_heads or heads, dropout
         self.head_width = head_width or width // heads
         self.query = nn.Linear(width, heads * self.head_width, bias=bias)
@@ -198,15 +227,20 @@ class MultiHeadAttention(nn.Module):
 
         Without a mask, each token attends to itself and those before it.
         """
-        averages_BHTK = F.scaled_dot_product_attention(
-            queries_BHTK,
-            keys_BHSK.type_as(queries_BHTK),
-            values_BHSK.type_as(queries_BHTK),
-            attn_mask=mask_B1TS,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask_B1TS is None,
-            **({"enable_gqa": True} if self.kv_heads < self.heads else {}),
-        )
+        if self.query_chunk and self.training and mask_B1TS is None and not self.dropout:
+            averages_BHTK = chunked_causal_attention(
+                queries_BHTK, keys_BHSK, values_BHSK, self.query_chunk
+            )
+        else:
+            averages_BHTK = F.scaled_dot_product_attention(
+                queries_BHTK,
+                keys_BHSK.type_as(queries_BHTK),
+                values_BHSK.type_as(queries_BHTK),
+                attn_mask=mask_B1TS,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask_B1TS is None,
+                **({"enable_gqa": True} if self.kv_heads < self.heads else {}),
+            )
         return self.output(averages_BHTK.transpose(1, 2).flatten(2))
 
 

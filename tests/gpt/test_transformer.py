@@ -11,6 +11,7 @@ from gpt.models.attention import (
     CausalSelfAttention,
     Positions,
     attention_weights,
+    chunked_causal_attention,
     init_cache,
     source_mask,
 )
@@ -40,6 +41,22 @@ def test_chapter_13_attention_weights_agree_with_fused_attention() -> None:
     for mask, causal in ((None, False), (causal_mask(6), True)):
         expected = F.scaled_dot_product_attention(queries, keys, values, is_causal=causal)
         torch.testing.assert_close(attention_weights(queries, keys, mask) @ values, expected)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("length", [1, 3, 4, 11])
+def test_chunked_attention_and_its_gradients_equal_fused_attention(
+    length: int, kv_heads: int
+) -> None:
+    tensors = [random(2, heads, length, 8).requires_grad_() for heads in (4, kv_heads, kv_heads)]
+    outputs = [
+        F.scaled_dot_product_attention(*tensors, is_causal=True, enable_gqa=True),
+        chunked_causal_attention(*tensors, chunk=4),
+    ]
+    torch.testing.assert_close(outputs[1], outputs[0])
+    weights = torch.arange(outputs[0].numel()).double().view_as(outputs[0])
+    expected, actual = (torch.autograd.grad((it * weights).sum(), tensors) for it in outputs)
+    torch.testing.assert_close(actual, expected)
 
 
 def test_chapter_13_mask_gives_exact_zeros_and_equal_scores_equal_weights() -> None:
