@@ -277,7 +277,7 @@ PRESETS: dict[str, TrainingConfig] = {
             context_length=256,
         ),
         # Two layers and more steps: in the same time better than four or three layers.
-        "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 2, "heads": 3}, steps=800),
+        "gpt-nano": TrainingConfig(model_args={"width": 192, "depth": 2, "heads": 3}, steps=1000),
         "gpt-micro": TrainingConfig(
             model_args={"width": 384, "depth": 6, "heads": 6},
             unembedding_lr=0.004,

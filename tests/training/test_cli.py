@@ -80,7 +80,7 @@ def test_train_prints_its_config_metrics_and_next_commands(run):
     assert f"run: {directory}, {config['parameters']:,} parameters" in out
     assert config["config"]["beta2"] == 0.95  # all settings are in run.json
     settings = re.findall(r"^  (\w+) = (\S+) \(preset: (\S+)\)$", out, re.MULTILINE)
-    assert ("steps", "6", "800") in settings
+    assert ("steps", "6", "1000") in settings
     assert ("width", "16", "192") in settings
     assert ("embedding_lr", "0.01768", "0.1") in settings  # follows --batch-size
     names = [name for name, _, _ in settings]
