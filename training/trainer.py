@@ -74,6 +74,7 @@ class Objective(nn.Module):
     def __init__(self, model: Model, label_smoothing: float = 0.0) -> None:
         super().__init__()
         self.model = model
+        # Only the loss of a language model has the option.
         self.options = {"label_smoothing": label_smoothing} if label_smoothing else {}
 
     def forward(self, *batch: Tensor, state: State | None = None) -> Tensor:

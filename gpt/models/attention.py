@@ -22,8 +22,9 @@ def attention_weights(
 ) -> Tensor:
     """Return weights_BHTS = softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
-    The layers below use torch's fused kernel instead, which computes attention without
-    materializing the weights. Keys may have fewer heads, each for a group of query heads.
+    Except in `chunked_causal_attention` the layers below use torch's fused kernel instead, which
+    computes attention without materializing the weights. Keys may have fewer heads, each for a
+    group of query heads.
     """
     keys_BHSK = repeat_heads(keys_BHSK, queries_BHTK.shape[-3])
     scores_BHTS = (queries_BHTK / keys_BHSK.shape[-1] ** 0.5) @ keys_BHSK.transpose(-1, -2)

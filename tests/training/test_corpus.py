@@ -21,6 +21,10 @@ from training.data.corpus import (
 TOKENIZER = byte_tokenizer()
 EOS = TOKENIZER.eos_token
 
+needs_file_pages = pytest.mark.skipif(
+    sys.platform != "linux", reason="only Linux reports a process's pages of files (RssFile)"
+)
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -46,9 +50,7 @@ def test_tokens_and_counts_round_trip(folder):
         train.tokens[0] = 0
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux reports a process's pages of files (RssFile)"
-)
+@needs_file_pages
 def test_reading_a_corpus_does_not_fill_memory(tmp_path):
     """64 MB of tokens, of which nearly every page is read."""
 
@@ -69,9 +71,7 @@ def test_reading_a_corpus_does_not_fill_memory(tmp_path):
     assert nonzero > 3000
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only Linux reports a process's pages of files (RssFile)"
-)
+@needs_file_pages
 def test_comparing_a_long_document_does_not_fill_memory(tmp_path, monkeypatch):
     """One document of 64 MB, as a text file without an end-of-text token is."""
     tokens = np.memmap(tmp_path / "train.bin", np.uint16, "w+", shape=(2**25,))
