@@ -48,6 +48,19 @@ def start(model):
         server.close()
 
 
+def block_steps(server, monkeypatch):
+    """Events: a step has started; steps may finish."""
+    started, released, step = threading.Event(), threading.Event(), server.engine.step
+
+    def blocking_step():
+        started.set()
+        released.wait(DEADLINE)
+        return step()
+
+    monkeypatch.setattr(server.engine, "step", blocking_step)
+    return started, released
+
+
 def error_of(response):
     """Status and error of a response from a plain connection."""
     head, _, body = response.partition(b"\r\n\r\n")
@@ -114,14 +127,16 @@ def test_disconnects_of_many_clients_leave_nothing_behind(start, stream):
     assert server.async_engine.num_unfinished == 0
 
 
-def test_shutdown_lets_sequences_finish_within_the_timeout(start):
+def test_shutdown_lets_sequences_finish_within_the_timeout(start, monkeypatch):
     server = start(4, timeouts=Timeouts(shutdown_timeout=3.0))
+    _, released = block_steps(server, monkeypatch)  # the short one must not end before all came
     clients = Clients(
         server, [{**LONG, "stream": True}] * 3 + [{**LONG, "stream": True, "max_tokens": 30}]
     )
     wait_until(lambda: server.async_engine.num_unfinished == 4)
     server.server.should_exit = True
     wait_until(lambda: not server.async_engine.is_ready)
+    released.set()
     late = server.complete(prompt="a")
     assert late.status_code == 503
     assert late.headers["retry-after"] == "1"
@@ -184,19 +199,6 @@ def test_loading_server_responds_with_503(model):
     finally:
         server.registry.entries.update(entries)
         server.close()
-
-
-def block_steps(server, monkeypatch):
-    """Events: a step has started; steps may finish."""
-    started, released, step = threading.Event(), threading.Event(), server.engine.step
-
-    def blocking_step():
-        started.set()
-        released.wait(DEADLINE)
-        return step()
-
-    monkeypatch.setattr(server.engine, "step", blocking_step)
-    return started, released
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="threads have no priority of their own")
