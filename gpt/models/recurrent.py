@@ -36,12 +36,37 @@ processed in parallel, and the whole past must fit in one vector.
 """
 
 from collections.abc import Iterable
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
 from gpt.models.base import ActivationMap, LanguageModel, Model, State
+
+
+class _GradientOfAllSteps(torch.autograd.Function):
+    """The identity of input_TBF, whose backward pass is also that of the product U h.
+
+    Each preactivation is W x + b + U h, so its gradient is that of W x + b. The gradient of U, the
+    sum over steps of this times h, is one large product here; autograd would add T small ones.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,  # noqa: ANN401 (torch's own)
+        input_TBF: Tensor,
+        weight_FD: Tensor,
+        hidden_BD: list[Tensor],
+    ) -> Tensor:
+        """`hidden_BD` is filled later, with h before each step."""
+        ctx.hidden_BD, ctx.dtype = hidden_BD, weight_FD.dtype
+        return input_TBF.view_as(input_TBF)
+
+    @staticmethod
+    def backward(ctx: Any, gradient_TBF: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
+        hidden_SD = torch.cat(ctx.hidden_BD).to(gradient_TBF.dtype)
+        weight_gradient_FD = gradient_TBF.flatten(0, 1).t() @ hidden_SD
+        return gradient_TBF, weight_gradient_FD.to(ctx.dtype), None
 
 
 class Cell(nn.Module):
@@ -62,11 +87,15 @@ class Cell(nn.Module):
     def __init__(self, inputs: int, width: int) -> None:
         super().__init__()
         self.width = width
+        self.weight_DF: Tensor | None = None
+        """U, transposed, while `forward` computes its gradient for all steps together."""
         self.input = nn.Linear(inputs, self.num_gates * width)
         self.hidden = nn.Linear(width, self.num_gates * width, bias=self.has_hidden_bias)
 
     def preactivation(self, input_BF: Tensor, hidden_BD: Tensor) -> Tensor:
         """Return W x + b + U h, for cells without a hidden bias."""
+        if self.weight_DF is not None:
+            return torch.addmm(input_BF, hidden_BD, self.weight_DF)
         if isinstance(self.hidden, nn.Linear):  # one kernel per step instead of two
             return torch.addmm(input_BF, hidden_BD, self.hidden.weight.t())
         return input_BF + self.hidden(hidden_BD)
@@ -91,10 +120,22 @@ class Cell(nn.Module):
         Time is the first axis, so that the slice of a step is contiguous. All inputs are projected
         at once; only the product with the hidden state has to wait for the step before.
         """
-        outputs = []
-        for input_BF in self.input(x_TBD):
-            states_BD = self.step(input_BF, *states_BD)
-            outputs.append(states_BD[0])
+        input_TBF, outputs = self.input(x_TBD), []
+        hidden_BD: list[Tensor] = []  # detached: with their graph they would keep each other alive
+        has_gradient = torch.is_grad_enabled() and not self.has_hidden_bias
+        if has_gradient and isinstance(self.hidden, nn.Linear):
+            weight_FD = self.hidden.weight
+            input_TBF = _GradientOfAllSteps.apply(  # type: ignore[no-untyped-call]
+                input_TBF, weight_FD, hidden_BD
+            )
+            self.weight_DF = weight_FD.detach().to(input_TBF.dtype).t()
+        try:
+            for input_BF in input_TBF:
+                hidden_BD.append(states_BD[0].detach())
+                states_BD = self.step(input_BF, *states_BD)
+                outputs.append(states_BD[0])
+        finally:
+            self.weight_DF = None
         return torch.stack(outputs), states_BD
 
     def trace(self, input_TBF: Tensor, states_BD: tuple[Tensor, ...]) -> dict[str, Tensor]:
@@ -214,11 +255,22 @@ class ManyToOne(Model):
         return self.cell.trace(self.cell.input(x_TBD), self.cell.zero_states(x_TBD))
 
 
+class VariationalDropout(nn.Dropout):
+    """Dropout with one mask for all steps of a window (Gal & Ghahramani 2016)."""
+
+    def forward(self, x_TBD: Tensor) -> Tensor:
+        """Return x_TBD with some of its D channels zero in training."""
+        if not (self.training and self.p):
+            return x_TBD
+        return x_TBD * super().forward(x_TBD.new_ones(1, *x_TBD.shape[1:]))
+
+
 class RecurrentLM(LanguageModel):
     """A stack of recurrent layers between an embedding and an unembedding.
 
     Dropout applies to the input of every layer and the output of the last, never between steps
-    (Zaremba et al. 2014), so that states are kept. They also introduced `init_range`.
+    (Zaremba et al. 2014, who also introduced `init_range`), so that states are kept. All steps of a
+    window share a mask.
 
     Args:
         width: Width of every state, D.
@@ -256,7 +308,7 @@ class RecurrentLM(LanguageModel):
                 f"{embedding_width} is not {width}"
             )
         self.embedding = nn.Embedding(vocab_size, embedding_width)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = VariationalDropout(dropout)
         self.cells = nn.ModuleList(
             self.cell(width if layer else embedding_width, width) for layer in range(depth)
         )
