@@ -81,19 +81,19 @@ def ablation_study() -> Comparison:
             for name, title in ABLATIONS.items()
         },
         "tied unembedding": variant({"embedding_lr": 0.005}, tied=True),
+        "matrices' rate 0.03": variant({"learning_rate": 0.03}),
+        "embeddings' rate 0.1": variant({"embedding_lr": 0.1}),
         "cooldown over 60%": variant({"cooldown_fraction": 0.6}),
         "cosine cooldown": variant({"cosine_decay": True}),
         "weight decay 0.1": variant({"weight_decay": 0.1}),
         "dropout 0.1": variant(dropout=0.1),
         "label smoothing 0.05": variant({"label_smoothing": 0.05}),
-        "context of 64": variant({"context_length": 64, "batch_size": 24}),
-        "context of 256": variant({"context_length": 256, "batch_size": 6}),
-        "batches of 24": scale_learning_rates(variant({"batch_size": 24}), base),
+        "context of 128": variant({"context_length": 128, "batch_size": 12}),
+        "context of 512": variant({"context_length": 512, "batch_size": 3}),
+        "batches of 12": scale_learning_rates(variant({"batch_size": 12}), base),
         "EMA of the weights, decay 0.99": AveragedConfig(**dataclasses.asdict(base)),
-        "2 layers of 192": variant(depth=2, width=192, heads=6),
-        "2 layers of 192, context of 256": variant(
-            {"context_length": 256, "batch_size": 6}, depth=2, width=192, heads=6
-        ),
+        "4 layers of 128": variant({"unembedding_lr": 0.008}, depth=4, width=128, heads=4),
+        "6 heads": variant(heads=6),
     }
     configs = on_device("cpu", configs)
     return Comparison("CPU: ablations", configs, "shakespeare", 1.886, segments=20)
