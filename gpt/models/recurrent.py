@@ -56,16 +56,16 @@ class _GradientOfAllSteps(torch.autograd.Function):
         ctx: Any,  # noqa: ANN401 (torch's own)
         input_TBF: Tensor,
         weight_FD: Tensor,
-        hidden_BD: list[Tensor],
+        hidden: list[Tensor],
     ) -> Tensor:
-        """`hidden_BD` is filled later, with h before each step."""
-        ctx.hidden_BD, ctx.dtype = hidden_BD, weight_FD.dtype
+        """`hidden` is filled later, with h before all steps, one after another."""
+        ctx.hidden, ctx.dtype = hidden, weight_FD.dtype
         return input_TBF.view_as(input_TBF)
 
     @staticmethod
     def backward(ctx: Any, gradient_TBF: Tensor) -> tuple[Tensor, Tensor, None]:  # noqa: ANN401
-        hidden_SD = torch.cat(ctx.hidden_BD).to(gradient_TBF.dtype)
-        weight_gradient_FD = gradient_TBF.flatten(0, 1).t() @ hidden_SD
+        hidden_TBD = torch.cat(ctx.hidden).to(gradient_TBF.dtype)
+        weight_gradient_FD = gradient_TBF.flatten(0, 1).t() @ hidden_TBD.flatten(0, 1)
         return gradient_TBF, weight_gradient_FD.to(ctx.dtype), None
 
 
@@ -121,22 +121,26 @@ class Cell(nn.Module):
         at once; only the product with the hidden state has to wait for the step before.
         """
         input_TBF, outputs = self.input(x_TBD), []
-        hidden_BD: list[Tensor] = []  # detached: with their graph they would keep each other alive
+        hidden: list[Tensor] = []
+        first_BD = states_BD[0]
         has_gradient = torch.is_grad_enabled() and not self.has_hidden_bias
-        if has_gradient and isinstance(self.hidden, nn.Linear):
+        is_compiling = (
+            torch.compiler.is_compiling()
+        )  # a compiler does not know what `hidden` will be
+        if has_gradient and not is_compiling and isinstance(self.hidden, nn.Linear):
             weight_FD = self.hidden.weight
-            input_TBF = _GradientOfAllSteps.apply(  # type: ignore[no-untyped-call]
-                input_TBF, weight_FD, hidden_BD
-            )
+            input_TBF = _GradientOfAllSteps.apply(input_TBF, weight_FD, hidden)  # type: ignore[no-untyped-call]
             self.weight_DF = weight_FD.detach().to(input_TBF.dtype).t()
         try:
             for input_BF in input_TBF:
-                hidden_BD.append(states_BD[0].detach())
                 states_BD = self.step(input_BF, *states_BD)
                 outputs.append(states_BD[0])
         finally:
             self.weight_DF = None
-        return torch.stack(outputs), states_BD
+        output_TBD = torch.stack(outputs)
+        # Detached: with its graph, which leads to `hidden`, it would keep itself alive.
+        hidden += [first_BD.detach().unsqueeze(0), output_TBD[:-1].detach()]
+        return output_TBD, states_BD
 
     def trace(self, input_TBF: Tensor, states_BD: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """Return the gates_BTD and states_BTD of every step by name, from projected inputs."""

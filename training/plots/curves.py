@@ -61,7 +61,7 @@ def plot_ladder(rows: Sequence[dict[str, Any]], output: Path) -> None:
     has_bits = all(row["bits_per_byte"] is not None for row in rows)
     y, y_label = ("bits_per_byte", "bits per byte") if has_bits else ("loss", "nats per token")
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(FIGURE_WIDTH, 8), layout="constrained")
+        figure = Figure(figsize=(FIGURE_WIDTH, 9), layout="constrained")
         panels = figure.subplots(2, 1)
         x_labels = {"parameters": "parameters", "seconds": "seconds of training"}
         for axes, (key, label) in zip(panels, x_labels.items(), strict=True):
