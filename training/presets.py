@@ -374,7 +374,7 @@ ABOUT: dict[str, About] = {
     "nanogpt-cpu": About("characters of Shakespeare (--data): nanoGPT's recipe for a CPU", "2 min"),
     "nanogpt-gpu": About("characters of Shakespeare (--data): nanoGPT's recipe", GPU_TIME),
     "gpt2-124m": About("GPT-2 itself, on text of its size (--data)", GPU_TIME),
-    "shakespeare": About("characters of Shakespeare (--data), in two minutes", "2 min"),
+    "shakespeare": About("characters of Shakespeare (--data), in the time of nanogpt-cpu", "2 min"),
     "shakespeare-gpu": About("characters of Shakespeare (--data)", GPU_TIME),
     "gpt-nano": About("the next token, by today's GPT; the default on a CPU", "4 min"),
     "gpt-micro": About("the next token, by today's GPT; the default on a GPU", GPU_TIME),

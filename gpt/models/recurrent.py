@@ -120,14 +120,11 @@ class Cell(nn.Module):
         Time is the first axis, so that the slice of a step is contiguous. All inputs are projected
         at once; only the product with the hidden state has to wait for the step before.
         """
-        input_TBF, outputs = self.input(x_TBD), []
+        input_TBF, first_BD, outputs = self.input(x_TBD), states_BD[0], []
         hidden: list[Tensor] = []
-        first_BD = states_BD[0]
-        has_gradient = torch.is_grad_enabled() and not self.has_hidden_bias
-        is_compiling = (
-            torch.compiler.is_compiling()
-        )  # a compiler does not know what `hidden` will be
-        if has_gradient and not is_compiling and isinstance(self.hidden, nn.Linear):
+        # A compiler would need to know what `hidden` will be.
+        joins_steps = torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if joins_steps and not self.has_hidden_bias and isinstance(self.hidden, nn.Linear):
             weight_FD = self.hidden.weight
             input_TBF = _GradientOfAllSteps.apply(input_TBF, weight_FD, hidden)  # type: ignore[no-untyped-call]
             self.weight_DF = weight_FD.detach().to(input_TBF.dtype).t()

@@ -1,6 +1,7 @@
 """Chapters 8 to 10: the three cells against torch's, and the effects of their gates."""
 
 import time
+import weakref
 
 import pytest
 import torch
@@ -258,6 +259,15 @@ def test_states_but_no_gradients_cross_windows(model_class) -> None:
     other_tokens = [token for token in range(20) if token not in window_tokens]
     assert other_tokens
     assert not model.embedding.weight.grad[other_tokens].any()
+
+
+def test_outputs_are_freed_without_the_garbage_collector() -> None:
+    """What the backward pass of all steps needs does not keep the graph alive that leads to it."""
+    cell, x_TBD = LSTMCell(4, 4), torch.randn(3, 2, 4)
+    output_TBD = cell(x_TBD, cell.zero_states(x_TBD))[0]
+    reference = weakref.ref(output_TBD)
+    del output_TBD
+    assert reference() is None
 
 
 def test_dropout_is_between_layers_and_never_between_steps() -> None:
