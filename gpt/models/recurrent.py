@@ -256,22 +256,11 @@ class ManyToOne(Model):
         return self.cell.trace(self.cell.input(x_TBD), self.cell.zero_states(x_TBD))
 
 
-class VariationalDropout(nn.Dropout):
-    """Dropout with one mask for all steps of a window (Gal & Ghahramani 2016)."""
-
-    def forward(self, x_TBD: Tensor) -> Tensor:
-        """Return x_TBD with some of its D channels zero in training."""
-        if not (self.training and self.p):
-            return x_TBD
-        return x_TBD * super().forward(x_TBD.new_ones(1, *x_TBD.shape[1:]))
-
-
 class RecurrentLM(LanguageModel):
     """A stack of recurrent layers between an embedding and an unembedding.
 
     Dropout applies to the input of every layer and the output of the last, never between steps
-    (Zaremba et al. 2014, who also introduced `init_range`), so that states are kept. All steps of a
-    window share a mask.
+    (Zaremba et al. 2014, who also introduced `init_range`), so that states are kept.
 
     Args:
         width: Width of every state, D.
@@ -309,7 +298,7 @@ class RecurrentLM(LanguageModel):
                 f"{embedding_width} is not {width}"
             )
         self.embedding = nn.Embedding(vocab_size, embedding_width)
-        self.dropout = VariationalDropout(dropout)
+        self.dropout = nn.Dropout(dropout)
         self.cells = nn.ModuleList(
             self.cell(width if layer else embedding_width, width) for layer in range(depth)
         )

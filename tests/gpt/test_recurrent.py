@@ -282,17 +282,6 @@ def test_dropout_is_between_layers_and_never_between_steps() -> None:
     assert model.eval().features(torch.randint(20, (2, 8))).all()
 
 
-def test_dropout_of_all_steps_of_a_window_has_one_mask() -> None:
-    torch.manual_seed(0)
-    dropout, ones_TBD = LSTM(20, 8, width=6, dropout=0.5).dropout, torch.ones(5, 40, 60)
-    dropped_TBD = dropout(ones_TBD)
-    assert torch.equal(dropped_TBD, dropped_TBD[:1].expand_as(dropped_TBD))
-    assert set(dropped_TBD.unique().tolist()) == {0, 2}
-    assert len(dropped_TBD[0].unique(dim=0)) == 40
-    assert dropped_TBD.mean() == pytest.approx(1, abs=0.05)
-    assert torch.equal(dropout.eval()(ones_TBD), ones_TBD)
-
-
 def test_init_range_and_the_forget_gates_initial_bias() -> None:
     model = LSTM(50, 8, width=16, init_range=0.1)
     for parameter in model.parameters():
