@@ -214,6 +214,28 @@ PRESETS: dict[str, TrainingConfig] = {
             checkpoint_interval=2323,
             log_interval=100,
         ),
+        # An LSTM as wide as Zaremba's medium one, for the same data: the hyperparameters of torch's
+        # example of a word-level language model, but 26 epochs and a linear decay of the rate.
+        "ptb-lstm": TrainingConfig(
+            model="lstm",
+            model_args={"width": 650, "depth": 2, "tied": True, "dropout": 0.5},
+            tokenizer="words",
+            vocab_size=10_001,
+            steps=26 * 1328,
+            batch_size=20,
+            context_length=35,
+            stateful=True,
+            optimizer="sgd",
+            learning_rate=20.0,
+            **ONE_RATE,
+            warmup_steps=0,
+            cooldown_fraction=0.8,
+            grad_clip=0.25,
+            eval_interval=2 * 1328,
+            eval_tokens=1_000_000,
+            checkpoint_interval=1328,
+            log_interval=100,
+        ),
         **TABLE_PRESETS,
         **TRANSLATION_PRESETS,
         # Published recipes with their own hyperparameters, for comparison.
@@ -338,6 +360,7 @@ ABOUT: dict[str, About] = {
     "gpt2": About("the next token, by OpenAI's architecture of 2019", "5 min"),
     "word2vec": About("a vector for each of 10,000 words, from the words near it", "1 min"),
     "zaremba": About("the words of the Penn Treebank (--data), as Zaremba et al. 2014", "30 min"),
+    "ptb-lstm": About("the same, by an LSTM of 650 units with dropout", "150 min"),
     "linear": About("power = 4.5 x + 5, from eight throws; so ten meters need 50", TABLE_TIME),
     "rice-linear": About("no plane fits both rices: an error of 0.42 remains", TABLE_TIME),
     "rice-sigma-pi": About(

@@ -82,20 +82,21 @@ def test_dead_worker_is_one_line():
 def test_command_writes_both_files_and_memory_does_not_grow(tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(growth, "CONFIG", dataclasses.replace(growth.CONFIG, vocab_size=300))
     output = tmp_path / "growth.json"
-    growth.main(f"--small 1 --large 5 --steps 20 --threads 1 --output {output}".split())
+    growth.main(f"--small 1 --large 20 --steps 20 --threads 1 --output {output}".split())
     result = json.loads(output.read_text())
     small, large = result["sizes"]
-    assert (small["megabytes"], large["megabytes"]) == (1, 5)
-    assert large["prepare"]["tokens"] == pytest.approx(5 * small["prepare"]["tokens"], rel=0.1)
+    assert (small["megabytes"], large["megabytes"]) == (1, 20)
+    assert large["prepare"]["tokens"] == pytest.approx(20 * small["prepare"]["tokens"], rel=0.1)
     for size in (small, large):
         assert size["train"]["first"] > 0 < size["train"]["last"]
     if sys.platform == "linux":
-        memory = [size["train"]["anonymous_bytes"] for size in (small, large)]
-        assert memory[1] == pytest.approx(memory[0], rel=0.1)
+        # How much freed memory the allocator keeps varies by some 50 MB, with how threads interleave.
+        growth_bytes = large["train"]["anonymous_bytes"] - small["train"]["anonymous_bytes"]
+        assert growth_bytes < 80 * 2**20 < 8 * large["prepare"]["tokens"]
     assert result["tokenization"][0]["cores"] == 1
     assert all(speed["bytes"] == small["bytes"] for speed in result["tokenization"])
     printed = capfd.readouterr().out
-    assert "| | 1 MB | 5 MB | ratio |" in printed
+    assert "| | 1 MB | 20 MB | ratio |" in printed
     assert output.with_suffix(".md").read_text() in printed
 
 

@@ -60,7 +60,7 @@ def test_sgd_learning_rates_are_not_scaled():
     assert scaled_config("zaremba", batch_size=5) == expected
 
 
-@pytest.mark.parametrize("name", ["linear", "zaremba", "nanogpt-cpu", "gpt2-124m"])
+@pytest.mark.parametrize("name", ["linear", "zaremba", "ptb-lstm", "nanogpt-cpu", "gpt2-124m"])
 def test_explicit_learning_rate_is_that_of_all_parameters_where_a_preset_has_one_rate(name):
     rates = scaled_config(name, learning_rate=0.3).peak_learning_rates()
     assert rates == dict.fromkeys(LEARNING_RATES, 0.3)
