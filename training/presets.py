@@ -180,6 +180,24 @@ NANOGPT = TrainingConfig(
     checkpoint_interval=250,
 )
 
+# LSTMs of words, to be trained on the Penn Treebank with --data. The loss of Zaremba et al. 2014 is
+# summed over the 20 tokens of a window, ours is their mean: so the rate is 20 times their 1, grad_clip
+# their 5 / 20.
+PENN_TREEBANK = TrainingConfig(
+    model="lstm",
+    tokenizer="words",
+    vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
+    batch_size=20,
+    stateful=True,
+    optimizer="sgd",
+    learning_rate=20.0,
+    **ONE_RATE,
+    warmup_steps=0,
+    grad_clip=0.25,
+    eval_tokens=1_000_000,
+    log_interval=100,
+)
+
 SHAKESPEARE = TrainingConfig(tokenizer="characters", eval_tokens=120_000)
 
 PRESETS: dict[str, TrainingConfig] = {
@@ -188,53 +206,29 @@ PRESETS: dict[str, TrainingConfig] = {
         **LADDER_PRESETS,
         # Models of words.
         "word2vec": TrainingConfig(task="word-vectors", tokenizer="words", vocab_size=10_000),
-        # The small model of Zaremba et al. 2014 for the Penn Treebank, to be trained on it with
-        # --data: 13 epochs, the rate halved after each from the fourth on. Their loss is summed
-        # over the 20 tokens of a window, ours is their mean: so the rate is 20 times their 1,
-        # grad_clip their 5 / 20.
-        "zaremba": TrainingConfig(
-            model="lstm",
+        # The small model of Zaremba et al. 2014: 13 epochs, the rate halved after each from the
+        # fourth on.
+        "zaremba": replace(
+            PENN_TREEBANK,
             model_args={"width": 200, "depth": 2, "init_range": 0.1},
-            tokenizer="words",
-            vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
             steps=13 * 2323,
-            batch_size=20,
             context_length=20,
-            stateful=True,
-            optimizer="sgd",
-            learning_rate=20.0,
-            **ONE_RATE,
-            warmup_steps=0,
             cooldown_fraction=9 / 13,
             step_decays=9,
-            grad_clip=0.25,
             precision="float32",
             eval_interval=2323,
-            eval_tokens=1_000_000,
             checkpoint_interval=2323,
-            log_interval=100,
         ),
-        # An LSTM as wide as Zaremba's medium one, for the same data: the hyperparameters of torch's
-        # example of a word-level language model, but 26 epochs and a linear decay of the rate.
-        "ptb-lstm": TrainingConfig(
-            model="lstm",
+        # An LSTM as wide as their medium one: the hyperparameters of torch's example of a word-level
+        # language model, but 26 epochs and a linear decay of the rate.
+        "ptb-lstm": replace(
+            PENN_TREEBANK,
             model_args={"width": 650, "depth": 2, "tied": True, "dropout": 0.5},
-            tokenizer="words",
-            vocab_size=10_001,
             steps=26 * 1328,
-            batch_size=20,
             context_length=35,
-            stateful=True,
-            optimizer="sgd",
-            learning_rate=20.0,
-            **ONE_RATE,
-            warmup_steps=0,
             cooldown_fraction=0.8,
-            grad_clip=0.25,
             eval_interval=2 * 1328,
-            eval_tokens=1_000_000,
             checkpoint_interval=1328,
-            log_interval=100,
         ),
         **TABLE_PRESETS,
         **TRANSLATION_PRESETS,
