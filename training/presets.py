@@ -354,7 +354,9 @@ ABOUT: dict[str, About] = {
     "gpt2": About("the next token, by OpenAI's architecture of 2019", "5 min"),
     "word2vec": About("a vector for each of 10,000 words, from the words near it", "1 min"),
     "zaremba": About("the words of the Penn Treebank (--data), as Zaremba et al. 2014", "30 min"),
-    "ptb-lstm": About("the same, by an LSTM of 650 units with dropout", "150 min"),
+    "ptb-lstm": About(
+        "the words of the Penn Treebank (--data), by 650 units with dropout", "150 min"
+    ),
     "linear": About("power = 4.5 x + 5, from eight throws; so ten meters need 50", TABLE_TIME),
     "rice-linear": About("no plane fits both rices: an error of 0.42 remains", TABLE_TIME),
     "rice-sigma-pi": About(
