@@ -4,7 +4,7 @@ import torch
 
 from gpt import Model
 from gpt.device import matmul_dtype
-from gpt.models.attention import CausalSelfAttention
+from gpt.models.attention import CausalSelfAttention, RMSNorm
 
 QUERY_CHUNK = 128
 """Queries whose attention is computed at a time."""
@@ -13,9 +13,13 @@ MAX_LENGTH = 512
 
 
 def tune_for_cpu(model: Model, precision: str, context_length: int) -> None:
-    """In bfloat16, let training compute attention in chunks: torch's fused kernel is slower there."""
+    """Let training compute some layers otherwise than torch does, which is slower on a CPU.
+
+    These are RMSNorm and, in bfloat16, causal attention, in chunks.
+    """
     is_bfloat16 = matmul_dtype(torch.device("cpu"), precision) == torch.bfloat16
-    if is_bfloat16 and context_length <= MAX_LENGTH:
-        for module in model.modules():
-            if isinstance(module, CausalSelfAttention):
-                module.query_chunk = QUERY_CHUNK
+    for module in model.modules():
+        if isinstance(module, RMSNorm):
+            module.is_for_cpu = True
+        if isinstance(module, CausalSelfAttention) and is_bfloat16 and context_length <= MAX_LENGTH:
+            module.query_chunk = QUERY_CHUNK

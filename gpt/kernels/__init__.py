@@ -1,1 +1,1 @@
-"""Hand-written operations for speed: fused gradients and 8-bit matrices."""
+"""Hand-written operations for speed: fused operations with their gradients and 8-bit matrices."""

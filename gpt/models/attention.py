@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from gpt.kernels.rms_norm import rms_norm
 from gpt.models.base import State
 
 
@@ -22,9 +23,9 @@ def attention_weights(
 ) -> Tensor:
     """Return weights_BHTS = softmax(Q K^T / sqrt(K)), exactly 0 where the mask is False.
 
-    Except in `chunked_causal_attention` the layers below use torch's fused kernel instead, which
-    computes attention without materializing the weights. Keys may have fewer heads, each for a
-    group of query heads.
+    The layers below compute averages by torch's fused kernel instead, without materializing the
+    weights, or by `chunked_causal_attention`. Keys may have fewer heads, each for a group of query
+    heads.
     """
     keys_BHSK = repeat_heads(keys_BHSK, queries_BHTK.shape[-3])
     scores_BHTS = (queries_BHTK / keys_BHSK.shape[-1] ** 0.5) @ keys_BHSK.transpose(-1, -2)
@@ -47,17 +48,21 @@ def chunked_causal_attention(
     The weights of a chunk are computed for the keys up to its last query only, and kept for the
     backward pass. It is computed in the values' precision.
     """
-    queries_BHTK, keys_BHSK = queries_BHTK.type_as(values_BHSK), keys_BHSK.type_as(values_BHSK)
-    values_BHSK = repeat_heads(values_BHSK, queries_BHTK.shape[-3])
-    length = queries_BHTK.shape[2]
-    mask_TS = torch.ones(length, length, dtype=torch.bool, device=queries_BHTK.device).tril()
-    averages = []
-    for start in range(0, length, chunk):
-        queries, seen = slice(start, start + chunk), slice(start + chunk)
-        weights_BHTS = attention_weights(
-            queries_BHTK[:, :, queries], keys_BHSK[:, :, seen], mask_TS[queries, seen]
-        )
-        averages.append(weights_BHTS @ values_BHSK[:, :, seen])
+    queries_BHTK = queries_BHTK.type_as(values_BHSK) / queries_BHTK.shape[-1] ** 0.5
+    keys_BHSK, values_BHSK = (
+        repeat_heads(x_BHSK, queries_BHTK.shape[1])
+        for x_BHSK in (keys_BHSK.type_as(values_BHSK), values_BHSK)
+    )
+    future_TT = torch.ones(chunk, chunk, dtype=torch.bool, device=queries_BHTK.device).triu(1)
+    averages, end = [], 0
+    for chunk_BHTK in queries_BHTK.split(chunk, dim=2):
+        start, end = end, end + chunk_BHTK.shape[2]
+        scores_BHTS = chunk_BHTK @ keys_BHSK[:, :, :end].mT
+        # Without a gradient: that of the softmax is 0 wherever a weight is.
+        with torch.no_grad():
+            future = future_TT[: end - start, : end - start]
+            scores_BHTS[..., start:].masked_fill_(future, -torch.inf)
+        averages.append(scores_BHTS.softmax(-1) @ values_BHSK[:, :, :end])
     return torch.cat(averages, dim=2)
 
 
@@ -84,17 +89,24 @@ def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
     """Rotate each pair (x_i, x_{i + K/2}) by its position's angle, given as its cosine and sine."""
     first_BHTJ, second_BHTJ = x_BHTK.chunk(2, dim=-1)
     turned_BHTK = torch.cat([-second_BHTJ, first_BHTJ], dim=-1)
-    return x_BHTK * cos_BTK.unsqueeze(-3) + turned_BHTK * sin_BTK.unsqueeze(-3)
+    cos_B1TK, sin_B1TK = (table.unsqueeze(-3).type_as(x_BHTK) for table in (cos_BTK, sin_BTK))
+    return x_BHTK * cos_B1TK + turned_BHTK * sin_B1TK
 
 
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
 
+    eps: float
+
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)
+        self.is_for_cpu = False
+        """Whether training computes it by `rms_norm` of gpt.kernels, which is faster on a CPU."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalize the last axis of x."""
+        if self.is_for_cpu and self.training and not torch.compiler.is_compiling():
+            return rms_norm(x, self.weight, self.eps)
         # Under autocast x can be bfloat16 and the weight float32; no fused kernel takes both.
         return F.rms_norm(x, self.normalized_shape, self.weight.type_as(x), self.eps)
 
