@@ -180,11 +180,15 @@ def summarize(comparison: Comparison, rounds: list[dict[str, Result]]) -> Result
             config, curve = comparison.configs[name], result["curve"]
             first, last = curve[0], curve[-1]
             tokens = (last["step"] - first["step"]) * config.batch_size * config.context_length
-            result["seconds_to_target"] = seconds_to_loss(comparison.target_loss, curve)
+            target = comparison.target_loss
+            result["seconds_to_target"] = seconds_to_loss(target, curve) if target else None
             result["early_loss"] = curve[max(0, len(curve) // 5 - 1)]["loss"]
             result["best_loss"] = best_loss(curve, math.inf)
             result["best_loss_in_time"] = best_loss(curve, total) if total else None
             result["final_loss"] = last["loss"]
+            result["difference"] = (
+                last["loss"] - baseline["curve"][-1]["loss"] if baseline else None
+            )
             result["tokens_per_second"] = tokens / (last["seconds"] - first["seconds"])
             # Before the first validation: the peak of training alone.
             result["peak_bytes"] = first["peak_bytes"]
@@ -217,7 +221,10 @@ def best_loss(curve: list[Result], seconds: float) -> float | None:
 
 
 def comparison_table(comparison: Result) -> str:
-    """Format a comparison as a Markdown table: medians over the seeds, with their range."""
+    """Format a comparison as a Markdown table: medians over the seeds, with their range.
+
+    Without a target loss, only losses after as many tokens are compared.
+    """
     rounds, baseline = comparison["rounds"], comparison["baseline"]
     target = comparison["target_loss"]
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
@@ -227,9 +234,13 @@ def comparison_table(comparison: Result) -> str:
         f"best loss in {baseline}'s time": ("best_loss_in_time", "{:.4f}".format),
         "best loss": ("best_loss", "{:.4f}".format),
         "final loss": ("final_loss", "{:.4f}".format),
+        f"difference from {baseline}": ("difference", "{:+.4f}".format),
         "tokens/s": ("tokens_per_second", "{:,.0f}".format),
         "peak memory": ("peak_bytes", lambda value: f"{value / 2**20:,.0f} MiB"),
     }
+    timed = {"seconds_to_target", "speedup", "best_loss_in_time", "best_loss"}
+    hidden = {"difference"} if target else timed
+    columns = {title: column for title, column in columns.items() if column[0] not in hidden}
     rows = [
         [
             name,
@@ -252,7 +263,7 @@ def comparison_table(comparison: Result) -> str:
     baseline_seconds = [
         results[baseline]["seconds_to_target"] for results in rounds if baseline in results
     ]
-    if None in baseline_seconds:
+    if target and None in baseline_seconds:
         note += f" Where {baseline} did not reach {target}, its total time is used instead."
     table = report.markdown_table(["", *columns], rows)
     return "\n".join([f"### {comparison['title']}", "", *table, "", note]) + "\n"

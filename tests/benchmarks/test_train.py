@@ -151,6 +151,9 @@ def test_ablations(local, data):
     table = train.comparison_table(result)
     assert "| no n-grams |" in table
     assert "after each 50% of the steps" in table
+    assert "seconds to" not in table
+    full, tied = (result["rounds"][0][name] for name in ("shakespeare", "tied unembedding"))
+    assert f"| {tied['final_loss'] - full['final_loss']:+.4f} |" in table
 
 
 def test_averaged_config_scores_the_average_of_the_weights(data):
