@@ -203,6 +203,8 @@ def command(main, *arguments):
 
 def test_commands_print_what_they_print_on_the_cpu(tmp_path, monkeypatch):
     monkeypatch.setenv("TINYGPT_CACHE", str(tmp_path / "cache"))
+    # An RMSNorm of its own lets a CPU's training differ in the last digits.
+    monkeypatch.setattr("training.trainer.tune_for_cpu", lambda *arguments: None)
     (tmp_path / "text.txt").write_text("the cat sat on the mat and saw the dog\n" * 200)
     options = [
         "gpt-nano",
@@ -241,26 +243,22 @@ def test_commands_print_what_they_print_on_the_cpu(tmp_path, monkeypatch):
         assert "continues at step 3" in command(
             training_cli.main, "train", "--resume", run, "--device", device
         )
-        score = json.loads(
-            command(training_cli.main, "eval", run, "--device", device, "--accuracy", "--json")
-        )
+        score = command(training_cli.main, "eval", run, "--device", device, "--accuracy", "--json")
         quality = command(
             training_cli.main, "sample-quality", run, "--device", device, "--samples", "4", "--json"
         )
-        rows = json.loads(quality)["rows"]
-        losses = [score["loss"], *(row["loss"] for row in rows)]
-        shares = [(row["distinct_2"], row["repetition"]) for row in rows]
+        shares = [
+            (row["distinct_2"], row["repetition"], round(row["loss"], 4))
+            for row in json.loads(quality)["rows"]
+        ]
         texts = [
             command(
                 serving_cli.main, "sample", run, "--prompt", "the", "--device", device, *sampling
             )
             for sampling in (["--temperature", "0"], ["--seed", "1", "-n", "2"])
         ]
-        printed.append((losses, shares, texts))
-    (cpu_losses, *cpu_printed), (losses, *others) = printed
-    # A CPU trains with an RMSNorm of its own, so that losses differ in their last digits.
-    assert losses == pytest.approx(cpu_losses, abs=1e-4)
-    assert others == cpu_printed
+        printed.append([score.partition('"loss"')[2][:8], shares, *texts])
+    assert printed[0] == printed[1]
 
 
 # What waits for the device.
