@@ -228,19 +228,23 @@ def comparison_table(comparison: Result) -> str:
     rounds, baseline = comparison["rounds"], comparison["baseline"]
     target = comparison["target_loss"]
     columns: dict[str, tuple[str, Callable[[float], str]]] = {
-        f"seconds to {target}": ("seconds_to_target", "{:.1f}".format),
-        f"speedup over {baseline}": ("speedup", "{:.2f}".format),
         "loss after a fifth": ("early_loss", "{:.4f}".format),
-        f"best loss in {baseline}'s time": ("best_loss_in_time", "{:.4f}".format),
-        "best loss": ("best_loss", "{:.4f}".format),
         "final loss": ("final_loss", "{:.4f}".format),
         f"difference from {baseline}": ("difference", "{:+.4f}".format),
+    }
+    if target:
+        columns = {
+            f"seconds to {target}": ("seconds_to_target", "{:.1f}".format),
+            f"speedup over {baseline}": ("speedup", "{:.2f}".format),
+            "loss after a fifth": ("early_loss", "{:.4f}".format),
+            f"best loss in {baseline}'s time": ("best_loss_in_time", "{:.4f}".format),
+            "best loss": ("best_loss", "{:.4f}".format),
+            "final loss": ("final_loss", "{:.4f}".format),
+        }
+    columns |= {
         "tokens/s": ("tokens_per_second", "{:,.0f}".format),
         "peak memory": ("peak_bytes", lambda value: f"{value / 2**20:,.0f} MiB"),
     }
-    timed = {"seconds_to_target", "speedup", "best_loss_in_time", "best_loss"}
-    hidden = {"difference"} if target else timed
-    columns = {title: column for title, column in columns.items() if column[0] not in hidden}
     rows = [
         [
             name,

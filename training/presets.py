@@ -180,13 +180,18 @@ NANOGPT = TrainingConfig(
     checkpoint_interval=250,
 )
 
-# LSTMs of words, to be trained on the Penn Treebank with --data. The loss of Zaremba et al. 2014 is
-# summed over the 20 tokens of a window, ours is their mean: so the rate is 20 times their 1, grad_clip
-# their 5 / 20.
+# Models of words, to be trained on the Penn Treebank with --data.
 PENN_TREEBANK = TrainingConfig(
-    model="lstm",
     tokenizer="words",
     vocab_size=10_001,  # 9,999 words, the end of a line and <|endoftext|>
+    eval_tokens=1_000_000,
+)
+
+# The loss of Zaremba et al. 2014 is summed over the 20 tokens of a window, ours is their mean: so the
+# rate is 20 times their 1, grad_clip their 5 / 20.
+PENN_TREEBANK_LSTM = replace(
+    PENN_TREEBANK,
+    model="lstm",
     batch_size=20,
     stateful=True,
     optimizer="sgd",
@@ -194,7 +199,6 @@ PENN_TREEBANK = TrainingConfig(
     **ONE_RATE,
     warmup_steps=0,
     grad_clip=0.25,
-    eval_tokens=1_000_000,
     log_interval=100,
 )
 
@@ -209,7 +213,7 @@ PRESETS: dict[str, TrainingConfig] = {
         # The small model of Zaremba et al. 2014: 13 epochs, the rate halved after each from the
         # fourth on.
         "zaremba": replace(
-            PENN_TREEBANK,
+            PENN_TREEBANK_LSTM,
             model_args={"width": 200, "depth": 2, "init_range": 0.1},
             steps=13 * 2323,
             context_length=20,
@@ -222,7 +226,7 @@ PRESETS: dict[str, TrainingConfig] = {
         # An LSTM as wide as their medium one: the hyperparameters of torch's example of a word-level
         # language model, but 26 epochs and a linear decay of the rate.
         "ptb-lstm": replace(
-            PENN_TREEBANK,
+            PENN_TREEBANK_LSTM,
             model_args={"width": 650, "depth": 2, "tied": True, "dropout": 0.5},
             steps=26 * 1328,
             context_length=35,
@@ -232,10 +236,9 @@ PRESETS: dict[str, TrainingConfig] = {
         ),
         # Today's GPT on the same words. A rare word is a target once in hundreds of steps, and lowered
         # a little by all others: beta2 must be near 1 for AdamW to weigh both alike.
-        "ptb-gpt": TrainingConfig(
+        "ptb-gpt": replace(
+            PENN_TREEBANK,
             model_args={"width": 256, "depth": 3, "heads": 4, "dropout": 0.4},
-            tokenizer="words",
-            vocab_size=10_001,
             steps=2900,
             batch_size=16,
             context_length=128,
@@ -244,7 +247,6 @@ PRESETS: dict[str, TrainingConfig] = {
             unembedding_lr=0.004243,
             vector_lr=0.007071,
             beta2=0.999,
-            eval_tokens=1_000_000,
             eval_interval=250,
         ),
         **TABLE_PRESETS,

@@ -96,7 +96,7 @@ def rotate(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
 class RMSNorm(nn.RMSNorm):
     """x / sqrt(mean(x^2) + eps) * weight (Zhang & Sennrich 2019), in the precision of x."""
 
-    eps: float
+    eps: float  # torch's may be None
 
     def __init__(self, width: int) -> None:
         super().__init__(width, eps=1e-6)

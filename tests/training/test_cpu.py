@@ -72,9 +72,13 @@ def test_steps_compute_rms_norm_by_the_kernel_and_evaluation_by_torch(
     precision, tmp_path, monkeypatch
 ):
     config = TrainingConfig(
-        model_args={"width": 16, "depth": 1, "heads": 2}, batch_size=1, steps=2, sample_tokens=0
+        model_args={"width": 16, "depth": 1, "heads": 2},
+        batch_size=1,
+        steps=2,
+        context_length=32,
+        precision=precision,
+        sample_tokens=0,
     )
-    config = dataclasses.replace(config, precision=precision, context_length=32)
     trainer = make_trainer(config, tmp_path / "run", write_corpus(tmp_path))
     calls = []
 
