@@ -20,7 +20,7 @@ from gpt.checkpoint import lookup, read_json, write_atomically
 from gpt.device import device_name, resolve_device
 from gpt.summary import count_parameters
 from training.autotune import choose_precision, choose_threads, seconds_per_step
-from training.config import TrainingConfig
+from training.config import TrainingConfig, scale_learning_rates
 from training.data.known_truth import LEAK_NATS
 from training.presets import LADDER_PRESETS, PRESETS
 from training.progress import format_duration
@@ -30,7 +30,13 @@ from training.tasks.text import Text
 from training.trainer import Trainer
 
 SAMPLE_TOKENS = 60
-RUNG_PRESETS = {**{name: PRESETS[name] for name in LADDER_PRESETS}, "gpt": PRESETS["gpt-nano"]}
+RUNG_PRESETS = {
+    **{name: PRESETS[name] for name in LADDER_PRESETS},
+    # The batch of the other rungs: their budget is small.
+    "gpt": scale_learning_rates(
+        dataclasses.replace(PRESETS["gpt-nano"], batch_size=16), PRESETS["gpt-nano"]
+    ),
+}
 """Preset of each rung, in the order of the chapters."""
 
 Row = dict[str, Any]
