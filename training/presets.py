@@ -316,7 +316,7 @@ PRESETS: dict[str, TrainingConfig] = {
         # or 48.
         "gpt-nano": TrainingConfig(
             model_args={"width": 192, "depth": 2, "heads": 3},
-            steps=530,
+            steps=500,
             batch_size=32,
             learning_rate=0.02828,
             embedding_lr=0.1414,

@@ -52,8 +52,8 @@ def test_gpt_presets_follow_the_width_rule():
 
 
 def test_explicit_learning_rate_is_not_scaled():
-    config = scaled_config("gpt-nano", batch_size=4, learning_rate=0.3)
-    assert (config.learning_rate, config.vector_lr) == (0.3, 0.005)
+    config = scaled_config("gpt-nano", batch_size=8, learning_rate=0.3)
+    assert (config.learning_rate, config.vector_lr) == (0.3, 0.00707)
 
 
 def test_sgd_learning_rates_are_not_scaled():
