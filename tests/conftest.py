@@ -14,6 +14,7 @@ settings.load_profile("fixed")
 SHARED = Path(os.environ.get("TINYGPT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
+@pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
     """Half as many again as there are cores: many tests wait for a process that they have started."""
     return (os.cpu_count() or 1) * 3 // 2

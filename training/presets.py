@@ -312,8 +312,8 @@ PRESETS: dict[str, TrainingConfig] = {
             batch_size=64,
             context_length=256,
         ),
-        # Two layers: in the same time better than four or three. Batches of 32: better than of 16, 24
-        # or 48.
+        # Two layers: in the same time better than four or three. In batches of 32 a token costs less
+        # than in those of 16.
         "gpt-nano": TrainingConfig(
             model_args={"width": 192, "depth": 2, "heads": 3},
             steps=500,
