@@ -107,7 +107,7 @@ class TrainingConfig:
     optimizer: Literal["muon", "adamw", "sgd"] = "muon"
     """Optimizer of the hidden matrices. AdamW updates all other parameters; with sgd, SGD updates everything."""
     learning_rate: float = 0.02
-    """Peak learning rate of the hidden matrices and of a regression's weights. It and the next three scale with --batch-size, --context-length and --width unless given."""
+    """Peak learning rate of the hidden matrices and of a regression's weights. It and the next three scale with --batch-size, --context-length and --width unless another rate is given."""
     embedding_lr: OptionalRate = 0.1
     """Peak learning rate of the embeddings. None: that of --learning-rate."""
     unembedding_lr: OptionalRate = 0.008
