@@ -14,12 +14,6 @@ settings.load_profile("fixed")
 SHARED = Path(os.environ.get("TINYGPT_SHARED", Path(__file__).parents[2] / "shared"))
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_auto_num_workers():
-    """Half as many again as there are cores: many tests wait for a process that they have started."""
-    return (os.cpu_count() or 1) * 3 // 2
-
-
 def pytest_collection_modifyitems(items):
     """Start the files with long tests first, so that parallel processes end together."""
     long_files = {item.path for item in items if item.get_closest_marker("long")}

@@ -331,7 +331,7 @@ def test_vocab_size_is_that_of_the_tokenizer(tmp_path):
     [
         ("gpt-nanoo", "no preset is named 'gpt-nanoo' (did you mean gpt-nano"),
         ("--num-gpus 0", "--num-gpus must be at least 1, not 0"),
-        ("--num-gpus 3", "--batch-size 16 cannot be divided among --num-gpus 3"),
+        ("--num-gpus 3", "--batch-size 32 cannot be divided among --num-gpus 3"),
         ("--mfu 40", "--mfu must be above 0 and at most 1, not 40.0"),
         ("--gpu H100 --device cpu", "--gpu and --device both choose the device"),
         ("--task rice", "the model gpt cannot learn the task rice"),
